@@ -1,0 +1,37 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_REPORT_H
+#define DIRTY_BITMAP_REPORT_H
+
+/* Where the rooms below filter.c send what they have to say.  They
+ * know no nbdkit, so filter.c sets report_sink to one that calls
+ * nbdkit_error or nbdkit_debug; without a sink everything but debug
+ * lines goes to stderr.  All three keep errno, understand %m, and take
+ * a message in lower case with no newline and no full stop.
+ */
+
+#include <stdarg.h>
+
+enum report_level { REPORT_ERROR, REPORT_WARNING, REPORT_DEBUG };
+
+typedef void (*report_sink_fn) (enum report_level level,
+                                const char *fmt, va_list args)
+  __attribute__ ((format (printf, 2, 0)));
+
+extern report_sink_fn report_sink;
+
+/* Something failed: the caller is about to return -1. */
+extern void report_error (const char *fmt, ...)
+  __attribute__ ((format (printf, 1, 2)));
+
+/* Something the operator should know, though we go on. */
+extern void report_warning (const char *fmt, ...)
+  __attribute__ ((format (printf, 1, 2)));
+
+extern void report_debug (const char *fmt, ...)
+  __attribute__ ((format (printf, 1, 2)));
+
+#endif /* DIRTY_BITMAP_REPORT_H */

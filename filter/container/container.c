@@ -1,0 +1,157 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* How this works
+ *
+ * This is the door to every implementation of a container.  It owns
+ * what is the same for all of them: the end of the container.
+ *
+ * - The size only grows while requests are under way.  An implementation
+ *   makes the new range usable first and stores the new size last, with
+ *   release order; a request loads the size once, with acquire order,
+ *   and so never asks an implementation for more than it can serve.
+ * - Bytes beyond the end read as zeroes, and zeroing them needs nothing:
+ *   a write that grows the container later finds zeroes there.
+ * - Growing is rare and is serialised by grow_lock.  Nothing else is
+ *   locked here.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/bytes.h"
+#include "common/cleanup.h"
+#include "container/container.h"
+
+/* File offsets are signed wherever the bytes end up. */
+#define MAX_SIZE ((uint64_t) INT64_MAX)
+
+void
+container_init (struct container *c, const struct container_ops *ops,
+                uint64_t size, bool readonly)
+{
+  c->ops = ops;
+  atomic_init (&c->size, size);
+  c->readonly = readonly;
+  pthread_mutex_init (&c->grow_lock, NULL);
+}
+
+/* How much of [offset, offset + count) lies before the end? */
+static uint64_t
+clip (struct container *c, uint64_t count, uint64_t offset)
+{
+  const uint64_t size = container_size (c);
+
+  if (offset >= size)
+    return 0;
+  return min_u64 (count, size - offset);
+}
+
+int
+container_pread (struct container *c, void *buf, size_t count, uint64_t offset)
+{
+  const size_t n = clip (c, count, offset);
+
+  if (n > 0 && c->ops->pread (c, buf, n, offset) == -1)
+    return -1;
+  if (n < count)
+    memset ((char *) buf + n, 0, count - n);
+  return 0;
+}
+
+int
+container_pwrite (struct container *c, const void *buf, size_t count,
+                  uint64_t offset)
+{
+  if (c->readonly) {
+    errno = EROFS;
+    return -1;
+  }
+  if (count == 0)
+    return 0;
+  if (range_exceeds (offset, count, MAX_SIZE)) {
+    errno = EFBIG;
+    return -1;
+  }
+  if (container_reserve (c, offset + count) == -1)
+    return -1;
+  return c->ops->pwrite (c, buf, count, offset);
+}
+
+int
+container_zero (struct container *c, uint64_t count, uint64_t offset,
+                bool punch)
+{
+  if (c->readonly) {
+    errno = EROFS;
+    return -1;
+  }
+  count = clip (c, count, offset);
+  if (count == 0)
+    return 0;
+  return c->ops->zero (c, count, offset, punch);
+}
+
+int
+container_cache (struct container *c, uint64_t count, uint64_t offset)
+{
+  count = clip (c, count, offset);
+  if (count == 0 || c->ops->cache == NULL)
+    return 0;
+  return c->ops->cache (c, count, offset);
+}
+
+int
+container_flush (struct container *c)
+{
+  if (c->readonly)
+    return 0;
+  return c->ops->flush (c);
+}
+
+int
+container_reserve (struct container *c, uint64_t end)
+{
+  if (end <= container_size (c))
+    return 0;
+  if (c->readonly) {
+    errno = EROFS;
+    return -1;
+  }
+  if (end > MAX_SIZE) {
+    errno = EFBIG;
+    return -1;
+  }
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->grow_lock);
+  if (end <= container_size (c))
+    return 0;                   /* Another thread was faster. */
+  return c->ops->grow (c, end);
+}
+
+int
+container_truncate (struct container *c, uint64_t size)
+{
+  if (c->readonly) {
+    errno = EROFS;
+    return -1;
+  }
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->grow_lock);
+  if (size >= container_size (c))
+    return 0;
+  return c->ops->truncate (c, size);
+}
+
+void
+container_close (struct container *c)
+{
+  if (c == NULL)
+    return;
+  pthread_mutex_destroy (&c->grow_lock);
+  c->ops->close (c);
+}

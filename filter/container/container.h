@@ -1,0 +1,121 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_CONTAINER_H
+#define DIRTY_BITMAP_CONTAINER_H
+
+/* The bytes of the image: what qcow2/ reads and writes.
+ *
+ * One table of operations, one file an implementation:
+ *   next.c     over nbdkit's plugin (the only file here that knows nbdkit)
+ *   file.c     over a file descriptor, read-only: looking at an image
+ *              before nbdkit lets the plugin be opened
+ *   memory.c   in memory, for tests
+ * The functions below are the door.  They deal with the end of the
+ * container once for all implementations, so an implementation is only
+ * asked for ranges inside its size.
+ *
+ * All functions may be called from any thread at any time, return 0 or
+ * -1 with errno set, and report nothing: the caller knows what the
+ * bytes mean.  Completed writes may be lost by a power cut, in any
+ * order and torn at 512 bytes, until a container_flush that began after
+ * them has returned 0: that is the barrier of the design.
+ */
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct container;
+
+struct container_ops {
+  int (*pread) (struct container *, void *buf, size_t count, uint64_t offset);
+  int (*pwrite) (struct container *,
+                 const void *buf, size_t count, uint64_t offset);
+
+  /* Make the range read as zeroes.  If punch, storage should be given
+   * back where it can be; the range reads as zeroes either way.
+   */
+  int (*zero) (struct container *, uint64_t count, uint64_t offset,
+               bool punch);
+
+  /* Bring the range into the cache of the storage.  May do nothing. */
+  int (*cache) (struct container *, uint64_t count, uint64_t offset);
+
+  int (*flush) (struct container *);
+
+  /* Make the container at least size bytes large and store the new size
+   * in container->size; what is new reads as zeroes.  It may grow by
+   * more.  ENOSPC if it cannot grow.  Called under container->grow_lock.
+   */
+  int (*grow) (struct container *, uint64_t size);
+
+  /* Cut the container to size bytes (less than it has).  Called once at
+   * the end, when nothing else is under way.  May do nothing.
+   */
+  int (*truncate) (struct container *, uint64_t size);
+
+  void (*close) (struct container *);
+};
+
+/* The head of every implementation's own struct. */
+struct container {
+  const struct container_ops *ops;
+  _Atomic uint64_t size;        /* bytes; only grows, until truncate */
+  bool readonly;
+  pthread_mutex_t grow_lock;    /* protects growth, taken last of all */
+};
+
+/* Called by the implementations' open functions. */
+extern void container_init (struct container *, const struct container_ops *,
+                            uint64_t size, bool readonly);
+
+static inline uint64_t
+container_size (struct container *c)
+{
+  return atomic_load_explicit (&c->size, memory_order_acquire);
+}
+
+/* Read.  Bytes beyond the end read as zeroes. */
+extern int container_pread (struct container *, void *buf, size_t count,
+                            uint64_t offset);
+
+/* Write, growing the container where needed.  EROFS if read-only. */
+extern int container_pwrite (struct container *, const void *buf, size_t count,
+                             uint64_t offset);
+
+/* Zero.  The part beyond the end needs nothing and does not grow it. */
+extern int container_zero (struct container *, uint64_t count, uint64_t offset,
+                           bool punch);
+extern int container_cache (struct container *, uint64_t count,
+                            uint64_t offset);
+
+/* The barrier. */
+extern int container_flush (struct container *);
+
+/* Make sure that [0, end) can be written without growing. */
+extern int container_reserve (struct container *, uint64_t end);
+extern int container_truncate (struct container *, uint64_t size);
+extern void container_close (struct container *);
+
+/* A read-only container over fd, which stays the caller's. */
+extern struct container *container_open_file (int fd);
+
+/* In memory, growing up to limit bytes (then ENOSPC), sparse.  A hook,
+ * if set, is called before each operation that changes or flushes and
+ * fails it by returning an errno value.
+ */
+struct container_memory_hook {
+  int (*before) (void *opaque, const char *operation,
+                 uint64_t offset, uint64_t count);
+  void *opaque;
+};
+extern struct container *container_open_memory (uint64_t limit);
+extern void container_memory_set_hook (struct container *,
+                                       const struct container_memory_hook *);
+
+#endif /* DIRTY_BITMAP_CONTAINER_H */
