@@ -1,0 +1,413 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* Finding free clusters, and making refcount blocks and tables to count
+ * them with.
+ *
+ * rc.cursor is the place to search from: no cluster below it is free.
+ * Clusters at rc.fresh or beyond lay outside the container when it was
+ * opened and were never used since, so they read as zeroes.
+ *
+ * A cluster whose refcount block does not exist is free, but the block
+ * has to be made before the cluster can be taken.  A new block goes to
+ * the first cluster of the run that asks for it, which is then one
+ * cluster later: so a block either counts itself, or stands in a part
+ * that is counted already.  A new refcount table is made in the same
+ * way: the table in RAM is made larger first, so that blocks for the
+ * clusters of the new table itself can be noted in it; then blocks,
+ * then table, barrier, header, barrier.  If that fails the old table,
+ * which the header still points to, is as it was.
+ *
+ * All but the entry points are called with alloc_lock held.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+
+#include "qcow2/internal.h"
+
+static int grow_table (struct qcow2 *q, uint64_t block_index);
+
+static uint64_t
+block_of (const struct qcow2 *q, uint64_t cluster)
+{
+  return cluster >> q->rc.block_entries_bits;
+}
+
+/* Nothing that is free by its refcount may be metadata. */
+static int
+check_free (struct qcow2 *q, uint64_t first, uint64_t nr)
+{
+  for (uint64_t c = first; c < first + nr; ++c) {
+    const enum qcow2_class class = registry_class (q, c);
+
+    if (class != QCOW2_DATA) {
+      report_error ("the cluster at host offset %#" PRIx64 " is part of %s but "
+                    "its refcount is 0: the image is corrupt and takes no "
+                    "more writes", c << q->cluster_bits,
+                    registry_class_name (class));
+      header_set_corrupt (q);
+      errno = EIO;
+      return -1;
+    }
+  }
+  return 0;
+}
+
+static int
+reserve (struct qcow2 *q, uint64_t end_cluster)
+{
+  if (end_cluster > ENTRY_OFFSET_MASK >> q->cluster_bits) {
+    report_error ("the image would exceed the maximum size of its format");
+    errno = EFBIG;
+    return -1;
+  }
+  if (container_reserve (q->container, end_cluster << q->cluster_bits) == -1) {
+    /* Without space the request may be tried again (write.c). */
+    if (errno != ENOSPC)
+      report_error ("cannot make room for new clusters in the image: %m");
+    return -1;
+  }
+  return 0;
+}
+
+/* Make refcount block block_index in the cluster at. */
+static int
+make_block (struct qcow2 *q, uint64_t block_index, uint64_t at)
+{
+  struct refcounts *rc = &q->rc;
+
+  if (check_free (q, at, 1) == -1 || reserve (q, at + 1) == -1)
+    return -1;
+  if (at < rc->fresh &&
+      container_zero (q->container, q->cluster_size, at << q->cluster_bits,
+                      false) == -1) {
+    report_error ("cannot write a refcount block: %m");
+    return -1;
+  }
+  if (registry_set (q, QCOW2_REFCOUNT_BLOCK, at, 1) == -1)
+    return -1;
+  if (refcount_set_table_entry (q, block_index, at << q->cluster_bits) == -1) {
+    registry_set (q, QCOW2_DATA, at, 1);
+    return -1;
+  }
+  if (refcount_set (q, at, 1) == -1) {
+    rc->table[block_index] = 0;
+    registry_set (q, QCOW2_DATA, at, 1);
+    return -1;
+  }
+  rc->fresh = max_u64 (rc->fresh, at + 1);
+  return 0;
+}
+
+/* The length of the free run at cluster, which is free, up to max. */
+static int
+free_run (struct qcow2 *q, uint64_t cluster, uint64_t max, uint64_t *length)
+{
+  uint64_t c = cluster + 1;
+
+  while (c - cluster < max) {
+    uint64_t count;
+
+    if (!refcount_block_exists (q, block_of (q, c))) {
+      c = (block_of (q, c) + 1) << q->rc.block_entries_bits;
+      continue;
+    }
+    if (refcount_get (q, c, &count) == -1)
+      return -1;
+    if (count != 0)
+      break;
+    c++;
+  }
+  *length = min_u64 (c - cluster, max);
+  return 0;
+}
+
+/* Find a free run of at least min and at most max clusters, from *cluster
+ * on, all of which have their refcount blocks.
+ */
+static int
+find_run (struct qcow2 *q, uint64_t min, uint64_t max, uint64_t *cluster,
+          uint64_t *length)
+{
+  for (;;) {
+    uint64_t block, last;
+
+    if (refcount_find_free (q, cluster) == -1 ||
+        free_run (q, *cluster, max, length) == -1)
+      return -1;
+    if (*length < min) {
+      *cluster += *length;
+      continue;
+    }
+
+    last = block_of (q, *cluster + *length - 1);
+    for (block = block_of (q, *cluster); block <= last; ++block)
+      if (!refcount_block_exists (q, block))
+        break;
+    if (block > last)
+      return 0;
+    if (block >= q->rc.table_entries) {
+      if (grow_table (q, block) == -1)
+        return -1;
+      continue;
+    }
+    if (make_block (q, block, *cluster) == -1)
+      return -1;
+    ++*cluster;
+  }
+}
+
+static int
+set_counts (struct qcow2 *q, uint64_t first, uint64_t nr)
+{
+  for (uint64_t c = first; c < first + nr; ++c)
+    if (refcount_set (q, c, 1) == -1) {
+      while (c-- > first)
+        refcount_set (q, c, 0);
+      return -1;
+    }
+  return 0;
+}
+
+/* Take a run that find_run has found. */
+static int
+take_run (struct qcow2 *q, enum qcow2_class class, uint64_t first, uint64_t nr)
+{
+  if (check_free (q, first, nr) == -1 || reserve (q, first + nr) == -1)
+    return -1;
+  if (class != QCOW2_DATA && registry_set (q, class, first, nr) == -1)
+    return -1;
+  if (set_counts (q, first, nr) == -1) {
+    registry_set (q, QCOW2_DATA, first, nr);
+    return -1;
+  }
+  q->rc.fresh = max_u64 (q->rc.fresh, first + nr);
+  return 0;
+}
+
+/* Put the larger table on disk: blocks and table, then the header. */
+static int
+write_table (struct qcow2 *q, uint64_t first)
+{
+  struct refcounts *rc = &q->rc;
+  const size_t bytes = rc->table_entries * 8;
+  CLEANUP_FREE uint64_t *be = malloc (bytes);
+
+  if (be == NULL) {
+    report_error ("malloc: %m");
+    return -1;
+  }
+  for (uint64_t i = 0; i < rc->table_entries; ++i)
+    put_be64 (&be[i], rc->table[i]);
+  if (refcounts_write_all (q) == -1)
+    return -1;
+  if (registry_check (q, QCOW2_REFCOUNT_TABLE, first << q->cluster_bits,
+                      bytes) == -1)
+    return -1;
+  if (container_pwrite (q->container, be, bytes,
+                        first << q->cluster_bits) == -1 ||
+      container_flush (q->container) == -1) {
+    report_error ("cannot write a larger refcount table: %m");
+    return -1;
+  }
+  return header_set_reftable (q, first << q->cluster_bits,
+                              bytes >> q->cluster_bits);
+}
+
+/* Forget all that was made for a larger table which did not come to be. */
+static void
+shrink_table (struct qcow2 *q, uint64_t old_entries)
+{
+  struct refcounts *rc = &q->rc;
+  size_t kept = 0;
+
+  refcount_forget (q, old_entries);
+  for (uint64_t i = old_entries; i < rc->table_entries; ++i)
+    if (rc->table[i] != 0)
+      registry_set (q, QCOW2_DATA, rc->table[i] >> q->cluster_bits, 1);
+  rc->table_entries = old_entries;
+  for (size_t i = 0; i < rc->nr_dirty_table; ++i)
+    if (rc->dirty_table[i] < old_entries)
+      rc->dirty_table[kept++] = rc->dirty_table[i];
+  rc->nr_dirty_table = kept;
+}
+
+static void
+give_up_run (struct qcow2 *q, uint64_t first, uint64_t nr)
+{
+  registry_set (q, QCOW2_DATA, first, nr);
+  for (uint64_t c = first; c < first + nr; ++c)
+    if (refcount_block_exists (q, block_of (q, c)))
+      refcount_set (q, c, 0);
+}
+
+static int
+enlarge_in_ram (struct qcow2 *q, uint64_t block_index)
+{
+  struct refcounts *rc = &q->rc;
+  const uint64_t per_cluster = q->cluster_size / 8;
+  const uint64_t entries =
+    min_u64 (round_up (max_u64 (block_index + 1, rc->table_entries) * 3 / 2 +
+                       per_cluster, per_cluster),
+             MAX_REFTABLE_BYTES / 8);
+  uint64_t *table;
+
+  if (entries <= block_index) {
+    report_error ("the image would exceed the maximum size of its refcount "
+                  "table");
+    errno = EFBIG;
+    return -1;
+  }
+  table = realloc (rc->table, entries * sizeof table[0]);
+  if (table == NULL) {
+    report_error ("realloc: %m");
+    return -1;
+  }
+  memset (table + rc->table_entries, 0,
+          (entries - rc->table_entries) * sizeof table[0]);
+  rc->table = table;
+  rc->table_entries = entries;
+  return 0;
+}
+
+/* Replace the refcount table by one that has an entry for block_index.
+ * The caller searches anew: with the lock let go while waiting, and
+ * clusters taken for the table, what it had found may be gone.
+ */
+static int
+grow_table (struct qcow2 *q, uint64_t block_index)
+{
+  struct refcounts *rc = &q->rc;
+  const uint64_t old_entries = rc->table_entries;
+  const uint64_t old_first = rc->table_offset >> q->cluster_bits;
+  uint64_t first = rc->cursor, nr, length;
+
+  if (rc->growing) {
+    report_error ("the refcount table cannot count its own clusters");
+    errno = EFBIG;
+    return -1;
+  }
+  if (rc->nr_pinned != 0) {
+    while (rc->nr_pinned != 0)
+      pthread_cond_wait (&rc->unpinned, &q->alloc_lock);
+    return 0;
+  }
+  if (enlarge_in_ram (q, block_index) == -1)
+    return -1;
+  nr = rc->table_entries * 8 >> q->cluster_bits;
+
+  rc->growing = true;
+  if (find_run (q, nr, nr, &first, &length) == -1 ||
+      take_run (q, QCOW2_REFCOUNT_TABLE, first, nr) == -1) {
+    rc->growing = false;
+    shrink_table (q, old_entries);
+    return -1;
+  }
+  rc->growing = false;
+  if (write_table (q, first) == -1) {
+    shrink_table (q, old_entries);
+    give_up_run (q, first, nr);
+    return -1;
+  }
+
+  rc->table_offset = first << q->cluster_bits;
+  rc->tables++;
+  rc->nr_dirty_table = 0;
+  nr = old_entries * 8 >> q->cluster_bits;
+  registry_set (q, QCOW2_DATA, old_first, nr);
+  release_clusters (q, old_first, nr);
+  return 0;
+}
+
+static int
+allocate_run (struct qcow2 *q, enum qcow2_class class, uint64_t min,
+              uint64_t max, uint64_t *host_offset, uint64_t *got, bool *zeroed)
+{
+  struct refcounts *rc = &q->rc;
+  uint64_t cluster, was_fresh;
+
+  if (header_begin_writing (q) == -1)
+    return -1;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  cluster = rc->cursor;
+  if (refcount_find_free (q, &cluster) == -1)
+    return -1;
+  rc->cursor = cluster;
+  if (find_run (q, min, max, &cluster, got) == -1)
+    return -1;
+  was_fresh = rc->fresh;
+  if (take_run (q, class, cluster, *got) == -1)
+    return -1;
+  if (cluster == rc->cursor)
+    rc->cursor = cluster + *got;
+  *zeroed = cluster >= was_fresh;
+  *host_offset = cluster << q->cluster_bits;
+  return 0;
+}
+
+int
+allocate_clusters (struct qcow2 *q, enum qcow2_class class, uint64_t nr,
+                   uint64_t *host_offset, uint64_t *got, bool *zeroed)
+{
+  return allocate_run (q, class, 1, nr, host_offset, got, zeroed);
+}
+
+int
+qcow2_alloc (struct qcow2 *q, enum qcow2_class class, uint64_t nr_clusters,
+             uint64_t *host_offset)
+{
+  uint64_t got;
+  bool zeroed;
+
+  if (allocate_run (q, class, nr_clusters, nr_clusters, host_offset, &got,
+                    &zeroed) == -1) {
+    if (errno == ENOSPC)
+      report_error ("no space is left in the image for %s",
+                    registry_class_name (class));
+    return -1;
+  }
+  return 0;
+}
+
+void
+allocate_undo (struct qcow2 *q, uint64_t host_offset, uint64_t nr)
+{
+  const uint64_t first = host_offset >> q->cluster_bits;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  registry_set (q, QCOW2_DATA, first, nr);
+  for (uint64_t c = first; c < first + nr; ++c)
+    if (refcount_set (q, c, 0) == -1)
+      report_warning ("a cluster is leaked at host offset %#" PRIx64,
+                      c << q->cluster_bits);
+  q->rc.cursor = min_u64 (q->rc.cursor, first);
+}
+
+int
+allocate_used_end (struct qcow2 *q, uint64_t *end)
+{
+  uint64_t c = div_round_up (container_size (q->container), q->cluster_size);
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  for (; c > 0; --c) {
+    uint64_t count;
+
+    if (!refcount_block_exists (q, block_of (q, c - 1))) {
+      c = (block_of (q, c - 1) << q->rc.block_entries_bits) + 1;
+      continue;
+    }
+    if (refcount_get (q, c - 1, &count) == -1)
+      return -1;
+    if (count != 0)
+      break;
+  }
+  *end = c << q->cluster_bits;
+  return 0;
+}

@@ -1,0 +1,306 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* The order of writes.
+ *
+ * A reference is on disk only after what it refers to.  Step by step,
+ * with what each barrier is for:
+ *
+ *   hooks: data        bitmaps' data and new tables
+ *   copy               dirty L2 slices, the list of dirty L1 entries:
+ *                      what they refer to has been written, and has its
+ *                      refcounts raised in RAM.  Later changes are the
+ *                      next flush's
+ *   refcount blocks    and, after a barrier of its own if there are new
+ *                      blocks, the entries of the refcount table
+ *   - barrier -        guest data, bitmap data, refcounts, new (zeroed)
+ *                      L2 tables are durable
+ *   hooks: references  bitmap tables and directory
+ *   L2 slices, L1 entries
+ *   - barrier -        only if any of these was written
+ *   hooks: settle      - barrier, if it wrote -
+ *   hooks: done
+ *   released clusters  that no entry on disk refers to any more become
+ *                      free (release.c)
+ *
+ * L1 entries and the entries of the new L2 tables need no order between
+ * them, see mapping.c.  Where there are more dirty slices than are copied
+ * at a time, the steps from copy to the writing of L2 slices are repeated;
+ * the barrier of a round covers the L2 slices of the one before.
+ *
+ * A flush that fails leaves everything dirty that it has not made
+ * durable, and the next one begins anew.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <sys/types.h>
+#include <time.h>
+
+#include "qcow2/internal.h"
+
+/* Dirty slices that are copied at a time. */
+#define ROUND 2048
+
+struct flush {
+  const struct qcow2_flush_hooks *hooks;
+  struct l1_copies l1;
+  struct l2_copy *copies;       /* of all rounds: pinned until the end */
+  size_t nr_copies, max_copies;
+  uint8_t *data;                /* of this round's copies */
+  size_t round;                 /* how many fit into data */
+  size_t next_set;
+  bool references;              /* some were written */
+};
+
+int
+qcow2_barrier (struct qcow2 *q)
+{
+  if (container_flush (q->container) == -1) {
+    report_error ("cannot flush the image: %m");
+    return -1;
+  }
+  return 0;
+}
+
+int
+qcow2_read_metadata (struct qcow2 *q, void *buf, size_t count,
+                     uint64_t host_offset)
+{
+  if (container_pread (q->container, buf, count, host_offset) == -1) {
+    report_error ("cannot read %zu bytes at host offset %#" PRIx64 ": %m",
+                  count, host_offset);
+    return -1;
+  }
+  return 0;
+}
+
+int
+qcow2_write_metadata (struct qcow2 *q, enum qcow2_class class,
+                      const void *buf, size_t count, uint64_t host_offset)
+{
+  if (header_begin_writing (q) == -1 ||
+      registry_check (q, class, host_offset, count) == -1)
+    return -1;
+  if (container_pwrite (q->container, buf, count, host_offset) == -1) {
+    report_error ("cannot write %s at host offset %#" PRIx64 ": %m",
+                  registry_class_name (class), host_offset);
+    return -1;
+  }
+  return 0;
+}
+
+/* A hook, where there are any. */
+static int
+hook (const struct flush *f, int (*fn) (void *))
+{
+  return fn (f->hooks->opaque);
+}
+
+/* Copy the next slices to be written.  Returns how many, or -1. */
+static ssize_t
+copy_slices (struct qcow2 *q, struct flush *f)
+{
+  const size_t dirty = atomic_load (&q->l2.nr_dirty);
+  size_t n;
+
+  if (dirty == 0)
+    return 0;
+  if (f->data == NULL) {
+    f->round = min_u64 (ROUND, dirty);
+    f->data = malloc (f->round * l2_slice_bytes (q));
+    if (f->data == NULL) {
+      report_error ("malloc: %m");
+      return -1;
+    }
+  }
+  if (f->max_copies - f->nr_copies < f->round) {
+    const size_t max = f->max_copies * 2 + f->round;
+    struct l2_copy *p = realloc (f->copies, max * sizeof p[0]);
+
+    if (p == NULL) {
+      report_error ("realloc: %m");
+      return -1;
+    }
+    f->copies = p;
+    f->max_copies = max;
+  }
+  n = l2_copy_dirty (q, &f->next_set, f->copies + f->nr_copies, f->data,
+                     f->round);
+  f->nr_copies += n;
+  return n;
+}
+
+static int
+write_slices (struct qcow2 *q, struct flush *f, size_t n)
+{
+  const struct l2_copy *copies = f->copies + f->nr_copies - n;
+
+  for (size_t i = 0; i < n; ++i)
+    if (l2_write_copy (q, &copies[i], f->data + i * l2_slice_bytes (q)) == -1)
+      return -1;
+  f->references |= n != 0;
+  return 0;
+}
+
+static int
+run_rounds (struct qcow2 *q, struct flush *f)
+{
+  bool first = true;
+  ssize_t n;
+
+  do {
+    n = copy_slices (q, f);
+    if (n == -1 || refcounts_flush (q) == -1 || qcow2_barrier (q) == -1)
+      return -1;
+    if (first && f->hooks != NULL) {
+      const int r = hook (f, f->hooks->references);
+
+      if (r == -1)
+        return -1;
+      f->references |= r == 1;
+    }
+    first = false;
+    if (write_slices (q, f, n) == -1)
+      return -1;
+  } while (n > 0 && f->next_set < q->l2.nr_sets);
+  return 0;
+}
+
+static int
+run_steps (struct qcow2 *q, struct flush *f)
+{
+  if (f->hooks != NULL && hook (f, f->hooks->data) == -1)
+    return -1;
+  mapping_take_dirty_l1 (q, &f->l1);
+  if (run_rounds (q, f) == -1 || mapping_write_l1 (q, &f->l1) == -1)
+    return -1;
+  f->references |= f->l1.nr != 0;
+  if (f->references && qcow2_barrier (q) == -1)
+    return -1;
+  if (f->hooks != NULL) {
+    const int r = hook (f, f->hooks->settle);
+
+    if (r == -1 || (r == 1 && qcow2_barrier (q) == -1))
+      return -1;
+  }
+  return 0;
+}
+
+/* With flush_lock held. */
+static int
+flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
+{
+  const unsigned long number = atomic_fetch_add (&q->flushes_begun, 1) + 1;
+  struct flush f = { .hooks = hooks };
+  int r, err;
+
+  release_flush_begins (q);
+  r = run_steps (q, &f);
+  err = errno;
+  mapping_l1_done (q, &f.l1, r == 0);
+  l2_copies_done (q, f.copies, f.nr_copies, r == 0);
+  release_flush_ends (q, r == 0);
+  if (hooks != NULL)
+    (r == 0 ? hooks->done : hooks->failed) (hooks->opaque);
+  free (f.copies);
+  free (f.data);
+  if (r == 0) {
+    q->flush_succeeded[hooks != NULL] = number;
+    release_retire (q, false);
+  }
+  errno = err;
+  return r;
+}
+
+/* Did a flush succeed that began after number others had begun? */
+static bool
+flushed_since (const struct qcow2 *q, unsigned long number, bool with_hooks)
+{
+  return q->flush_succeeded[1] > number ||
+    (!with_hooks && q->flush_succeeded[0] > number);
+}
+
+int
+qcow2_flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
+{
+  const unsigned long number = atomic_load (&q->flushes_begun);
+
+  if (q->readonly)
+    return 0;
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->flush_lock);
+  if (flushed_since (q, number, hooks != NULL))
+    return 0;
+  return flush (q, hooks);
+}
+
+int
+flush_metadata (struct qcow2 *q)
+{
+  return qcow2_flush (q, NULL);
+}
+
+/* The wait for requests under way holds no lock: they may be waiting for
+ * a range whose holder waits for flush_lock.  A request that takes long
+ * is not waited for for ever; its clusters come free later.
+ */
+int
+qcow2_reclaim (struct qcow2 *q)
+{
+  const struct timespec ts = { .tv_nsec = 100000 };
+  bool done;
+
+  pthread_mutex_lock (&q->flush_lock);
+  const int r = flush (q, NULL);
+  pthread_mutex_unlock (&q->flush_lock);
+  if (r == -1)
+    return -1;
+
+  for (unsigned tries = 0; tries < 10000; ++tries) {
+    pthread_mutex_lock (&q->flush_lock);
+    release_retire (q, false);
+    done = !q->grace_under_way && q->durable.nr == 0;
+    pthread_mutex_unlock (&q->flush_lock);
+    if (done)
+      break;
+    nanosleep (&ts, NULL);
+  }
+  return 0;
+}
+
+static bool
+all_clean (struct qcow2 *q)
+{
+  return release_is_empty (q) && atomic_load (&q->rc.nr_dirty) == 0 &&
+    atomic_load (&q->l2.nr_dirty) == 0 && q->nr_dirty_l1 == 0;
+}
+
+int
+qcow2_stop (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
+{
+  uint64_t end;
+
+  if (!atomic_load (&q->writing))
+    return 0;
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->flush_lock);
+  /* Freeing clusters changes refcounts, which are flushed again. */
+  do {
+    if (flush (q, hooks) == -1)
+      return -1;
+    release_retire (q, true);
+  } while (!all_clean (q));
+
+  if (allocate_used_end (q, &end) == -1)
+    return -1;
+  if (end < container_size (q->container) &&
+      container_truncate (q->container, end) == -1) {
+    report_error ("cannot cut the image to its end: %m");
+    return -1;
+  }
+  return 0;
+}

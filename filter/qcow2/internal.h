@@ -1,0 +1,398 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_QCOW2_INTERNAL_H
+#define DIRTY_BITMAP_QCOW2_INTERNAL_H
+
+/* What the files of qcow2/ share.
+ *
+ *   header.c          the header and its extensions
+ *   registry.c        which clusters hold metadata
+ *   refcount.c        refcount blocks and their cache
+ *   allocate.c        finding free clusters; new refcount blocks and tables
+ *   release.c         clusters on their way from used to free
+ *   l2-cache.c        L2 tables in RAM
+ *   mapping.c         guest offset to host offset, L1 and L2 entries
+ *   compressed.c      compressed clusters
+ *   read.c, write.c, discard.c
+ *   flush.c           the order of writes
+ *   open.c            putting it all together
+ *
+ * Locks, in the order in which they are taken:
+ *   range (mapping.c)   guest clusters whose mapping is being changed
+ *   flush_lock          one flush at a time
+ *   l2_set.lock         one set of the L2 cache
+ *   l1_lock             new L2 tables, the list of dirty L1 entries
+ *   alloc_lock          refcounts, their cache, the refcount table
+ *   release_lock        the lists of clusters on their way to free
+ *   registry.lock       changes to the registry
+ * A read, or a write to a cluster that is allocated, takes none of them
+ * unless an L2 slice has to be loaded.
+ */
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "common/bytes.h"
+#include "common/cleanup.h"
+#include "common/grace.h"
+#include "common/report.h"
+#include "container/container.h"
+#include "qcow2/qcow2.h"
+
+/* Bits of L1 and L2 entries. */
+#define OFLAG_COPIED UINT64_C (0x8000000000000000)
+#define OFLAG_COMPRESSED UINT64_C (0x4000000000000000)
+#define OFLAG_ZERO UINT64_C (1)
+#define ENTRY_OFFSET_MASK UINT64_C (0x00fffffffffffe00)
+#define L1_RESERVED_MASK UINT64_C (0x7f000000000001ff)
+#define L2_RESERVED_MASK UINT64_C (0x3f000000000001fe)
+#define REFTABLE_RESERVED_MASK UINT64_C (0x1ff)
+
+/* Bits of the header. */
+#define INCOMPAT_DIRTY UINT64_C (1)
+#define INCOMPAT_CORRUPT UINT64_C (2)
+#define INCOMPAT_DATA_FILE UINT64_C (4)
+#define INCOMPAT_COMPRESSION UINT64_C (8)
+#define INCOMPAT_EXTENDED_L2 UINT64_C (16)
+#define AUTOCLEAR_BITMAPS UINT64_C (1)
+#define AUTOCLEAR_RAW_EXTERNAL UINT64_C (2)
+
+/* QEMU's limits, which bound what a header can make us allocate. */
+#define MAX_L1_BYTES (UINT64_C (32) << 20)
+#define MAX_REFTABLE_BYTES (UINT64_C (8) << 20)
+
+/* What the header says, checked. */
+struct header {
+  unsigned version;
+  unsigned cluster_bits;
+  uint64_t size;
+  uint32_t l1_entries;
+  uint64_t l1_offset;
+  uint64_t reftable_offset;
+  uint32_t reftable_clusters;
+  uint32_t nr_snapshots;
+  uint64_t incompatible, compatible, autoclear;
+  unsigned refcount_order;
+  uint32_t header_length;
+  unsigned compression_type;
+};
+
+/* header.c.  The raw first cluster is kept as it is on disk, and every
+ * change goes through it.
+ */
+struct header_state {
+  pthread_mutex_t lock;         /* protects what follows */
+  uint8_t *cluster;
+  uint64_t extensions_end;      /* offset of the END extension, or of the
+                                   place where it would be */
+  uint64_t extensions_limit;    /* they may not reach beyond this */
+  uint64_t bitmaps_offset;      /* of the extension's data, or 0 */
+  struct qcow2_bitmaps_extension bitmaps;
+  bool distrust_bitmaps;
+};
+
+/* registry.c */
+struct registry_table;
+struct registry {
+  pthread_mutex_t lock;         /* protects changes */
+  _Atomic (struct registry_table *) table;
+};
+
+/* refcount.c */
+struct refcount_slice {
+  uint64_t index;               /* UINT64_MAX if unused */
+  uint8_t *data;
+  bool dirty, pinned, referenced;
+  struct refcount_slice *next;  /* in its hash chain */
+};
+
+struct refcounts {
+  unsigned slice_bytes;
+  unsigned slice_entries_bits;  /* log2 of entries in a slice */
+  unsigned block_entries_bits;  /* log2 of entries in a refcount block */
+  uint64_t *table;              /* host offsets of refcount blocks */
+  uint64_t table_entries;
+  uint64_t table_offset;        /* on disk */
+  bool growing;                 /* a larger table is being made */
+  unsigned long tables;         /* how often the table was replaced */
+  uint64_t *dirty_table;        /* indices of entries to write */
+  size_t nr_dirty_table, max_dirty_table;
+  struct refcount_slice *slices;
+  size_t nr_slices, hand, nr_pinned;
+  atomic_size_t nr_dirty;       /* changed under alloc_lock */
+  pthread_cond_t unpinned;      /* nr_pinned has fallen to 0 */
+  struct refcount_slice **hash;
+  size_t hash_mask;
+  uint64_t cursor;              /* no cluster below this is free */
+  uint64_t fresh;               /* clusters from here on were never used,
+                                   and read as zeroes */
+};
+
+/* release.c */
+struct release_range {
+  uint64_t cluster, nr;
+};
+
+struct release_list {
+  struct release_range *ranges;
+  size_t nr, max;
+  uint64_t nr_clusters;
+};
+
+/* l2-cache.c */
+#define L2_WAYS 16
+
+struct l2_slot {
+  _Atomic uint64_t tag;         /* (slice + 1) << 24 | version, or version */
+  atomic_uint referenced;       /* since the clock hand passed */
+  bool dirty, pinned;           /* protected by the set's lock */
+};
+
+struct l2_set {
+  pthread_mutex_t lock;         /* protects all changes to the set */
+  unsigned hand;
+  atomic_uint nr_dirty;         /* changed under lock */
+  struct l2_slot way[L2_WAYS];
+};
+
+struct l2_cache {
+  unsigned slice_bits;          /* log2 of entries in a slice */
+  size_t nr_sets;               /* a power of two */
+  struct l2_set *sets;
+  _Atomic uint64_t *entries;    /* big-endian, as on disk */
+  atomic_size_t nr_dirty;
+};
+
+/* A change of mapping under way (mapping.c). */
+struct range_lock {
+  uint64_t first, last;         /* guest clusters */
+  struct range_lock *next;
+};
+
+struct qcow2 {
+  struct container *container;
+  bool readonly;
+  struct header header;
+  struct header_state hs;
+  unsigned cluster_bits;
+  uint64_t cluster_size;
+  unsigned l2_bits;             /* log2 of entries in an L2 table */
+  uint64_t size;                /* of the guest's disk */
+
+  atomic_bool writing;          /* the first change was let through */
+  atomic_bool corrupt;          /* takes no writes any more */
+
+  struct registry registry;
+
+  pthread_mutex_t alloc_lock;   /* protects refcounts */
+  struct refcounts rc;
+
+  pthread_mutex_t release_lock; /* protects the lists that follow */
+  struct release_list released; /* no longer referred to, in RAM */
+  struct release_list flushing; /* the flush under way makes it durable */
+  struct release_list durable;  /* no longer referred to, on disk */
+  struct release_list waiting;  /* for the requests that might use them */
+  bool grace_under_way;
+  atomic_size_t pending_ranges;         /* in all lists */
+  _Atomic uint64_t pending_clusters;
+  struct grace requests;        /* requests that use host offsets */
+
+  _Atomic uint64_t *l1;
+  pthread_mutex_t l1_lock;      /* protects what follows */
+  uint32_t *dirty_l1;
+  size_t nr_dirty_l1, max_dirty_l1;
+
+  struct l2_cache l2;
+
+  pthread_mutex_t range_mutex;  /* protects ranges */
+  pthread_cond_t range_cond;
+  struct range_lock *ranges;
+
+  pthread_mutex_t flush_lock;   /* one flush at a time */
+  atomic_ulong flushes_begun;
+  unsigned long flush_succeeded[2]; /* without, with hooks */
+};
+
+/* header.c */
+extern int header_read (struct qcow2 *);
+extern void header_free (struct qcow2 *);
+/* To be called before every change.  EROFS, EIO if corrupt. */
+extern int header_begin_writing (struct qcow2 *);
+extern int header_set_reftable (struct qcow2 *, uint64_t offset,
+                                uint32_t clusters);
+/* The image is found or about to be damaged: take no more writes. */
+extern void header_set_corrupt (struct qcow2 *);
+
+/* registry.c */
+extern int registry_init (struct qcow2 *);
+extern void registry_free (struct qcow2 *);
+extern enum qcow2_class registry_class (struct qcow2 *, uint64_t cluster);
+/* -1 with ENOMEM. */
+extern int registry_set (struct qcow2 *, enum qcow2_class,
+                         uint64_t cluster, uint64_t nr_clusters);
+/* Refuse a write that would touch clusters of another class: EIO. */
+extern int registry_check (struct qcow2 *, enum qcow2_class,
+                           uint64_t offset, uint64_t count);
+extern const char *registry_class_name (enum qcow2_class);
+
+/* refcount.c: all with alloc_lock held. */
+extern int refcounts_open (struct qcow2 *, uint64_t cache_bytes);
+extern void refcounts_free (struct qcow2 *);
+extern int refcount_get (struct qcow2 *, uint64_t cluster, uint64_t *count);
+/* The refcount block exists. */
+extern int refcount_set (struct qcow2 *, uint64_t cluster, uint64_t count);
+/* Find the first free cluster from *cluster on.  Clusters whose refcount
+ * block does not exist are free.
+ */
+extern int refcount_find_free (struct qcow2 *, uint64_t *cluster);
+extern bool refcount_block_exists (struct qcow2 *, uint64_t block_index);
+/* Forget cached slices of refcount block index and beyond. */
+extern void refcount_forget (struct qcow2 *, uint64_t block_index);
+/* Set an entry of the refcount table, to be written by the next flush. */
+extern int refcount_set_table_entry (struct qcow2 *, uint64_t block_index,
+                                     uint64_t host_offset);
+/* Write all dirty slices.  Nothing is pinned. */
+extern int refcounts_write_all (struct qcow2 *);
+
+/* refcount.c: without alloc_lock, under flush_lock. */
+extern int refcounts_flush (struct qcow2 *);
+
+/* allocate.c.  Without alloc_lock.  At least one and at most nr
+ * contiguous clusters, *got of them; *zeroed if they read as zeroes.
+ */
+extern int allocate_clusters (struct qcow2 *, enum qcow2_class, uint64_t nr,
+                              uint64_t *host_offset, uint64_t *got,
+                              bool *zeroed);
+/* Undo it: nothing ever referred to them. */
+extern void allocate_undo (struct qcow2 *, uint64_t host_offset, uint64_t nr);
+/* The end of the last cluster in use, in bytes. */
+extern int allocate_used_end (struct qcow2 *, uint64_t *end);
+
+/* release.c */
+extern void release_clusters (struct qcow2 *, uint64_t cluster, uint64_t nr);
+/* The reference of an L2 entry is gone. */
+extern void release_entry (struct qcow2 *, uint64_t entry);
+extern void release_flush_begins (struct qcow2 *);
+extern void release_flush_ends (struct qcow2 *, bool success);
+/* Free what can be freed now.  Under flush_lock. */
+extern void release_retire (struct qcow2 *, bool wait);
+/* Should the caller, outside of any section, call qcow2_reclaim? */
+extern bool release_wants_reclaim (struct qcow2 *);
+extern bool release_is_empty (struct qcow2 *);
+extern void release_free (struct qcow2 *);
+
+/* l2-cache.c */
+extern int l2_cache_open (struct qcow2 *, uint64_t cache_bytes);
+extern void l2_cache_free (struct qcow2 *);
+/* Read nr entries from guest cluster on, all of one slice. */
+extern int l2_get (struct qcow2 *, uint64_t guest_cluster, unsigned nr,
+                   uint64_t *entries);
+/* Set nr entries from guest cluster on, all of one slice, whose L2 table
+ * exists.  EAGAIN if the cache has to be flushed first.
+ */
+extern int l2_set (struct qcow2 *, uint64_t guest_cluster, unsigned nr,
+                   const uint64_t *entries);
+/* For the flush: copy up to max_copies dirty slices, from *next_set on,
+ * into data, and pin them.
+ */
+struct l2_copy {
+  uint64_t slice;
+  size_t slot;
+};
+extern size_t l2_copy_dirty (struct qcow2 *, size_t *next_set,
+                             struct l2_copy *copies, uint8_t *data,
+                             size_t max_copies);
+extern int l2_write_copy (struct qcow2 *, const struct l2_copy *,
+                          const uint8_t *data);
+/* Unpin them; they are dirty again if !written. */
+extern void l2_copies_done (struct qcow2 *, const struct l2_copy *copies,
+                            size_t nr, bool written);
+extern unsigned l2_slice_bytes (const struct qcow2 *);
+
+/* mapping.c */
+enum mapping_kind {
+  MAPPING_UNALLOCATED,
+  MAPPING_ZERO,                 /* explicit zeroes, no host cluster */
+  MAPPING_ZERO_ALLOCATED,       /* explicit zeroes, host cluster kept */
+  MAPPING_DATA,
+  MAPPING_COMPRESSED,
+  MAPPING_INVALID,              /* an entry that is not well formed */
+};
+
+struct mapping {
+  enum mapping_kind kind;
+  bool copied;                  /* the host cluster is this image's alone */
+  uint64_t host;                /* host offset of the first byte */
+  uint64_t length;              /* bytes from the guest offset asked for */
+  uint64_t entry;               /* the L2 entry of the first cluster */
+};
+extern int mapping_open (struct qcow2 *);
+extern void mapping_free (struct qcow2 *);
+extern void mapping_decode (const struct qcow2 *, uint64_t entry,
+                            struct mapping *);
+/* The mapping at guest offset, up to count bytes: one kind, and for data
+ * one contiguous host range.
+ */
+extern int mapping_lookup (struct qcow2 *, uint64_t offset, uint64_t count,
+                           struct mapping *);
+/* The same without regard to host offsets. */
+extern int mapping_lookup_kind (struct qcow2 *, uint64_t offset,
+                                uint64_t count, struct mapping *);
+/* Make sure that there is an L2 table for a guest cluster. */
+extern int mapping_need_l2 (struct qcow2 *, uint64_t guest_cluster);
+/* Set the entries of guest clusters that belong to one L2 slice. */
+extern int mapping_set (struct qcow2 *, uint64_t guest_cluster, unsigned nr,
+                        const uint64_t *entries);
+/* Guest clusters from guest_cluster to the end of its slice. */
+extern uint64_t mapping_slice_left (const struct qcow2 *,
+                                    uint64_t guest_cluster);
+extern void range_lock_take (struct qcow2 *, struct range_lock *,
+                             uint64_t first, uint64_t last);
+extern void range_lock_drop (struct qcow2 *, struct range_lock *);
+/* The L1 entries that are dirty, taken over by the flush: write them,
+ * then free (indices), or give them back.
+ */
+struct l1_copies {
+  uint32_t *indices;
+  size_t nr;
+};
+extern void mapping_take_dirty_l1 (struct qcow2 *, struct l1_copies *);
+extern int mapping_write_l1 (struct qcow2 *, const struct l1_copies *);
+extern void mapping_l1_done (struct qcow2 *, struct l1_copies *,
+                             bool written);
+
+/* compressed.c: read a compressed cluster whole into buf. */
+extern int compressed_read (struct qcow2 *, uint64_t entry, void *buf);
+extern void compressed_location (const struct qcow2 *, uint64_t entry,
+                                 uint64_t *host, uint64_t *bytes);
+
+/* read.c: the cluster at guest_cluster as the mapping has it. */
+extern int read_cluster (struct qcow2 *, const struct mapping *, void *buf);
+
+/* write.c.  Check a host range that is about to be changed in place. */
+extern int write_check_host (struct qcow2 *, uint64_t host, uint64_t count);
+/* After a request failed: free what can be freed and return true if it
+ * can be tried once more; else report it if there was no space.
+ */
+extern bool write_may_retry (struct qcow2 *, bool *retried);
+
+/* flush.c */
+extern int flush_metadata (struct qcow2 *);
+/* Flush, and wait until what was released is free.  Outside of sections,
+ * with no range lock held.
+ */
+extern int qcow2_reclaim (struct qcow2 *);
+
+static inline uint64_t
+guest_cluster_of (const struct qcow2 *q, uint64_t offset)
+{
+  return offset >> q->cluster_bits;
+}
+
+#endif /* DIRTY_BITMAP_QCOW2_INTERNAL_H */

@@ -1,0 +1,362 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* Guest offset to host offset: L1 and L2 entries (qcow2.rst, "Cluster
+ * mapping"), and who may change them.
+ *
+ * The L1 table is in RAM whole.  Looking a mapping up takes no lock.
+ * Whoever changes the mapping of guest clusters holds a range lock on
+ * them from the time he looks until the entries are set, so that of two
+ * writes to one unallocated cluster the second finds what the first has
+ * allocated.  Writes to clusters that are allocated, and reads, take no
+ * range lock: for them a cluster that is given up stays what it was
+ * until they are done (release.c).
+ *
+ * An L1 entry in RAM changes once, from none to a new L2 table, which
+ * has been zeroed in the container by then; so whatever part of the new
+ * L1 entry and the new L2 entries is on disk after a crash, it is
+ * consistent.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+
+#include "qcow2/internal.h"
+
+/* Entries looked up at once. */
+#define BATCH 64
+
+static int
+load_l1_entry (struct qcow2 *q, uint32_t i, uint64_t entry)
+{
+  atomic_init (&q->l1[i], entry);
+  if (entry == 0 || q->readonly)
+    return 0;
+  if ((entry & L1_RESERVED_MASK) != 0 ||
+      ((entry & ENTRY_OFFSET_MASK) != 0 &&
+       qcow2_register (q, QCOW2_L2_TABLE, entry & ENTRY_OFFSET_MASK,
+                       q->cluster_size) == -1)) {
+    report_error ("the image is corrupt: L1 entry %" PRIu32 ", %#" PRIx64
+                  ", is invalid or overlaps other metadata; "
+                  "see qemu-img check", i, entry);
+    errno = EIO;
+    return -1;
+  }
+  return 0;
+}
+
+int
+mapping_open (struct qcow2 *q)
+{
+  const uint32_t nr = q->header.l1_entries;
+  CLEANUP_FREE uint64_t *raw = malloc (nr * UINT64_C (8) + 1);
+
+  pthread_mutex_init (&q->l1_lock, NULL);
+  pthread_mutex_init (&q->range_mutex, NULL);
+  pthread_cond_init (&q->range_cond, NULL);
+  q->l1 = malloc (nr * sizeof q->l1[0] + 1);
+  if (raw == NULL || q->l1 == NULL) {
+    report_error ("malloc: %m");
+    return -1;
+  }
+  if (nr == 0)
+    return 0;
+  if (container_pread (q->container, raw, nr * UINT64_C (8),
+                       q->header.l1_offset) == -1) {
+    report_error ("cannot read the L1 table: %m");
+    return -1;
+  }
+  if (qcow2_register (q, QCOW2_L1_TABLE, q->header.l1_offset,
+                      nr * UINT64_C (8)) == -1) {
+    report_error ("the L1 table of the image overlaps other metadata "
+                  "or the end of the file");
+    return -1;
+  }
+  for (uint32_t i = 0; i < nr; ++i)
+    if (load_l1_entry (q, i, be64toh (raw[i])) == -1)
+      return -1;
+  return 0;
+}
+
+void
+mapping_free (struct qcow2 *q)
+{
+  free (q->l1);
+  free (q->dirty_l1);
+}
+
+void
+mapping_decode (const struct qcow2 *q, uint64_t entry, struct mapping *m)
+{
+  const uint64_t host = entry & ENTRY_OFFSET_MASK;
+
+  m->entry = entry;
+  m->copied = entry & OFLAG_COPIED;
+  m->host = host;
+  if (entry == 0)
+    m->kind = MAPPING_UNALLOCATED;
+  else if (entry & OFLAG_COMPRESSED)
+    m->kind = MAPPING_COMPRESSED;
+  else if ((entry & L2_RESERVED_MASK) != 0 || host % q->cluster_size != 0 ||
+           ((entry & OFLAG_ZERO) != 0 && q->header.version < 3))
+    m->kind = MAPPING_INVALID;
+  else if (entry & OFLAG_ZERO)
+    m->kind = host == 0 ? MAPPING_ZERO : MAPPING_ZERO_ALLOCATED;
+  else
+    m->kind = host == 0 ? MAPPING_UNALLOCATED : MAPPING_DATA;
+}
+
+/* May a cluster be added to a run of nr clusters? */
+static bool
+continues (const struct qcow2 *q, const struct mapping *run, uint64_t nr,
+           const struct mapping *next, bool with_host)
+{
+  if (!with_host) {
+    /* What base:allocation tells apart: data, zero, unallocated. */
+    static const unsigned char group[] = {
+      [MAPPING_UNALLOCATED] = 0, [MAPPING_ZERO] = 1,
+      [MAPPING_ZERO_ALLOCATED] = 1, [MAPPING_DATA] = 2,
+      [MAPPING_COMPRESSED] = 2, [MAPPING_INVALID] = 3,
+    };
+
+    return group[run->kind] == group[next->kind];
+  }
+  if (run->kind != next->kind || run->kind == MAPPING_COMPRESSED)
+    return false;
+  if (run->kind != MAPPING_DATA)
+    return true;
+  return run->copied == next->copied &&
+    next->host == run->host + (nr << q->cluster_bits);
+}
+
+uint64_t
+mapping_slice_left (const struct qcow2 *q, uint64_t guest_cluster)
+{
+  const uint64_t in_slice = UINT64_C (1) << q->l2.slice_bits;
+
+  return in_slice - (guest_cluster & (in_slice - 1));
+}
+
+/* Get up to nr entries.  Where there is no L2 table *uniform is set:
+ * *got can be any number, and they all are as the first, 0.
+ */
+static int
+get_entries (struct qcow2 *q, uint64_t guest_cluster, uint64_t nr,
+             uint64_t entries[BATCH], uint64_t *got, bool *uniform)
+{
+  const uint64_t in_l2 = UINT64_C (1) << q->l2_bits;
+  const uint64_t l1_entry =
+    atomic_load_explicit (&q->l1[guest_cluster >> q->l2_bits],
+                          memory_order_acquire);
+
+  *uniform = (l1_entry & ENTRY_OFFSET_MASK) == 0;
+  if (*uniform) {
+    entries[0] = 0;
+    *got = min_u64 (nr, in_l2 - (guest_cluster & (in_l2 - 1)));
+    return 0;
+  }
+  *got = min_u64 (min_u64 (nr, BATCH), mapping_slice_left (q, guest_cluster));
+  return l2_get (q, guest_cluster, *got, entries);
+}
+
+/* How many of got clusters continue the run of done clusters, which
+ * begins with them if done is 0?
+ */
+static uint64_t
+extend_run (const struct qcow2 *q, struct mapping *run, uint64_t done,
+            const uint64_t *entries, uint64_t got, bool uniform,
+            bool with_host)
+{
+  for (uint64_t i = 0; i < (uniform ? 1 : got); ++i) {
+    struct mapping next;
+
+    mapping_decode (q, entries[i], &next);
+    if (done + i == 0)
+      *run = next;
+    else if (!continues (q, run, done + i, &next, with_host))
+      return i;
+  }
+  return got;
+}
+
+static int
+lookup (struct qcow2 *q, uint64_t offset, uint64_t count, bool with_host,
+        struct mapping *m)
+{
+  const uint64_t first = offset >> q->cluster_bits;
+  const uint64_t nr = ((offset + count - 1) >> q->cluster_bits) - first + 1;
+  const uint64_t in_cluster = offset & (q->cluster_size - 1);
+  uint64_t done = 0, got, more, entries[BATCH];
+  bool uniform;
+
+  do {
+    if (get_entries (q, first + done, nr - done, entries, &got,
+                     &uniform) == -1)
+      return -1;
+    more = extend_run (q, m, done, entries, got, uniform, with_host);
+    done += more;
+  } while (more == got && done < nr);
+
+  if (m->kind == MAPPING_INVALID) {
+    report_error ("the image is corrupt: the L2 entry for guest offset %#"
+                  PRIx64 ", %#" PRIx64 ", is invalid; see qemu-img check",
+                  round_down (offset, q->cluster_size), m->entry);
+    errno = EIO;
+    return -1;
+  }
+  m->length = min_u64 (count, (done << q->cluster_bits) - in_cluster);
+  if (m->kind == MAPPING_DATA)
+    m->host += in_cluster;
+  return 0;
+}
+
+int
+mapping_lookup (struct qcow2 *q, uint64_t offset, uint64_t count,
+                struct mapping *m)
+{
+  return lookup (q, offset, count, true, m);
+}
+
+int
+mapping_lookup_kind (struct qcow2 *q, uint64_t offset, uint64_t count,
+                     struct mapping *m)
+{
+  return lookup (q, offset, count, false, m);
+}
+
+static int
+note_dirty_l1 (struct qcow2 *q, uint32_t index)
+{
+  if (q->nr_dirty_l1 == q->max_dirty_l1) {
+    size_t max = q->max_dirty_l1 * 2 + 16;
+    uint32_t *p = realloc (q->dirty_l1, max * sizeof p[0]);
+
+    if (p == NULL) {
+      report_error ("realloc: %m");
+      return -1;
+    }
+    q->dirty_l1 = p;
+    q->max_dirty_l1 = max;
+  }
+  q->dirty_l1[q->nr_dirty_l1++] = index;
+  return 0;
+}
+
+int
+mapping_need_l2 (struct qcow2 *q, uint64_t guest_cluster)
+{
+  const uint64_t index = guest_cluster >> q->l2_bits;
+  uint64_t host, got;
+  bool zeroed;
+
+  if ((atomic_load_explicit (&q->l1[index], memory_order_acquire)
+       & ENTRY_OFFSET_MASK) != 0)
+    return 0;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->l1_lock);
+  if ((atomic_load (&q->l1[index]) & ENTRY_OFFSET_MASK) != 0)
+    return 0;
+  if (allocate_clusters (q, QCOW2_L2_TABLE, 1, &host, &got, &zeroed) == -1)
+    return -1;
+  if (!zeroed &&
+      container_zero (q->container, q->cluster_size, host, false) == -1) {
+    report_error ("cannot write a new L2 table: %m");
+    allocate_undo (q, host, 1);
+    return -1;
+  }
+  if (note_dirty_l1 (q, index) == -1) {
+    allocate_undo (q, host, 1);
+    return -1;
+  }
+  atomic_store_explicit (&q->l1[index], host | OFLAG_COPIED,
+                         memory_order_release);
+  return 0;
+}
+
+int
+mapping_set (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
+             const uint64_t *entries)
+{
+  while (l2_set (q, guest_cluster, nr, entries) == -1)
+    if (errno != EAGAIN || flush_metadata (q) == -1)
+      return -1;
+  return 0;
+}
+
+void
+mapping_take_dirty_l1 (struct qcow2 *q, struct l1_copies *copies)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->l1_lock);
+  copies->indices = q->dirty_l1;
+  copies->nr = q->nr_dirty_l1;
+  q->dirty_l1 = NULL;
+  q->nr_dirty_l1 = q->max_dirty_l1 = 0;
+}
+
+int
+mapping_write_l1 (struct qcow2 *q, const struct l1_copies *copies)
+{
+  for (size_t i = 0; i < copies->nr; ++i) {
+    const uint32_t index = copies->indices[i];
+    uint64_t entry;
+
+    put_be64 (&entry, atomic_load (&q->l1[index]));
+    if (qcow2_write_metadata (q, QCOW2_L1_TABLE, &entry, sizeof entry,
+                              q->header.l1_offset + index * UINT64_C (8))
+        == -1)
+      return -1;
+  }
+  return 0;
+}
+
+void
+mapping_l1_done (struct qcow2 *q, struct l1_copies *copies, bool written)
+{
+  if (!written) {
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->l1_lock);
+    for (size_t i = 0; i < copies->nr; ++i)
+      if (note_dirty_l1 (q, copies->indices[i]) == -1)
+        /* The table would never be reachable on disk. */
+        header_set_corrupt (q);
+  }
+  free (copies->indices);
+}
+
+static bool
+overlaps_any (const struct qcow2 *q, const struct range_lock *r)
+{
+  for (const struct range_lock *p = q->ranges; p != NULL; p = p->next)
+    if (p->first <= r->last && r->first <= p->last)
+      return true;
+  return false;
+}
+
+void
+range_lock_take (struct qcow2 *q, struct range_lock *r, uint64_t first,
+                 uint64_t last)
+{
+  r->first = first;
+  r->last = last;
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->range_mutex);
+  while (overlaps_any (q, r))
+    pthread_cond_wait (&q->range_cond, &q->range_mutex);
+  r->next = q->ranges;
+  q->ranges = r;
+}
+
+void
+range_lock_drop (struct qcow2 *q, struct range_lock *r)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->range_mutex);
+  struct range_lock **p = &q->ranges;
+
+  while (*p != r)
+    p = &(*p)->next;
+  *p = r->next;
+  pthread_cond_broadcast (&q->range_cond);
+}

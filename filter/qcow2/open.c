@@ -1,0 +1,97 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* Opening and closing an image. */
+
+#include <config.h>
+
+#include <errno.h>
+#include <stdlib.h>
+
+#include "qcow2/internal.h"
+
+static int
+open_parts (struct qcow2 *q, uint64_t cache_size)
+{
+  if (header_read (q) == -1 || registry_init (q) == -1 ||
+      registry_set (q, QCOW2_HEADER, 0, 1) == -1)
+    return -1;
+  /* Whoever only reads has no use for refcounts. */
+  if (!q->readonly && refcounts_open (q, cache_size / 5) == -1)
+    return -1;
+  if (mapping_open (q) == -1)
+    return -1;
+  return l2_cache_open (q, cache_size / 5 * 4);
+}
+
+struct qcow2 *
+qcow2_open (struct container *c, const struct qcow2_options *options)
+{
+  struct qcow2 *q = aligned_alloc (64, round_up (sizeof *q, 64));
+
+  if (q == NULL) {
+    report_error ("aligned_alloc: %m");
+    return NULL;
+  }
+  memset (q, 0, sizeof *q);
+  q->container = c;
+  q->readonly = options->readonly;
+  grace_init (&q->requests);
+  pthread_mutex_init (&q->alloc_lock, NULL);
+  pthread_mutex_init (&q->release_lock, NULL);
+  pthread_mutex_init (&q->flush_lock, NULL);
+  if (open_parts (q, options->cache_size) == -1) {
+    const int err = errno;
+
+    qcow2_close (q);
+    errno = err;
+    return NULL;
+  }
+  return q;
+}
+
+void
+qcow2_close (struct qcow2 *q)
+{
+  if (q == NULL)
+    return;
+  l2_cache_free (q);
+  mapping_free (q);
+  refcounts_free (q);
+  release_free (q);
+  registry_free (q);
+  header_free (q);
+  free (q);
+}
+
+uint64_t
+qcow2_size (const struct qcow2 *q)
+{
+  return q->size;
+}
+
+uint32_t
+qcow2_cluster_size (const struct qcow2 *q)
+{
+  return q->cluster_size;
+}
+
+unsigned
+qcow2_version (const struct qcow2 *q)
+{
+  return q->header.version;
+}
+
+bool
+qcow2_is_readonly (const struct qcow2 *q)
+{
+  return q->readonly;
+}
+
+struct container *
+qcow2_container (const struct qcow2 *q)
+{
+  return q->container;
+}

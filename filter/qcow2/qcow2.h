@@ -1,0 +1,204 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_QCOW2_H
+#define DIRTY_BITMAP_QCOW2_H
+
+/* The qcow2 format over a container (docs/interop/qcow2.rst in QEMU).
+ *
+ * "Guest offset" is a byte of the disk that the image holds, "host
+ * offset" a byte of the container.  Functions return 0, or -1 with errno
+ * set and the reason reported, unless said otherwise.  All of them may
+ * be called from any thread at any time once qcow2_open has returned,
+ * with no lock held.
+ */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct container;
+struct qcow2;
+
+struct qcow2_options {
+  bool readonly;
+  uint64_t cache_size;          /* bytes for L2 and refcount tables */
+};
+
+/* Open an image: check every field of the header, load the L1 and
+ * refcount tables, and write nothing.  The container stays the
+ * caller's.
+ */
+extern struct qcow2 *qcow2_open (struct container *,
+                                 const struct qcow2_options *);
+extern void qcow2_close (struct qcow2 *);
+
+/* The guest's disk in bytes: the header's size rounded down to 512, as
+ * QEMU has it.
+ */
+extern uint64_t qcow2_size (const struct qcow2 *);
+extern uint32_t qcow2_cluster_size (const struct qcow2 *);
+extern unsigned qcow2_version (const struct qcow2 *);
+extern bool qcow2_is_readonly (const struct qcow2 *);
+extern struct container *qcow2_container (const struct qcow2 *);
+
+/* Guest data.  Ranges lie inside qcow2_size. */
+extern int qcow2_read (struct qcow2 *, void *buf, uint64_t count,
+                       uint64_t offset);
+extern int qcow2_write (struct qcow2 *, const void *buf, uint64_t count,
+                        uint64_t offset);
+
+enum {
+  QCOW2_ZERO_KEEP = 1,          /* leave (or make) the clusters allocated */
+  QCOW2_ZERO_FAST = 2,          /* ENOTSUP rather than write zeroes */
+};
+extern int qcow2_zero (struct qcow2 *, uint64_t count, uint64_t offset,
+                       unsigned flags);
+
+/* Discard: whole clusters become unallocated, parts of clusters are
+ * left alone.
+ */
+extern int qcow2_trim (struct qcow2 *, uint64_t count, uint64_t offset);
+extern int qcow2_cache (struct qcow2 *, uint64_t count, uint64_t offset);
+
+enum qcow2_extent_type {
+  QCOW2_EXTENT_DATA,
+  QCOW2_EXTENT_ZERO,            /* explicit zero clusters */
+  QCOW2_EXTENT_UNALLOCATED,
+};
+
+/* The run at guest offset, clipped to limit.  It may end before the
+ * type changes.
+ */
+extern int qcow2_extent (struct qcow2 *, uint64_t offset, uint64_t limit,
+                         uint64_t *length, enum qcow2_extent_type *);
+
+/* Flushing, in the order of writes of the design.
+ *
+ * Others who keep things in the image (the bitmaps) take part by hooks,
+ * called in this order, one flush at a time:
+ *
+ *   data        write what may be on disk before the references are:
+ *               new clusters, and contents safe to overwrite
+ *   - refcount blocks are written; barrier -
+ *   references  write what refers to them.  Returns 1 if it wrote
+ *               anything, 0 if not
+ *   - L2 and L1 entries are written; barrier if anything was -
+ *   settle      the references are durable.  It may write what may only
+ *               be on disk after them, and then returns 1
+ *   - barrier if settle returned 1 -
+ *   done        all of it is durable
+ *   failed      called instead of all that would have followed, after
+ *               any hook or write or barrier failed
+ *
+ * Hooks may call qcow2_alloc, qcow2_release, qcow2_read_metadata and
+ * qcow2_write_metadata, but not flush.  hooks may be NULL.
+ *
+ * A flush that began after this one was called, and succeeded, counts.
+ */
+struct qcow2_flush_hooks {
+  int (*data) (void *opaque);
+  int (*references) (void *opaque);
+  int (*settle) (void *opaque);
+  void (*done) (void *opaque);
+  void (*failed) (void *opaque);
+  void *opaque;
+};
+extern int qcow2_flush (struct qcow2 *, const struct qcow2_flush_hooks *);
+
+/* A clean stop: flush, bring freed clusters home so that nothing is
+ * leaked, and cut the container to what is used.  No request is under
+ * way.  Where nothing was ever written this writes nothing.
+ */
+extern int qcow2_stop (struct qcow2 *, const struct qcow2_flush_hooks *);
+
+/* Metadata that others keep in the image.
+ *
+ * Every cluster of metadata is registered with its class, and no write
+ * may touch a cluster registered with another class: such a write fails
+ * with EIO and sets the image's corrupt bit, after which the image
+ * takes no writes.
+ */
+enum qcow2_class {
+  QCOW2_DATA = 0,               /* not metadata */
+  QCOW2_HEADER,
+  QCOW2_REFCOUNT_TABLE,
+  QCOW2_REFCOUNT_BLOCK,
+  QCOW2_L1_TABLE,
+  QCOW2_L2_TABLE,
+  QCOW2_BITMAP_DIRECTORY,
+  QCOW2_BITMAP_TABLE,
+  QCOW2_BITMAP_DATA,
+};
+
+/* Register the clusters of [offset, offset + bytes), found in an image
+ * that is being opened.  -1 with errno EEXIST, and nothing reported or
+ * registered, if one of them has a class already; EINVAL if offset is
+ * not cluster aligned, or is 0, or the first byte of the last cluster
+ * lies beyond the end of the container.
+ */
+extern int qcow2_register (struct qcow2 *, enum qcow2_class,
+                           uint64_t offset, uint64_t bytes);
+
+/* Forget the classes of [offset, offset + bytes), after a failure to
+ * load what they were registered for.
+ */
+extern void qcow2_unregister (struct qcow2 *, uint64_t offset,
+                              uint64_t bytes);
+
+/* Allocate contiguous clusters, registered with the class, refcount 1.
+ * Their bytes are whatever they were.
+ */
+extern int qcow2_alloc (struct qcow2 *, enum qcow2_class,
+                        uint64_t nr_clusters, uint64_t *host_offset);
+
+/* Give clusters back, and unregister them.  Their refcounts drop, and
+ * they can be used anew, only after references that were changed up to
+ * now have been made durable by a flush.
+ */
+extern void qcow2_release (struct qcow2 *, uint64_t host_offset,
+                           uint64_t nr_clusters);
+
+/* Bytes beyond the end of the container read as zeroes. */
+extern int qcow2_read_metadata (struct qcow2 *, void *buf, size_t count,
+                                uint64_t host_offset);
+extern int qcow2_write_metadata (struct qcow2 *, enum qcow2_class,
+                                 const void *buf, size_t count,
+                                 uint64_t host_offset);
+
+/* A barrier of the container, for those who must order writes of their
+ * own outside a flush.
+ */
+extern int qcow2_barrier (struct qcow2 *);
+
+/* The bitmaps extension of the header. */
+struct qcow2_bitmaps_extension {
+  unsigned count;               /* how often it stands in the header */
+  uint32_t length;              /* of its data, as the header says */
+  uint32_t nr_bitmaps;          /* the fields, if length is 24 */
+  uint32_t reserved;
+  uint64_t directory_size_bytes;
+  uint64_t directory_offset;
+  bool autoclear;               /* the autoclear bit that says it is valid */
+};
+extern void qcow2_get_bitmaps_extension (struct qcow2 *,
+                                         struct qcow2_bitmaps_extension *);
+
+/* Point the header at a directory whose clusters and tables are durable
+ * already, and set the autoclear bit: all of it or nothing is on disk
+ * after a crash, or the autoclear bit is clear.  Durable on return.
+ * ENOSPC if the header has no room.  One caller at a time.
+ */
+extern int qcow2_set_bitmaps_extension (struct qcow2 *, uint32_t nr_bitmaps,
+                                        uint64_t directory_size_bytes,
+                                        uint64_t directory_offset);
+
+/* The bitmaps in the image may not reflect what is written from now on:
+ * clear the autoclear bit, durably, before the first change (a write,
+ * or an allocation) reaches the container.
+ */
+extern void qcow2_distrust_bitmaps (struct qcow2 *);
+
+#endif /* DIRTY_BITMAP_QCOW2_H */

@@ -1,0 +1,152 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* Reading guest data, and telling where there is any.
+ *
+ * A request looks a run up and reads it inside one section of
+ * q->requests, so that the clusters are not used for something else in
+ * between (release.c).
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+
+#include "qcow2/internal.h"
+
+static int
+read_compressed (struct qcow2 *q, const struct mapping *m, void *buf,
+                 uint64_t count, uint64_t offset)
+{
+  CLEANUP_FREE uint8_t *cluster = malloc (q->cluster_size);
+
+  if (cluster == NULL) {
+    report_error ("malloc: %m");
+    return -1;
+  }
+  if (compressed_read (q, m->entry, cluster) == -1)
+    return -1;
+  memcpy (buf, cluster + (offset & (q->cluster_size - 1)), count);
+  return 0;
+}
+
+static int
+read_run (struct qcow2 *q, const struct mapping *m, void *buf,
+          uint64_t offset)
+{
+  switch (m->kind) {
+  case MAPPING_DATA:
+    if (container_pread (q->container, buf, m->length, m->host) == -1) {
+      report_error ("cannot read %" PRIu64 " bytes at host offset %#" PRIx64
+                    ": %m", m->length, m->host);
+      return -1;
+    }
+    return 0;
+  case MAPPING_COMPRESSED:
+    return read_compressed (q, m, buf, m->length, offset);
+  default:
+    memset (buf, 0, m->length);
+    return 0;
+  }
+}
+
+int
+read_cluster (struct qcow2 *q, const struct mapping *m, void *buf)
+{
+  struct mapping whole = *m;
+
+  whole.length = q->cluster_size;
+  if (whole.kind == MAPPING_DATA)
+    whole.host = round_down (whole.host, q->cluster_size);
+  return read_run (q, &whole, buf, 0);
+}
+
+static int
+read_all (struct qcow2 *q, uint8_t *buf, uint64_t count, uint64_t offset)
+{
+  while (count > 0) {
+    struct mapping m;
+
+    if (mapping_lookup (q, offset, count, &m) == -1 ||
+        read_run (q, &m, buf, offset) == -1)
+      return -1;
+    buf += m.length;
+    offset += m.length;
+    count -= m.length;
+  }
+  return 0;
+}
+
+int
+qcow2_read (struct qcow2 *q, void *buf, uint64_t count, uint64_t offset)
+{
+  const grace_ticket ticket = grace_enter (&q->requests);
+  const int r = read_all (q, buf, count, offset);
+
+  grace_leave (&q->requests, ticket);
+  return r;
+}
+
+static int
+cache_run (struct qcow2 *q, const struct mapping *m)
+{
+  uint64_t host = m->host, bytes = m->length;
+
+  if (m->kind == MAPPING_COMPRESSED)
+    compressed_location (q, m->entry, &host, &bytes);
+  else if (m->kind != MAPPING_DATA)
+    return 0;
+  if (container_cache (q->container, bytes, host) == -1) {
+    report_error ("cannot cache %" PRIu64 " bytes at host offset %#" PRIx64
+                  ": %m", bytes, host);
+    return -1;
+  }
+  return 0;
+}
+
+int
+qcow2_cache (struct qcow2 *q, uint64_t count, uint64_t offset)
+{
+  int r = 0;
+
+  while (count > 0 && r == 0) {
+    const grace_ticket ticket = grace_enter (&q->requests);
+    struct mapping m;
+
+    r = mapping_lookup (q, offset, count, &m);
+    if (r == 0) {
+      r = cache_run (q, &m);
+      offset += m.length;
+      count -= m.length;
+    }
+    grace_leave (&q->requests, ticket);
+  }
+  return r;
+}
+
+int
+qcow2_extent (struct qcow2 *q, uint64_t offset, uint64_t limit,
+              uint64_t *length, enum qcow2_extent_type *type)
+{
+  struct mapping m;
+
+  if (mapping_lookup_kind (q, offset, limit - offset, &m) == -1)
+    return -1;
+  *length = m.length;
+  switch (m.kind) {
+  case MAPPING_UNALLOCATED:
+    *type = QCOW2_EXTENT_UNALLOCATED;
+    break;
+  case MAPPING_ZERO:
+  case MAPPING_ZERO_ALLOCATED:
+    *type = QCOW2_EXTENT_ZERO;
+    break;
+  default:
+    *type = QCOW2_EXTENT_DATA;
+  }
+  return 0;
+}

@@ -1,0 +1,532 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* Refcounts (qcow2.rst, "Host cluster management").
+ *
+ * The refcount table is in RAM whole (QEMU and we bound it to 8 MiB).
+ * Of the refcount blocks, slices of at most 4 KiB are cached.
+ *
+ * A count in RAM may be higher than on disk only for clusters that no
+ * durable entry refers to yet, since refcounts_flush runs before
+ * references are written.  It is lowered in RAM only after the entry
+ * that referred to the cluster is gone from the disk (release.c).  So a
+ * dirty slice may be written at any time: at worst it leaks.  What may
+ * not be written at any time is an entry of the refcount table: the
+ * block it points to, with its count of itself, is durable first.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+
+#include "qcow2/internal.h"
+
+#define UNUSED UINT64_MAX
+
+static uint64_t
+entry_get (const uint8_t *data, unsigned order, uint64_t i)
+{
+  switch (order) {
+  case 0: return data[i / 8] >> (i % 8) & 1;
+  case 1: return data[i / 4] >> (i % 4 * 2) & 3;
+  case 2: return data[i / 2] >> (i % 2 * 4) & 15;
+  case 3: return data[i];
+  case 4: return get_be16 (data + 2 * i);
+  case 5: return get_be32 (data + 4 * i);
+  default: return get_be64 (data + 8 * i);
+  }
+}
+
+static void
+entry_set_bits (uint8_t *p, unsigned shift, unsigned mask, uint64_t v)
+{
+  *p = (*p & ~(mask << shift)) | v << shift;
+}
+
+static void
+entry_set (uint8_t *data, unsigned order, uint64_t i, uint64_t v)
+{
+  switch (order) {
+  case 0: entry_set_bits (&data[i / 8], i % 8, 1, v); break;
+  case 1: entry_set_bits (&data[i / 4], i % 4 * 2, 3, v); break;
+  case 2: entry_set_bits (&data[i / 2], i % 2 * 4, 15, v); break;
+  case 3: data[i] = v; break;
+  case 4: put_be16 (data + 2 * i, v); break;
+  case 5: put_be32 (data + 4 * i, v); break;
+  default: put_be64 (data + 8 * i, v);
+  }
+}
+
+static uint64_t
+max_count (const struct qcow2 *q)
+{
+  const unsigned bits = 1U << q->header.refcount_order;
+
+  return bits == 64 ? UINT64_MAX : (UINT64_C (1) << bits) - 1;
+}
+
+static int
+load_table (struct qcow2 *q)
+{
+  struct refcounts *rc = &q->rc;
+  const size_t bytes = q->header.reftable_clusters * q->cluster_size;
+
+  rc->table_entries = bytes / 8;
+  rc->table_offset = q->header.reftable_offset;
+  rc->table = malloc (bytes);
+  if (rc->table == NULL) {
+    report_error ("malloc: %m");
+    return -1;
+  }
+  if (container_pread (q->container, rc->table, bytes,
+                       rc->table_offset) == -1) {
+    report_error ("cannot read the refcount table: %m");
+    return -1;
+  }
+  if (qcow2_register (q, QCOW2_REFCOUNT_TABLE, rc->table_offset, bytes) == -1) {
+    report_error ("the refcount table of the image overlaps other metadata "
+                  "or the end of the file");
+    return -1;
+  }
+
+  for (uint64_t i = 0; i < rc->table_entries; ++i) {
+    uint64_t entry = get_be64 (&rc->table[i]);
+
+    rc->table[i] = entry;
+    if (entry == 0)
+      continue;
+    if ((entry & REFTABLE_RESERVED_MASK) != 0 ||
+        qcow2_register (q, QCOW2_REFCOUNT_BLOCK, entry,
+                        q->cluster_size) == -1) {
+      report_error ("the image is corrupt: entry %" PRIu64 " of the refcount "
+                    "table, %#" PRIx64 ", is invalid or overlaps other "
+                    "metadata; see qemu-img check", i, entry);
+      errno = EIO;
+      return -1;
+    }
+  }
+  return 0;
+}
+
+int
+refcounts_open (struct qcow2 *q, uint64_t cache_bytes)
+{
+  struct refcounts *rc = &q->rc;
+  size_t hash_size = 32;
+
+  pthread_cond_init (&rc->unpinned, NULL);
+  rc->slice_bytes = min_u64 (q->cluster_size, 4096);
+  rc->slice_entries_bits =
+    __builtin_ctz (rc->slice_bytes) + 3 - q->header.refcount_order;
+  rc->block_entries_bits = q->cluster_bits + 3 - q->header.refcount_order;
+  rc->fresh = div_round_up (container_size (q->container), q->cluster_size);
+
+  rc->nr_slices = max_u64 (cache_bytes / rc->slice_bytes, 16);
+  while (hash_size < rc->nr_slices * 2)
+    hash_size *= 2;
+  rc->hash_mask = hash_size - 1;
+  rc->slices = calloc (rc->nr_slices, sizeof rc->slices[0]);
+  rc->hash = calloc (hash_size, sizeof rc->hash[0]);
+  if (rc->slices == NULL || rc->hash == NULL) {
+    report_error ("calloc: %m");
+    return -1;
+  }
+  for (size_t i = 0; i < rc->nr_slices; ++i)
+    rc->slices[i].index = UNUSED;
+  return load_table (q);
+}
+
+void
+refcounts_free (struct qcow2 *q)
+{
+  struct refcounts *rc = &q->rc;
+
+  for (size_t i = 0; rc->slices != NULL && i < rc->nr_slices; ++i)
+    free (rc->slices[i].data);
+  free (rc->slices);
+  free (rc->hash);
+  free (rc->table);
+  free (rc->dirty_table);
+}
+
+bool
+refcount_block_exists (struct qcow2 *q, uint64_t block_index)
+{
+  return block_index < q->rc.table_entries && q->rc.table[block_index] != 0;
+}
+
+static struct refcount_slice **
+hash_chain (struct refcounts *rc, uint64_t index)
+{
+  return &rc->hash[(index * UINT64_C (0x9e3779b97f4a7c15) >> 32)
+                   & rc->hash_mask];
+}
+
+static uint64_t
+slice_offset (const struct refcounts *rc, uint64_t index)
+{
+  const unsigned bits = rc->block_entries_bits - rc->slice_entries_bits;
+  const uint64_t in_block = index & ((UINT64_C (1) << bits) - 1);
+
+  return rc->table[index >> bits] + in_block * rc->slice_bytes;
+}
+
+static int
+write_slice (struct qcow2 *q, uint64_t index, const uint8_t *data)
+{
+  const uint64_t offset = slice_offset (&q->rc, index);
+
+  if (registry_check (q, QCOW2_REFCOUNT_BLOCK, offset,
+                      q->rc.slice_bytes) == -1)
+    return -1;
+  if (container_pwrite (q->container, data, q->rc.slice_bytes, offset) == -1) {
+    report_error ("cannot write refcounts: %m");
+    return -1;
+  }
+  return 0;
+}
+
+static void
+set_clean (struct refcounts *rc, struct refcount_slice *s)
+{
+  s->dirty = false;
+  rc->nr_dirty--;
+}
+
+static void
+set_dirty (struct refcounts *rc, struct refcount_slice *s)
+{
+  if (!s->dirty)
+    rc->nr_dirty++;
+  s->dirty = true;
+}
+
+static void
+unhash (struct refcounts *rc, struct refcount_slice *s)
+{
+  struct refcount_slice **p = hash_chain (rc, s->index);
+
+  while (*p != s)
+    p = &(*p)->next;
+  *p = s->next;
+  s->index = UNUSED;
+}
+
+/* A slice to put something else into.  At most half of them are pinned,
+ * so there always is one.
+ */
+static struct refcount_slice *
+find_victim (struct qcow2 *q)
+{
+  struct refcounts *rc = &q->rc;
+
+  for (;;) {
+    struct refcount_slice *s = &rc->slices[rc->hand];
+
+    rc->hand = (rc->hand + 1) % rc->nr_slices;
+    if (s->pinned)
+      continue;
+    if (s->index == UNUSED)
+      return s;
+    if (s->referenced) {
+      s->referenced = false;
+      continue;
+    }
+    if (s->dirty) {
+      if (write_slice (q, s->index, s->data) == -1)
+        return NULL;
+      set_clean (rc, s);
+    }
+    unhash (rc, s);
+    return s;
+  }
+}
+
+/* The slice that holds a cluster's count; its refcount block exists. */
+static struct refcount_slice *
+get_slice (struct qcow2 *q, uint64_t cluster)
+{
+  struct refcounts *rc = &q->rc;
+  const uint64_t index = cluster >> rc->slice_entries_bits;
+  struct refcount_slice **chain = hash_chain (rc, index), *s;
+
+  for (s = *chain; s != NULL; s = s->next)
+    if (s->index == index) {
+      s->referenced = true;
+      return s;
+    }
+
+  s = find_victim (q);
+  if (s == NULL)
+    return NULL;
+  if (s->data == NULL && (s->data = malloc (rc->slice_bytes)) == NULL) {
+    report_error ("malloc: %m");
+    return NULL;
+  }
+  if (container_pread (q->container, s->data, rc->slice_bytes,
+                       slice_offset (rc, index)) == -1) {
+    report_error ("cannot read refcounts: %m");
+    return NULL;
+  }
+  s->index = index;
+  s->referenced = true;
+  s->next = *chain;
+  *chain = s;
+  return s;
+}
+
+static uint64_t
+entry_in_slice (const struct refcounts *rc, uint64_t cluster)
+{
+  return cluster & ((UINT64_C (1) << rc->slice_entries_bits) - 1);
+}
+
+int
+refcount_get (struct qcow2 *q, uint64_t cluster, uint64_t *count)
+{
+  struct refcount_slice *s;
+
+  if (!refcount_block_exists (q, cluster >> q->rc.block_entries_bits)) {
+    *count = 0;
+    return 0;
+  }
+  s = get_slice (q, cluster);
+  if (s == NULL)
+    return -1;
+  *count = entry_get (s->data, q->header.refcount_order,
+                      entry_in_slice (&q->rc, cluster));
+  return 0;
+}
+
+int
+refcount_set (struct qcow2 *q, uint64_t cluster, uint64_t count)
+{
+  struct refcount_slice *s = get_slice (q, cluster);
+
+  if (s == NULL)
+    return -1;
+  if (count > max_count (q)) {
+    report_error ("the refcount of a cluster would exceed its maximum");
+    errno = EINVAL;
+    return -1;
+  }
+  entry_set (s->data, q->header.refcount_order,
+             entry_in_slice (&q->rc, cluster), count);
+  set_dirty (&q->rc, s);
+  return 0;
+}
+
+int
+refcount_find_free (struct qcow2 *q, uint64_t *cluster)
+{
+  struct refcounts *rc = &q->rc;
+  const uint64_t in_slice = UINT64_C (1) << rc->slice_entries_bits;
+  const unsigned order = q->header.refcount_order;
+  uint64_t c = *cluster;
+
+  while (refcount_block_exists (q, c >> rc->block_entries_bits)) {
+    struct refcount_slice *s = get_slice (q, c);
+    uint64_t i;
+
+    if (s == NULL)
+      return -1;
+    for (i = entry_in_slice (rc, c); i < in_slice; ++i, ++c)
+      if (entry_get (s->data, order, i) == 0) {
+        *cluster = c;
+        return 0;
+      }
+  }
+  *cluster = c;
+  return 0;
+}
+
+void
+refcount_forget (struct qcow2 *q, uint64_t block_index)
+{
+  struct refcounts *rc = &q->rc;
+  const uint64_t first =
+    block_index << (rc->block_entries_bits - rc->slice_entries_bits);
+
+  for (size_t i = 0; i < rc->nr_slices; ++i) {
+    struct refcount_slice *s = &rc->slices[i];
+
+    if (s->index == UNUSED || s->index < first)
+      continue;
+    if (s->dirty)
+      set_clean (rc, s);
+    unhash (rc, s);
+  }
+}
+
+int
+refcount_set_table_entry (struct qcow2 *q, uint64_t block_index,
+                          uint64_t host_offset)
+{
+  struct refcounts *rc = &q->rc;
+
+  if (rc->nr_dirty_table == rc->max_dirty_table) {
+    size_t max = rc->max_dirty_table * 2 + 16;
+    uint64_t *p = realloc (rc->dirty_table, max * sizeof p[0]);
+
+    if (p == NULL) {
+      report_error ("realloc: %m");
+      return -1;
+    }
+    rc->dirty_table = p;
+    rc->max_dirty_table = max;
+  }
+  rc->dirty_table[rc->nr_dirty_table++] = block_index;
+  rc->table[block_index] = host_offset;
+  return 0;
+}
+
+int
+refcounts_write_all (struct qcow2 *q)
+{
+  struct refcounts *rc = &q->rc;
+
+  for (size_t i = 0; rc->nr_dirty != 0 && i < rc->nr_slices; ++i) {
+    struct refcount_slice *s = &rc->slices[i];
+
+    if (!s->dirty)
+      continue;
+    if (write_slice (q, s->index, s->data) == -1)
+      return -1;
+    set_clean (rc, s);
+  }
+  return 0;
+}
+
+#define BATCH 64
+
+/* Copy dirty slices from *next on, and pin them: what is pinned is not
+ * replaced, so nobody reads it back from the disk before it is there.
+ */
+static size_t
+take_batch (struct qcow2 *q, size_t *next, size_t picked[BATCH],
+            uint64_t index[BATCH], uint8_t *copies)
+{
+  struct refcounts *rc = &q->rc;
+  const size_t max = min_u64 (BATCH, rc->nr_slices / 2);
+  size_t n = 0;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  for (; n < max && *next < rc->nr_slices && rc->nr_dirty != 0; ++*next) {
+    struct refcount_slice *s = &rc->slices[*next];
+
+    if (!s->dirty)
+      continue;
+    memcpy (copies + n * rc->slice_bytes, s->data, rc->slice_bytes);
+    set_clean (rc, s);
+    s->pinned = true;
+    index[n] = s->index;
+    picked[n++] = *next;
+  }
+  rc->nr_pinned = n;
+  return n;
+}
+
+static void
+drop_batch (struct qcow2 *q, const size_t picked[BATCH], size_t n,
+            size_t written)
+{
+  struct refcounts *rc = &q->rc;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  for (size_t i = 0; i < n; ++i) {
+    struct refcount_slice *s = &rc->slices[picked[i]];
+
+    s->pinned = false;
+    if (i >= written)
+      set_dirty (rc, s);
+  }
+  rc->nr_pinned = 0;
+  pthread_cond_broadcast (&rc->unpinned);
+}
+
+static int
+flush_slices (struct qcow2 *q)
+{
+  CLEANUP_FREE uint8_t *copies = NULL;
+  size_t next = 0, n, picked[BATCH];
+  uint64_t index[BATCH];
+
+  /* Read without the lock: a count raised before this flush began is
+   * seen, since its request has been answered.
+   */
+  if (atomic_load (&q->rc.nr_dirty) == 0)
+    return 0;
+  copies = malloc (BATCH * q->rc.slice_bytes);
+  if (copies == NULL) {
+    report_error ("malloc: %m");
+    return -1;
+  }
+  while ((n = take_batch (q, &next, picked, index, copies)) != 0) {
+    size_t written = 0;
+
+    while (written < n &&
+           write_slice (q, index[written],
+                        copies + written * q->rc.slice_bytes) == 0)
+      written++;
+    drop_batch (q, picked, n, written);
+    if (written < n)
+      return -1;
+  }
+  return 0;
+}
+
+/* Write the first nr dirty entries of the refcount table.  If the table
+ * has been replaced in the meantime they are in the new one, durably.
+ */
+static int
+flush_table (struct qcow2 *q, size_t nr, unsigned long tables)
+{
+  struct refcounts *rc = &q->rc;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  if (rc->tables != tables)
+    return 0;
+  for (size_t i = 0; i < nr; ++i) {
+    const uint64_t offset = rc->table_offset + rc->dirty_table[i] * 8;
+    uint64_t entry;
+
+    put_be64 (&entry, rc->table[rc->dirty_table[i]]);
+    if (registry_check (q, QCOW2_REFCOUNT_TABLE, offset, 8) == -1)
+      return -1;
+    if (container_pwrite (q->container, &entry, 8, offset) == -1) {
+      report_error ("cannot write the refcount table: %m");
+      return -1;
+    }
+  }
+  rc->nr_dirty_table -= nr;
+  memmove (rc->dirty_table, rc->dirty_table + nr,
+           rc->nr_dirty_table * sizeof rc->dirty_table[0]);
+  return 0;
+}
+
+int
+refcounts_flush (struct qcow2 *q)
+{
+  unsigned long tables;
+  size_t nr;
+
+  /* What becomes dirty from here on is the next flush's. */
+  pthread_mutex_lock (&q->alloc_lock);
+  nr = q->rc.nr_dirty_table;
+  tables = q->rc.tables;
+  pthread_mutex_unlock (&q->alloc_lock);
+
+  if (flush_slices (q) == -1)
+    return -1;
+  if (nr == 0)
+    return 0;
+  if (container_flush (q->container) == -1) {
+    report_error ("cannot flush the image: %m");
+    return -1;
+  }
+  return flush_table (q, nr, tables);
+}

@@ -1,0 +1,285 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* Clusters on their way from used to free.
+ *
+ * When the last entry that refers to a cluster changes in RAM the
+ * cluster is released, but it is not free:
+ *
+ *   released   an entry on disk may still refer to it.  If it were used
+ *              for something else and the power failed, that entry would
+ *              show what was written there since
+ *   flushing   the flush under way began after the entry was changed
+ *   durable    no entry on disk refers to it.  But a request that looked
+ *              the entry up before may still read or write the cluster
+ *   waiting    a grace period for such requests is under way
+ *
+ * After that the storage is given back, the refcount is lowered, and
+ * the cluster may be used anew.  A crash on the way leaks it.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include "qcow2/internal.h"
+
+/* More ranges than this are not kept back, nor more bytes than this or
+ * an eighth of the container.
+ */
+#define MAX_PENDING_RANGES 65536
+#define MAX_PENDING_BYTES (UINT64_C (64) << 20)
+
+/* Clusters dealt with while alloc_lock is held. */
+#define CHUNK 1024
+
+static int
+list_add (struct qcow2 *q, struct release_list *list,
+          uint64_t cluster, uint64_t nr)
+{
+  list->nr_clusters += nr;
+  if (list->nr > 0) {
+    struct release_range *last = &list->ranges[list->nr - 1];
+
+    if (last->cluster + last->nr == cluster) {
+      last->nr += nr;
+      return 0;
+    }
+  }
+  if (list->nr == list->max) {
+    size_t max = list->max * 2 + 16;
+    struct release_range *p = realloc (list->ranges, max * sizeof p[0]);
+
+    if (p == NULL) {
+      list->nr_clusters -= nr;
+      return -1;
+    }
+    list->ranges = p;
+    list->max = max;
+  }
+  list->ranges[list->nr].cluster = cluster;
+  list->ranges[list->nr++].nr = nr;
+  atomic_fetch_add (&q->pending_ranges, 1);
+  return 0;
+}
+
+/* Move all of one list to the end of another. */
+static void
+list_move (struct release_list *to, struct release_list *from)
+{
+  if (from->nr == 0)
+    return;
+  if (to->nr == 0) {
+    const struct release_list empty = *to;
+
+    *to = *from;
+    *from = empty;
+    return;
+  }
+
+  struct release_range *p =
+    realloc (to->ranges, (to->nr + from->nr) * sizeof p[0]);
+  if (p == NULL)
+    return;                     /* they stay where they are, a step behind */
+  memcpy (p + to->nr, from->ranges, from->nr * sizeof p[0]);
+  to->ranges = p;
+  to->max = to->nr += from->nr;
+  to->nr_clusters += from->nr_clusters;
+  from->nr = from->nr_clusters = 0;
+}
+
+void
+release_clusters (struct qcow2 *q, uint64_t cluster, uint64_t nr)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->release_lock);
+  if (list_add (q, &q->released, cluster, nr) == -1) {
+    report_warning ("out of memory: %" PRIu64 " clusters are leaked at host "
+                    "offset %#" PRIx64, nr, cluster << q->cluster_bits);
+    return;
+  }
+  atomic_fetch_add (&q->pending_clusters, nr);
+}
+
+void
+release_entry (struct qcow2 *q, uint64_t entry)
+{
+  if (entry & OFLAG_COMPRESSED) {
+    uint64_t host, bytes;
+
+    compressed_location (q, entry, &host, &bytes);
+    const uint64_t first = host >> q->cluster_bits;
+    release_clusters (q, first,
+                      ((host + bytes - 1) >> q->cluster_bits) - first + 1);
+  }
+  else if ((entry & ENTRY_OFFSET_MASK) != 0)
+    release_clusters (q, (entry & ENTRY_OFFSET_MASK) >> q->cluster_bits, 1);
+}
+
+void
+qcow2_release (struct qcow2 *q, uint64_t host_offset, uint64_t nr_clusters)
+{
+  qcow2_unregister (q, host_offset, nr_clusters << q->cluster_bits);
+  release_clusters (q, host_offset >> q->cluster_bits, nr_clusters);
+}
+
+void
+release_flush_begins (struct qcow2 *q)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->release_lock);
+  list_move (&q->flushing, &q->released);
+}
+
+void
+release_flush_ends (struct qcow2 *q, bool success)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->release_lock);
+  list_move (success ? &q->durable : &q->released, &q->flushing);
+}
+
+/* Lower the counts of up to CHUNK clusters.  Those that are to become 0
+ * are left at 1 for now, and noted in zero[].
+ */
+static unsigned
+lower_counts (struct qcow2 *q, uint64_t cluster, unsigned nr, bool zero[])
+{
+  unsigned found = 0;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  for (unsigned i = 0; i < nr; ++i) {
+    uint64_t count;
+
+    zero[i] = false;
+    if (refcount_get (q, cluster + i, &count) == -1) {
+      report_warning ("a cluster is leaked at host offset %#" PRIx64,
+                      (cluster + i) << q->cluster_bits);
+      continue;
+    }
+    if (count == 0)
+      report_warning ("the cluster at host offset %#" PRIx64 " was in use "
+                      "with refcount 0; see qemu-img check",
+                      (cluster + i) << q->cluster_bits);
+    else if (count == 1) {
+      zero[i] = true;
+      found++;
+    }
+    else
+      refcount_set (q, cluster + i, count - 1);
+  }
+  return found;
+}
+
+/* Give the storage of a run back, then the clusters.  In this order, as
+ * they may be taken the moment their count is 0.
+ */
+static void
+free_run (struct qcow2 *q, uint64_t cluster, uint64_t nr)
+{
+  container_zero (q->container, nr << q->cluster_bits,
+                  cluster << q->cluster_bits, true);
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  for (uint64_t c = cluster; c < cluster + nr; ++c)
+    refcount_set (q, c, 0);
+  q->rc.cursor = min_u64 (q->rc.cursor, cluster);
+}
+
+static void
+free_range (struct qcow2 *q, uint64_t cluster, uint64_t nr)
+{
+  bool zero[CHUNK];
+
+  while (nr > 0) {
+    const unsigned n = min_u64 (nr, CHUNK);
+
+    if (lower_counts (q, cluster, n, zero) == n)
+      free_run (q, cluster, n);
+    else
+      for (unsigned i = 0; i < n; ++i)
+        if (zero[i])
+          free_run (q, cluster + i, 1);
+    cluster += n;
+    nr -= n;
+  }
+}
+
+static void
+free_list (struct qcow2 *q, struct release_list *list)
+{
+  for (size_t i = 0; i < list->nr; ++i)
+    free_range (q, list->ranges[i].cluster, list->ranges[i].nr);
+  atomic_fetch_sub (&q->pending_ranges, list->nr);
+  atomic_fetch_sub (&q->pending_clusters, list->nr_clusters);
+  list->nr = list->nr_clusters = 0;
+}
+
+/* Has the grace period of the waiting list ended? */
+static bool
+grace_is_over (struct qcow2 *q, bool wait)
+{
+  for (unsigned tries = 0; !grace_ended (&q->requests); ++tries) {
+    const struct timespec ts = { .tv_nsec = 100000 };
+
+    if (!wait)
+      return false;
+    if (tries > 100)
+      nanosleep (&ts, NULL);
+  }
+  return true;
+}
+
+void
+release_retire (struct qcow2 *q, bool wait)
+{
+  /* Only the flush, of which there is one, touches these two. */
+  if (q->grace_under_way) {
+    if (!grace_is_over (q, wait))
+      return;
+    q->grace_under_way = false;
+    free_list (q, &q->waiting);
+  }
+  pthread_mutex_lock (&q->release_lock);
+  if (q->durable.nr != 0) {
+    list_move (&q->waiting, &q->durable);
+    q->grace_under_way = true;
+    grace_begin (&q->requests);
+  }
+  pthread_mutex_unlock (&q->release_lock);
+
+  if (q->grace_under_way && grace_is_over (q, wait)) {
+    q->grace_under_way = false;
+    free_list (q, &q->waiting);
+  }
+}
+
+bool
+release_wants_reclaim (struct qcow2 *q)
+{
+  const uint64_t bytes =
+    atomic_load_explicit (&q->pending_clusters, memory_order_relaxed)
+    << q->cluster_bits;
+
+  return bytes > max_u64 (MAX_PENDING_BYTES,
+                          container_size (q->container) / 8) ||
+    atomic_load_explicit (&q->pending_ranges, memory_order_relaxed)
+    > MAX_PENDING_RANGES;
+}
+
+bool
+release_is_empty (struct qcow2 *q)
+{
+  return atomic_load (&q->pending_clusters) == 0;
+}
+
+void
+release_free (struct qcow2 *q)
+{
+  free (q->released.ranges);
+  free (q->flushing.ranges);
+  free (q->durable.ranges);
+  free (q->waiting.ranges);
+}

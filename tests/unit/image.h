@@ -1,0 +1,44 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_TEST_IMAGE_H
+#define DIRTY_BITMAP_TEST_IMAGE_H
+
+/* Images made by qemu-img in a temporary file, and served to the tests
+ * from memory.
+ */
+
+#include <stdint.h>
+
+struct container;
+
+/* Run a command; the words are put together as by printf.  Returns its
+ * exit status.
+ */
+extern int run_command (const char *fmt, ...)
+  __attribute__ ((format (printf, 1, 2)));
+
+/* A file name in a folder that is removed at exit. */
+extern const char *temp_file (const char *name);
+
+/* qemu-img create -f qcow2 OPTIONS FILE SIZE, into memory.  The container
+ * may grow up to limit bytes.
+ */
+extern struct container *image_create (const char *options, const char *size,
+                                       uint64_t limit);
+
+/* A file into memory. */
+extern struct container *image_load (const char *file, uint64_t limit);
+
+/* Memory into a file. */
+extern void image_save (struct container *, const char *file);
+
+/* Save it and let qemu-img check find errors (and leaks, if leaks_too). */
+extern void image_check (struct container *, int leaks_too);
+
+/* A small random number generator: same seed, same numbers. */
+extern uint64_t random_next (uint64_t *state);
+
+#endif /* DIRTY_BITMAP_TEST_IMAGE_H */
