@@ -1,0 +1,77 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_BITMAP_H
+#define DIRTY_BITMAP_BITMAP_H
+
+/* Dirty bitmaps in RAM, their states, and their way to and from the
+ * image.
+ *
+ * Functions return 0, or -1 with errno set and the reason reported,
+ * unless said otherwise.
+ */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct qcow2;
+struct qcow2_flush_hooks;
+struct bitmap;
+struct bitmap_set;
+
+struct bitmap_options {
+  uint32_t granularity;         /* of bitmaps that are created, 0: default */
+  const char *const *require;   /* must exist and record, or are created */
+  size_t nr_require;
+  const char *const *expose;    /* offered to clients; all if none */
+  size_t nr_expose;
+  bool check_only;              /* write nothing, read no bits */
+};
+
+/* Load the image's bitmaps, create those that are required and absent
+ * (durable on return), and say on stderr which cannot be used and why.
+ * What is damaged in the image never makes this fail (I7), what the
+ * options ask for and cannot have does.
+ */
+extern struct bitmap_set *bitmap_set_open (struct qcow2 *,
+                                           const struct bitmap_options *);
+extern void bitmap_set_close (struct bitmap_set *);
+
+/* Mark [offset, offset + count) dirty in every recording bitmap, before
+ * the change itself is made.  On return each granule is set in RAM, and
+ * either the image's bitmap has it or is durably in_use.  -1 if in_use
+ * could not be made durable: then the change must not be made.
+ *
+ * Any thread, no lock held.  Where all granules are set already it is
+ * one relaxed load a word.
+ */
+extern int bitmap_set_mark (struct bitmap_set *, uint64_t offset,
+                            uint64_t count);
+
+/* What qcow2_flush calls to write the bitmaps. */
+extern const struct qcow2_flush_hooks *bitmap_set_hooks (struct bitmap_set *);
+
+/* Have all recording bitmaps reached the image, so that none is in_use
+ * by us?  For the clean stop, after the last flush.  Reports those that
+ * have not.
+ */
+extern bool bitmap_set_all_stored (struct bitmap_set *);
+
+/* The bitmaps that clients are offered. */
+extern size_t bitmap_set_nr_exposed (const struct bitmap_set *);
+extern const struct bitmap *bitmap_set_exposed (const struct bitmap_set *,
+                                                size_t i);
+extern const char *bitmap_name (const struct bitmap *);
+extern uint64_t bitmap_granularity (const struct bitmap *);
+
+/* The longest run of equally dirty or clean bytes at offset, clipped to
+ * limit (offset < limit <= the disk's size).  Concurrent marks may or
+ * may not be seen.
+ */
+extern uint64_t bitmap_run (const struct bitmap *, uint64_t offset,
+                            uint64_t limit, bool *dirty);
+
+#endif /* DIRTY_BITMAP_BITMAP_H */

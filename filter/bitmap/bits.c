@@ -1,0 +1,178 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* The bits of one bitmap in RAM.
+ *
+ * The array comes from calloc, zeroed by the kernel when it is first
+ * touched, and large parts of it never are: populated says which
+ * pieces hold a set bit, and searches for one look only there.
+ *
+ * Bits are only ever set while the bitmap is served.  So a search may
+ * run against marks: it sees some moment's value of each word, and one
+ * that was complete before the search began is always seen.  For this
+ * populated is set before the bits (release), and whoever finds a bit
+ * set (acquire) finds its piece populated.
+ *
+ * Bits at and after nr_bits are clear: bits_loaded sees to it for what
+ * comes from the image, and marks are clipped to the disk's size.
+ */
+
+#include <config.h>
+
+#include <endian.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "bitmap/bits.h"
+#include "common/bytes.h"
+
+int
+bits_init (struct bits *bits, uint64_t nr_bits)
+{
+  bits->nr_bits = nr_bits;
+  bits->nr_pieces = div_round_up (nr_bits, PIECE_BITS);
+  bits->words = calloc (bits->nr_pieces, PIECE_BYTES);
+  bits->populated = calloc (div_round_up (bits->nr_pieces, 64), 8);
+  if (bits->words == NULL || bits->populated == NULL) {
+    bits_free (bits);
+    errno = ENOMEM;
+    return -1;
+  }
+  return 0;
+}
+
+void
+bits_free (struct bits *bits)
+{
+  free (bits->words);
+  free (bits->populated);
+  bits->words = NULL;
+  bits->populated = NULL;
+}
+
+static inline uint64_t
+load (const _Atomic uint64_t *word)
+{
+  return atomic_load_explicit (word, memory_order_acquire);
+}
+
+bool
+bits_set_in_piece (struct bits *bits, uint64_t first, uint64_t last)
+{
+  uint64_t piece = first / PIECE_BITS;
+  uint64_t flag = UINT64_C (1) << (piece % 64);
+  uint64_t mask = ~UINT64_C (0) << (first % 64);
+  bool changed = false;
+
+  if (!(load (&bits->populated[piece / 64]) & flag))
+    atomic_fetch_or_explicit (&bits->populated[piece / 64], flag,
+                              memory_order_release);
+
+  for (uint64_t w = first / 64; w <= last / 64; ++w, mask = ~UINT64_C (0)) {
+    if (w == last / 64)
+      mask &= ~UINT64_C (0) >> (63 - last % 64);
+    if ((load (&bits->words[w]) & mask) != mask) {
+      atomic_fetch_or_explicit (&bits->words[w], mask, memory_order_release);
+      changed = true;
+    }
+  }
+  return changed;
+}
+
+/* The first populated piece at or after from, or nr_pieces. */
+static uint64_t
+next_populated (const struct bits *bits, uint64_t from)
+{
+  if (from >= bits->nr_pieces)
+    return bits->nr_pieces;
+
+  uint64_t nr_flag_words = div_round_up (bits->nr_pieces, 64);
+  uint64_t w = from / 64;
+  uint64_t v = load (&bits->populated[w]) & (~UINT64_C (0) << (from % 64));
+
+  while (v == 0) {
+    if (++w == nr_flag_words)
+      return bits->nr_pieces;
+    v = load (&bits->populated[w]);
+  }
+  return w * 64 + __builtin_ctzll (v);
+}
+
+uint64_t
+bits_next_set (const struct bits *bits, uint64_t from, uint64_t end)
+{
+  uint64_t mask = ~UINT64_C (0) << (from % 64);
+
+  while (from < end) {
+    uint64_t piece = next_populated (bits, from / PIECE_BITS);
+    uint64_t piece_end = (piece + 1) * PIECE_WORDS;
+    uint64_t w = from / 64;
+
+    if (piece != from / PIECE_BITS) {
+      w = piece * PIECE_WORDS;
+      mask = ~UINT64_C (0);
+    }
+    for (; w < piece_end && w * 64 < end; ++w, mask = ~UINT64_C (0)) {
+      uint64_t v = load (&bits->words[w]) & mask;
+
+      if (v != 0)
+        return min_u64 (w * 64 + __builtin_ctzll (v), end);
+    }
+    from = w * 64;
+  }
+  return end;
+}
+
+uint64_t
+bits_next_clear (const struct bits *bits, uint64_t from, uint64_t end)
+{
+  uint64_t mask = ~UINT64_C (0) << (from % 64);
+
+  for (uint64_t w = from / 64; w * 64 < end; ++w, mask = ~UINT64_C (0)) {
+    uint64_t v = ~load (&bits->words[w]) & mask;
+
+    if (v != 0)
+      return min_u64 (w * 64 + __builtin_ctzll (v), end);
+  }
+  return end;
+}
+
+void
+bits_copy_out (const struct bits *bits, void *buf, uint64_t first_word,
+               size_t nr_words)
+{
+  uint64_t *out = buf;
+
+  for (size_t i = 0; i < nr_words; ++i)
+    out[i] = htole64 (atomic_load_explicit (&bits->words[first_word + i],
+                                            memory_order_relaxed));
+}
+
+void *
+bits_bytes (struct bits *bits, uint64_t offset)
+{
+  return (uint8_t *) bits->words + offset;
+}
+
+void
+bits_loaded (struct bits *bits, uint64_t offset, uint64_t count)
+{
+  uint64_t *words = (uint64_t *) bits->words;
+  uint64_t tail = bits->nr_bits / 64;
+  uint64_t first = offset / 8, end = (offset + count) / 8;
+
+  if (first <= tail && tail < end) {
+    words[tail] &= htole64 ((UINT64_C (1) << (bits->nr_bits % 64)) - 1);
+    memset (&words[tail + 1], 0, 8 * (end - tail - 1));
+  }
+  for (uint64_t w = first; w < end; ++w) {
+    uint64_t piece = w / PIECE_WORDS;
+
+    words[w] = le64toh (words[w]);
+    if (words[w] != 0)
+      bits->populated[piece / 64] |= UINT64_C (1) << (piece % 64);
+  }
+}

@@ -1,0 +1,86 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_BITS_H
+#define DIRTY_BITMAP_BITS_H
+
+/* The bits of one bitmap in RAM: a flat array, a bit a granule, least
+ * significant bit of a word first, so that on a little-endian machine
+ * the words are the bytes of the image.  Memory of pieces without a set
+ * bit is never touched.
+ *
+ * A piece is 512 bytes of bits: what a disk writes whole, and the unit
+ * in which changes are remembered (changes.h).
+ */
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define PIECE_BYTES 512
+#define PIECE_WORDS (PIECE_BYTES / 8)
+#define PIECE_BITS  (PIECE_BYTES * 8)
+
+struct bits {
+  _Atomic uint64_t *words;      /* nr_pieces * PIECE_WORDS */
+
+  /* A bit a piece: set before any bit of the piece is, so that a clear
+   * one lets a reader skip the piece.
+   */
+  _Atomic uint64_t *populated;
+
+  uint64_t nr_bits;
+  uint64_t nr_pieces;
+};
+
+/* All bits clear.  -1 with errno ENOMEM. */
+extern int bits_init (struct bits *, uint64_t nr_bits);
+extern void bits_free (struct bits *);
+
+/* Are all bits of [first, last] set?  first <= last < nr_bits.  Where
+ * this says yes, what the threads that set them did before is visible.
+ */
+static inline bool
+bits_all_set (const struct bits *bits, uint64_t first, uint64_t last)
+{
+  uint64_t w = first / 64, last_word = last / 64;
+  uint64_t mask = ~UINT64_C (0) << (first % 64);
+
+  for (; w < last_word; ++w, mask = ~UINT64_C (0))
+    if (~atomic_load_explicit (&bits->words[w], memory_order_acquire) & mask)
+      return false;
+  mask &= ~UINT64_C (0) >> (63 - last % 64);
+  return !(~atomic_load_explicit (&bits->words[w],
+                                  memory_order_acquire) & mask);
+}
+
+/* Set the bits of [first, last], which lie in one piece.  Returns true
+ * if this changed any.
+ */
+extern bool bits_set_in_piece (struct bits *, uint64_t first, uint64_t last);
+
+/* The first bit at or after from that is set (or clear), or end if
+ * there is none before end.
+ */
+extern uint64_t bits_next_set (const struct bits *, uint64_t from,
+                               uint64_t end);
+extern uint64_t bits_next_clear (const struct bits *, uint64_t from,
+                                 uint64_t end);
+
+/* As the image has it: copy words out as little-endian bytes.  The
+ * words must lie inside the array.
+ */
+extern void bits_copy_out (const struct bits *, void *buf,
+                           uint64_t first_word, size_t nr_words);
+
+/* While nobody else has the bits: the bytes [offset, offset + count) of
+ * the array, to be filled with what the image has there.  bits_loaded
+ * is called when they have been.  Both multiples of 512.
+ */
+extern void *bits_bytes (struct bits *, uint64_t offset);
+extern void bits_loaded (struct bits *, uint64_t offset, uint64_t count);
+
+#endif /* DIRTY_BITMAP_BITS_H */

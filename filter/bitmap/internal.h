@@ -1,0 +1,220 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_BITMAP_INTERNAL_H
+#define DIRTY_BITMAP_BITMAP_INTERNAL_H
+
+/* What the files of bitmap/ share.
+ *
+ *   bits.c      the bits of one bitmap in RAM
+ *   changes.c   which pieces of them have changed
+ *   load.c      from the image to RAM, believing nothing
+ *   create.c    new bitmaps, in a new directory
+ *   set.c       open and close; what the options ask for; what clients see
+ *   mark.c      marking, and how a bitmap becomes in use
+ *   sync.c      from RAM to the image, and how it ceases to be in use
+ *
+ * The states and the invariants that mark.c and sync.c keep between
+ * them are told here.
+ *
+ * A bitmap that records is always in one of these states:
+ *
+ *   SYNCED   in_use is durably clear in the image, and the image's
+ *            bitmap durably has every bit that RAM has
+ *   IN_USE   in_use is durably set
+ *   DOUBTFUL in_use may be found set or clear after a crash: it has been
+ *            written, but not (or not successfully) been made durable.
+ *            The image's bitmap durably has every bit that RAM has
+ *   CLOSING  as IN_USE, for a moment within a flush in which no bits may
+ *            be set
+ *
+ * (A) A bit is set in RAM only in a section of the set's grace in which
+ *     IN_USE was read.  In the same section, after the bits, their
+ *     pieces are flagged as changed.
+ * (B) A bitmap leaves IN_USE for DOUBTFUL only through CLOSING and a
+ *     grace period, with no piece flagged then, all pieces that were
+ *     taken since durable, and no table entry pending.
+ *
+ * From these follows I3, and why a set bit need only be read.  By (A)
+ * the bit was set while in_use was durable.  in_use has been cleared
+ * since, if at all, by (B): the grace period waited for the section, so
+ * the piece had been flagged; no flag remained, so it had been taken
+ * after the bit was set, and what was taken is durable.
+ *
+ * Locks: state_lock of the set, and nothing else.  The flush hooks run
+ * under the flush lock of qcow2/ and take state_lock inside; marks take
+ * state_lock alone; both call qcow2/ with it held, which takes locks of
+ * its own inside, never the flush lock (of all that qcow2/ offers only
+ * qcow2_flush and qcow2_stop take that, and nobody calls those with
+ * state_lock held).  A section never waits for anything, so whoever
+ * waits for a grace period may hold any lock; a section may be entered
+ * with state_lock held.
+ */
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "bitmap/bits.h"
+#include "bitmap/bitmap.h"
+#include "bitmap/changes.h"
+#include "common/grace.h"
+#include "qcow2/bitmap-directory.h"
+#include "qcow2/qcow2.h"
+
+enum bitmap_state { SYNCED, IN_USE, DOUBTFUL, CLOSING };
+
+/* A table entry that was changed in RAM and is not known to be durable. */
+struct pending_entry {
+  uint32_t index;
+  bool attempted;               /* it may be in the image */
+  uint64_t old_entry;           /* what it was in RAM before */
+};
+
+struct bitmap {
+  /* What marks read. */
+  struct bits bits;
+  unsigned shift;               /* log2 of the granularity */
+  _Atomic enum bitmap_state state; /* changed under state_lock */
+
+  char *name;
+  uint32_t flags;               /* in the image when it was opened */
+  bool inconsistent;            /* found in use: no bits, not offered */
+  uint64_t entry_offset;        /* of the directory entry in the image */
+
+  /* Host offset and entries of the bitmap table.  The entries are as
+   * they shall be in the image, the pending ones included.
+   */
+  uint64_t table_offset;
+  uint32_t table_entries;
+  uint64_t *table;
+
+  struct changes changes;
+
+  /* The flush's: what it changed in the table. */
+  struct pending_entry *pending;
+  size_t nr_pending, max_pending;
+  bool settling;                /* pending was written by this flush */
+
+  /* Protected by state_lock: this flush wrote in_use clear, and nobody
+   * has written it since.
+   */
+  bool cleared;
+};
+
+/* What the image has of a bitmaps extension. */
+enum bitmap_store {
+  STORE_ABSENT,
+  STORE_STALE,                  /* the autoclear bit is clear */
+  STORE_DAMAGED,
+  STORE_GOOD,
+};
+
+enum sync_phase {
+  SYNC_IDLE,
+  SYNC_DATA,                    /* what is taken may not be durable */
+  SYNC_REFERENCES,              /* what was taken is durable */
+  SYNC_SETTLE,                  /* and so are the table entries */
+};
+
+/* A bounce buffer of the flush. */
+#define SYNC_BUFFER_BYTES 65536
+
+struct bitmap_set {
+  struct grace grace;           /* marks being made */
+  struct qcow2 *image;
+  bool readonly;
+  struct bitmap_geometry geometry;
+
+  enum bitmap_store store;
+  struct bitmap_damage damage;  /* if STORE_DAMAGED or STORE_STALE */
+
+  /* In the order of the directory.  Fixed when bitmap_set_open returns,
+   * as are the two lists that follow.
+   */
+  struct bitmap **bitmaps;
+  size_t nr_bitmaps, max_bitmaps;
+  struct bitmap **recording;
+  size_t nr_recording;
+  struct bitmap **exposed;
+  size_t nr_exposed;
+
+  /* The directory in the image, and, while the set is being opened, its
+   * bytes.
+   */
+  uint64_t directory_offset;
+  size_t directory_bytes;
+  uint8_t *directory;
+
+  uint64_t mark_bytes;          /* what one section marks at most */
+
+  pthread_mutex_t state_lock;   /* protects the bitmaps' states, and the
+                                   flags words in the image */
+  atomic_size_t nr_unsettled;   /* recording and not SYNCED */
+
+  /* The flush's. */
+  struct qcow2_flush_hooks hooks;
+  enum sync_phase phase;
+  uint8_t *buffer;
+};
+
+/* A granule's bit, and the last bit of a range. */
+static inline uint64_t
+bitmap_first_bit (const struct bitmap *b, uint64_t offset)
+{
+  return offset >> b->shift;
+}
+
+static inline uint64_t
+bitmap_last_bit (const struct bitmap *b, uint64_t offset, uint64_t count)
+{
+  return (offset + count - 1) >> b->shift;
+}
+
+/* set.c */
+
+/* Make a bitmap of nr_bits (0 for none at all), not in the set yet.
+ * NULL with ENOMEM.
+ */
+extern struct bitmap *bitmap_new (const struct bitmap_directory_entry *,
+                                  uint64_t nr_bits);
+extern void bitmap_free (struct bitmap *);
+
+/* Make room for nr more bitmaps. */
+extern int bitmap_set_reserve (struct bitmap_set *, size_t nr);
+extern struct bitmap *bitmap_set_find (const struct bitmap_set *,
+                                       const char *name);
+extern uint64_t bitmap_set_nr_bits (const struct bitmap_set *,
+                                    unsigned granularity_bits);
+
+/* load.c: fill the set from the image, as far as it is sound. */
+extern void bitmap_load (struct bitmap_set *, bool check_only);
+
+/* create.c: what is required and absent.  The first says whether it can
+ * be created.
+ */
+extern int bitmap_create_check (const struct bitmap_set *,
+                                const struct bitmap_options *);
+extern int bitmap_create_missing (struct bitmap_set *,
+                                  const struct bitmap_options *);
+
+/* mark.c */
+
+/* Change a state.  state_lock is held, or nobody else has the set. */
+extern void bitmap_set_state (struct bitmap_set *, struct bitmap *,
+                              enum bitmap_state);
+
+/* Write the flags word.  state_lock is held.  Sets the state to
+ * DOUBTFUL, as it is whether this succeeds or not.
+ */
+extern int bitmap_write_flags (struct bitmap_set *, struct bitmap *,
+                               bool in_use);
+
+/* sync.c */
+extern const struct qcow2_flush_hooks bitmap_sync_hooks;
+
+#endif /* DIRTY_BITMAP_BITMAP_INTERNAL_H */

@@ -1,0 +1,354 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* From the image to RAM.
+ *
+ * Everything that is read here may have been written by a stranger or
+ * be damaged, and whatever it is, the disk is served (I7).  So this has
+ * one outcome for all bitmaps together: they are sound, or they are
+ * damaged as a whole, told in one message, and none is in the set.  One
+ * that cannot be read, or has no room in RAM, counts as damaged.
+ *
+ * If they are damaged and the image is writable, an `auto` bitmap that
+ * is not in use would go stale with our first write and still look
+ * valid to the next who opens the image.  qcow2_distrust_bitmaps sees
+ * to it.  The same is assumed of a directory that cannot be understood.
+ *
+ * Every cluster of a sound store is registered, so that two structures
+ * that overlap are found, and no write can hit one.  Bitmaps that were
+ * found in use come last, and as far as they are well formed: nothing
+ * will ever be written to them, so their flaws harm nobody, and must not
+ * take the sound bitmaps down with them.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "bitmap/internal.h"
+#include "common/bytes.h"
+#include "common/cleanup.h"
+#include "common/report.h"
+
+/* The most bytes that one read of bits asks for. */
+#define MAX_READ_BYTES (UINT64_C (1) << 20)
+
+/* What has been registered, so that it can be taken back. */
+struct registered {
+  bool directory;
+  size_t tables;                /* consistent bitmaps whose table is */
+  size_t data_bitmaps;          /* ... all of whose data clusters are */
+  uint32_t data_entries;        /* ... and of the next bitmap's table */
+};
+
+static uint64_t
+table_bytes (const struct bitmap *b)
+{
+  return 8 * (uint64_t) b->table_entries;
+}
+
+static int
+register_clusters (struct bitmap_set *set, enum qcow2_class class,
+                   uint64_t offset, uint64_t bytes, const char *what,
+                   const char *name, struct bitmap_damage *damage)
+{
+  if (qcow2_register (set->image, class, offset, bytes) == 0)
+    return 0;
+  return bitmap_damage (damage, "%s%s%s%s at %#" PRIx64 " %s", what,
+                        name ? " of bitmap '" : "",
+                        name ? bitmap_show_name (name, strlen (name)).text
+                        : "",
+                        name ? "'" : "", offset,
+                        errno == EEXIST ? "overlaps other metadata"
+                        : errno == ENOMEM ? "cannot be kept in mind"
+                        : "is not inside the image");
+}
+
+/* Read the table and the offsets in it. */
+static int
+read_table (struct bitmap_set *set, struct bitmap *b,
+            struct bitmap_damage *damage)
+{
+  struct bitmap_shown_name shown = bitmap_show_name (b->name,
+                                                     strlen (b->name));
+
+  b->table = malloc (table_bytes (b));
+  if (b->table == NULL)
+    return bitmap_damage (damage, "the table of bitmap '%s' does not fit "
+                          "into memory", shown.text);
+  if (qcow2_read_metadata (set->image, b->table, table_bytes (b),
+                           b->table_offset) == -1)
+    return bitmap_damage (damage, "the table of bitmap '%s' cannot be read",
+                          shown.text);
+  bitmap_table_get (b->table, b->table_entries);
+  return 0;
+}
+
+/* Register the table and the data clusters of a consistent bitmap. */
+static int
+load_table (struct bitmap_set *set, struct bitmap *b,
+            struct registered *registered, struct bitmap_damage *damage)
+{
+  uint32_t cluster_size = set->geometry.cluster_size_bytes;
+
+  if (register_clusters (set, QCOW2_BITMAP_TABLE, b->table_offset,
+                         table_bytes (b), "the table", b->name,
+                         damage) == -1)
+    return -1;
+  registered->tables++;
+  if (read_table (set, b, damage) == -1)
+    return -1;
+
+  registered->data_entries = 0;
+  for (uint32_t i = 0; i < b->table_entries; ++i) {
+    if (!bitmap_table_entry_is_valid (b->table[i], cluster_size))
+      return bitmap_damage (damage, "the table of bitmap '%s' has the "
+                            "invalid entry %#" PRIx64,
+                            bitmap_show_name (b->name,
+                                              strlen (b->name)).text,
+                            b->table[i]);
+    if (bitmap_table_entry_is_data (b->table[i]) &&
+        register_clusters (set, QCOW2_BITMAP_DATA, b->table[i], cluster_size,
+                           "a data cluster", b->name, damage) == -1)
+      return -1;
+    registered->data_entries = i + 1;
+  }
+  registered->data_bitmaps++;
+  registered->data_entries = 0;
+  return 0;
+}
+
+/* Register what can be of a bitmap that was found in use. */
+static void
+register_inconsistent (struct bitmap_set *set, struct bitmap *b)
+{
+  uint32_t cluster_size = set->geometry.cluster_size_bytes;
+  struct bitmap_damage ignored;
+
+  if (qcow2_register (set->image, QCOW2_BITMAP_TABLE, b->table_offset,
+                      table_bytes (b)) == -1)
+    return;
+  if (read_table (set, b, &ignored) == 0) {
+    for (uint32_t i = 0; i < b->table_entries; ++i)
+      if (bitmap_table_entry_is_valid (b->table[i], cluster_size) &&
+          bitmap_table_entry_is_data (b->table[i]))
+        (void) qcow2_register (set->image, QCOW2_BITMAP_DATA, b->table[i],
+                               cluster_size);
+  }
+  free (b->table);
+  b->table = NULL;
+}
+
+static void
+unregister_all (struct bitmap_set *set, const struct registered *registered)
+{
+  uint32_t cluster_size = set->geometry.cluster_size_bytes;
+  size_t nr_consistent = 0;
+
+  if (registered->directory)
+    qcow2_unregister (set->image, set->directory_offset,
+                      set->directory_bytes);
+
+  for (size_t i = 0; i < set->nr_bitmaps; ++i) {
+    struct bitmap *b = set->bitmaps[i];
+    size_t nth = nr_consistent;
+    uint32_t entries = 0;
+
+    if (b->inconsistent)
+      continue;
+    nr_consistent++;
+    if (nth < registered->tables)
+      qcow2_unregister (set->image, b->table_offset, table_bytes (b));
+    if (nth < registered->data_bitmaps)
+      entries = b->table_entries;
+    else if (nth == registered->data_bitmaps)
+      entries = registered->data_entries;
+    for (uint32_t j = 0; j < entries; ++j)
+      if (bitmap_table_entry_is_data (b->table[j]))
+        qcow2_unregister (set->image, b->table[j], cluster_size);
+  }
+}
+
+/* All bits that are not zero, of all bitmaps, may take half of the
+ * machine's memory.
+ */
+static int
+check_memory (const struct bitmap_set *set, struct bitmap_damage *damage)
+{
+  uint64_t pages = sysconf (_SC_PHYS_PAGES), bytes = 0;
+  uint64_t limit = pages * sysconf (_SC_PAGESIZE) / 2;
+
+  for (size_t i = 0; i < set->nr_bitmaps; ++i) {
+    const struct bitmap *b = set->bitmaps[i];
+
+    for (uint32_t j = 0; !b->inconsistent && j < b->table_entries; ++j)
+      if (b->table[j] != BITMAP_TABLE_ALL_ZEROES)
+        bytes += set->geometry.cluster_size_bytes;
+  }
+  if (bytes > limit)
+    return bitmap_damage (damage, "their bits would take more than half of "
+                          "the memory of this machine");
+  return 0;
+}
+
+/* Read the bits of a bitmap: contiguous data clusters at once. */
+static int
+load_bits (struct bitmap_set *set, struct bitmap *b,
+           struct bitmap_damage *damage)
+{
+  const uint64_t cluster_size = set->geometry.cluster_size_bytes;
+  const uint64_t array_bytes = b->bits.nr_pieces * PIECE_BYTES;
+  uint32_t i = 0, n;
+
+  for (; i < b->table_entries; i += n) {
+    uint64_t entry = b->table[i], offset = i * cluster_size, bytes;
+
+    n = 1;
+    if (entry == BITMAP_TABLE_ALL_ZEROES)
+      continue;
+    if (bitmap_table_entry_is_data (entry))
+      while (i + n < b->table_entries && n * cluster_size < MAX_READ_BYTES &&
+             b->table[i + n] == entry + n * cluster_size)
+        n++;
+
+    bytes = min_u64 (n * cluster_size, array_bytes - offset);
+    if (entry == BITMAP_TABLE_ALL_ONES)
+      memset (bits_bytes (&b->bits, offset), 0xff, bytes);
+    else if (qcow2_read_metadata (set->image, bits_bytes (&b->bits, offset),
+                                  bytes, entry) == -1)
+      return bitmap_damage (damage, "the bits of bitmap '%s' cannot be read",
+                            bitmap_show_name (b->name,
+                                              strlen (b->name)).text);
+    bits_loaded (&b->bits, offset, bytes);
+  }
+  return 0;
+}
+
+/* Read and parse the directory. */
+static int
+load_directory (struct bitmap_set *set,
+                const struct qcow2_bitmaps_extension *ext,
+                struct bitmap_directory_entry **entries,
+                struct registered *registered, struct bitmap_damage *damage)
+{
+  if (bitmap_extension_check (ext, &set->geometry, damage) == -1)
+    return -1;
+  set->directory_offset = ext->directory_offset;
+  set->directory_bytes = ext->directory_size_bytes;
+  if (register_clusters (set, QCOW2_BITMAP_DIRECTORY, set->directory_offset,
+                         set->directory_bytes, "the bitmap directory", NULL,
+                         damage) == -1)
+    return -1;
+  registered->directory = true;
+
+  set->directory = malloc (set->directory_bytes);
+  *entries = calloc (ext->nr_bitmaps, sizeof **entries);
+  if (set->directory == NULL || *entries == NULL)
+    return bitmap_damage (damage, "the bitmap directory does not fit into "
+                          "memory");
+  if (qcow2_read_metadata (set->image, set->directory, set->directory_bytes,
+                           set->directory_offset) == -1)
+    return bitmap_damage (damage, "the bitmap directory cannot be read");
+  return bitmap_directory_parse (set->directory, set->directory_bytes,
+                                 &set->geometry, *entries, ext->nr_bitmaps,
+                                 damage);
+}
+
+/* Load the bitmaps of a directory that is sound. */
+static int
+load_bitmaps (struct bitmap_set *set,
+              const struct bitmap_directory_entry *entries,
+              uint32_t nr_entries, bool check_only,
+              struct registered *registered, struct bitmap_damage *damage)
+{
+  if (bitmap_set_reserve (set, nr_entries) == -1)
+    return bitmap_damage (damage, "they do not fit into memory");
+
+  for (uint32_t i = 0; i < nr_entries; ++i) {
+    const struct bitmap_directory_entry *e = &entries[i];
+    bool bits = !check_only && !(e->flags & BITMAP_FLAG_IN_USE);
+    struct bitmap *b =
+      bitmap_new (e, bits ? bitmap_set_nr_bits (set, e->granularity_bits)
+                  : 0);
+
+    if (b == NULL)
+      return bitmap_damage (damage, "they do not fit into memory");
+    set->bitmaps[set->nr_bitmaps++] = b;
+    b->entry_offset = set->directory_offset + e->offset;
+  }
+
+  for (size_t i = 0; i < set->nr_bitmaps; ++i)
+    if (!set->bitmaps[i]->inconsistent &&
+        load_table (set, set->bitmaps[i], registered, damage) == -1)
+      return -1;
+  if (check_memory (set, damage) == -1)
+    return -1;
+  for (size_t i = 0; !check_only && i < set->nr_bitmaps; ++i)
+    if (!set->bitmaps[i]->inconsistent &&
+        load_bits (set, set->bitmaps[i], damage) == -1)
+      return -1;
+
+  for (size_t i = 0; i < set->nr_bitmaps; ++i)
+    if (set->bitmaps[i]->inconsistent)
+      register_inconsistent (set, set->bitmaps[i]);
+  return 0;
+}
+
+static void
+load_stale (struct bitmap_set *set, bool check_only)
+{
+  set->store = STORE_STALE;
+  bitmap_damage (&set->damage, qcow2_version (set->image) < 3
+                 ? "a version 2 image cannot say whether they are valid"
+                 : "the image was changed by a program that does not know "
+                 "them");
+  if (!check_only)
+    report_warning ("the image's bitmaps are not offered: %s; their clusters "
+                    "may be leaked, qemu-img check -r leaks frees them",
+                    set->damage.what);
+}
+
+void
+bitmap_load (struct bitmap_set *set, bool check_only)
+{
+  CLEANUP_FREE struct bitmap_directory_entry *entries = NULL;
+  struct registered registered = { 0 };
+  struct qcow2_bitmaps_extension ext;
+  bool parsed, may_be_auto = false;
+
+  qcow2_get_bitmaps_extension (set->image, &ext);
+  if (ext.count == 0)
+    return;
+  if (qcow2_version (set->image) < 3 || !ext.autoclear) {
+    load_stale (set, check_only);
+    return;
+  }
+
+  parsed = load_directory (set, &ext, &entries, &registered,
+                           &set->damage) == 0;
+  if (parsed && load_bitmaps (set, entries, ext.nr_bitmaps, check_only,
+                              &registered, &set->damage) == 0) {
+    set->store = STORE_GOOD;
+    return;
+  }
+
+  set->store = STORE_DAMAGED;
+  unregister_all (set, &registered);
+  while (set->nr_bitmaps > 0)
+    bitmap_free (set->bitmaps[--set->nr_bitmaps]);
+
+  for (uint32_t i = 0; parsed && i < ext.nr_bitmaps; ++i)
+    may_be_auto |= entries[i].flags == BITMAP_FLAG_AUTO;
+  if (check_only)
+    return;
+  report_warning ("the image's bitmaps cannot be used and none is offered: "
+                  "%s", set->damage.what);
+  if (!set->readonly && (!parsed || may_be_auto))
+    qcow2_distrust_bitmaps (set->image);
+}

@@ -1,0 +1,196 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* Marking.
+ *
+ * internal.h has the states and the invariants.  There are three ways
+ * through a mark, each taken only where the one before it cannot do:
+ *
+ * - All bits are set in all recording bitmaps: they are only read.
+ * - All bitmaps that lack a bit are IN_USE: the bits are set with
+ *   atomics, in a section.
+ * - Some bitmap that lacks a bit is not IN_USE: under state_lock in_use
+ *   is written for all such bitmaps, one barrier makes it durable, and
+ *   the bits are set before the lock is released.  So no flush can clear
+ *   in_use in between, however many flushes there are, and every mark
+ *   ends after at most one barrier.
+ *
+ * A mark of more than mark_bytes is made in parts, so that no section
+ * is long: somebody may be waiting for its end.
+ *
+ * Failure: if a flags word cannot be written, or the barrier fails, the
+ * bitmaps tried are DOUBTFUL, no bit of this part has been set, and the
+ * mark fails.  Bits of the parts before, and bitmaps in use with no
+ * change to show for it, do no harm: the next flush writes the former
+ * and clears the latter.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <stdlib.h>
+
+#include "bitmap/internal.h"
+#include "common/bytes.h"
+#include "common/cleanup.h"
+#include "common/report.h"
+
+void
+bitmap_set_state (struct bitmap_set *set, struct bitmap *b,
+                  enum bitmap_state state)
+{
+  enum bitmap_state old = atomic_load (&b->state);
+
+  /* Raise the count first, and lower it last: whoever finds it 0 may
+   * rely on it.
+   */
+  if (old == SYNCED && state != SYNCED)
+    atomic_fetch_add (&set->nr_unsettled, 1);
+  atomic_store (&b->state, state);
+  if (old != SYNCED && state == SYNCED)
+    atomic_fetch_sub (&set->nr_unsettled, 1);
+}
+
+int
+bitmap_write_flags (struct bitmap_set *set, struct bitmap *b, bool in_use)
+{
+  uint8_t word[4];
+
+  put_be32 (word, b->flags | (in_use ? BITMAP_FLAG_IN_USE : 0));
+  b->cleared = false;
+  bitmap_set_state (set, b, DOUBTFUL);
+  return qcow2_write_metadata (set->image, QCOW2_BITMAP_DIRECTORY,
+                               word, sizeof word,
+                               b->entry_offset + BITMAP_ENTRY_FLAGS_OFFSET);
+}
+
+static inline bool
+has_all (const struct bitmap *b, uint64_t offset, uint64_t count)
+{
+  return bits_all_set (&b->bits, bitmap_first_bit (b, offset),
+                       bitmap_last_bit (b, offset, count));
+}
+
+static void
+set_bits (struct bitmap *b, uint64_t offset, uint64_t count)
+{
+  uint64_t first = bitmap_first_bit (b, offset);
+  uint64_t last = bitmap_last_bit (b, offset, count);
+
+  while (first <= last) {
+    uint64_t piece = first / PIECE_BITS;
+    uint64_t last_here = min_u64 (last, piece * PIECE_BITS + PIECE_BITS - 1);
+
+    /* A bit that was set already was set in another section, which
+     * flags the piece itself.
+     */
+    if (bits_set_in_piece (&b->bits, first, last_here))
+      changes_flag (&b->changes, piece);
+    first = last_here + 1;
+  }
+}
+
+/* Set the bits in all bitmaps, or in none and return false if there is
+ * one that is not IN_USE.
+ */
+static bool
+mark_in_section (struct bitmap_set *set, uint64_t offset, uint64_t count)
+{
+  grace_ticket ticket = grace_enter (&set->grace);
+  bool all = true;
+
+  for (size_t i = 0; i < set->nr_recording && all; ++i) {
+    struct bitmap *b = set->recording[i];
+
+    all = atomic_load (&b->state) == IN_USE || has_all (b, offset, count);
+  }
+  for (size_t i = 0; i < set->nr_recording && all; ++i) {
+    struct bitmap *b = set->recording[i];
+
+    if (!has_all (b, offset, count))
+      set_bits (b, offset, count);
+  }
+  grace_leave (&set->grace, ticket);
+  return all;
+}
+
+/* Make every bitmap IN_USE that lacks a bit of the range.  state_lock is
+ * held, so a bitmap that is not IN_USE gets no bits meanwhile, and the
+ * two loops see the same ones.
+ */
+static int
+make_in_use (struct bitmap_set *set, uint64_t offset, uint64_t count)
+{
+  for (size_t i = 0; i < set->nr_recording; ++i) {
+    struct bitmap *b = set->recording[i];
+
+    if (atomic_load (&b->state) != IN_USE && !has_all (b, offset, count) &&
+        bitmap_write_flags (set, b, true) == -1)
+      return -1;
+  }
+
+  if (qcow2_barrier (set->image) == -1)
+    return -1;
+
+  for (size_t i = 0; i < set->nr_recording; ++i) {
+    struct bitmap *b = set->recording[i];
+
+    if (atomic_load (&b->state) != IN_USE && !has_all (b, offset, count))
+      bitmap_set_state (set, b, IN_USE);
+  }
+  return 0;
+}
+
+static int
+mark_part (struct bitmap_set *set, uint64_t offset, uint64_t count)
+{
+  if (mark_in_section (set, offset, count))
+    return 0;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->state_lock);
+  if (mark_in_section (set, offset, count))
+    return 0;                   /* Another thread was faster. */
+  if (make_in_use (set, offset, count) == -1)
+    return -1;
+  if (!mark_in_section (set, offset, count))
+    abort ();                   /* Only holders of the lock undo it. */
+  return 0;
+}
+
+static bool
+marked_already (const struct bitmap_set *set, uint64_t offset, uint64_t count)
+{
+  for (size_t i = 0; i < set->nr_recording; ++i)
+    if (!has_all (set->recording[i], offset, count))
+      return false;
+  return true;
+}
+
+int
+bitmap_set_mark (struct bitmap_set *set, uint64_t offset, uint64_t count)
+{
+  if (set->readonly) {
+    errno = EROFS;
+    report_error ("the image is read-only: %m");
+    return -1;
+  }
+  if (range_exceeds (offset, count, set->geometry.disk_size_bytes)) {
+    errno = EINVAL;
+    report_error ("mark beyond the end of the disk: %m");
+    return -1;
+  }
+  if (count == 0 || marked_already (set, offset, count))
+    return 0;
+
+  while (count > 0) {
+    uint64_t part = min_u64 (count, set->mark_bytes);
+
+    if (mark_part (set, offset, part) == -1)
+      return -1;
+    offset += part;
+    count -= part;
+  }
+  return 0;
+}

@@ -1,0 +1,337 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* The set of an image's bitmaps: opened, asked, and closed.
+ *
+ * Opening goes in three steps.  What the image has is loaded, and what
+ * is wrong with it is said but harms nobody (load.c).  Then the options
+ * are held against it: here something can be missing, and opening fails.
+ * Last, unless this is only a check, what is missing and can be created
+ * is (create.c).
+ *
+ * Afterwards the set of bitmaps does not change, so readers take no
+ * lock; what does change is in internal.h.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "bitmap/internal.h"
+#include "common/bytes.h"
+#include "common/cleanup.h"
+#include "common/report.h"
+#include "container/container.h"
+
+/* The most bits that a mark sets in one section. */
+#define MARK_BITS (UINT64_C (1) << 20)
+
+struct bitmap *
+bitmap_new (const struct bitmap_directory_entry *e, uint64_t nr_bits)
+{
+  struct bitmap *b = calloc (1, sizeof *b);
+
+  if (b == NULL)
+    return NULL;
+  b->shift = e->granularity_bits;
+  b->flags = e->flags;
+  b->inconsistent = e->flags & BITMAP_FLAG_IN_USE;
+  b->table_offset = e->table_offset;
+  b->table_entries = e->table_entries;
+  b->name = strndup (e->name, e->name_bytes);
+  if (b->name == NULL ||
+      (nr_bits > 0 &&
+       (bits_init (&b->bits, nr_bits) == -1 ||
+        changes_init (&b->changes, b->bits.nr_pieces) == -1))) {
+    bitmap_free (b);
+    errno = ENOMEM;
+    return NULL;
+  }
+  return b;
+}
+
+void
+bitmap_free (struct bitmap *b)
+{
+  if (b == NULL)
+    return;
+  bits_free (&b->bits);
+  changes_free (&b->changes);
+  free (b->pending);
+  free (b->table);
+  free (b->name);
+  free (b);
+}
+
+int
+bitmap_set_reserve (struct bitmap_set *set, size_t nr)
+{
+  struct bitmap **bitmaps;
+
+  if (nr <= set->max_bitmaps - set->nr_bitmaps)
+    return 0;
+  bitmaps = reallocarray (set->bitmaps, set->nr_bitmaps + nr,
+                          sizeof *bitmaps);
+  if (bitmaps == NULL) {
+    report_error ("realloc: %m");
+    return -1;
+  }
+  set->bitmaps = bitmaps;
+  set->max_bitmaps = set->nr_bitmaps + nr;
+  return 0;
+}
+
+struct bitmap *
+bitmap_set_find (const struct bitmap_set *set, const char *name)
+{
+  for (size_t i = 0; i < set->nr_bitmaps; ++i)
+    if (strcmp (set->bitmaps[i]->name, name) == 0)
+      return set->bitmaps[i];
+  return NULL;
+}
+
+uint64_t
+bitmap_set_nr_bits (const struct bitmap_set *set, unsigned granularity_bits)
+{
+  return div_round_up (set->geometry.disk_size_bytes,
+                       UINT64_C (1) << granularity_bits);
+}
+
+static bool
+is_named (const char *const *names, size_t nr, const char *name)
+{
+  for (size_t i = 0; i < nr; ++i)
+    if (strcmp (names[i], name) == 0)
+      return true;
+  return false;
+}
+
+static int
+refuse_inconsistent (const char *name)
+{
+  report_error ("bitmap '%s' is inconsistent: it was in use when the image "
+                "was last closed uncleanly; remove it with qemu-img bitmap "
+                "--remove IMAGE '%s', then add it anew", name, name);
+  errno = EINVAL;
+  return -1;
+}
+
+static int
+check_required (const struct bitmap_set *set,
+                const struct bitmap_options *options)
+{
+  for (size_t i = 0; i < options->nr_require; ++i) {
+    const char *name = options->require[i];
+    const struct bitmap *b = bitmap_set_find (set, name);
+
+    if (b == NULL)
+      continue;
+    if (b->inconsistent)
+      return refuse_inconsistent (name);
+    if (!(b->flags & BITMAP_FLAG_AUTO)) {
+      report_error ("bitmap '%s' is disabled and does not record: enable it "
+                    "with qemu-img bitmap --enable IMAGE '%s'", name, name);
+      errno = EINVAL;
+      return -1;
+    }
+  }
+  return bitmap_create_check (set, options);
+}
+
+static int
+check_exposed (const struct bitmap_set *set,
+               const struct bitmap_options *options)
+{
+  for (size_t i = 0; i < options->nr_expose; ++i) {
+    const char *name = options->expose[i];
+    const struct bitmap *b = bitmap_set_find (set, name);
+
+    if (b != NULL && b->inconsistent)
+      return refuse_inconsistent (name);
+    if (b != NULL || is_named (options->require, options->nr_require, name))
+      continue;
+    if (set->store == STORE_DAMAGED || set->store == STORE_STALE)
+      report_error ("bitmap '%s' cannot be offered, the image's bitmaps "
+                    "cannot be used: %s", name, set->damage.what);
+    else
+      report_error ("bitmap '%s' cannot be offered, the image has no bitmap "
+                    "of this name", name);
+    errno = ENOENT;
+    return -1;
+  }
+  return 0;
+}
+
+static void
+warn_of_inconsistent (const struct bitmap_set *set)
+{
+  for (size_t i = 0; i < set->nr_bitmaps; ++i) {
+    const char *name = set->bitmaps[i]->name;
+    struct bitmap_shown_name shown = bitmap_show_name (name, strlen (name));
+
+    if (set->bitmaps[i]->inconsistent)
+      report_warning ("bitmap '%s' is inconsistent and not offered: it was "
+                      "in use when the image was last closed uncleanly; "
+                      "qemu-img bitmap --remove removes it", shown.text);
+  }
+}
+
+/* Which bitmaps record, and which are offered. */
+static int
+make_lists (struct bitmap_set *set, const struct bitmap_options *options)
+{
+  unsigned min_shift = BITMAP_MAX_GRANULARITY_BITS;
+
+  set->recording = calloc (set->nr_bitmaps + 1, sizeof *set->recording);
+  set->exposed = calloc (set->nr_bitmaps + 1, sizeof *set->exposed);
+  if (set->recording == NULL || set->exposed == NULL) {
+    report_error ("calloc: %m");
+    return -1;
+  }
+
+  for (size_t i = 0; i < set->nr_bitmaps; ++i) {
+    struct bitmap *b = set->bitmaps[i];
+
+    if (b->inconsistent)
+      continue;
+    if ((b->flags & BITMAP_FLAG_AUTO) && !set->readonly) {
+      set->recording[set->nr_recording++] = b;
+      if (b->shift < min_shift)
+        min_shift = b->shift;
+    }
+    if (options->nr_expose == 0 ||
+        is_named (options->expose, options->nr_expose, b->name))
+      set->exposed[set->nr_exposed++] = b;
+  }
+  set->mark_bytes = MARK_BITS << min_shift;
+  return 0;
+}
+
+static int
+set_init (struct bitmap_set *set, struct qcow2 *image)
+{
+  memset (set, 0, sizeof *set);
+  grace_init (&set->grace);
+  pthread_mutex_init (&set->state_lock, NULL);
+  set->image = image;
+  set->readonly = qcow2_is_readonly (image);
+  set->geometry.disk_size_bytes = qcow2_size (image);
+  set->geometry.container_size_bytes =
+    container_size (qcow2_container (image));
+  set->geometry.cluster_size_bytes = qcow2_cluster_size (image);
+  set->hooks = bitmap_sync_hooks;
+  set->hooks.opaque = set;
+  set->buffer = malloc (SYNC_BUFFER_BYTES);
+  if (set->buffer == NULL) {
+    report_error ("malloc: %m");
+    return -1;
+  }
+  return 0;
+}
+
+static int
+set_fill (struct bitmap_set *set, const struct bitmap_options *options)
+{
+  bitmap_load (set, options->check_only);
+  if (!options->check_only)
+    warn_of_inconsistent (set);
+  if (check_required (set, options) == -1 ||
+      check_exposed (set, options) == -1)
+    return -1;
+  if (!options->check_only && bitmap_create_missing (set, options) == -1)
+    return -1;
+
+  /* Only creation needed it. */
+  free (set->directory);
+  set->directory = NULL;
+  return make_lists (set, options);
+}
+
+struct bitmap_set *
+bitmap_set_open (struct qcow2 *image, const struct bitmap_options *options)
+{
+  /* The alignment keeps the counters of the grace apart. */
+  struct bitmap_set *set = aligned_alloc (_Alignof (struct bitmap_set),
+                                          sizeof *set);
+
+  if (set == NULL) {
+    report_error ("aligned_alloc: %m");
+    return NULL;
+  }
+  if (set_init (set, image) == -1 || set_fill (set, options) == -1) {
+    int saved_errno = errno;
+
+    bitmap_set_close (set);
+    errno = saved_errno;
+    return NULL;
+  }
+  return set;
+}
+
+void
+bitmap_set_close (struct bitmap_set *set)
+{
+  if (set == NULL)
+    return;
+  for (size_t i = 0; i < set->nr_bitmaps; ++i)
+    bitmap_free (set->bitmaps[i]);
+  free (set->bitmaps);
+  free (set->recording);
+  free (set->exposed);
+  free (set->directory);
+  free (set->buffer);
+  pthread_mutex_destroy (&set->state_lock);
+  free (set);
+}
+
+const struct qcow2_flush_hooks *
+bitmap_set_hooks (struct bitmap_set *set)
+{
+  return &set->hooks;
+}
+
+size_t
+bitmap_set_nr_exposed (const struct bitmap_set *set)
+{
+  return set->nr_exposed;
+}
+
+const struct bitmap *
+bitmap_set_exposed (const struct bitmap_set *set, size_t i)
+{
+  return set->exposed[i];
+}
+
+const char *
+bitmap_name (const struct bitmap *b)
+{
+  return b->name;
+}
+
+uint64_t
+bitmap_granularity (const struct bitmap *b)
+{
+  return UINT64_C (1) << b->shift;
+}
+
+uint64_t
+bitmap_run (const struct bitmap *b, uint64_t offset, uint64_t limit,
+            bool *dirty)
+{
+  uint64_t first = bitmap_first_bit (b, offset);
+  uint64_t end = bitmap_last_bit (b, offset, limit - offset) + 1;
+  uint64_t next;
+
+  /* The bit is read once: it may be set in between. */
+  next = bits_next_set (&b->bits, first, end);
+  *dirty = next == first;
+  if (*dirty)
+    next = bits_next_clear (&b->bits, first, end);
+
+  return min_u64 (next << b->shift, limit) - offset;
+}

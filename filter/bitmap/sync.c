@@ -1,0 +1,433 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* From RAM to the image, within a flush.
+ *
+ * internal.h has the states and the invariants.  A flush that finds
+ * every bitmap SYNCED does nothing.  Otherwise the hooks do, for the
+ * bitmaps that record:
+ *
+ * data: waits for the marks under way, so that every bit that somebody
+ * has seen set has its piece flagged; takes the flagged pieces; and
+ * writes them, which in_use makes safe.  Where the table entry has a
+ * data cluster the piece is written in place.  Where it is all zeroes a
+ * cluster is allocated and written whole, and the table entry becomes
+ * pending.  Where the cluster's bits are all set now nothing is written
+ * and the entry becomes all ones, which is pending too.
+ *
+ * references: what was taken is durable.  Pending entries are written.
+ * Bitmaps that have none are closed: the state becomes CLOSING, marks
+ * that were under way are waited for, and if no piece has been flagged
+ * since data, in_use is cleared in the image, which leaves the bitmap
+ * DOUBTFUL.  Otherwise it is IN_USE again, for the next flush to close.
+ *
+ * settle: the entries written are durable, so the clusters that they
+ * replaced are released, and these bitmaps are closed now.
+ *
+ * done: the cleared flags are durable: DOUBTFUL becomes SYNCED, unless
+ * a mark has written the flags again.
+ *
+ * What may fail, and what is true then:
+ *
+ * - Before references (writing pieces, allocation, refcounts, the first
+ *   barrier): nothing in the image refers to anything new.  The bitmaps
+ *   are IN_USE.  Pieces taken are flagged again, entries that became
+ *   pending in this flush are undone and their clusters released.
+ * - In references, or at the barrier after it: pieces and new clusters
+ *   are durable.  An entry may or may not be in the image, so old and
+ *   new clusters both stay as they are, and the entry stays pending
+ *   ("attempted"), to be written again.  While it is, changes go to the
+ *   new cluster.  That bitmap is IN_USE.  A bitmap whose in_use was
+ *   cleared, or tried to be, is DOUBTFUL: its bits are durable, a mark
+ *   will set in_use again, and the next flush clears it again.
+ * - In settle or after it: the same for the bitmaps closed there.
+ *
+ * Who has what: bitmap tables, pending entries and taken pieces belong
+ * to the flush, of which qcow2/ runs one at a time.  States and flags
+ * words are changed under state_lock.  Marks run all the while.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "bitmap/internal.h"
+#include "common/bytes.h"
+#include "common/cleanup.h"
+#include "common/report.h"
+
+/* Change a table entry.  Room in pending was made. */
+static void
+set_table_entry (struct bitmap *b, uint32_t index, uint64_t entry)
+{
+  b->pending[b->nr_pending++] = (struct pending_entry) {
+    .index = index, .old_entry = b->table[index],
+  };
+  b->table[index] = entry;
+}
+
+static int
+reserve_pending (struct bitmap *b)
+{
+  if (b->nr_pending < b->max_pending)
+    return 0;
+
+  size_t max = b->max_pending ? 2 * b->max_pending : 16;
+  struct pending_entry *p = realloc (b->pending, max * sizeof *p);
+
+  if (p == NULL) {
+    report_error ("bitmap '%s': realloc: %m", b->name);
+    return -1;
+  }
+  b->pending = p;
+  b->max_pending = max;
+  return 0;
+}
+
+/* Write the bytes [offset, offset + count) of the array of bits, and
+ * zeroes where it ends, to a data cluster.
+ */
+static int
+write_bits (struct bitmap_set *set, struct bitmap *b,
+            uint64_t offset, uint64_t count, uint64_t host_offset)
+{
+  uint64_t array_bytes = b->bits.nr_pieces * PIECE_BYTES;
+
+  while (count > 0) {
+    size_t n = min_u64 (count, SYNC_BUFFER_BYTES);
+    size_t have = min_u64 (n, array_bytes - min_u64 (offset, array_bytes));
+
+    bits_copy_out (&b->bits, set->buffer, offset / 8, have / 8);
+    memset (set->buffer + have, 0, n - have);
+    if (qcow2_write_metadata (set->image, QCOW2_BITMAP_DATA,
+                              set->buffer, n, host_offset) == -1)
+      return -1;
+    offset += n;
+    host_offset += n;
+    count -= n;
+  }
+  return 0;
+}
+
+/* Is there nothing but ones in the cluster of bits?  Not if some of its
+ * bits are beyond the end, which must be zero in the image.
+ */
+static bool
+cluster_is_full (const struct bitmap_set *set, const struct bitmap *b,
+                 uint32_t index)
+{
+  uint64_t cluster_bits = 8 * (uint64_t) set->geometry.cluster_size_bytes;
+  uint64_t first = index * cluster_bits, end = first + cluster_bits;
+
+  return end <= b->bits.nr_bits &&
+    bits_next_clear (&b->bits, first, end) == end;
+}
+
+/* Write the taken pieces of one cluster of bits.  piece is the first of
+ * them, end the end of the cluster's.
+ */
+static int
+write_cluster (struct bitmap_set *set, struct bitmap *b, uint32_t index,
+               uint64_t piece, uint64_t end)
+{
+  uint64_t cluster_size = set->geometry.cluster_size_bytes;
+  uint64_t cluster_start = index * cluster_size, host;
+
+  if (b->table[index] == BITMAP_TABLE_ALL_ONES)
+    return 0;
+  if (reserve_pending (b) == -1)
+    return -1;
+  if (cluster_is_full (set, b, index)) {
+    set_table_entry (b, index, BITMAP_TABLE_ALL_ONES);
+    return 0;
+  }
+
+  if (b->table[index] == BITMAP_TABLE_ALL_ZEROES) {
+    if (qcow2_alloc (set->image, QCOW2_BITMAP_DATA, 1, &host) == -1)
+      return -1;
+    set_table_entry (b, index, host);
+    return write_bits (set, b, cluster_start, cluster_size, host);
+  }
+
+  while (piece < end) {
+    uint64_t run_end = piece + 1, offset = piece * PIECE_BYTES;
+
+    while (run_end < end &&
+           changes_next_taken (&b->changes, run_end) == run_end)
+      run_end++;
+    if (write_bits (set, b, offset, (run_end - piece) * PIECE_BYTES,
+                    b->table[index] + (offset - cluster_start)) == -1)
+      return -1;
+    piece = changes_next_taken (&b->changes, run_end);
+  }
+  return 0;
+}
+
+static int
+write_taken (struct bitmap_set *set, struct bitmap *b)
+{
+  uint64_t pieces_per_cluster =
+    set->geometry.cluster_size_bytes / PIECE_BYTES;
+  uint64_t piece = changes_next_taken (&b->changes, 0);
+
+  while (piece < b->changes.nr_pieces) {
+    uint32_t index = piece / pieces_per_cluster;
+    uint64_t end = min_u64 ((index + UINT64_C (1)) * pieces_per_cluster,
+                            b->changes.nr_pieces);
+
+    if (write_cluster (set, b, index, piece, end) == -1)
+      return -1;
+    piece = changes_next_taken (&b->changes, end);
+  }
+  return 0;
+}
+
+static int
+sync_data (void *opaque)
+{
+  struct bitmap_set *set = opaque;
+
+  if (atomic_load (&set->nr_unsettled) == 0)
+    return 0;
+
+  set->phase = SYNC_DATA;
+  grace_synchronize (&set->grace);
+  for (size_t i = 0; i < set->nr_recording; ++i) {
+    struct bitmap *b = set->recording[i];
+
+    if (atomic_load (&b->state) != IN_USE)
+      continue;
+    changes_take (&b->changes);
+    if (write_taken (set, b) == -1)
+      return -1;
+  }
+  return 0;
+}
+
+/* Write the pending entries, and what lies between two that are near,
+ * which the image has already.  Pieces are taken in ascending order, so
+ * entries are too, but for those left from a flush that failed.
+ */
+static int
+write_pending (struct bitmap_set *set, struct bitmap *b)
+{
+  const uint32_t max = SYNC_BUFFER_BYTES / 8, near = PIECE_BYTES / 8;
+  size_t i = 0;
+
+  while (i < b->nr_pending) {
+    uint32_t first = b->pending[i].index, end = first + 1;
+
+    while (++i < b->nr_pending) {
+      uint32_t next = b->pending[i].index;
+
+      if (next < first || next >= first + max || next > end + near)
+        break;
+      if (next >= end)
+        end = next + 1;
+    }
+    bitmap_table_put (set->buffer, &b->table[first], end - first);
+    if (qcow2_write_metadata (set->image, QCOW2_BITMAP_TABLE, set->buffer,
+                              8 * (size_t) (end - first),
+                              b->table_offset + 8 * (uint64_t) first) == -1)
+      return -1;
+  }
+  return 0;
+}
+
+/* Begin to close: IN_USE becomes CLOSING where nothing seems to keep the
+ * bitmap from being closed.
+ */
+static bool
+begin_closing (struct bitmap_set *set, bool settling)
+{
+  bool any = false;
+
+  for (size_t i = 0; i < set->nr_recording; ++i) {
+    struct bitmap *b = set->recording[i];
+
+    if (b->settling == settling && b->nr_pending == 0 &&
+        atomic_load (&b->state) == IN_USE && !changes_any (&b->changes)) {
+      bitmap_set_state (set, b, CLOSING);
+      any = true;
+    }
+  }
+  return any;
+}
+
+/* Close the bitmaps that can be: those which had (settling) or had not
+ * table entries to write.  Returns 1 if it wrote anything.
+ */
+static int
+close_bitmaps (struct bitmap_set *set, bool settling)
+{
+  int r = 0;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->state_lock);
+  if (begin_closing (set, settling))
+    grace_synchronize (&set->grace);
+
+  for (size_t i = 0; i < set->nr_recording; ++i) {
+    struct bitmap *b = set->recording[i];
+
+    if (atomic_load (&b->state) == CLOSING) {
+      if (r == -1 || changes_any (&b->changes)) {
+        bitmap_set_state (set, b, IN_USE);
+        continue;
+      }
+    }
+    else if (r == -1 || settling || atomic_load (&b->state) != DOUBTFUL)
+      continue;
+
+    if (bitmap_write_flags (set, b, false) == -1)
+      r = -1;
+    else {
+      b->cleared = true;
+      r = 1;
+    }
+  }
+  return r;
+}
+
+static int
+sync_references (void *opaque)
+{
+  struct bitmap_set *set = opaque;
+  bool wrote = false;
+  int r;
+
+  if (set->phase == SYNC_IDLE)
+    return 0;
+  set->phase = SYNC_REFERENCES;
+
+  /* From here on nothing is undone, so all of it has to be said before
+   * anything can fail.
+   */
+  for (size_t i = 0; i < set->nr_recording; ++i) {
+    struct bitmap *b = set->recording[i];
+
+    changes_forget_taken (&b->changes);
+    for (size_t j = 0; j < b->nr_pending; ++j)
+      b->pending[j].attempted = true;
+    b->settling = b->nr_pending > 0;
+  }
+
+  for (size_t i = 0; i < set->nr_recording; ++i) {
+    if (set->recording[i]->settling) {
+      if (write_pending (set, set->recording[i]) == -1)
+        return -1;
+      wrote = true;
+    }
+  }
+  r = close_bitmaps (set, false);
+  return r == -1 ? -1 : r || wrote;
+}
+
+static int
+sync_settle (void *opaque)
+{
+  struct bitmap_set *set = opaque;
+
+  if (set->phase == SYNC_IDLE)
+    return 0;
+  set->phase = SYNC_SETTLE;
+
+  for (size_t i = 0; i < set->nr_recording; ++i) {
+    struct bitmap *b = set->recording[i];
+
+    for (size_t j = 0; j < b->nr_pending; ++j)
+      if (bitmap_table_entry_is_data (b->pending[j].old_entry))
+        qcow2_release (set->image, b->pending[j].old_entry, 1);
+    b->nr_pending = 0;
+  }
+  return close_bitmaps (set, true);
+}
+
+static void
+end_flush (struct bitmap_set *set, bool success)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->state_lock);
+  for (size_t i = 0; i < set->nr_recording; ++i) {
+    struct bitmap *b = set->recording[i];
+
+    if (b->cleared && success)
+      bitmap_set_state (set, b, SYNCED);
+    b->cleared = false;
+    b->settling = false;
+  }
+  set->phase = SYNC_IDLE;
+}
+
+static void
+sync_done (void *opaque)
+{
+  struct bitmap_set *set = opaque;
+
+  if (set->phase != SYNC_IDLE)
+    end_flush (set, true);
+}
+
+/* Undo what was not attempted, latest first: an entry may have changed
+ * once before, in a flush that failed later than this one.
+ */
+static void
+undo_pending (struct bitmap_set *set, struct bitmap *b)
+{
+  while (b->nr_pending > 0) {
+    struct pending_entry *p = &b->pending[b->nr_pending - 1];
+
+    if (p->attempted)
+      break;
+    if (bitmap_table_entry_is_data (b->table[p->index]))
+      qcow2_release (set->image, b->table[p->index], 1);
+    b->table[p->index] = p->old_entry;
+    b->nr_pending--;
+  }
+}
+
+static void
+sync_failed (void *opaque)
+{
+  struct bitmap_set *set = opaque;
+
+  if (set->phase == SYNC_IDLE)
+    return;
+  if (set->phase == SYNC_DATA) {
+    for (size_t i = 0; i < set->nr_recording; ++i) {
+      undo_pending (set, set->recording[i]);
+      changes_give_back_taken (&set->recording[i]->changes);
+    }
+  }
+  end_flush (set, false);
+}
+
+const struct qcow2_flush_hooks bitmap_sync_hooks = {
+  .data = sync_data,
+  .references = sync_references,
+  .settle = sync_settle,
+  .done = sync_done,
+  .failed = sync_failed,
+};
+
+bool
+bitmap_set_all_stored (struct bitmap_set *set)
+{
+  bool all = true;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->state_lock);
+  for (size_t i = 0; i < set->nr_recording; ++i) {
+    struct bitmap *b = set->recording[i];
+    enum bitmap_state state = atomic_load (&b->state);
+
+    if (state != SYNCED) {
+      report_error ("bitmap '%s' could not be stored and %s in use in the "
+                    "image", b->name,
+                    state == DOUBTFUL ? "may be left" : "is left");
+      all = false;
+    }
+  }
+  return all;
+}
