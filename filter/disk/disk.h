@@ -1,0 +1,114 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_DISK_H
+#define DIRTY_BITMAP_DISK_H
+
+/* The guest's disk: the one door for every change.
+ *
+ * disk/ puts the image (qcow2/) and its bitmaps (bitmap/) together: a
+ * change is marked in every recording bitmap before it is made, and a
+ * flush makes both durable.  Above it are nbd/ and filter.c, which have
+ * both the same disk.
+ *
+ * All request functions may be called from any thread at any time.
+ * They return 0, or -1 with errno set and the reason reported.  Offsets
+ * and counts are bytes of the guest's disk, need no alignment, and must
+ * lie inside disk_size: the callers check (once, where a request comes
+ * in), disk/ asserts nothing and answers EINVAL.
+ */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct container;
+struct disk;
+
+struct disk_options {
+  bool readonly;                /* nothing is written, not even in_use */
+  uint64_t cache_size;          /* bytes for L2 and refcount tables */
+  uint32_t granularity;         /* bytes, for a bitmap that is created;
+                                   0 for QEMU's rule */
+  const char *const *require;   /* bitmaps that must exist and record,
+                                   created if absent */
+  size_t nr_require;
+  const char *const *expose;    /* bitmaps that clients are offered */
+  size_t nr_expose;             /* 0: all */
+};
+
+/* Check that the image can be served with these options, without
+ * writing and without reading the bitmaps' bits.
+ */
+extern int disk_check (struct container *, const struct disk_options *);
+
+/* Open the image.  The container becomes the disk's and is closed by
+ * disk_close, or stays the caller's if this returns NULL.
+ */
+extern struct disk *disk_open (struct container *,
+                               const struct disk_options *);
+
+/* Write all that is in RAM and cut the container to what is used.  No
+ * request may be under way.  -1 if something could not be written: the
+ * image is consistent, and the bitmaps concerned stay in_use.
+ */
+extern int disk_stop (struct disk *);
+
+/* Free the memory; writes nothing. */
+extern void disk_close (struct disk *);
+
+extern uint64_t disk_size (const struct disk *);
+extern bool disk_is_readonly (const struct disk *);
+
+/* The size of a cluster in bytes: what a write is cheapest in. */
+extern uint32_t disk_preferred_block_size (const struct disk *);
+
+extern int disk_read (struct disk *, void *buf, uint32_t count,
+                      uint64_t offset);
+
+extern int disk_write (struct disk *, const void *buf, uint32_t count,
+                       uint64_t offset, bool fua);
+
+/* Write zeroes.  no_hole keeps (or makes) the range allocated; fast
+ * fails with ENOTSUP, having changed nothing, where that would be no
+ * faster than writing.
+ */
+extern int disk_zero (struct disk *, uint64_t count, uint64_t offset,
+                      bool no_hole, bool fast, bool fua);
+extern int disk_trim (struct disk *, uint64_t count, uint64_t offset,
+                      bool fua);
+extern int disk_flush (struct disk *);
+extern int disk_cache (struct disk *, uint64_t count, uint64_t offset);
+
+/* What base:allocation says of a run of bytes (NBD's flag values). */
+enum {
+  DISK_EXTENT_HOLE = 1,
+  DISK_EXTENT_ZERO = 2,
+};
+
+/* The run at offset: all bytes of [offset, offset + *length) have the
+ * same *flags.  *length is at most limit - offset (limit > offset) and
+ * at least 1.  The run may end before the flags change: callers merge.
+ */
+extern int disk_extent (struct disk *, uint64_t offset, uint64_t limit,
+                        uint64_t *length, uint32_t *flags);
+
+/* Bitmaps that clients are offered, 0 to disk_nr_bitmaps - 1, in the
+ * order of the image's directory.  The set is fixed once the disk is
+ * open.  Names are not NUL-terminated text to the format, but those with
+ * a NUL inside are not offered, so these are C strings.
+ */
+extern size_t disk_nr_bitmaps (const struct disk *);
+extern const char *disk_bitmap_name (const struct disk *, size_t i);
+extern uint64_t disk_bitmap_granularity (const struct disk *, size_t i);
+
+/* The run of equally dirty or clean bytes at offset, clipped to limit.
+ * Always the longest: the next run, if any, is of the other kind.
+ */
+extern uint64_t disk_bitmap_run (const struct disk *, size_t i,
+                                 uint64_t offset, uint64_t limit,
+                                 bool *dirty);
+
+#endif /* DIRTY_BITMAP_DISK_H */
