@@ -1,0 +1,279 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* Metadata contexts: base:allocation, and qemu:dirty-bitmap:NAME for
+ * every bitmap that clients are offered.
+ *
+ * The names and ids are qemu-nbd's (base:allocation is 0, 1 is left for
+ * qemu:allocation-depth, the bitmaps begin at 2), and so is what the
+ * queries match.  LIST takes "base:", "qemu:" and "qemu:dirty-bitmap:"
+ * as prefixes, SET exact names only; what we do not know matches
+ * nothing, without an error.
+ *
+ * Queries are taken one at a time, and what they match is noted in a
+ * set of ids.  So a client may send any number of them, and the replies
+ * come in the order of the ids and without duplicates.
+ */
+
+#include <config.h>
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/bytes.h"
+#include "common/cleanup.h"
+#include "nbd/internal.h"
+
+#define BASE_NAMESPACE "base:"
+#define BASE_ALLOCATION "base:allocation"
+#define QEMU_NAMESPACE "qemu:"
+#define DIRTY_BITMAP "qemu:dirty-bitmap:"
+
+static int
+compare_names (const void *a, const void *b)
+{
+  const struct context_name *x = a, *y = b;
+
+  return strcmp (x->name, y->name);
+}
+
+int
+contexts_index (struct nbd_server *server)
+{
+  server->nr_bitmaps = disk_nr_bitmaps (server->disk);
+  server->contexts = calloc (server->nr_bitmaps + 1,
+                             sizeof server->contexts[0]);
+  if (server->contexts == NULL)
+    return -1;
+  for (size_t i = 0; i < server->nr_bitmaps; ++i) {
+    server->contexts[i].name = disk_bitmap_name (server->disk, i);
+    server->contexts[i].bitmap = i;
+  }
+  qsort (server->contexts, server->nr_bitmaps, sizeof server->contexts[0],
+         compare_names);
+  return 0;
+}
+
+/* A set of contexts: base:allocation at 0, bitmap i at 1 + i. */
+struct matches {
+  uint8_t *bit;
+  bool all_bitmaps;
+};
+
+#define MATCHES_SIZE(server) (((server)->nr_bitmaps + 8) / 8)
+
+static void
+match (struct matches *m, size_t i)
+{
+  m->bit[i / 8] |= 1 << i % 8;
+}
+
+static bool
+matched (const struct matches *m, size_t i)
+{
+  return (m->bit[i / 8] & 1 << i % 8) != 0 || (i > 0 && m->all_bitmaps);
+}
+
+/* Note what one query matches. */
+static void
+match_query (const struct nbd_server *server, const char *query,
+             bool list, struct matches *m)
+{
+  if (strcmp (query, BASE_ALLOCATION) == 0 ||
+      (list && strcmp (query, BASE_NAMESPACE) == 0))
+    match (m, 0);
+  else if (list && (strcmp (query, QEMU_NAMESPACE) == 0 ||
+                    strcmp (query, DIRTY_BITMAP) == 0))
+    m->all_bitmaps = true;
+  else if (strncmp (query, DIRTY_BITMAP, strlen (DIRTY_BITMAP)) == 0) {
+    const struct context_name key = { .name = query + strlen (DIRTY_BITMAP) };
+    const struct context_name *found =
+      bsearch (&key, server->contexts, server->nr_bitmaps, sizeof key,
+               compare_names);
+
+    if (found != NULL)
+      match (m, 1 + found->bitmap);
+  }
+}
+
+/* Take one query.  The result is option_read's, or 2 for a query that
+ * is no string.
+ */
+static int
+read_query (struct option *o, char *query, bool list, struct matches *m)
+{
+  uint32_t length;
+  int r = option_read (o, &length, sizeof length);
+
+  if (r != 0)
+    return r;
+  length = be32toh (length);
+  if (length > NBD_MAX_STRING)
+    return option_skip (o, length);
+  r = option_read (o, query, length);
+  if (r != 0)
+    return r;
+  if (memchr (query, '\0', length) != NULL)
+    return 2;
+  query[length] = '\0';
+  match_query (o->worker->connection->server, query, list, m);
+  return 0;
+}
+
+/* Take all queries, and nothing must follow.  Returns 0; 1 if the
+ * client was told that they are invalid; -1.
+ */
+static int
+read_queries (struct option *o, bool list, struct matches *m)
+{
+  CLEANUP_FREE char *query = malloc (NBD_MAX_STRING + 1);
+  uint32_t nr;
+  int r;
+
+  if (query == NULL)
+    return -1;
+  r = option_read (o, &nr, sizeof nr);
+  if (r == 0) {
+    nr = be32toh (nr);
+    if (nr == 0 && list) {
+      match (m, 0);
+      m->all_bitmaps = true;
+    }
+    for (uint32_t i = 0; r == 0 && i < nr; ++i)
+      r = read_query (o, query, list, m);
+  }
+  if (r == -1)
+    return -1;
+  if (r == 0 && o->remaining == 0)
+    return 0;
+  if (option_error (o, NBD_REP_ERR_INVALID, r == 2
+                    ? "unexpected embedded NUL in a query"
+                    : "inconsistent lengths of queries") == -1)
+    return -1;
+  return 1;
+}
+
+/* Which id context i of struct matches has. */
+static uint32_t
+context_id (size_t i)
+{
+  return i == 0 ? CONTEXT_BASE_ALLOCATION : CONTEXT_FIRST_BITMAP + (i - 1);
+}
+
+static int
+reply_context (struct option *o, size_t i, bool list)
+{
+  const struct nbd_server *server = o->worker->connection->server;
+  CLEANUP_FREE char *buf = NULL;
+  uint32_t id = htobe32 (list ? 0 : context_id (i));
+  const char *name;
+  size_t length;
+
+  if (i == 0)
+    return option_reply2 (o, NBD_REP_META_CONTEXT, &id, sizeof id,
+                          BASE_ALLOCATION, strlen (BASE_ALLOCATION));
+  name = disk_bitmap_name (server->disk, i - 1);
+  length = strlen (DIRTY_BITMAP) + strlen (name);
+  buf = malloc (length + 1);
+  if (buf == NULL)
+    return -1;
+  strcpy (buf, DIRTY_BITMAP);
+  strcat (buf, name);
+  return option_reply2 (o, NBD_REP_META_CONTEXT, &id, sizeof id, buf, length);
+}
+
+static int
+reply_contexts (struct option *o, const struct matches *m, bool list)
+{
+  const struct nbd_server *server = o->worker->connection->server;
+
+  for (size_t i = 0; i <= server->nr_bitmaps; ++i)
+    if (matched (m, i) && reply_context (o, i, list) == -1)
+      return -1;
+  return option_reply (o, NBD_REP_ACK, NULL, 0);
+}
+
+int
+contexts_list (struct option *o)
+{
+  const struct nbd_server *server = o->worker->connection->server;
+  CLEANUP_FREE char *name = malloc (NBD_MAX_STRING);
+  CLEANUP_FREE uint8_t *bits = calloc (MATCHES_SIZE (server), 1);
+  struct matches m = { .bit = bits };
+  uint32_t length;
+  int r;
+
+  if (name == NULL || bits == NULL)
+    return -1;
+  r = option_export_name (o, name, &length);
+  if (r == 0)
+    r = read_queries (o, true, &m);
+  if (r != 0)
+    return r == 1 ? 0 : -1;
+  return reply_contexts (o, &m, true);
+}
+
+static void
+drop_selection (struct connection *c)
+{
+  free (c->contexts);
+  c->contexts = NULL;
+  c->nr_contexts = 0;
+}
+
+static int
+select_contexts (struct connection *c, const struct matches *m)
+{
+  size_t nr = 0;
+
+  for (size_t i = 0; i <= c->server->nr_bitmaps; ++i)
+    nr += matched (m, i);
+  if (nr == 0)
+    return 0;
+  c->contexts = malloc (nr * sizeof c->contexts[0]);
+  if (c->contexts == NULL)
+    return -1;
+  for (size_t i = 0; i <= c->server->nr_bitmaps; ++i)
+    if (matched (m, i))
+      c->contexts[c->nr_contexts++] = context_id (i);
+  return 0;
+}
+
+int
+contexts_set (struct option *o, struct selection *selection)
+{
+  struct connection *c = o->worker->connection;
+  CLEANUP_FREE uint8_t *bits = calloc (MATCHES_SIZE (c->server), 1);
+  struct matches m = { .bit = bits };
+  int r;
+
+  if (!c->structured)
+    return option_error (o, NBD_REP_ERR_INVALID,
+                         "structured replies are not negotiated");
+  drop_selection (c);
+  if (selection->export_name == NULL)
+    selection->export_name = malloc (NBD_MAX_STRING);
+  if (selection->export_name == NULL || bits == NULL)
+    return -1;
+  r = option_export_name (o, selection->export_name,
+                          &selection->export_name_length);
+  if (r == 0)
+    r = read_queries (o, false, &m);
+  if (r != 0)
+    return r == 1 ? 0 : -1;
+  if (select_contexts (c, &m) == -1)
+    return -1;
+  return reply_contexts (o, &m, false);
+}
+
+void
+contexts_bind (struct connection *c, const struct selection *selection,
+               const char *name, uint32_t length)
+{
+  if (c->nr_contexts > 0 &&
+      (length != selection->export_name_length ||
+       memcmp (name, selection->export_name, length) != 0))
+    drop_selection (c);
+}

@@ -1,0 +1,195 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* The extents of one metadata context over a range.
+ *
+ * Invariants (the rules are those of the wire that clients depend on):
+ * - The extents cover the range exactly: the first begins where it
+ *   begins, the last ends where it ends, none is empty (R1, R2, R3).
+ * - Neighbours have different flags.
+ * - There are at most extents_max of them (R8).
+ *
+ * Where a range has more, it is told coarser, over its whole length and
+ * by one measure: a run shorter than the minimum run length is told as
+ * what is safe to believe, dirty for a bitmap, data for base:allocation.
+ * The minimum begins at the granularity and doubles until the extents
+ * fit, and what was built before is coarsened in place, so no part of
+ * the disk is walked twice.  With a minimum above the length of the
+ * range a single extent is left, so this always ends.
+ *
+ * If memory for more extents is not to be had, those that there is room
+ * for are the maximum.  So only the first context of a reply can fail
+ * for want of memory, and nothing of the reply has been sent then.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <stdlib.h>
+
+#include "common/bytes.h"
+#include "nbd/internal.h"
+
+size_t extents_max = (1 << 20) - 1;
+
+/* Flags of the bitmaps' contexts. */
+#define STATE_DIRTY 1
+
+struct builder {
+  struct extents *extents;
+  uint64_t min_run;             /* 0: tell all */
+  uint64_t granularity;
+  uint32_t safe;                /* the flags that are safe to believe */
+};
+
+#define MIN_CAPACITY 512
+
+/* Make room for more.  There is always room for one more than may be
+ * kept, see add.
+ */
+static bool
+grow (struct extents *e)
+{
+  size_t capacity = e->capacity == 0 ? MIN_CAPACITY : e->capacity * 2;
+  struct nbd_extent *extent =
+    reallocarray (e->extent, capacity, sizeof extent[0]);
+
+  if (extent == NULL)
+    return false;
+  e->extent = extent;
+  e->capacity = capacity;
+  return true;
+}
+
+static void
+put (struct builder *b, uint32_t length, uint32_t flags)
+{
+  struct extents *e = b->extents;
+
+  if (length < b->min_run)
+    flags = b->safe;
+  if (e->nr > 0 && e->extent[e->nr - 1].flags == flags)
+    e->extent[e->nr - 1].length += length;
+  else
+    e->extent[e->nr++] = (struct nbd_extent) { length, flags };
+}
+
+/* Double the minimum run length.  A run that is safe already stays as
+ * it is, so what is told so far is what it would be had this minimum
+ * been in force from the beginning.
+ */
+static void
+coarsen (struct builder *b)
+{
+  struct extents *e = b->extents;
+  size_t nr = e->nr;
+
+  b->min_run = b->min_run == 0 ? b->granularity : b->min_run * 2;
+  e->nr = 0;
+  for (size_t i = 0; i < nr; ++i)
+    put (b, e->extent[i].length, e->extent[i].flags);
+}
+
+/* Add a run, of which neither neighbour has the same flags. */
+static void
+add (struct builder *b, uint32_t length, uint32_t flags)
+{
+  struct extents *e = b->extents;
+
+  put (b, length, flags);
+  if (e->nr == e->capacity && e->nr <= extents_max)
+    grow (e);
+  while (e->nr == e->capacity || e->nr > extents_max)
+    coarsen (b);
+}
+
+/* disk_extent, with flags that we may tell (R5, R6).  0 or an errno. */
+static int
+base_extent (struct disk *disk, uint64_t offset, uint64_t limit,
+             uint64_t *length, uint32_t *flags)
+{
+  if (disk_extent (disk, offset, limit, length, flags) == -1)
+    return errno;
+  *flags &= DISK_EXTENT_HOLE | DISK_EXTENT_ZERO;
+  if (*flags == DISK_EXTENT_HOLE)
+    *flags = 0;
+  return 0;
+}
+
+/* base:allocation, all of it or the first run. */
+static int
+build_base (struct builder *b, struct disk *disk,
+            uint64_t offset, uint64_t limit, bool req_one)
+{
+  uint64_t length = 0, n;
+  uint32_t flags = 0, f;
+
+  while (offset < limit) {
+    int err = base_extent (disk, offset, limit, &n, &f);
+
+    if (err != 0)
+      return err;
+    if (length > 0 && f != flags) {
+      if (req_one)
+        break;
+      add (b, length, flags);
+      length = 0;
+    }
+    flags = f;
+    length += n;
+    offset += n;
+  }
+  add (b, length, flags);
+  return 0;
+}
+
+static void
+build_bitmap (struct builder *b, struct disk *disk, size_t bitmap,
+              uint64_t offset, uint64_t limit, bool req_one)
+{
+  do {
+    bool dirty;
+    uint64_t n = disk_bitmap_run (disk, bitmap, offset, limit, &dirty);
+
+    add (b, n, dirty ? STATE_DIRTY : 0);
+    offset += n;
+  } while (offset < limit && !req_one);
+}
+
+static void
+to_wire (struct extents *e)
+{
+  for (size_t i = 0; i < e->nr; ++i) {
+    e->extent[i].length = htobe32 (e->extent[i].length);
+    e->extent[i].flags = htobe32 (e->extent[i].flags);
+  }
+}
+
+int
+extents_build (struct worker *w, uint32_t id,
+               uint64_t offset, uint32_t length, bool req_one)
+{
+  struct disk *disk = w->connection->server->disk;
+  bool base = id == CONTEXT_BASE_ALLOCATION;
+  struct builder b = {
+    .extents = &w->extents,
+    .granularity = base ? disk_preferred_block_size (disk)
+                        : disk_bitmap_granularity (disk,
+                                                   id - CONTEXT_FIRST_BITMAP),
+    .safe = base ? 0 : STATE_DIRTY,
+  };
+  int err = 0;
+
+  w->extents.nr = 0;
+  if (w->extents.capacity == 0 && !grow (&w->extents))
+    return ENOMEM;
+  if (base)
+    err = build_base (&b, disk, offset, offset + length, req_one);
+  else
+    build_bitmap (&b, disk, id - CONTEXT_FIRST_BITMAP,
+                  offset, offset + length, req_one);
+  to_wire (&w->extents);
+  return err;
+}

@@ -1,0 +1,335 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* Option haggling: fixed newstyle.
+ *
+ * An option is taken piece by piece as it is parsed (struct option), so
+ * that its length costs no memory.  Every option but EXPORT_NAME gets
+ * exactly one final reply, and when it has been sent the option has
+ * been taken to its last byte, however malformed it was: the stream
+ * stays in step.
+ *
+ * Functions that handle an option return 0 to go on, 1 if transmission
+ * begins, -1 if the connection ends.
+ *
+ * Any export name is accepted, as nbdkit's file plugin does.
+ */
+
+#include <config.h>
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/bytes.h"
+#include "common/cleanup.h"
+#include "nbd/internal.h"
+
+/* QEMU's bound.  A client that wants to send more is cut off. */
+#define MAX_OPTION_LENGTH (UINT32_C (32) * 1024 * 1024)
+#define MAX_OPTIONS 4096
+
+int
+option_read (struct option *o, void *buf, size_t count)
+{
+  if (count > o->remaining)
+    return 1;
+  o->remaining -= count;
+  return input_read (o->worker->connection, buf, count);
+}
+
+int
+option_skip (struct option *o, size_t count)
+{
+  if (count > o->remaining)
+    return 1;
+  o->remaining -= count;
+  return input_skip (o->worker->connection, count);
+}
+
+int
+option_reply2 (struct option *o, uint32_t reply,
+               const void *data, size_t length,
+               const void *more, size_t more_length)
+{
+  struct nbd_option_reply header = {
+    .magic = htobe64 (NBD_OPTION_REPLY_MAGIC),
+    .option = htobe32 (o->option),
+    .reply = htobe32 (reply),
+    .length = htobe32 (length + more_length),
+  };
+
+  if (output_append (o->worker, &header, sizeof header) == -1 ||
+      (length > 0 && output_append (o->worker, data, length) == -1) ||
+      (more_length > 0 && output_append (o->worker, more, more_length) == -1))
+    return -1;
+  return 0;
+}
+
+int
+option_reply (struct option *o, uint32_t reply,
+              const void *data, size_t length)
+{
+  return option_reply2 (o, reply, data, length, NULL, 0);
+}
+
+int
+option_error (struct option *o, uint32_t reply, const char *message)
+{
+  debug_request ("nbd: option %u: %s", o->option, message);
+  if (option_skip (o, o->remaining) == -1)
+    return -1;
+  return option_reply (o, reply, message, strlen (message));
+}
+
+int
+option_export_name (struct option *o, char *name, uint32_t *length)
+{
+  uint32_t n;
+  int r = option_read (o, &n, sizeof n);
+
+  if (r == -1)
+    return -1;
+  if (r == 0) {
+    n = be32toh (n);
+    if (n <= NBD_MAX_STRING)
+      r = option_read (o, name, n);
+    else
+      r = 1;
+    if (r == -1)
+      return -1;
+  }
+  if (r == 1 || memchr (name, '\0', n) != NULL) {
+    if (option_error (o, NBD_REP_ERR_INVALID, "invalid export name") == -1)
+      return -1;
+    return 1;
+  }
+  *length = n;
+  return 0;
+}
+
+static uint16_t
+transmission_flags (const struct connection *c)
+{
+  return c->server->eflags | (c->structured ? NBD_FLAG_SEND_DF : 0);
+}
+
+static int
+opt_export_name (struct option *o, struct selection *selection,
+                 bool no_zeroes)
+{
+  struct connection *c = o->worker->connection;
+  CLEANUP_FREE char *name = NULL;
+  uint32_t length = o->remaining;
+  struct nbd_export_name_reply reply = {
+    .exportsize = htobe64 (c->server->size),
+    .eflags = htobe16 (transmission_flags (c)),
+  };
+
+  /* The only way to refuse this option is to disconnect. */
+  if (length > NBD_MAX_STRING || (name = malloc (length + 1)) == NULL ||
+      option_read (o, name, length) != 0)
+    return -1;
+  contexts_bind (c, selection, name, length);
+  if (output_append (o->worker, &reply, no_zeroes
+                     ? offsetof (struct nbd_export_name_reply, zeroes)
+                     : sizeof reply) == -1)
+    return -1;
+  return 1;
+}
+
+static int
+opt_list (struct option *o)
+{
+  const char *description = o->worker->connection->server->description;
+  const uint32_t name_length = 0;
+
+  if (o->remaining > 0)
+    return option_error (o, NBD_REP_ERR_INVALID, "list: unexpected data");
+  if (option_reply2 (o, NBD_REP_SERVER, &name_length, sizeof name_length,
+                     description,
+                     description != NULL ? strlen (description) : 0) == -1)
+    return -1;
+  return option_reply (o, NBD_REP_ACK, NULL, 0);
+}
+
+static int
+opt_structured_reply (struct option *o)
+{
+  if (o->remaining > 0)
+    return option_error (o, NBD_REP_ERR_INVALID,
+                         "structured reply: unexpected data");
+  o->worker->connection->structured = true;
+  return option_reply (o, NBD_REP_ACK, NULL, 0);
+}
+
+/* The information requests that end INFO and GO.  Which of those that
+ * we know were asked for: bit n of *wanted for NBD_INFO_n.  Returns as
+ * option_export_name does.
+ */
+static int
+read_info_requests (struct option *o, unsigned *wanted)
+{
+  uint16_t n, info;
+  int r = option_read (o, &n, sizeof n);
+
+  if (r == -1)
+    return -1;
+  if (r == 1 || o->remaining != be16toh (n) * sizeof info) {
+    if (option_error (o, NBD_REP_ERR_INVALID, "inconsistent lengths") == -1)
+      return -1;
+    return 1;
+  }
+  *wanted = 0;
+  while (o->remaining > 0) {
+    if (option_read (o, &info, sizeof info) != 0)
+      return -1;
+    if (be16toh (info) <= NBD_INFO_BLOCK_SIZE)
+      *wanted |= 1u << be16toh (info);
+  }
+  return 0;
+}
+
+static int
+reply_infos (struct option *o, unsigned wanted,
+             const char *name, uint32_t length)
+{
+  const struct connection *c = o->worker->connection;
+  const struct nbd_server *server = c->server;
+  const uint16_t info_name = htobe16 (NBD_INFO_NAME);
+  const uint16_t info_description = htobe16 (NBD_INFO_DESCRIPTION);
+  const struct nbd_info_export info_export = {
+    .info = htobe16 (NBD_INFO_EXPORT),
+    .exportsize = htobe64 (server->size),
+    .eflags = htobe16 (transmission_flags (c)),
+  };
+  const struct nbd_info_block_size block_size = {
+    .info = htobe16 (NBD_INFO_BLOCK_SIZE),
+    .minimum = htobe32 (1),
+    .preferred = htobe32 (server->preferred_block_size),
+    .maximum = htobe32 (NBD_MAX_PAYLOAD),
+  };
+
+  if ((wanted & 1u << NBD_INFO_NAME) != 0 &&
+      option_reply2 (o, NBD_REP_INFO, &info_name, sizeof info_name,
+                     name, length) == -1)
+    return -1;
+  if ((wanted & 1u << NBD_INFO_DESCRIPTION) != 0 &&
+      server->description != NULL &&
+      option_reply2 (o, NBD_REP_INFO,
+                     &info_description, sizeof info_description,
+                     server->description, strlen (server->description)) == -1)
+    return -1;
+  /* Not only if it was asked for: every client can make use of it. */
+  if (option_reply (o, NBD_REP_INFO, &block_size, sizeof block_size) == -1)
+    return -1;
+  return option_reply (o, NBD_REP_INFO, &info_export, sizeof info_export);
+}
+
+static int
+opt_info_or_go (struct option *o, struct selection *selection)
+{
+  CLEANUP_FREE char *name = malloc (NBD_MAX_STRING);
+  uint32_t length;
+  unsigned wanted;
+  int r;
+
+  if (name == NULL)
+    return -1;
+  r = option_export_name (o, name, &length);
+  if (r == 0)
+    r = read_info_requests (o, &wanted);
+  if (r != 0)
+    return r == 1 ? 0 : -1;
+
+  if (reply_infos (o, wanted, name, length) == -1 ||
+      option_reply (o, NBD_REP_ACK, NULL, 0) == -1)
+    return -1;
+  if (o->option != NBD_OPT_GO)
+    return 0;
+  contexts_bind (o->worker->connection, selection, name, length);
+  return 1;
+}
+
+static int
+haggle (struct option *o, struct selection *selection, bool no_zeroes)
+{
+  switch (o->option) {
+  case NBD_OPT_EXPORT_NAME:
+    return opt_export_name (o, selection, no_zeroes);
+
+  case NBD_OPT_ABORT:
+    if (option_skip (o, o->remaining) == 0)
+      option_reply (o, NBD_REP_ACK, NULL, 0);
+    output_flush (o->worker);
+    return -1;
+
+  case NBD_OPT_LIST:
+    return opt_list (o);
+
+  case NBD_OPT_INFO:
+  case NBD_OPT_GO:
+    return opt_info_or_go (o, selection);
+
+  case NBD_OPT_STRUCTURED_REPLY:
+    return opt_structured_reply (o);
+
+  case NBD_OPT_LIST_META_CONTEXT:
+    return contexts_list (o);
+
+  case NBD_OPT_SET_META_CONTEXT:
+    return contexts_set (o, selection);
+
+  default:
+    return option_error (o, NBD_REP_ERR_UNSUP, "unsupported option");
+  }
+}
+
+/* The greeting, and the client's answer to it. */
+static int
+greet (struct worker *w, bool *no_zeroes)
+{
+  const struct nbd_new_handshake greeting = {
+    .nbdmagic = htobe64 (NBD_MAGIC),
+    .version = htobe64 (NBD_OPTION_MAGIC),
+    .gflags = htobe16 (NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES),
+  };
+  uint32_t cflags;
+
+  output_append (w, &greeting, sizeof greeting);
+  output_flush (w);
+  if (input_read (w->connection, &cflags, sizeof cflags) == -1)
+    return -1;
+  cflags = be32toh (cflags);
+  *no_zeroes = (cflags & NBD_FLAG_NO_ZEROES) != 0;
+  return cflags & ~(NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES) ? -1 : 0;
+}
+
+int
+handshake (struct worker *w)
+{
+  struct selection selection = { .export_name = NULL };
+  bool no_zeroes;
+  int r = greet (w, &no_zeroes);
+
+  for (unsigned i = 0; r == 0 && i < MAX_OPTIONS; ++i) {
+    struct nbd_new_option header;
+    struct option o = { .worker = w };
+
+    if (input_read (w->connection, &header, sizeof header) == -1 ||
+        be64toh (header.magic) != NBD_OPTION_MAGIC)
+      r = -1;
+    else {
+      o.option = be32toh (header.option);
+      o.remaining = be32toh (header.length);
+      debug_request ("nbd: option %u, %u bytes", o.option, o.remaining);
+      r = o.remaining <= MAX_OPTION_LENGTH
+        ? haggle (&o, &selection, no_zeroes) : -1;
+    }
+    if (r != -1)
+      output_flush (w);
+  }
+  free (selection.export_name);
+  return r == 1 ? 0 : -1;
+}

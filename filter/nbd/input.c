@@ -1,0 +1,171 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* Bytes from the client.
+ *
+ * One recv takes as many pipelined requests as fit into the input
+ * buffer.  What a caller asks for beyond the buffered bytes is received
+ * straight to where it belongs, and what lies behind it in the socket
+ * into the buffer, by the same call.  After a large payload no more
+ * than one header is received ahead, because what follows is likely to
+ * be a large payload too, and would have to be copied.
+ *
+ * The descriptor has a receive time-out: when it fires between two
+ * requests the worker that receives gives its large buffers back.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <string.h>
+#include <sys/socket.h>
+
+#include "common/bytes.h"
+#include "nbd/internal.h"
+
+#define LARGE_PAYLOAD (32 * 1024)
+
+static size_t
+buffered (const struct input *in)
+{
+  return in->end - in->start;
+}
+
+/* Receive up to count bytes into buf and more into the empty input
+ * buffer.  Returns how many went into buf.  -1 at the end, or with
+ * EAGAIN if nothing came for IDLE_SECONDS.
+ */
+static ssize_t
+receive (struct connection *c, void *buf, size_t count, size_t ahead)
+{
+  struct input *in = &c->in;
+  struct iovec iov[2] = {
+    { .iov_base = buf, .iov_len = count },
+    { .iov_base = in->data, .iov_len = ahead },
+  };
+  struct msghdr msg = { .msg_iov = iov, .msg_iovlen = 2 };
+  ssize_t r;
+
+  do {
+    if (atomic_load_explicit (&c->server->stopping, memory_order_relaxed) ||
+        atomic_load_explicit (&c->dead, memory_order_relaxed)) {
+      errno = ESHUTDOWN;
+      return -1;
+    }
+    r = recvmsg (c->fd, &msg, 0);
+  } while (r == -1 && errno == EINTR);
+
+  if (r == 0) {
+    errno = ECONNRESET;
+    return -1;
+  }
+  if (r == -1)
+    return -1;
+
+  in->start = in->end = 0;
+  if ((size_t) r > count) {
+    in->end = r - count;
+    r = count;
+  }
+  return r;
+}
+
+static size_t
+take (struct input *in, void *buf, size_t count)
+{
+  count = min_u64 (count, buffered (in));
+  memcpy (buf, &in->data[in->start], count);
+  in->start += count;
+  return count;
+}
+
+int
+input_read (struct connection *c, void *buf, size_t count)
+{
+  struct input *in = &c->in;
+  uint8_t *p = buf;
+  size_t done;
+
+  in->header_only = count >= LARGE_PAYLOAD;
+  done = take (in, p, count);
+  while (done < count) {
+    ssize_t r = receive (c, p + done, count - done,
+                         in->header_only ? sizeof (struct nbd_request)
+                                         : INPUT_SIZE);
+
+    if (r == -1) {
+      if (errno != EAGAIN)
+        return -1;
+      continue;
+    }
+    done += r;
+  }
+  return 0;
+}
+
+int
+input_skip (struct connection *c, uint64_t count)
+{
+  struct input *in = &c->in;
+
+  for (;;) {
+    uint64_t n = min_u64 (count, buffered (in));
+
+    in->start += n;
+    count -= n;
+    if (count == 0)
+      return 0;
+    if (receive (c, NULL, 0, min_u64 (count, INPUT_SIZE)) == -1 &&
+        errno != EAGAIN)
+      return -1;
+  }
+}
+
+/* Usually one request in flight is answered before the next comes, or
+ * many are received at once; either way this is one receive call at
+ * most.
+ */
+int
+input_header (struct connection *c, struct nbd_request *request,
+              struct worker *idle)
+{
+  struct input *in = &c->in;
+  uint8_t *p = (uint8_t *) request;
+  size_t done = take (in, p, sizeof *request);
+
+  while (done < sizeof *request) {
+    ssize_t r = receive (c, p + done, sizeof *request - done,
+                         in->header_only ? 0 : INPUT_SIZE);
+
+    if (r == -1) {
+      if (errno != EAGAIN)
+        return -1;
+      worker_trim (idle);
+      continue;
+    }
+    done += r;
+  }
+  in->header_only = false;
+  return 0;
+}
+
+bool
+input_is_empty (const struct connection *c)
+{
+  return buffered (&c->in) == 0;
+}
+
+bool
+input_has_request (const struct connection *c)
+{
+  const struct input *in = &c->in;
+  struct nbd_request request;
+
+  if (buffered (in) < sizeof request)
+    return false;
+  memcpy (&request, &in->data[in->start], sizeof request);
+  return be16toh (request.type) != NBD_CMD_WRITE ||
+    buffered (in) - sizeof request >= be32toh (request.length);
+}

@@ -1,0 +1,355 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_NBD_INTERNAL_H
+#define DIRTY_BITMAP_NBD_INTERNAL_H
+
+/* What the files of this room share.
+ *
+ *   server.c      listening sockets, the list of connections, start, stop
+ *   connection.c  one connection: its workers from birth to end
+ *   role.c        who receives: the role, stealing it, the monitor
+ *   input.c       bytes from the client
+ *   output.c      bytes to the client
+ *   handshake.c   option haggling
+ *   contexts.c    metadata contexts: names, queries, selection
+ *   request.c     requests: receive, validate, execute, reply
+ *   extents.c     the extents of one context
+ *
+ * Locks, in the order in which they may be taken: server->lock, then
+ * connection->lock.  connection->send_lock and server->monitor_lock are
+ * taken with no other lock held, and none is taken inside them.
+ */
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "common/report.h"
+#include "disk/disk.h"
+#include "nbd/nbd.h"
+#include "nbd/protocol.h"
+
+/* -D dirty_bitmap.request=1 */
+extern int dirty_bitmap_debug_request;
+
+#define debug_request(...)                                              \
+  do {                                                                  \
+    if (__builtin_expect (dirty_bitmap_debug_request, 0))               \
+      report_debug (__VA_ARGS__);                                       \
+  } while (0)
+
+#define MAX_CONNECTIONS 1024    /* of a server */
+#define MAX_EXTRA_THREADS 2048  /* of a server, besides one a connection */
+#define MAX_WORKERS 16          /* of a connection: requests in parallel */
+
+/* The buffer that requests are received in. */
+#define INPUT_SIZE (128 * 1024)
+
+/* Replies are gathered until GATHER_LIMIT is passed.  One of up to
+ * REPLY_ROOM bytes (and its header) is made in place behind them.
+ */
+#define GATHER_LIMIT (64 * 1024)
+#define REPLY_ROOM (64 * 1024)
+#define OUTPUT_SIZE (GATHER_LIMIT + REPLY_ROOM + 512)
+
+/* How long a worker is idle before it gives its large buffers back. */
+#define IDLE_SECONDS 5
+
+struct connection;
+struct worker;
+
+/* A bitmap's context, sorted by name for look-ups. */
+struct context_name {
+  const char *name;
+  size_t bitmap;                /* as disk.h numbers them */
+};
+
+struct nbd_server {
+  /* Fixed once nbd_server_new has returned. */
+  struct disk *disk;
+  uint64_t size;
+  uint32_t preferred_block_size;
+  bool readonly;
+  char *description;            /* or NULL */
+  uint16_t eflags;              /* transmission flags without DF */
+  struct context_name *contexts;
+  size_t nr_bitmaps;
+
+  /* Fixed once nbd_server_start has returned. */
+  int *sockets;
+  size_t nr_sockets;
+  struct pollfd *pollfds;       /* wake_fd, then the sockets */
+  bool started;
+  int wake_fd;                  /* an eventfd that wakes accept_thread */
+  pthread_t accept_thread;
+  pthread_t monitor_thread;
+
+  atomic_bool stopping;         /* receive nothing more */
+  atomic_uint nr_extra_threads; /* besides one for each connection */
+
+  /* Protects the lists and counts below, and that the fd of a listed
+   * connection is open.
+   */
+  pthread_mutex_t lock;
+  pthread_cond_t changed;       /* nr_live has fallen */
+  struct connection *live;
+  unsigned nr_live;
+  struct connection *finished;  /* to be joined and freed */
+
+  /* The monitor sleeps when nothing has happened for a while.
+   * monitor_lock protects going to sleep and being woken.
+   */
+  pthread_mutex_t monitor_lock;
+  pthread_cond_t monitor_wake;
+  atomic_bool monitor_asleep;
+  atomic_bool monitor_stop;
+};
+
+/* The state of the receive role, in the low bits of connection->role.
+ * The bits above are a number that grows with each request that is
+ * executed with the role kept.
+ */
+enum role_state { ROLE_FREE = 0, ROLE_OWNED = 1, ROLE_EXECUTING = 2 };
+#define ROLE_STATE_BITS 2
+#define ROLE_STATE(word) ((word) & ((1 << ROLE_STATE_BITS) - 1))
+
+struct input {
+  uint8_t *data;                /* INPUT_SIZE bytes */
+  size_t start, end;            /* what is received and not yet taken */
+  bool header_only;             /* after a large payload: receive no more
+                                   than the next header ahead */
+};
+
+struct request {
+  uint16_t type, flags;
+  uint64_t cookie, offset;
+  uint32_t length;
+};
+
+struct extents {
+  struct nbd_extent *extent;    /* in wire format when built */
+  size_t nr, capacity;
+};
+
+struct worker {
+  struct connection *connection;
+  pthread_t thread;
+
+  /* The worker's own. */
+  bool has_role;
+  uint64_t ticket;              /* the role word while it executes */
+  struct request request;
+  uint8_t *payload;             /* of a WRITE, or a large READ */
+  size_t payload_capacity;
+  struct extents extents;
+  bool measured;                /* see role.c, "pace" */
+  bool measured_eager;
+  long sleeps;
+
+  /* Replies: output[0, gathered) is complete and not yet sent; the
+   * reply to the request at hand is output[reply_at, +reply_length)
+   * and then reply_payload.  gathered is changed by this worker while
+   * it has the role, and under send_lock when it has not.
+   */
+  uint8_t *output;              /* OUTPUT_SIZE bytes */
+  size_t gathered;
+  size_t reply_at, reply_length;
+  const void *reply_payload;
+  size_t reply_payload_length;
+};
+
+struct connection {
+  struct nbd_server *server;
+  int fd;
+  struct connection *prev, *next; /* server->lock */
+
+  /* Negotiated; fixed when transmission begins. */
+  bool structured;
+  uint32_t *contexts;           /* the ids that are selected, ascending */
+  size_t nr_contexts;
+
+  /* What the holder of the role owns. */
+  struct input in;
+  uint64_t seq;                 /* of the request executed last */
+  bool slow_by_nature;          /* the request that is executing */
+  unsigned until_sample, sampled_waits;
+
+  _Alignas (64) atomic_uint_fast64_t role;
+  uint64_t seen_role;           /* the monitor's */
+
+  /* Protects the fields below, and every change of role from and to
+   * ROLE_FREE.
+   */
+  pthread_mutex_t lock;
+  pthread_cond_t role_freed;
+  unsigned waiting;             /* workers that wait for the role */
+  unsigned nr_workers;
+  struct worker *workers[MAX_WORKERS];
+  struct worker *holder;        /* who has the role, or had it last */
+  struct worker *robbed;        /* whose gathered replies are to be sent
+                                   by the next holder, or NULL */
+  bool input_ended;             /* no more requests will come */
+
+  pthread_mutex_t send_lock;    /* writing to fd, so that replies do not
+                                   mix; robbed workers' gathered replies */
+  atomic_bool dead;             /* writing failed, or we were cut off */
+  atomic_bool handshaking;
+
+  atomic_bool eager;            /* see role.c */
+  atomic_uint quick_run;
+};
+
+/* server.c */
+
+/* Start a thread with all signals blocked.  Returns 0 or an error. */
+extern int server_create_thread (pthread_t *, void *(*) (void *), void *);
+
+/* connection.c */
+
+/* Serve a client in threads of its own.  The descriptor becomes the
+ * connection's, unless this returns NULL.  Called with server->lock.
+ */
+extern struct connection *connection_start (struct nbd_server *, int fd);
+
+/* Join the last thread and free.  Not on a list any more. */
+extern void connection_join (struct connection *);
+
+/* Add a worker.  Called with connection->lock; failing is no error as
+ * long as another worker lives.
+ */
+extern void connection_add_worker (struct connection *);
+
+/* No more replies can be sent, no more requests are wanted. */
+extern void connection_cut (struct connection *);
+
+/* A buffer of the worker's for a payload, NULL with errno. */
+extern uint8_t *worker_payload (struct worker *, uint32_t length);
+
+/* Give large buffers back. */
+extern void worker_trim (struct worker *);
+
+/* role.c */
+extern bool role_acquire (struct worker *);
+extern void role_release (struct worker *);
+extern void role_end_input (struct worker *);
+extern void role_begin_executing (struct worker *, bool slow_by_nature);
+extern void role_end_executing (struct worker *);
+extern void pace_begin (struct worker *, bool slow_by_nature);
+extern void pace_end (struct worker *);
+extern void *monitor_main (void *server);
+extern void monitor_quit (struct nbd_server *);
+
+/* input.c.  Only the holder of the role, or the handshake. */
+
+/* Take exactly count bytes.  -1 at the end of the stream, or if the
+ * connection or the server ends.
+ */
+extern int input_read (struct connection *, void *buf, size_t count);
+extern int input_skip (struct connection *, uint64_t count);
+
+/* Take the next request's header; idle is told where that takes long. */
+extern int input_header (struct connection *, struct nbd_request *,
+                         struct worker *idle);
+
+/* Is anything buffered, and is it a whole request, payload included? */
+extern bool input_is_empty (const struct connection *);
+extern bool input_has_request (const struct connection *);
+
+/* output.c */
+
+/* Send the reply of a worker that has the role, now or with the next
+ * ones; send that of one that has not.
+ */
+extern void output_reply (struct worker *);
+
+/* Give up the role if we have it and send what there is of the reply,
+ * of which more follows.
+ */
+extern void output_partial_reply (struct worker *);
+
+/* Send the gathered replies of a worker: the caller has its role. */
+extern void output_flush (struct worker *);
+
+/* The same in the handshake, before there are roles. */
+extern int output_append (struct worker *, const void *, size_t);
+
+/* handshake.c */
+
+/* Haggle until transmission begins.  -1 if it never does. */
+extern int handshake (struct worker *);
+
+/* An option being received: what the client said it sends, and how much
+ * of it has not been taken.
+ */
+struct option {
+  struct worker *worker;
+  uint32_t option;
+  uint32_t remaining;
+};
+
+/* Take count bytes of the option.  1 if it is shorter than that, -1 if
+ * the connection ends.
+ */
+extern int option_read (struct option *, void *buf, size_t count);
+extern int option_skip (struct option *, size_t count);
+
+/* One option reply.  The error also drains the option. */
+extern int option_reply (struct option *, uint32_t reply,
+                         const void *data, size_t length);
+extern int option_reply2 (struct option *, uint32_t reply,
+                          const void *data, size_t length,
+                          const void *more, size_t more_length);
+extern int option_error (struct option *, uint32_t reply,
+                         const char *message);
+
+/* An export's name: its 32 bit length and its bytes, into name[] of
+ * NBD_MAX_STRING.  0 if it is fine; 1 if not, and an error reply was
+ * sent; -1.
+ */
+extern int option_export_name (struct option *, char *name,
+                               uint32_t *length);
+
+/* contexts.c */
+
+/* What SET_META_CONTEXT said last, kept during the handshake. */
+struct selection {
+  char *export_name;            /* NULL if nothing is selected */
+  uint32_t export_name_length;
+};
+
+extern int contexts_index (struct nbd_server *);
+extern int contexts_list (struct option *);
+extern int contexts_set (struct option *, struct selection *);
+
+/* Drop what was selected for another export than this one. */
+extern void contexts_bind (struct connection *, const struct selection *,
+                           const char *name, uint32_t length);
+
+#define CONTEXT_BASE_ALLOCATION 0
+#define CONTEXT_FIRST_BITMAP 2
+
+/* request.c */
+
+/* Receive, execute and answer one request.  -1 if there are no more. */
+extern int request_serve (struct worker *);
+
+/* extents.c */
+
+/* The most extents in a chunk (R8).  Variable for the unit tests. */
+extern size_t extents_max;
+
+/* What context id has to say of [offset, offset + length), in
+ * w->extents.  With req_one the first extent alone, in its own length
+ * (R13).  Returns 0; or an errno, for base:allocation or the first call
+ * of a reply only.
+ */
+extern int extents_build (struct worker *, uint32_t id,
+                          uint64_t offset, uint32_t length, bool req_one);
+
+#endif /* DIRTY_BITMAP_NBD_INTERNAL_H */

@@ -1,0 +1,147 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* Bytes to the client.
+ *
+ * A worker makes each reply in its own output buffer, behind those that
+ * it has gathered.  As long as it has the role and whole requests are
+ * buffered it goes on gathering; one sendmsg then sends all.  A large
+ * payload is sent from where it is, with the gathered replies before it.
+ *
+ * Invariants:
+ * - Whoever writes to the socket holds send_lock from the first byte of
+ *   a reply (or chunk) to its last.
+ * - Gathered replies are sent before their worker gives up the role or
+ *   waits for input; if the role is stolen from it meanwhile, the next
+ *   holder sends them, or the worker itself when its request is done,
+ *   whoever comes first.  Both look at worker->gathered under send_lock,
+ *   so they are sent once.
+ *
+ * A client that does not read blocks only workers of its connection, in
+ * sendmsg or on send_lock, and connection_cut frees them.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <string.h>
+#include <sys/socket.h>
+
+#include "common/cleanup.h"
+#include "nbd/internal.h"
+
+/* Send everything.  A connection that cannot is cut.  Called with
+ * send_lock.
+ */
+static void
+send_all (struct connection *c, struct iovec *iov, size_t nr)
+{
+  struct msghdr msg = { .msg_iov = iov, .msg_iovlen = nr };
+
+  while (msg.msg_iovlen > 0) {
+    ssize_t r;
+
+    if (msg.msg_iov->iov_len == 0) {
+      msg.msg_iov++;
+      msg.msg_iovlen--;
+      continue;
+    }
+    if (atomic_load_explicit (&c->dead, memory_order_relaxed))
+      return;
+
+    r = sendmsg (c->fd, &msg, MSG_NOSIGNAL);
+    if (r == -1) {
+      if (errno == EINTR)
+        continue;
+      debug_request ("nbd: send: %m");
+      connection_cut (c);
+      return;
+    }
+    while (r > 0) {
+      size_t n = (size_t) r < msg.msg_iov->iov_len
+        ? (size_t) r : msg.msg_iov->iov_len;
+
+      msg.msg_iov->iov_base = (uint8_t *) msg.msg_iov->iov_base + n;
+      msg.msg_iov->iov_len -= n;
+      r -= n;
+      if (msg.msg_iov->iov_len == 0) {
+        msg.msg_iov++;
+        msg.msg_iovlen--;
+      }
+    }
+  }
+}
+
+/* Send the gathered replies and the reply at hand. */
+static void
+send_reply (struct worker *w)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&w->connection->send_lock);
+  struct iovec iov[3] = {
+    { .iov_base = w->output, .iov_len = w->gathered },
+    { .iov_base = w->output + w->reply_at, .iov_len = w->reply_length },
+    { .iov_base = (void *) w->reply_payload,
+      .iov_len = w->reply_payload_length },
+  };
+
+  send_all (w->connection, iov, 3);
+  w->gathered = 0;
+}
+
+static void
+reset_reply (struct worker *w)
+{
+  w->reply_at = 0;
+  w->reply_length = 0;
+  w->reply_payload = NULL;
+  w->reply_payload_length = 0;
+}
+
+void
+output_flush (struct worker *w)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&w->connection->send_lock);
+  struct iovec iov = { .iov_base = w->output, .iov_len = w->gathered };
+
+  send_all (w->connection, &iov, 1);
+  w->gathered = 0;
+}
+
+void
+output_reply (struct worker *w)
+{
+  /* Stolen from or not, nobody else looks at gathered now. */
+  if (w->has_role && w->reply_payload_length == 0) {
+    w->gathered = w->reply_at + w->reply_length;
+    reset_reply (w);
+    if (w->gathered > 0 &&
+        (w->gathered >= GATHER_LIMIT || !input_has_request (w->connection)))
+      output_flush (w);
+    return;
+  }
+  send_reply (w);
+  reset_reply (w);
+}
+
+void
+output_partial_reply (struct worker *w)
+{
+  if (w->has_role)
+    role_end_executing (w);
+  if (w->has_role)
+    role_release (w);
+  send_reply (w);
+  reset_reply (w);
+}
+
+int
+output_append (struct worker *w, const void *data, size_t length)
+{
+  if (length > OUTPUT_SIZE - w->gathered)
+    output_flush (w);
+  memcpy (w->output + w->gathered, data, length);
+  w->gathered += length;
+  return atomic_load (&w->connection->dead) ? -1 : 0;
+}

@@ -1,0 +1,320 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* Who receives: the role, stealing it, and the pace.
+ *
+ * One worker of a connection at a time has the role: it alone touches
+ * the input buffer.  The role word says in which state the role is:
+ *
+ *   FREE       nobody has it; the next worker that wants it takes it
+ *   OWNED      its holder receives, or makes a reply
+ *   EXECUTING  its holder is inside disk_*, with the role kept
+ *
+ * A small request on a disk that answers at once is served fastest by
+ * keeping the role: no other thread is woken, and the replies to many
+ * pipelined requests leave in one call.  That would let one slow request
+ * hold up those behind it, so:
+ *
+ * - The monitor, one thread a server, looks at the role words every
+ *   TICK.  A word that is EXECUTING with the same number at two ticks is
+ *   a request that takes long; its role is stolen, by compare-and-swap
+ *   to FREE, and another worker woken or started.  The holder finds out
+ *   when it is done: its own compare-and-swap back to OWNED fails.
+ * - A connection on which this happens becomes eager: its workers give
+ *   the role up before they execute, so that up to MAX_WORKERS requests
+ *   run in parallel.
+ * - Requests that are slow by nature (a flush) give it up at once if
+ *   there are other requests to receive, eager or not.
+ *
+ * The pace.  Two ticks are long for a disk that answers in 100 us, so
+ * one request in SAMPLE_EVERY is measured: did its thread sleep while
+ * it executed?  If SAMPLES_TO_EAGER measured in a row did, the
+ * connection becomes eager.  While eager every request is measured, and
+ * after QUICK_RUN without a sleep it is eager no more.  What counts is
+ * sleep and not time: parallel threads shorten what waits for a disk,
+ * and only lengthen what copies from the page cache.
+ *
+ * The monitor sleeps after QUIET_TICKS without activity.  It says so
+ * (monitor_asleep), then looks at all role words once more; a holder
+ * sets EXECUTING, then looks whether the monitor sleeps.  Both are
+ * sequentially consistent, so one of them sees the other.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <sys/resource.h>
+#include <time.h>
+
+#include "common/cleanup.h"
+#include "nbd/internal.h"
+
+#define TICK_NS (1000 * 1000)
+#define QUIET_TICKS 100
+
+#define SAMPLE_EVERY 32
+#define SAMPLES_TO_EAGER 4
+#define QUICK_RUN 256
+
+/* Sleep until the role may be free or input has ended, and not so long
+ * that large buffers are kept for nothing.  Called with c->lock.
+ */
+static void
+wait_for_role (struct worker *w)
+{
+  struct connection *c = w->connection;
+  struct timespec ts;
+
+  clock_gettime (CLOCK_MONOTONIC, &ts);
+  ts.tv_sec += IDLE_SECONDS;
+  c->waiting++;
+  if (pthread_cond_timedwait (&c->role_freed, &c->lock, &ts) == ETIMEDOUT)
+    worker_trim (w);
+  c->waiting--;
+}
+
+/* Wait for the role.  False if there is nothing more to receive. */
+bool
+role_acquire (struct worker *w)
+{
+  struct connection *c = w->connection;
+  struct worker *robbed;
+
+  {
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
+
+    while (!c->input_ended && ROLE_STATE (atomic_load (&c->role)) != ROLE_FREE)
+      wait_for_role (w);
+    if (c->input_ended)
+      return false;
+    atomic_store (&c->role, c->seq << ROLE_STATE_BITS | ROLE_OWNED);
+    c->holder = w;
+    robbed = c->robbed;
+    c->robbed = NULL;
+  }
+  w->has_role = true;
+  if (robbed != NULL)
+    output_flush (robbed);
+  return true;
+}
+
+/* Somebody else may receive.  Called with c->lock. */
+static void
+offer_role (struct connection *c)
+{
+  if (c->waiting > 0)
+    pthread_cond_signal (&c->role_freed);
+  else if (c->nr_workers < MAX_WORKERS)
+    connection_add_worker (c);
+}
+
+/* Give the role up, and send what was gathered. */
+void
+role_release (struct worker *w)
+{
+  struct connection *c = w->connection;
+
+  {
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
+
+    w->has_role = false;
+    atomic_store (&c->role, c->seq << ROLE_STATE_BITS | ROLE_FREE);
+    offer_role (c);
+  }
+  if (w->gathered > 0)
+    output_flush (w);
+}
+
+/* There is nothing more to receive.  The role is owned for ever. */
+void
+role_end_input (struct worker *w)
+{
+  struct connection *c = w->connection;
+
+  if (w->gathered > 0)
+    output_flush (w);
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
+  w->has_role = false;
+  c->input_ended = true;
+  pthread_cond_broadcast (&c->role_freed);
+}
+
+static void
+wake_monitor (struct nbd_server *server)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->monitor_lock);
+  atomic_store (&server->monitor_asleep, false);
+  pthread_cond_signal (&server->monitor_wake);
+}
+
+/* About to call disk_*, with the role kept. */
+void
+role_begin_executing (struct worker *w, bool slow_by_nature)
+{
+  struct connection *c = w->connection;
+
+  c->slow_by_nature = slow_by_nature;
+  w->ticket = ++c->seq << ROLE_STATE_BITS | ROLE_EXECUTING;
+  atomic_store (&c->role, w->ticket);
+  if (atomic_load (&c->server->monitor_asleep))
+    wake_monitor (c->server);
+}
+
+/* Done.  w->has_role says whether we have the role still. */
+void
+role_end_executing (struct worker *w)
+{
+  uint_fast64_t word = w->ticket;
+
+  w->has_role =
+    atomic_compare_exchange_strong (&w->connection->role, &word,
+                                    word - ROLE_EXECUTING + ROLE_OWNED);
+}
+
+static void
+become_eager (struct connection *c)
+{
+  atomic_store (&c->quick_run, 0);
+  atomic_store (&c->eager, true);
+}
+
+/* Take the role from a holder that executes for too long.  Called with
+ * server->lock.
+ */
+static void
+steal_role (struct connection *c, uint_fast64_t word)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
+
+  if (!atomic_compare_exchange_strong (&c->role, &word,
+                                       word - ROLE_EXECUTING + ROLE_FREE))
+    return;
+  debug_request ("nbd: request takes long, another thread receives");
+  c->robbed = c->holder;
+  if (!c->slow_by_nature)
+    become_eager (c);
+  offer_role (c);
+}
+
+static long
+sleeps_of_this_thread (void)
+{
+  struct rusage usage;
+
+  getrusage (RUSAGE_THREAD, &usage);
+  return usage.ru_nvcsw;
+}
+
+/* Called by the holder of the role before it executes or gives it up.
+ * Requests that are slow by nature say nothing of the disk.
+ */
+void
+pace_begin (struct worker *w, bool slow_by_nature)
+{
+  struct connection *c = w->connection;
+
+  w->measured = false;
+  if (slow_by_nature)
+    return;
+  w->measured_eager = atomic_load_explicit (&c->eager, memory_order_relaxed);
+  if (w->measured_eager || c->until_sample == 0) {
+    w->measured = true;
+    w->sleeps = sleeps_of_this_thread ();
+  }
+  else
+    c->until_sample--;
+}
+
+/* Called when the request was executed. */
+void
+pace_end (struct worker *w)
+{
+  struct connection *c = w->connection;
+  bool slept;
+
+  if (!w->measured)
+    return;
+  slept = sleeps_of_this_thread () != w->sleeps;
+
+  if (w->measured_eager) {
+    if (slept)
+      atomic_store (&c->quick_run, 0);
+    else if (atomic_fetch_add (&c->quick_run, 1) + 1 >= QUICK_RUN)
+      atomic_store (&c->eager, false);
+  }
+  else if (w->has_role) {
+    /* One that slept is followed up at once. */
+    c->until_sample = slept ? 0 : SAMPLE_EVERY;
+    c->sampled_waits = slept ? c->sampled_waits + 1 : 0;
+    if (c->sampled_waits >= SAMPLES_TO_EAGER) {
+      c->sampled_waits = 0;
+      become_eager (c);
+    }
+  }
+}
+
+/* Look at every connection.  True if something is going on. */
+static bool
+tick (struct nbd_server *server)
+{
+  bool active = false;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
+  for (struct connection *c = server->live; c != NULL; c = c->next) {
+    uint_fast64_t word = atomic_load (&c->role);
+
+    if (ROLE_STATE (word) == ROLE_EXECUTING) {
+      active = true;
+      if (word == c->seen_role)
+        steal_role (c, word);
+    }
+    active = active || word != c->seen_role;
+    c->seen_role = word;
+  }
+  return active;
+}
+
+/* Sleep until a request is executed again. */
+static void
+sleep_while_quiet (struct nbd_server *server)
+{
+  atomic_store (&server->monitor_asleep, true);
+  if (tick (server))
+    atomic_store (&server->monitor_asleep, false);
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->monitor_lock);
+  while (atomic_load (&server->monitor_asleep) &&
+         !atomic_load (&server->monitor_stop))
+    pthread_cond_wait (&server->monitor_wake, &server->monitor_lock);
+  atomic_store (&server->monitor_asleep, false);
+}
+
+void *
+monitor_main (void *vp)
+{
+  struct nbd_server *server = vp;
+  const struct timespec ts = { .tv_nsec = TICK_NS };
+  unsigned quiet = 0;
+
+  while (!atomic_load (&server->monitor_stop)) {
+    if (tick (server))
+      quiet = 0;
+    else if (++quiet >= QUIET_TICKS) {
+      sleep_while_quiet (server);
+      quiet = 0;
+    }
+    nanosleep (&ts, NULL);
+  }
+  return NULL;
+}
+
+void
+monitor_quit (struct nbd_server *server)
+{
+  atomic_store (&server->monitor_stop, true);
+  wake_monitor (server);
+  pthread_join (server->monitor_thread, NULL);
+}

@@ -1,0 +1,367 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* Listening sockets, the list of connections, start and stop.
+ *
+ * One thread waits for clients on all sockets, and joins the threads of
+ * connections that have ended; an eventfd wakes it.  Nothing that a
+ * client does makes it wait: a connection's handshake is done by the
+ * connection's own thread.
+ *
+ * Stopping: no more clients; every connection takes nothing more from
+ * its socket, finishes what it has received whole and answers; after
+ * the grace time they are cut, so that no thread is left in sendmsg;
+ * then wait for those that are still inside the disk, and join.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "common/bytes.h"
+#include "common/cleanup.h"
+#include "nbd/internal.h"
+
+/* How long to wait when there are no descriptors or memory for another
+ * client.
+ */
+#define ACCEPT_PAUSE_MS 100
+
+__attribute__ ((visibility ("default"))) int dirty_bitmap_debug_request;
+
+int
+server_create_thread (pthread_t *thread, void *(*start) (void *), void *arg)
+{
+  sigset_t all, old;
+  int err;
+
+  sigfillset (&all);
+  pthread_sigmask (SIG_SETMASK, &all, &old);
+  err = pthread_create (thread, NULL, start, arg);
+  pthread_sigmask (SIG_SETMASK, &old, NULL);
+  return err;
+}
+
+static uint32_t
+preferred_block_size (struct disk *disk)
+{
+  uint32_t size = disk_preferred_block_size (disk), p = 4096;
+
+  while (p < size && p < NBD_MAX_PAYLOAD)
+    p *= 2;
+  return p;
+}
+
+static uint16_t
+transmission_flags (bool readonly)
+{
+  uint16_t flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH |
+    NBD_FLAG_SEND_FUA | NBD_FLAG_CAN_MULTI_CONN | NBD_FLAG_SEND_CACHE;
+
+  if (readonly)
+    return flags | NBD_FLAG_READ_ONLY;
+  return flags | NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES |
+    NBD_FLAG_SEND_FAST_ZERO;
+}
+
+static int
+init_locks (struct nbd_server *server)
+{
+  pthread_condattr_t attr;
+  int err = pthread_condattr_init (&attr);
+
+  if (err != 0) {
+    errno = err;
+    return -1;
+  }
+  pthread_condattr_setclock (&attr, CLOCK_MONOTONIC);
+  pthread_cond_init (&server->changed, &attr);
+  pthread_condattr_destroy (&attr);
+  pthread_cond_init (&server->monitor_wake, NULL);
+  pthread_mutex_init (&server->lock, NULL);
+  pthread_mutex_init (&server->monitor_lock, NULL);
+  return 0;
+}
+
+struct nbd_server *
+nbd_server_new (struct disk *disk, const struct nbd_options *options)
+{
+  struct nbd_server *server = calloc (1, sizeof *server);
+
+  if (server == NULL)
+    return NULL;
+  server->disk = disk;
+  server->size = disk_size (disk);
+  server->preferred_block_size = preferred_block_size (disk);
+  server->readonly = options->readonly || disk_is_readonly (disk);
+  server->eflags = transmission_flags (server->readonly);
+  if (options->description != NULL && options->description[0] != '\0')
+    server->description = strndup (options->description, NBD_MAX_STRING);
+  server->wake_fd = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);
+  if ((options->description != NULL && options->description[0] != '\0' &&
+       server->description == NULL) ||
+      server->wake_fd == -1 ||
+      contexts_index (server) == -1 || init_locks (server) == -1) {
+    int saved_errno = errno;
+
+    if (server->wake_fd != -1)
+      close (server->wake_fd);
+    free (server->contexts);
+    free (server->description);
+    free (server);
+    errno = saved_errno;
+    return NULL;
+  }
+  return server;
+}
+
+int
+nbd_server_add_socket (struct nbd_server *server, int fd)
+{
+  CLEANUP_CLOSE int owned = fd;
+  int flags = fcntl (fd, F_GETFL);
+  int *sockets;
+
+  /* A client that is gone again before accept must not hold us up. */
+  if (flags == -1 || fcntl (fd, F_SETFL, flags | O_NONBLOCK) == -1)
+    return -1;
+  sockets = reallocarray (server->sockets, server->nr_sockets + 1,
+                          sizeof sockets[0]);
+  if (sockets == NULL)
+    return -1;
+  sockets[server->nr_sockets++] = fd;
+  server->sockets = sockets;
+  owned = -1;
+  return 0;
+}
+
+/* Options of a client's socket.  Those for TCP fail on others. */
+static void
+set_socket_options (int fd)
+{
+  const int on = 1;
+  const struct timeval idle = { .tv_sec = IDLE_SECONDS };
+
+  setsockopt (fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+  setsockopt (fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+  setsockopt (fd, SOL_SOCKET, SO_RCVTIMEO, &idle, sizeof idle);
+}
+
+static void
+add_connection (struct nbd_server *server, int fd)
+{
+  struct connection *c;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
+  c = server->nr_live < MAX_CONNECTIONS ? connection_start (server, fd) : NULL;
+  if (c == NULL) {
+    debug_request ("nbd: client refused, %u are connected", server->nr_live);
+    close (fd);
+    return;
+  }
+  c->next = server->live;
+  if (c->next != NULL)
+    c->next->prev = c;
+  server->live = c;
+  server->nr_live++;
+}
+
+/* Take one client.  False if that had better be tried again later. */
+static bool
+accept_one (struct nbd_server *server, int sock)
+{
+  int fd = accept4 (sock, NULL, NULL, SOCK_CLOEXEC);
+
+  if (fd == -1)
+    return errno == EAGAIN || errno == ECONNABORTED || errno == EINTR;
+  set_socket_options (fd);
+  add_connection (server, fd);
+  return true;
+}
+
+static void
+join_finished (struct nbd_server *server)
+{
+  struct connection *c;
+
+  {
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
+    c = server->finished;
+    server->finished = NULL;
+  }
+  while (c != NULL) {
+    struct connection *next = c->next;
+
+    connection_join (c);
+    c = next;
+  }
+}
+
+/* Listen to wake_fd only while we cannot take clients, so as not to
+ * spin.
+ */
+static void *
+accept_main (void *vp)
+{
+  struct nbd_server *server = vp;
+  struct pollfd *fds = server->pollfds;
+  bool pause = false;
+
+  while (!atomic_load (&server->stopping)) {
+    nfds_t nr = pause ? 1 : server->nr_sockets + 1;
+    int r = poll (fds, nr, pause ? ACCEPT_PAUSE_MS : -1);
+
+    pause = r == -1;
+    if (r <= 0)
+      continue;
+    if (fds[0].revents != 0) {
+      eventfd_t ignored;
+
+      eventfd_read (server->wake_fd, &ignored);
+      join_finished (server);
+    }
+    for (nfds_t i = 1; i < nr; ++i)
+      if (fds[i].revents != 0 && !accept_one (server, fds[i].fd))
+        pause = true;
+  }
+  return NULL;
+}
+
+static int
+make_pollfds (struct nbd_server *server)
+{
+  struct pollfd *fds = calloc (server->nr_sockets + 1, sizeof *fds);
+
+  if (fds == NULL)
+    return -1;
+  fds[0].fd = server->wake_fd;
+  fds[0].events = POLLIN;
+  for (size_t i = 0; i < server->nr_sockets; ++i) {
+    fds[i + 1].fd = server->sockets[i];
+    fds[i + 1].events = POLLIN;
+  }
+  server->pollfds = fds;
+  return 0;
+}
+
+int
+nbd_server_start (struct nbd_server *server)
+{
+  int err;
+
+  if (make_pollfds (server) == -1) {
+    report_error ("nbd: %m");
+    return -1;
+  }
+  err = server_create_thread (&server->monitor_thread, monitor_main, server);
+  if (err == 0) {
+    err = server_create_thread (&server->accept_thread, accept_main, server);
+    if (err == 0) {
+      server->started = true;
+      return 0;
+    }
+    monitor_quit (server);
+  }
+  errno = err;
+  report_error ("nbd: cannot create a thread: %m");
+  return -1;
+}
+
+static void
+close_sockets (struct nbd_server *server)
+{
+  for (size_t i = 0; i < server->nr_sockets; ++i)
+    close (server->sockets[i]);
+  free (server->sockets);
+  free (server->pollfds);
+  server->sockets = NULL;
+  server->pollfds = NULL;
+  server->nr_sockets = 0;
+}
+
+/* Idle connections end at once, the others as soon as they have
+ * answered.  One that is still in its handshake has nothing to answer.
+ */
+static void
+end_input_of_all (struct nbd_server *server)
+{
+  for (struct connection *c = server->live; c != NULL; c = c->next) {
+    if (atomic_load (&c->handshaking))
+      connection_cut (c);
+    else
+      shutdown (c->fd, SHUT_RD);
+  }
+}
+
+static void
+wait_for_connections (struct nbd_server *server, unsigned grace_ms)
+{
+  struct timespec ts;
+  int r = 0;
+
+  clock_gettime (CLOCK_MONOTONIC, &ts);
+  ts.tv_sec += grace_ms / 1000;
+  ts.tv_nsec += (grace_ms % 1000) * 1000000L;
+  if (ts.tv_nsec >= 1000000000L) {
+    ts.tv_sec++;
+    ts.tv_nsec -= 1000000000L;
+  }
+  while (server->nr_live > 0 && r == 0)
+    r = pthread_cond_timedwait (&server->changed, &server->lock, &ts);
+
+  for (struct connection *c = server->live; c != NULL; c = c->next)
+    connection_cut (c);
+  while (server->nr_live > 0)
+    pthread_cond_wait (&server->changed, &server->lock);
+}
+
+void
+nbd_server_stop (struct nbd_server *server, unsigned grace_ms)
+{
+  if (!server->started)
+    return;
+  server->started = false;
+
+  atomic_store (&server->stopping, true);
+  eventfd_write (server->wake_fd, 1);
+  pthread_join (server->accept_thread, NULL);
+  close_sockets (server);
+  {
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
+
+    end_input_of_all (server);
+    wait_for_connections (server, grace_ms);
+  }
+  join_finished (server);
+  monitor_quit (server);
+}
+
+void
+nbd_server_free (struct nbd_server *server)
+{
+  if (server == NULL)
+    return;
+  close_sockets (server);
+  close (server->wake_fd);
+  pthread_mutex_destroy (&server->lock);
+  pthread_mutex_destroy (&server->monitor_lock);
+  pthread_cond_destroy (&server->changed);
+  pthread_cond_destroy (&server->monitor_wake);
+  free (server->contexts);
+  free (server->description);
+  free (server);
+}

@@ -1,0 +1,208 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "common/bytes.h"
+#include "common/cleanup.h"
+#include "fake-disk.h"
+
+struct disk *
+fake_disk_new (uint64_t size)
+{
+  struct disk *d = calloc (1, sizeof *d);
+
+  if (d == NULL)
+    abort ();
+  d->size = size;
+  d->block_size = 65536;
+  d->data = mmap (NULL, size, PROT_READ | PROT_WRITE,
+                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (d->data == MAP_FAILED)
+    abort ();
+  pthread_mutex_init (&d->lock, NULL);
+  return d;
+}
+
+void
+fake_disk_free (struct disk *d)
+{
+  for (size_t i = 0; i < d->nr_bitmaps; ++i)
+    free (d->bitmaps[i].dirty);
+  free (d->bitmaps);
+  free (d->flags);
+  munmap (d->data, d->size);
+  pthread_mutex_destroy (&d->lock);
+  free (d);
+}
+
+void
+fake_disk_add_bitmap (struct disk *d, const char *name, uint64_t granularity)
+{
+  struct fake_bitmap *b;
+
+  d->bitmaps = reallocarray (d->bitmaps, d->nr_bitmaps + 1, sizeof *b);
+  if (d->bitmaps == NULL)
+    abort ();
+  b = &d->bitmaps[d->nr_bitmaps++];
+  b->name = name;
+  b->granularity = granularity;
+  b->dirty = calloc (div_round_up (d->size, granularity), 1);
+  if (b->dirty == NULL)
+    abort ();
+}
+
+uint64_t
+disk_size (const struct disk *d)
+{
+  return d->size;
+}
+
+bool
+disk_is_readonly (const struct disk *d)
+{
+  return d->readonly;
+}
+
+uint32_t
+disk_preferred_block_size (const struct disk *d)
+{
+  return d->block_size;
+}
+
+/* What every operation begins and ends with. */
+static int
+begin (struct disk *d, enum fake_op op, uint64_t offset, uint64_t count)
+{
+  int err = 0;
+
+  {
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&d->lock);
+    d->calls[op]++;
+    if (++d->under_way > d->most_under_way)
+      d->most_under_way = d->under_way;
+  }
+  if (range_exceeds (offset, count, d->size))
+    err = EINVAL;
+  else if (d->hook != NULL)
+    err = d->hook (d, op, offset, count);
+  pthread_mutex_lock (&d->lock);
+  d->under_way--;
+  if (err == 0)
+    return 0;
+  pthread_mutex_unlock (&d->lock);
+  errno = err;
+  return -1;
+}
+
+static int
+end (struct disk *d)
+{
+  pthread_mutex_unlock (&d->lock);
+  return 0;
+}
+
+int
+disk_read (struct disk *d, void *buf, uint32_t count, uint64_t offset)
+{
+  if (begin (d, FAKE_READ, offset, count) == -1)
+    return -1;
+  memcpy (buf, d->data + offset, count);
+  return end (d);
+}
+
+int
+disk_write (struct disk *d, const void *buf, uint32_t count,
+            uint64_t offset, bool fua)
+{
+  if (begin (d, FAKE_WRITE, offset, count) == -1)
+    return -1;
+  memcpy (d->data + offset, buf, count);
+  d->last_fua = fua;
+  return end (d);
+}
+
+int
+disk_zero (struct disk *d, uint64_t count, uint64_t offset,
+           bool no_hole, bool fast, bool fua)
+{
+  if (begin (d, FAKE_ZERO, offset, count) == -1)
+    return -1;
+  memset (d->data + offset, 0, count);
+  d->last_fua = fua;
+  d->last_no_hole = no_hole;
+  d->last_fast = fast;
+  return end (d);
+}
+
+int
+disk_trim (struct disk *d, uint64_t count, uint64_t offset, bool fua)
+{
+  if (begin (d, FAKE_TRIM, offset, count) == -1)
+    return -1;
+  memset (d->data + offset, 0, count);
+  d->last_fua = fua;
+  return end (d);
+}
+
+int
+disk_flush (struct disk *d)
+{
+  return begin (d, FAKE_FLUSH, 0, 0) == -1 ? -1 : end (d);
+}
+
+int
+disk_cache (struct disk *d, uint64_t count, uint64_t offset)
+{
+  return begin (d, FAKE_CACHE, offset, count) == -1 ? -1 : end (d);
+}
+
+/* Ends at each block, so as to show that callers merge. */
+int
+disk_extent (struct disk *d, uint64_t offset, uint64_t limit,
+             uint64_t *length, uint32_t *flags)
+{
+  if (begin (d, FAKE_EXTENT, offset, 0) == -1)
+    return -1;
+  *length = min_u64 (d->block_size - offset % d->block_size, limit - offset);
+  *flags = d->flags == NULL ? 0 : d->flags[offset / d->block_size];
+  return end (d);
+}
+
+size_t
+disk_nr_bitmaps (const struct disk *d)
+{
+  return d->nr_bitmaps;
+}
+
+const char *
+disk_bitmap_name (const struct disk *d, size_t i)
+{
+  return d->bitmaps[i].name;
+}
+
+uint64_t
+disk_bitmap_granularity (const struct disk *d, size_t i)
+{
+  return d->bitmaps[i].granularity;
+}
+
+uint64_t
+disk_bitmap_run (const struct disk *d, size_t i,
+                 uint64_t offset, uint64_t limit, bool *dirty)
+{
+  const struct fake_bitmap *b = &d->bitmaps[i];
+  uint64_t granule = offset / b->granularity, next = granule + 1;
+
+  while (next * b->granularity < limit && b->dirty[next] == b->dirty[granule])
+    next++;
+  *dirty = b->dirty[granule];
+  return min_u64 (next * b->granularity, limit) - offset;
+}

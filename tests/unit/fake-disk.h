@@ -1,0 +1,60 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_FAKE_DISK_H
+#define DIRTY_BITMAP_FAKE_DISK_H
+
+/* A disk in memory that implements disk/disk.h, for tests of what is
+ * above it.  Memory is only used where it is written.
+ */
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "disk/disk.h"
+
+enum fake_op {
+  FAKE_READ, FAKE_WRITE, FAKE_ZERO, FAKE_TRIM, FAKE_FLUSH, FAKE_CACHE,
+  FAKE_EXTENT, FAKE_NR_OPS,
+};
+
+struct fake_bitmap {
+  const char *name;
+  uint64_t granularity;
+  uint8_t *dirty;               /* a byte a granule, or NULL: all clean */
+};
+
+struct disk {
+  uint64_t size;
+  bool readonly;
+  uint32_t block_size;          /* what it prefers, and a unit of flags */
+  uint8_t *data;
+  uint8_t *flags;               /* a byte a block, or NULL: all data */
+  struct fake_bitmap *bitmaps;
+  size_t nr_bitmaps;
+
+  /* Called before each operation, with no lock held.  It may sleep, and
+   * what it returns, if not 0, is the operation's errno.
+   */
+  int (*hook) (struct disk *, enum fake_op, uint64_t offset, uint64_t count);
+  void *opaque;                 /* the hook's */
+
+  /* Protects data and what follows. */
+  pthread_mutex_t lock;
+  unsigned calls[FAKE_NR_OPS];
+  unsigned under_way, most_under_way;
+  bool last_fua, last_no_hole, last_fast;
+};
+
+extern struct disk *fake_disk_new (uint64_t size);
+extern void fake_disk_free (struct disk *);
+
+/* Add a bitmap of which all granules are clean. */
+extern void fake_disk_add_bitmap (struct disk *, const char *name,
+                                  uint64_t granularity);
+
+#endif /* DIRTY_BITMAP_FAKE_DISK_H */

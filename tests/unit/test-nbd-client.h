@@ -1,0 +1,97 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_TEST_NBD_CLIENT_H
+#define DIRTY_BITMAP_TEST_NBD_CLIENT_H
+
+/* A server over a fake disk, and a client that says exactly what it is
+ * told, right or wrong.  Everything fails the running test if it does
+ * not work.
+ */
+
+#include <stdarg.h>
+#include <setjmp.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <cmocka.h>
+
+#include "fake-disk.h"
+#include "nbd/nbd.h"
+#include "nbd/protocol.h"
+
+struct fixture {
+  struct disk *disk;
+  struct nbd_server *server;
+  char dir[64], path[96];
+};
+
+/* Make a disk.  fixture_start then serves it. */
+extern void fixture_init (struct fixture *, uint64_t size);
+extern void fixture_start (struct fixture *, bool readonly);
+extern void fixture_stop (struct fixture *);
+extern int fixture_connect (const struct fixture *);
+extern unsigned milliseconds (void);
+extern unsigned count_threads (void);
+
+extern void send_bytes (int fd, const void *, size_t);
+extern void recv_bytes (int fd, void *, size_t);
+
+/* The next thing from the server must be its end of the connection. */
+extern void expect_end (int fd);
+
+/* Greeting; cflags are sent. */
+extern void client_greet (int fd, uint32_t cflags);
+
+extern void send_option (int fd, uint32_t option, const void *, uint32_t);
+
+struct option_reply {
+  uint32_t option, type, length;
+  uint8_t data[8192];
+};
+extern void recv_option_reply (int fd, struct option_reply *);
+
+/* Receive one reply to this option of this type. */
+extern void expect_option_reply (int fd, uint32_t option, uint32_t type,
+                                 struct option_reply *);
+
+/* LIST or SET_META_CONTEXT data: a NULL ends the queries.  Returns its
+ * length.
+ */
+extern uint32_t make_context_query (uint8_t *buf, const char *name,
+                                    const char *const *queries);
+
+/* Negotiate: all in one. */
+extern void client_go (int fd, const char *name, struct option_reply *export);
+extern void client_structured (int fd);
+extern void client_set_contexts (int fd, const char *const *queries,
+                                 unsigned expected);
+
+/* A connection that has negotiated structured replies and contexts. */
+extern int client_open (const struct fixture *, const char *const *queries);
+
+extern void put_request (void *buf, uint16_t flags, uint16_t type,
+                         uint64_t cookie, uint64_t offset, uint32_t length);
+extern void send_request (int fd, uint16_t flags, uint16_t type,
+                          uint64_t cookie, uint64_t offset, uint32_t length);
+
+struct reply {
+  bool structured;
+  uint16_t flags, type;         /* of the chunk */
+  uint64_t cookie;
+  uint32_t error;               /* of a simple reply or an error chunk */
+  uint32_t length;              /* of the data of a chunk */
+  uint8_t *data;                /* malloc'ed */
+};
+
+/* One simple reply or chunk.  simple_length is how many bytes follow a
+ * simple reply without an error.
+ */
+extern void recv_reply (int fd, struct reply *, uint32_t simple_length);
+
+/* A reply without data, to cookie, with error. */
+extern void expect_error (int fd, uint64_t cookie, uint32_t error);
+
+#endif /* DIRTY_BITMAP_TEST_NBD_CLIENT_H */
