@@ -1,0 +1,365 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* How this works
+ *
+ * Where nbdkit's own server answers the clients, these are its
+ * callbacks.  All connections have the same disk, and the plugin below
+ * was opened once for all of them: so open never calls next, next is
+ * NULL in every callback, and every callback has to be here, since the
+ * default of a missing one would use next.
+ *
+ * nbdkit calls back from connections that it still accepts while it
+ * ends, and from requests that a worker began just before the end.  So
+ * every use of the disk goes through a gate: it is counted, and once the
+ * gate is closed nobody enters it.  The counter is raised before the
+ * gate is looked at, and the gate is closed before the counter is looked
+ * at, both sequentially consistent: when a closed gate's counter is 0,
+ * nobody is inside and nobody will be.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include <nbdkit-filter.h>
+
+#include "clients.h"
+#include "common/bytes.h"
+#include "disk/disk.h"
+
+/* nbdkit takes 64 MiB, but qemu's servers, and ours, take this much:
+ * clients see the same whoever answers.
+ */
+#define MAX_BLOCK_SIZE ((uint32_t) 32 << 20)
+
+static struct {
+  struct disk *disk;
+  bool is_rotational;
+  atomic_bool closed;           /* the gate */
+  atomic_long in_flight;
+} gate;
+
+static struct disk *
+enter (int *err)
+{
+  atomic_fetch_add (&gate.in_flight, 1);
+  if (!atomic_load (&gate.closed))
+    return gate.disk;
+  atomic_fetch_sub (&gate.in_flight, 1);
+  *err = ESHUTDOWN;
+  return NULL;
+}
+
+/* Leave with the result of a call of the disk. */
+static int
+leave (int r, int *err)
+{
+  if (r == -1)
+    *err = errno != 0 ? errno : EIO;
+  atomic_fetch_sub (&gate.in_flight, 1);
+  return r;
+}
+
+void
+clients_start (struct disk *disk, bool is_rotational)
+{
+  gate.disk = disk;
+  gate.is_rotational = is_rotational;
+  atomic_store (&gate.closed, false);
+}
+
+void
+clients_refuse (void)
+{
+  atomic_store (&gate.closed, true);
+}
+
+long
+clients_in_flight (void)
+{
+  return atomic_load (&gate.in_flight);
+}
+
+void
+clients_stop (void)
+{
+  const struct timespec millisecond = { .tv_nsec = 1000000 };
+
+  clients_refuse ();
+  while (clients_in_flight () > 0)
+    nanosleep (&millisecond, NULL);
+}
+
+static int
+list_exports (nbdkit_next_list_exports *next, nbdkit_backend *nxdata,
+              int readonly, int is_tls, struct nbdkit_exports *exports)
+{
+  /* The disk has every name.  This one is the shortest. */
+  (void) next; (void) nxdata; (void) readonly; (void) is_tls;
+  return nbdkit_add_export (exports, "", NULL);
+}
+
+static const char *
+default_export (nbdkit_next_default_export *next, nbdkit_backend *nxdata,
+                int readonly, int is_tls)
+{
+  (void) next; (void) nxdata; (void) readonly; (void) is_tls;
+  return "";
+}
+
+/* The handle says whether the connection may write. */
+static char writer, reader;
+
+static void *
+open_connection (nbdkit_next_open *next, nbdkit_context *context,
+                 int readonly, const char *exportname, int is_tls)
+{
+  (void) next; (void) context; (void) exportname; (void) is_tls;
+  if (atomic_load (&gate.closed)) {
+    nbdkit_error ("the server is shutting down");
+    return NULL;
+  }
+  return readonly ? &reader : &writer;
+}
+
+static int64_t
+get_size (nbdkit_next *next, void *handle)
+{
+  int err;
+  struct disk *disk = enter (&err);
+  int64_t size;
+
+  (void) next; (void) handle;
+  if (disk == NULL)
+    return -1;
+  size = disk_size (disk);
+  leave (0, &err);
+  return size;
+}
+
+static const char *
+export_description (nbdkit_next *next, void *handle)
+{
+  (void) next; (void) handle;
+  return NULL;
+}
+
+static int
+block_size (nbdkit_next *next, void *handle, uint32_t *minimum,
+            uint32_t *preferred, uint32_t *maximum)
+{
+  int err;
+  struct disk *disk = enter (&err);
+
+  (void) next; (void) handle;
+  if (disk == NULL)
+    return -1;
+  *minimum = 1;
+  *preferred = max_u64 (disk_preferred_block_size (disk), 4096);
+  *maximum = MAX_BLOCK_SIZE;
+  return leave (0, &err);
+}
+
+static int
+can_write (nbdkit_next *next, void *handle)
+{
+  int err;
+  struct disk *disk = enter (&err);
+  int r;
+
+  (void) next;
+  if (disk == NULL)
+    return -1;
+  r = handle == &writer && !disk_is_readonly (disk);
+  leave (0, &err);
+  return r;
+}
+
+static int
+yes (nbdkit_next *next, void *handle)
+{
+  (void) next; (void) handle;
+  return 1;
+}
+
+static int
+is_rotational (nbdkit_next *next, void *handle)
+{
+  (void) next; (void) handle;
+  return gate.is_rotational;
+}
+
+static int
+can_zero (nbdkit_next *next, void *handle)
+{
+  (void) next; (void) handle;
+  return NBDKIT_ZERO_NATIVE;
+}
+
+static int
+can_fua (nbdkit_next *next, void *handle)
+{
+  (void) next; (void) handle;
+  return NBDKIT_FUA_NATIVE;
+}
+
+static int
+can_cache (nbdkit_next *next, void *handle)
+{
+  (void) next; (void) handle;
+  return NBDKIT_CACHE_NATIVE;
+}
+
+static int
+pread_disk (nbdkit_next *next, void *handle, void *buf, uint32_t count,
+            uint64_t offset, uint32_t flags, int *err)
+{
+  struct disk *disk = enter (err);
+
+  (void) next; (void) handle; (void) flags;
+  if (disk == NULL)
+    return -1;
+  return leave (disk_read (disk, buf, count, offset), err);
+}
+
+static int
+pwrite_disk (nbdkit_next *next, void *handle, const void *buf, uint32_t count,
+             uint64_t offset, uint32_t flags, int *err)
+{
+  struct disk *disk = enter (err);
+
+  (void) next; (void) handle;
+  if (disk == NULL)
+    return -1;
+  return leave (disk_write (disk, buf, count, offset,
+                            flags & NBDKIT_FLAG_FUA), err);
+}
+
+static int
+flush_disk (nbdkit_next *next, void *handle, uint32_t flags, int *err)
+{
+  struct disk *disk = enter (err);
+
+  (void) next; (void) handle; (void) flags;
+  if (disk == NULL)
+    return -1;
+  return leave (disk_flush (disk), err);
+}
+
+static int
+trim_disk (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
+           uint32_t flags, int *err)
+{
+  struct disk *disk = enter (err);
+
+  (void) next; (void) handle;
+  if (disk == NULL)
+    return -1;
+  return leave (disk_trim (disk, count, offset, flags & NBDKIT_FLAG_FUA),
+                err);
+}
+
+static int
+zero_disk (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
+           uint32_t flags, int *err)
+{
+  struct disk *disk = enter (err);
+
+  (void) next; (void) handle;
+  if (disk == NULL)
+    return -1;
+  return leave (disk_zero (disk, count, offset,
+                           !(flags & NBDKIT_FLAG_MAY_TRIM),
+                           flags & NBDKIT_FLAG_FAST_ZERO,
+                           flags & NBDKIT_FLAG_FUA), err);
+}
+
+/* Add the extents of [offset, end) and nothing beyond: nbdkit before
+ * 1.44 aborts on some that go further.  nbdkit's flags are NBD's, and
+ * it merges neighbours.
+ */
+static int
+add_extents (struct disk *disk, uint64_t offset, uint64_t end, bool only_one,
+             struct nbdkit_extents *extents)
+{
+  bool is_first = true;
+  uint32_t first_flags = 0;
+
+  while (offset < end) {
+    uint64_t length;
+    uint32_t flags;
+
+    if (disk_extent (disk, offset, end, &length, &flags) == -1)
+      return -1;
+    if (is_first)
+      first_flags = flags;
+    else if (only_one && flags != first_flags)
+      break;
+    if (nbdkit_add_extent (extents, offset, length, flags) == -1)
+      return -1;
+    is_first = false;
+    offset += length;
+  }
+  return 0;
+}
+
+static int
+extents_disk (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
+              uint32_t flags, struct nbdkit_extents *extents, int *err)
+{
+  struct disk *disk = enter (err);
+
+  (void) next; (void) handle;
+  if (disk == NULL)
+    return -1;
+  return leave (add_extents (disk, offset, offset + count,
+                             flags & NBDKIT_FLAG_REQ_ONE, extents), err);
+}
+
+static int
+cache_disk (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
+            uint32_t flags, int *err)
+{
+  struct disk *disk = enter (err);
+
+  (void) next; (void) handle; (void) flags;
+  if (disk == NULL)
+    return -1;
+  return leave (disk_cache (disk, count, offset), err);
+}
+
+void
+clients_set_callbacks (struct nbdkit_filter *f)
+{
+  atomic_store (&gate.closed, true);
+
+  f->list_exports = list_exports;
+  f->default_export = default_export;
+  f->open = open_connection;
+  f->get_size = get_size;
+  f->export_description = export_description;
+  f->block_size = block_size;
+  f->can_write = can_write;
+  f->can_flush = yes;
+  f->is_rotational = is_rotational;
+  f->can_trim = yes;
+  f->can_zero = can_zero;
+  f->can_fast_zero = yes;
+  f->can_extents = yes;
+  f->can_fua = can_fua;
+  f->can_multi_conn = yes;
+  f->can_cache = can_cache;
+  f->pread = pread_disk;
+  f->pwrite = pwrite_disk;
+  f->flush = flush_disk;
+  f->trim = trim_disk;
+  f->zero = zero_disk;
+  f->extents = extents_disk;
+  f->cache = cache_disk;
+}

@@ -1,0 +1,36 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_CLIENTS_H
+#define DIRTY_BITMAP_CLIENTS_H
+
+/* The clients of nbdkit's own server, over the disk.
+ * Include <nbdkit-filter.h> first.
+ */
+
+#include <stdbool.h>
+
+struct disk;
+
+/* From now on requests are answered from the disk. */
+extern void clients_start (struct disk *, bool is_rotational);
+
+/* From now on requests and new connections are refused.  Those under
+ * way go on.
+ */
+extern void clients_refuse (void);
+
+/* How many requests are under way? */
+extern long clients_in_flight (void);
+
+/* Refuse, and wait until none is under way.  The disk is not used after
+ * that.
+ */
+extern void clients_stop (void);
+
+/* Fill in nbdkit's callbacks for connections and requests. */
+extern void clients_set_callbacks (struct nbdkit_filter *);
+
+#endif /* DIRTY_BITMAP_CLIENTS_H */

@@ -1,0 +1,405 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* How this works
+ *
+ * nbdkit tells a filter about -r when a client connects, and about TLS,
+ * the handshake, -s and the other filters not at all.  We have to know
+ * before nbdkit becomes a daemon, since an error is silent afterwards:
+ * so the command line is read again from /proc/self/cmdline (nbdkit
+ * takes care not to change it) and parsed the way that nbdkit does.
+ *
+ * The rules (abbreviations, permutation, POSIXLY_CORRECT, "--") are
+ * those of getopt_long, and so it is getopt_long that is called; nbdkit
+ * has finished with it when get_ready is called.  The table has all
+ * options of nbdkit 1.32 to 1.45.  None of the newer ones gives another
+ * meaning to an abbreviation that an older nbdkit accepts.
+ *
+ * An option that the table does not have is an error, not a guess: we
+ * could not tell whether the next argument belongs to it, and so
+ * neither where the plugin's name is nor whether there is a -r, and
+ * writing to an image that was to be served read-only would be worse
+ * than not starting.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <unistd.h>
+
+#include "command-line.h"
+#include "common/cleanup.h"
+#include "common/report.h"
+
+/* Options without a short form. */
+enum {
+  OTHER_OPTION = 256,           /* takes nothing away from anyone */
+  FILTER_OPTION,
+  KEEPALIVE_OPTION,
+  MASK_HANDSHAKE_OPTION,
+  NO_META_CONTEXTS_OPTION,
+  NO_SR_OPTION,
+  RUN_OPTION,
+  TIMEOUT_OPTION,
+  TLS_OPTION,
+  TLS_DETAIL_OPTION,
+  VSOCK_OPTION,
+};
+
+static const char short_options[] = "46D:e:fg:i:nop:P:rst:u:U:vV";
+
+/* getopt_long takes two names with the same value for one option, and
+ * so accepts abbreviations of them (--dump) that nbdkit refuses as
+ * ambiguous.  That is harmless: nbdkit was first.
+ */
+static const struct option long_options[] = {
+  { "debug", required_argument, NULL, 'D' },
+  { "dump-config", no_argument, NULL, OTHER_OPTION },
+  { "dump-plugin", no_argument, NULL, OTHER_OPTION },
+  { "exit-with-parent", no_argument, NULL, OTHER_OPTION },
+  { "export", required_argument, NULL, 'e' },
+  { "export-name", required_argument, NULL, 'e' },
+  { "exportname", required_argument, NULL, 'e' },
+  { "filter", required_argument, NULL, FILTER_OPTION },
+  { "foreground", no_argument, NULL, 'f' },
+  { "group", required_argument, NULL, 'g' },
+  { "help", no_argument, NULL, OTHER_OPTION },
+  { "ip-addr", required_argument, NULL, 'i' },
+  { "ipaddr", required_argument, NULL, 'i' },
+  { "ipv4-only", no_argument, NULL, '4' },
+  { "ipv6-only", no_argument, NULL, '6' },
+  { "keepalive", no_argument, NULL, KEEPALIVE_OPTION },
+  { "log", required_argument, NULL, OTHER_OPTION },
+  { "long-options", no_argument, NULL, OTHER_OPTION },
+  { "mask-handshake", required_argument, NULL, MASK_HANDSHAKE_OPTION },
+  { "new-style", no_argument, NULL, 'n' },
+  { "newstyle", no_argument, NULL, 'n' },
+  { "no-fork", no_argument, NULL, 'f' },
+  { "no-mc", no_argument, NULL, NO_META_CONTEXTS_OPTION },
+  { "no-meta-contexts", no_argument, NULL, NO_META_CONTEXTS_OPTION },
+  { "no-sr", no_argument, NULL, NO_SR_OPTION },
+  { "no-structured-replies", no_argument, NULL, NO_SR_OPTION },
+  { "old-style", no_argument, NULL, 'o' },
+  { "oldstyle", no_argument, NULL, 'o' },
+  { "pid-file", required_argument, NULL, 'P' },
+  { "pidfile", required_argument, NULL, 'P' },
+  { "port", required_argument, NULL, 'p' },
+  { "print-uri", no_argument, NULL, OTHER_OPTION },
+  { "read-only", no_argument, NULL, 'r' },
+  { "readonly", no_argument, NULL, 'r' },
+  { "run", required_argument, NULL, RUN_OPTION },
+  { "selinux-label", required_argument, NULL, OTHER_OPTION },
+  { "short-options", no_argument, NULL, OTHER_OPTION },
+  { "single", no_argument, NULL, 's' },
+  { "stdin", no_argument, NULL, 's' },
+  { "swap", no_argument, NULL, OTHER_OPTION },
+  { "threads", required_argument, NULL, 't' },
+  { "timeout", required_argument, NULL, TIMEOUT_OPTION },
+  { "tls", required_argument, NULL, TLS_OPTION },
+  { "tls-certificates", required_argument, NULL, TLS_DETAIL_OPTION },
+  { "tls-psk", required_argument, NULL, TLS_DETAIL_OPTION },
+  { "tls-verify-peer", no_argument, NULL, TLS_DETAIL_OPTION },
+  { "unix", required_argument, NULL, 'U' },
+  { "user", required_argument, NULL, 'u' },
+  { "verbose", no_argument, NULL, 'v' },
+  { "version", no_argument, NULL, 'V' },
+  { "vsock", no_argument, NULL, VSOCK_OPTION },
+  { NULL, 0, NULL, 0 },
+};
+
+/* What the options say of the protocol server.  For each the last one
+ * on the command line counts, as for nbdkit.
+ */
+struct server_options {
+  bool oldstyle, no_sr, no_meta_contexts, timeout, keepalive, run;
+  unsigned long handshake_mask;
+  bool tls_off, tls_named;      /* --tls=off; any other TLS option */
+};
+
+/* The values that nbdkit_parse_bool takes for false. */
+static bool
+is_false (const char *s)
+{
+  static const char *const words[] = { "0", "false", "f", "no", "n", "off" };
+  size_t i;
+
+  for (i = 0; i < sizeof words / sizeof words[0]; ++i)
+    if (strcasecmp (s, words[i]) == 0)
+      return true;
+  return false;
+}
+
+/* nbdkit uses TLS unasked where it finds certificates: it looks in one
+ * place for root, and in two in the home directory of others.
+ */
+static bool
+has_certificates (const char *dir)
+{
+  static const char *const names[] = {
+    "ca-cert.pem", "server-cert.pem", "server-key.pem"
+  };
+  size_t i;
+
+  for (i = 0; i < sizeof names / sizeof names[0]; ++i) {
+    CLEANUP_FREE char *path = NULL;
+
+    if (asprintf (&path, "%s/%s", dir, names[i]) == -1) {
+      path = NULL;
+      return false;
+    }
+    if (access (path, R_OK) == -1)
+      return false;
+  }
+  return true;
+}
+
+static bool
+default_certificates_exist (void)
+{
+  const char *home = getenv ("HOME");
+  CLEANUP_FREE char *path1 = NULL;
+  CLEANUP_FREE char *path2 = NULL;
+
+  if (geteuid () == 0)
+    return has_certificates ("/etc/pki/nbdkit");
+  if (home == NULL)
+    return false;
+  if (asprintf (&path1, "%s/.pki/nbdkit", home) == -1)
+    path1 = NULL;
+  if (asprintf (&path2, "%s/.config/pki/nbdkit", home) == -1)
+    path2 = NULL;
+  return (path1 && has_certificates (path1)) ||
+    (path2 && has_certificates (path2));
+}
+
+static const char *
+server_feature (const struct command_line *cl, const struct server_options *o)
+{
+  if (cl->listens_on_stdin)
+    return "-s was given";
+  if (!o->tls_off && o->tls_named)
+    return "TLS was asked for";
+  if (!o->tls_off && default_certificates_exist ())
+    return "nbdkit offers TLS with the certificates that are installed "
+      "(--tls=off stops that)";
+  if (o->oldstyle)
+    return "the oldstyle protocol was asked for";
+  /* Fixed newstyle and no-zeroes, the only two flags that there are. */
+  if ((o->handshake_mask & 3) != 3)
+    return "--mask-handshake was given";
+  if (o->no_sr)
+    return "structured replies were forbidden by --no-sr";
+  if (o->no_meta_contexts)
+    return "metadata contexts were forbidden by --no-meta-contexts";
+  if (o->timeout)
+    return "--timeout was given";
+  if (o->keepalive)
+    return "--keepalive was given";
+  return NULL;
+}
+
+/* Act on one option. */
+static void
+take_option (struct command_line *cl, struct server_options *o,
+             int c, const char *arg)
+{
+  switch (c) {
+  case 'n': o->oldstyle = false; break;
+  case 'o': o->oldstyle = true; break;
+  case 'p': cl->port = arg; break;
+  case 'r': cl->readonly = true; break;
+  case 's': cl->listens_on_stdin = true; break;
+  case 'U': cl->on_unix = true; cl->unix_path = arg; break;
+  case FILTER_OPTION: cl->filters[cl->nr_filters++] = arg; break;
+  case KEEPALIVE_OPTION: o->keepalive = true; break;
+  case MASK_HANDSHAKE_OPTION:
+    o->handshake_mask = strtoul (arg, NULL, 0);
+    break;
+  case NO_META_CONTEXTS_OPTION: o->no_meta_contexts = true; break;
+  case NO_SR_OPTION: o->no_sr = true; break;
+  case RUN_OPTION: o->run = true; break;
+  case TIMEOUT_OPTION: o->timeout = true; break;
+  case TLS_OPTION:
+    o->tls_off = is_false (arg);
+    o->tls_named = true;
+    break;
+  case TLS_DETAIL_OPTION: o->tls_named = true; break;
+  case VSOCK_OPTION: cl->on_vsock = true; break;
+  default: break;
+  }
+}
+
+/* Call getopt_long for all arguments, and put its variables back. */
+static int
+take_options (struct command_line *cl, struct server_options *o,
+              int argc, char **argv)
+{
+  const int saved_optind = optind, saved_opterr = opterr;
+  const int saved_optopt = optopt;
+  char *const saved_optarg = optarg;
+  int c, ret = 0;
+
+  optind = 0;                   /* Start over, in the GNU C library. */
+  opterr = 0;
+  while ((c = getopt_long (argc, argv, short_options, long_options,
+                           NULL)) != -1) {
+    if (c == '?') {
+      report_error ("nbdkit's command line: unknown option near '%s'",
+                    optind > 0 && optind <= argc ? argv[optind - 1] : "");
+      ret = -1;
+      break;
+    }
+    take_option (cl, o, c, optarg);
+  }
+  if (ret == 0 && optind < argc)
+    cl->plugin = argv[optind];
+
+  optind = saved_optind;
+  opterr = saved_opterr;
+  optopt = saved_optopt;
+  optarg = saved_optarg;
+  return ret;
+}
+
+int
+command_line_parse (struct command_line *cl, int argc, char **argv)
+{
+  struct server_options o = { .handshake_mask = ~0UL };
+
+  memset (cl, 0, sizeof *cl);
+  cl->filters = calloc (argc + 1, sizeof *cl->filters);
+  if (cl->filters == NULL) {
+    report_error ("malloc: %m");
+    return -1;
+  }
+  if (take_options (cl, &o, argc, argv) == -1) {
+    command_line_free (cl);
+    return -1;
+  }
+
+  if (cl->unix_path != NULL && strcmp (cl->unix_path, "-") == 0)
+    cl->unix_path = NULL;
+  if (!cl->on_unix && !cl->on_vsock) {
+    cl->on_tcp = true;
+    /* Since 1.36, --run alone implies "-U -". */
+    cl->on_unix = o.run && cl->port == NULL;
+  }
+  cl->server_feature = server_feature (cl, &o);
+  return 0;
+}
+
+/* Read a file of /proc, which has no size.  A NUL is put after it. */
+static char *
+read_proc_file (const char *path, size_t *len)
+{
+  CLEANUP_CLOSE int fd = open (path, O_RDONLY | O_CLOEXEC);
+  char *buf = NULL, *larger;
+  size_t used = 0, allocated = 0;
+  ssize_t r;
+
+  if (fd == -1)
+    return NULL;
+  for (;;) {
+    if (allocated - used < 2) {
+      allocated += 65536;
+      larger = realloc (buf, allocated);
+      if (larger == NULL) {
+        free (buf);
+        return NULL;
+      }
+      buf = larger;
+    }
+    r = read (fd, buf + used, allocated - used - 1);
+    if (r == -1 && errno == EINTR)
+      continue;
+    if (r == -1) {
+      free (buf);
+      return NULL;
+    }
+    if (r == 0)
+      break;
+    used += r;
+  }
+  buf[used] = '\0';
+  *len = used;
+  return buf;
+}
+
+int
+command_line_read (struct command_line *cl)
+{
+  char *storage, **argv, *p;
+  size_t len, argc = 0;
+
+  storage = read_proc_file ("/proc/self/cmdline", &len);
+  if (storage == NULL) {
+    report_error ("/proc/self/cmdline: %m");
+    return -1;
+  }
+  argv = calloc (len + 1, sizeof *argv);
+  if (argv == NULL) {
+    report_error ("malloc: %m");
+    free (storage);
+    return -1;
+  }
+  for (p = storage; p < storage + len; p += strlen (p) + 1)
+    argv[argc++] = p;
+
+  if (command_line_parse (cl, argc, argv) == -1) {
+    free (argv);
+    free (storage);
+    return -1;
+  }
+  cl->storage = storage;
+  cl->argv = argv;
+  return 0;
+}
+
+void
+command_line_free (struct command_line *cl)
+{
+  free (cl->filters);
+  free (cl->argv);
+  free (cl->storage);
+  memset (cl, 0, sizeof *cl);
+}
+
+unsigned
+command_line_parse_activated (const char *environment, size_t len, long pid)
+{
+  const char *p;
+  long activated_pid = -1, nr_fds = 0;
+
+  for (p = environment; p < environment + len; p += strlen (p) + 1) {
+    if (strncmp (p, "LISTEN_PID=", 11) == 0)
+      activated_pid = strtol (p + 11, NULL, 10);
+    else if (strncmp (p, "LISTEN_FDS=", 11) == 0)
+      nr_fds = strtol (p + 11, NULL, 10);
+  }
+  if (activated_pid != pid || nr_fds < 0 || nr_fds > 65536)
+    return 0;
+  return nr_fds;
+}
+
+unsigned
+command_line_nr_activated (void)
+{
+  CLEANUP_FREE char *environment = NULL;
+  size_t len;
+
+  /* nbdkit has unset the variables by now, but this is the environment
+   * that the process was started with.
+   */
+  environment = read_proc_file ("/proc/self/environ", &len);
+  if (environment == NULL)
+    return 0;
+  return command_line_parse_activated (environment, len, getpid ());
+}

@@ -1,0 +1,63 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_COMMAND_LINE_H
+#define DIRTY_BITMAP_COMMAND_LINE_H
+
+/* What nbdkit was told on its command line, and does not tell filters. */
+
+#include <stdbool.h>
+#include <stddef.h>
+
+struct command_line {
+  bool readonly;                /* -r */
+  bool listens_on_stdin;        /* -s */
+
+  /* Where nbdkit's sockets are: on a Unix socket (its path as given, or
+   * NULL if nbdkit chooses one), on TCP or vsock (the port as given, or
+   * NULL).  With --run and neither, it depends on the version.
+   */
+  bool on_unix, on_tcp, on_vsock;
+  const char *unix_path;
+  const char *port;
+
+  /* What was asked of nbdkit's protocol server that ours does not do,
+   * as a clause ("TLS was asked for"); NULL if nothing.
+   */
+  const char *server_feature;
+
+  /* Filters as they were named, outermost first, and the plugin (NULL
+   * if none was named).
+   */
+  const char **filters;
+  size_t nr_filters;
+  const char *plugin;
+
+  char *storage;                /* the strings */
+  char **argv;
+};
+
+/* Read and parse the command line of this process.  -1, with the reason
+ * reported, if it cannot be read or understood.
+ */
+extern int command_line_read (struct command_line *);
+
+/* The same from arguments, which the result goes on pointing into.
+ * -1, with the reason reported.
+ */
+extern int command_line_parse (struct command_line *, int argc, char **argv);
+
+extern void command_line_free (struct command_line *);
+
+/* The number of listening sockets, from descriptor 3 on, that this
+ * process was started with (systemd's socket activation); 0 if none.
+ */
+extern unsigned command_line_nr_activated (void);
+
+/* The same from an environment block of NUL-terminated strings. */
+extern unsigned command_line_parse_activated (const char *environment,
+                                              size_t len, long pid);
+
+#endif /* DIRTY_BITMAP_COMMAND_LINE_H */

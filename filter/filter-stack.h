@@ -1,0 +1,36 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_FILTER_STACK_H
+#define DIRTY_BITMAP_FILTER_STACK_H
+
+/* What nbdkit's other filters, and its plugin, mean to ours. */
+
+#include <stdbool.h>
+
+struct command_line;
+
+/* Why would it take something away that the user asked for, if our
+ * server stood in for nbdkit's?  A clause; free it.  NULL if it would
+ * not, and then *failed is false (true: out of memory, reported).
+ */
+extern char *filter_stack_objection (const struct command_line *,
+                                     bool *failed);
+
+/* Is the plugin nbdkit's file plugin? */
+extern bool filter_stack_is_file (const struct command_line *);
+
+/* The name of a filter below ours that may show other bytes, or another
+ * size, than the plugin's.  NULL if there is none.
+ */
+extern const char *filter_stack_changes_bytes (const struct command_line *);
+
+/* Is there a filter below ours that keeps writes from the plugin? */
+extern bool filter_stack_holds_writes (const struct command_line *);
+
+/* Warn of filters that do not work below ours. */
+extern void filter_stack_warn (const struct command_line *);
+
+#endif /* DIRTY_BITMAP_FILTER_STACK_H */

@@ -1,0 +1,389 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* How this works
+ *
+ * nbdkit's callbacks for the life of the filter, in the order in which
+ * nbdkit calls them:
+ *
+ * config       parameters; file= is remembered as it passes by
+ * get_ready    all that can go wrong is found out here, where an error
+ *              is seen and nbdkit exits with it: the image is locked and
+ *              checked, the listening address bound, and it is decided
+ *              who answers the clients
+ * after_fork   the plugin and the disk are opened.  Either our server
+ *              stands in for nbdkit's (sockets.c), or nbdkit's own one
+ *              answers (clients.c) and a thread makes it end when it
+ *              should (quit-watcher.c)
+ * cleanup      the clients' servers have ended, or are ended here; what
+ *              is in RAM is written, and the image closed
+ * unload       if something could not be written, the process ends with
+ *              an exit code that says so: cleanup has no other way, and
+ *              to exit there would skip the cleanup of those below us
+ *
+ * The callbacks are called by nbdkit's main thread.  Only on_quit is
+ * called by another, and stop_server says how that is kept apart.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <inttypes.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <nbdkit-filter.h>
+
+#include "clients.h"
+#include "command-line.h"
+#include "common/cleanup.h"
+#include "common/report.h"
+#include "container/container.h"
+#include "container/next.h"
+#include "disk/disk.h"
+#include "filter-stack.h"
+#include "image-file.h"
+#include "listen.h"
+#include "nbd/nbd.h"
+#include "parameters.h"
+#include "quit-watcher.h"
+#include "sockets.h"
+
+/* How long clients of our server have to take their last replies. */
+#define STOP_GRACE_MS 300
+
+static unsigned nr_loads;
+static struct parameters parameters;
+static struct command_line command_line;
+static struct image_file image_file = { .fd = -1 };
+static struct listen_sockets listen_sockets;
+static bool stands_in;
+static bool serialize;          /* the thread model is below parallel */
+static struct disk *disk;
+static struct nbd_server *server;
+static bool failed;             /* to write at the end */
+
+static void
+send_report (enum report_level level, const char *fmt, va_list args)
+{
+  const int saved_errno = errno;
+  CLEANUP_FREE char *warning = NULL;
+
+  switch (level) {
+  case REPORT_ERROR:
+    nbdkit_verror (fmt, args);
+    break;
+  case REPORT_WARNING:
+    if (asprintf (&warning, "warning: %s", fmt) == -1)
+      warning = NULL;
+    errno = saved_errno;
+    nbdkit_verror (warning != NULL ? warning : fmt, args);
+    break;
+  case REPORT_DEBUG:
+    nbdkit_vdebug (fmt, args);
+    break;
+  }
+}
+
+static void
+dirty_bitmap_load (void)
+{
+  report_sink = send_report;
+  nr_loads++;
+}
+
+static int
+dirty_bitmap_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
+                     const char *key, const char *value)
+{
+  const int r = parameters_take (&parameters, key, value);
+
+  if (r != 0)
+    return r == -1 ? -1 : 0;
+  if (strcmp (key, "file") == 0 &&
+      image_file_remember (&image_file, value) == -1)
+    return -1;
+  return next (nxdata, key, value);
+}
+
+static int
+dirty_bitmap_config_complete (nbdkit_next_config_complete *next,
+                              nbdkit_backend *nxdata)
+{
+  /* nbdkit has one copy of the variables for both. */
+  if (nr_loads > 1) {
+    nbdkit_error ("--filter=dirty-bitmap can only appear once "
+                  "on the command line");
+    return -1;
+  }
+  parameters_complete (&parameters);
+  return next (nxdata);
+}
+
+static void
+get_disk_options (struct disk_options *o)
+{
+  memset (o, 0, sizeof *o);
+  o->readonly = command_line.readonly;
+  o->cache_size = parameters.cache_size;
+  o->granularity = parameters.granularity;
+  o->require = (const char *const *) parameters.require.name;
+  o->nr_require = parameters.require.nr;
+  o->expose = (const char *const *) parameters.expose.name;
+  o->nr_expose = parameters.expose.nr;
+}
+
+/* nbdkit's own server answers, though nobody asked for that. */
+static int
+cannot_stand_in (const char *why)
+{
+  if (parameters.server == SERVER_ON) {
+    nbdkit_error ("dirty-bitmap-server=on: cannot stand in for nbdkit's "
+                  "server: %s", why);
+    return -1;
+  }
+  nbdkit_error ("warning: clients of nbdkit's own server are not shown the "
+                "dirty bitmaps, which it cannot serve, "
+                "and it was not replaced: %s", why);
+  stands_in = false;
+  return 0;
+}
+
+static int
+decide_who_answers (void)
+{
+  CLEANUP_FREE char *objection = NULL;
+  bool no_memory;
+
+  stands_in = parameters.server != SERVER_OFF;
+  if (!stands_in)
+    return 0;
+  objection = filter_stack_objection (&command_line, &no_memory);
+  if (no_memory)
+    return -1;
+  return objection != NULL ? cannot_stand_in (objection) : 0;
+}
+
+static int
+dirty_bitmap_get_ready (int thread_model)
+{
+  struct disk_options options;
+
+  serialize = thread_model < NBDKIT_THREAD_MODEL_PARALLEL;
+  if (command_line_read (&command_line) == -1)
+    return -1;
+  if (decide_who_answers () == -1)
+    return -1;
+  filter_stack_warn (&command_line);
+
+  get_disk_options (&options);
+  if (image_file_open (&image_file, &command_line, &options) == -1)
+    return -1;
+
+  /* Last, so that no error of ours leaves a Unix socket behind. */
+  if (parameters.listens &&
+      listen_open (&parameters.listen, &listen_sockets) == -1)
+    return -1;
+  if (sockets_note_others (&command_line) == -1) {
+    listen_unlink (&listen_sockets);
+    return -1;
+  }
+  return 0;
+}
+
+/* Open the plugin, and the disk in what it serves. */
+static int
+open_disk (nbdkit_backend *backend)
+{
+  const struct container_next_options next_options = {
+    .backend = backend,
+    .readonly = command_line.readonly,
+    .serialize = serialize,
+  };
+  struct disk_options options;
+  struct container *container;
+  bool is_rotational;
+
+  container = container_open_next (&next_options);
+  if (container == NULL)
+    return -1;
+  is_rotational = container_next_is_rotational (container);
+  if (image_file_attach (&image_file, container) == -1) {
+    container_close (container);
+    return -1;
+  }
+
+  get_disk_options (&options);
+  options.readonly = options.readonly || container->readonly;
+  disk = disk_open (container, &options);
+  if (disk == NULL) {
+    container_close (container);
+    return -1;
+  }
+  clients_start (disk, is_rotational);
+  return 0;
+}
+
+/* Give our server the sockets that it is to serve. */
+static int
+add_sockets (void)
+{
+  size_t i;
+
+  if (stands_in && sockets_take_over (server) == -1)
+    return -1;
+  for (i = 0; i < listen_sockets.nr; ++i) {
+    const int fd = listen_sockets.fd[i];
+
+    listen_sockets.fd[i] = -1;
+    if (nbd_server_add_socket (server, fd) == -1) {
+      nbdkit_error ("dirty-bitmap-listen: %m");
+      return -1;
+    }
+  }
+  return 0;
+}
+
+static int
+start_server (void)
+{
+  const struct nbd_options options = {
+    .readonly = disk_is_readonly (disk),
+  };
+
+  server = nbd_server_new (disk, &options);
+  if (server == NULL) {
+    nbdkit_error ("cannot make a server: %m");
+    return -1;
+  }
+  if (add_sockets () == -1)
+    return -1;
+  if (nbd_server_start (server) == -1) {
+    nbdkit_error ("cannot start the server: %m");
+    return -1;
+  }
+  return 0;
+}
+
+/* Called by the quit watcher, and by cleanup after it has ended. */
+static void
+stop_server (void)
+{
+  if (server == NULL)
+    return;
+  nbd_server_stop (server, STOP_GRACE_MS);
+  nbd_server_free (server);
+  server = NULL;
+}
+
+static int
+start_serving (nbdkit_backend *backend)
+{
+  const int nr_sockets = sockets_find (&command_line);
+
+  if (nr_sockets == -1)
+    return -1;
+  if (stands_in && nr_sockets == 0 &&
+      cannot_stand_in ("its listening sockets were not found") == -1)
+    return -1;
+  if (open_disk (backend) == -1)
+    return -1;
+  if ((stands_in || parameters.listens) && start_server () == -1)
+    return -1;
+  if (!stands_in && quit_watcher_start (disk, stop_server) == -1)
+    return -1;
+  return 0;
+}
+
+static int
+dirty_bitmap_after_fork (nbdkit_backend *backend)
+{
+  struct sigaction sa;
+
+  /* A write beyond a limit of the process is to be an error of that
+   * write, not the end of the server and of what it has in RAM.
+   */
+  if (sigaction (SIGXFSZ, NULL, &sa) == 0 && sa.sa_handler == SIG_DFL)
+    signal (SIGXFSZ, SIG_IGN);
+
+  if (start_serving (backend) == 0) {
+    nbdkit_debug ("serving %" PRIu64 " bytes, %s, %s", disk_size (disk),
+                  disk_is_readonly (disk) ? "read-only" : "read-write",
+                  stands_in ? "standing in for nbdkit's server"
+                            : "through nbdkit's server");
+    return 0;
+  }
+
+  /* nbdkit is about to exit and calls nothing of ours any more. */
+  stop_server ();
+  if (disk != NULL && !disk_is_readonly (disk))
+    disk_stop (disk);
+  listen_unlink (&listen_sockets);
+  return -1;
+}
+
+static void
+dirty_bitmap_cleanup (nbdkit_backend *backend)
+{
+  (void) backend;
+  quit_watcher_stop ();
+  stop_server ();
+  clients_stop ();
+  listen_unlink (&listen_sockets);
+
+  if (disk != NULL) {
+    if (!disk_is_readonly (disk) && disk_stop (disk) == -1) {
+      nbdkit_error ("not everything could be written at the end: "
+                    "the dirty bitmaps that are incomplete "
+                    "stay marked as in use");
+      failed = true;
+    }
+    disk_close (disk);
+    disk = NULL;
+  }
+}
+
+static void
+dirty_bitmap_unload (void)
+{
+  image_file_close (&image_file);
+  listen_close (&listen_sockets);
+  sockets_free ();
+  parameters_free (&parameters);
+  command_line_free (&command_line);
+  report_sink = NULL;
+  if (failed)
+    exit (EXIT_FAILURE);
+}
+
+static struct nbdkit_filter filter = {
+  .name = "dirty-bitmap",
+  .longname = "nbdkit dirty bitmap filter",
+  .description = "Serve a qcow2 image and record changes in its dirty "
+                 "bitmaps.",
+  .load = dirty_bitmap_load,
+  .unload = dirty_bitmap_unload,
+  .config = dirty_bitmap_config,
+  .config_complete = dirty_bitmap_config_complete,
+  .config_help = parameters_help,
+  .get_ready = dirty_bitmap_get_ready,
+  .after_fork = dirty_bitmap_after_fork,
+  .cleanup = dirty_bitmap_cleanup,
+};
+
+/* The callbacks of requests are in clients.c, and have to be in the
+ * struct before nbdkit copies it.
+ */
+__attribute__ ((constructor))
+static void
+set_callbacks (void)
+{
+  clients_set_callbacks (&filter);
+}
+
+NBDKIT_REGISTER_FILTER (filter)

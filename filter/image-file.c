@@ -1,0 +1,202 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* How this works
+ *
+ * The plugin opens the image, and we do everything through the plugin,
+ * but for three things that it cannot do for us: locking the image as
+ * QEMU does, looking at it while errors can still be seen, and making
+ * it larger.  For these we open the file again by the path that passed
+ * in file=.
+ *
+ * Only the file plugin's file= is taken to be the image.  It is locked
+ * whatever filters stand between, for they write to it all the same
+ * (unless one keeps the writes: then only as a reader does).  It is
+ * checked, and extended, only where all filters between pass bytes and
+ * size through.  Before anything is served, both ways are seen to lead
+ * to the same size and the same first bytes.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <nbdkit-filter.h>
+
+#include "command-line.h"
+#include "common/bytes.h"
+#include "common/cleanup.h"
+#include "common/report.h"
+#include "container/container.h"
+#include "container/next.h"
+#include "disk/disk.h"
+#include "filter-stack.h"
+#include "image-file.h"
+#include "image-lock.h"
+
+#define COMPARED_BYTES 65536
+
+int
+image_file_remember (struct image_file *f, const char *value)
+{
+  free (f->path);
+  f->path = nbdkit_absolute_path (value);
+  return f->path == NULL ? -1 : 0;
+}
+
+/* Open what the plugin will open.  A file that we may not write is
+ * served read-only, as the file plugin does.
+ */
+static int
+open_file (struct image_file *f)
+{
+  const int flags = O_CLOEXEC | O_NOCTTY | O_NONBLOCK;
+  struct stat statbuf;
+
+  if (stat (f->path, &statbuf) == -1) {
+    report_error ("%s: %m", f->path);
+    return -1;
+  }
+  if (!S_ISREG (statbuf.st_mode) && !S_ISBLK (statbuf.st_mode)) {
+    f->differs = "it is neither a file nor a block device";
+    return 0;
+  }
+  f->is_block_device = S_ISBLK (statbuf.st_mode);
+
+  if (!f->readonly) {
+    f->fd = open (f->path, O_RDWR | flags);
+    if (f->fd == -1 && errno != EACCES && errno != EPERM && errno != EROFS) {
+      report_error ("open: %s: %m", f->path);
+      return -1;
+    }
+    f->readonly = f->fd == -1;
+  }
+  if (f->fd == -1) {
+    f->fd = open (f->path, O_RDONLY | flags);
+    if (f->fd == -1) {
+      report_error ("open: %s: %m", f->path);
+      return -1;
+    }
+  }
+  return 0;
+}
+
+static int
+check_image (struct image_file *f, const struct disk_options *options)
+{
+  struct disk_options o = *options;
+  struct container *c;
+  int r;
+
+  o.readonly = o.readonly || f->readonly;
+  c = container_open_file (f->fd);
+  if (c == NULL) {
+    report_error ("%s: %m", f->path);
+    return -1;
+  }
+  r = disk_check (c, &o);
+  container_close (c);
+  return r;
+}
+
+int
+image_file_open (struct image_file *f, const struct command_line *cl,
+                 const struct disk_options *options)
+{
+  f->readonly = options->readonly;
+  if (f->path == NULL || !filter_stack_is_file (cl)) {
+    f->differs = "the plugin does not serve a local file";
+    return 0;
+  }
+  if (open_file (f) == -1)
+    return -1;
+  if (f->fd == -1)
+    return 0;
+  if (image_lock (f->fd, f->path,
+                  f->readonly || filter_stack_holds_writes (cl)) == -1)
+    return -1;
+
+  if (filter_stack_changes_bytes (cl) != NULL) {
+    f->differs = "a filter between may change its bytes or its size";
+    report_debug ("%s: --filter=%s may change its bytes or its size",
+                  f->path, filter_stack_changes_bytes (cl));
+    return 0;
+  }
+  return check_image (f, options);
+}
+
+/* Do both ways lead to the same bytes?  If not, what we checked is not
+ * what is served.
+ */
+static int
+compare (struct image_file *f, struct container *c)
+{
+  CLEANUP_FREE char *buf = malloc (2 * COMPARED_BYTES);
+  struct container *file = container_open_file (f->fd);
+  const uint64_t size = container_size (c);
+  uint64_t file_size;
+  int r;
+
+  if (buf == NULL || file == NULL) {
+    report_error ("%s: %m", f->path);
+    container_close (file);
+    return -1;
+  }
+  file_size = container_size (file);
+  r = container_pread (file, buf, COMPARED_BYTES, 0);
+  if (r == 0)
+    r = container_pread (c, buf + COMPARED_BYTES, COMPARED_BYTES, 0);
+  if (r == -1)
+    report_error ("%s: %m", f->path);
+  container_close (file);
+  if (r == -1)
+    return -1;
+
+  if (size != file_size) {
+    report_error ("%s: the file has %" PRIu64 " bytes, but the plugin and "
+                  "the filters below serve %" PRIu64,
+                  f->path, file_size, size);
+    return -1;
+  }
+  if (memcmp (buf, buf + COMPARED_BYTES, COMPARED_BYTES) != 0) {
+    report_error ("%s: the plugin and the filters below serve other bytes "
+                  "than the file's", f->path);
+    return -1;
+  }
+  return 0;
+}
+
+int
+image_file_attach (struct image_file *f, struct container *c)
+{
+  const char *why_not = f->differs;
+
+  if (why_not == NULL) {
+    if (compare (f, c) == -1)
+      return -1;
+    if (f->is_block_device)
+      why_not = "it is a block device";
+    else if (f->readonly)
+      why_not = "it is read-only";
+  }
+  container_next_set_growth (c, why_not == NULL ? f->fd : -1, why_not);
+  return 0;
+}
+
+void
+image_file_close (struct image_file *f)
+{
+  if (f->fd >= 0)
+    close (f->fd);
+  f->fd = -1;
+  free (f->path);
+  f->path = NULL;
+}

@@ -1,0 +1,46 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_IMAGE_FILE_H
+#define DIRTY_BITMAP_IMAGE_FILE_H
+
+/* The file that the plugin serves, where we can know it. */
+
+#include <stdbool.h>
+
+struct command_line;
+struct container;
+struct disk_options;
+
+struct image_file {
+  char *path;                   /* of file=, absolute; NULL if none */
+  int fd;                       /* the file, open and locked, or -1 */
+  bool readonly;
+  bool is_block_device;
+
+  /* Why what the plugin serves cannot be the file's bytes, or NULL. */
+  const char *differs;
+};
+
+/* Remember the value of a file= parameter that passes by. */
+extern int image_file_remember (struct image_file *, const char *value);
+
+/* In get_ready: open and lock the file, and find out whether the bytes
+ * that the plugin serves will be the file's; if so, check that the image
+ * can be served.  0 with fd -1 if there is no such file.  -1, with the
+ * reason reported, if the image must not be served.
+ */
+extern int image_file_open (struct image_file *, const struct command_line *,
+                            const struct disk_options *);
+
+/* In after_fork: make sure that the container has the same bytes, if it
+ * should, and say whether it may grow by the file.  -1, with the reason
+ * reported, if it has other bytes.
+ */
+extern int image_file_attach (struct image_file *, struct container *);
+
+extern void image_file_close (struct image_file *);
+
+#endif /* DIRTY_BITMAP_IMAGE_FILE_H */

@@ -1,0 +1,318 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* How this works
+ *
+ * The sockets are bound in get_ready: an address in use is an error
+ * while somebody can still read it, and the user and the directory are
+ * still the ones that nbdkit was started with.
+ *
+ * A Unix socket outlives the process that made it where that process
+ * was killed.  Such a socket refuses connections; it is replaced.  One
+ * that somebody answers, and anything that is not a socket, is left
+ * alone and is an error.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <limits.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "common/cleanup.h"
+#include "common/report.h"
+#include "listen.h"
+
+#define PARAMETER "dirty-bitmap-listen"
+
+static int
+parse_path (const char *address, struct listen_address *a)
+{
+  CLEANUP_FREE char *cwd = NULL;
+  struct sockaddr_un sun;
+
+  if (address[0] == '/')
+    a->path = strdup (address);
+  else {
+    cwd = getcwd (NULL, 0);
+    if (cwd == NULL) {
+      report_error (PARAMETER ": getcwd: %m");
+      return -1;
+    }
+    if (asprintf (&a->path, "%s/%s", cwd, address) == -1)
+      a->path = NULL;
+  }
+  if (a->path == NULL) {
+    report_error ("malloc: %m");
+    return -1;
+  }
+  if (strlen (a->path) >= sizeof sun.sun_path) {
+    report_error (PARAMETER ": path too long: length %zu > max %zu bytes",
+                  strlen (a->path), sizeof sun.sun_path - 1);
+    listen_address_free (a);
+    return -1;
+  }
+  return 0;
+}
+
+/* getaddrinfo takes a number that is too large modulo 65536. */
+static bool
+is_port (const char *port)
+{
+  const size_t digits = strspn (port, "0123456789");
+
+  if (*port == '\0')
+    return false;
+  if (port[digits] != '\0')
+    return true;                /* Maybe a service that it knows. */
+  return digits <= 5 && atoi (port) >= 1 && atoi (port) <= 65535;
+}
+
+int
+listen_parse (const char *address, struct listen_address *a)
+{
+  const char *host = address, *port;
+  size_t host_len;
+
+  memset (a, 0, sizeof *a);
+  port = strrchr (address, ':');
+  if (port == NULL || strchr (address, '/') != NULL)
+    return parse_path (address, a);
+
+  host_len = port - address;
+  port++;
+  if (host[0] == '[') {
+    if (host_len < 2 || host[host_len - 1] != ']') {
+      report_error (PARAMETER ": expecting [ADDRESS]:PORT: %s", address);
+      return -1;
+    }
+    host++;
+    host_len -= 2;
+  }
+  else if (memchr (host, ':', host_len) != NULL) {
+    report_error (PARAMETER ": put an IPv6 address in brackets, "
+                  "[ADDRESS]:PORT: %s", address);
+    return -1;
+  }
+  if (!is_port (port)) {
+    report_error (PARAMETER ": not a port number: %s", address);
+    return -1;
+  }
+
+  a->port = strdup (port);
+  if (host_len > 0)
+    a->host = strndup (host, host_len);
+  if (a->port == NULL || (host_len > 0 && a->host == NULL)) {
+    report_error ("malloc: %m");
+    listen_address_free (a);
+    return -1;
+  }
+  return 0;
+}
+
+void
+listen_address_free (struct listen_address *a)
+{
+  free (a->path);
+  free (a->host);
+  free (a->port);
+  memset (a, 0, sizeof *a);
+}
+
+/* Remove a socket that nobody listens on.  True if it was one. */
+static bool
+remove_stale (const struct sockaddr_un *sun)
+{
+  struct stat statbuf;
+  CLEANUP_CLOSE int fd = -1;
+
+  if (lstat (sun->sun_path, &statbuf) == -1 || !S_ISSOCK (statbuf.st_mode))
+    return false;
+  fd = socket (AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  if (fd == -1)
+    return false;
+  if (connect (fd, (const struct sockaddr *) sun, sizeof *sun) == 0 ||
+      errno != ECONNREFUSED)
+    return false;
+  report_debug (PARAMETER ": %s: nobody listens, replacing it",
+                sun->sun_path);
+  return unlink (sun->sun_path) == 0;
+}
+
+static int
+open_unix (const struct listen_address *a, struct listen_sockets *s)
+{
+  struct sockaddr_un sun = { .sun_family = AF_UNIX };
+  const struct sockaddr *addr = (const struct sockaddr *) &sun;
+  struct stat statbuf;
+  int fd, r;
+
+  strcpy (sun.sun_path, a->path); /* The length was checked. */
+  fd = socket (AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (fd == -1) {
+    report_error (PARAMETER ": socket: %m");
+    return -1;
+  }
+  s->fd[s->nr++] = fd;
+
+  r = bind (fd, addr, sizeof sun);
+  if (r == -1 && errno == EADDRINUSE) {
+    if (remove_stale (&sun))
+      r = bind (fd, addr, sizeof sun);
+    else
+      errno = EADDRINUSE;
+  }
+  if (r == -1) {
+    report_error (PARAMETER ": bind: %s: %m", a->path);
+    return -1;
+  }
+  s->path = strdup (a->path);
+  if (s->path == NULL || lstat (a->path, &statbuf) == -1) {
+    report_error (PARAMETER ": %s: %m", a->path);
+    unlink (a->path);
+    return -1;
+  }
+  s->dev = statbuf.st_dev;
+  s->ino = statbuf.st_ino;
+  if (listen (fd, SOMAXCONN) == -1) {
+    report_error (PARAMETER ": listen: %s: %m", a->path);
+    return -1;
+  }
+  return 0;
+}
+
+/* Open one address.  1: the machine does not have this family. */
+static int
+open_one (const struct addrinfo *ai, const char *what,
+          struct listen_sockets *s)
+{
+  const int one = 1;
+  int fd;
+
+  fd = socket (ai->ai_family, ai->ai_socktype | SOCK_CLOEXEC,
+               ai->ai_protocol);
+  if (fd == -1) {
+    if (errno == EAFNOSUPPORT)
+      return 1;
+    report_error (PARAMETER ": socket: %m");
+    return -1;
+  }
+  s->fd[s->nr++] = fd;
+
+  if (setsockopt (fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one) == -1)
+    report_debug (PARAMETER ": SO_REUSEADDR: %m");
+  /* An IPv4 address, if there is one, has a socket of its own. */
+  if (ai->ai_family == AF_INET6 &&
+      setsockopt (fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one) == -1)
+    report_debug (PARAMETER ": IPV6_V6ONLY: %m");
+
+  if (bind (fd, ai->ai_addr, ai->ai_addrlen) == -1) {
+    if (errno == EADDRNOTAVAIL && ai->ai_family == AF_INET6) {
+      close (fd);
+      s->nr--;
+      return 1;
+    }
+    report_error (PARAMETER ": bind: %s: %m", what);
+    return -1;
+  }
+  if (listen (fd, SOMAXCONN) == -1) {
+    report_error (PARAMETER ": listen: %s: %m", what);
+    return -1;
+  }
+  return 0;
+}
+
+static void
+cleanup_freeaddrinfo (struct addrinfo **ai)
+{
+  if (*ai != NULL)
+    freeaddrinfo (*ai);
+}
+
+static int
+open_tcp (const struct listen_address *a, struct listen_sockets *s)
+{
+  const struct addrinfo hints = {
+    .ai_family = AF_UNSPEC,
+    .ai_socktype = SOCK_STREAM,
+    .ai_flags = AI_PASSIVE,
+  };
+  __attribute__ ((cleanup (cleanup_freeaddrinfo)))
+  struct addrinfo *list = NULL;
+  struct addrinfo *ai;
+  CLEANUP_FREE char *what = NULL;
+  int r;
+
+  if (asprintf (&what, "%s:%s", a->host ? a->host : "", a->port) == -1) {
+    what = NULL;
+    report_error ("malloc: %m");
+    return -1;
+  }
+  r = getaddrinfo (a->host, a->port, &hints, &list);
+  if (r != 0) {
+    list = NULL;
+    report_error (PARAMETER ": %s: %s", what,
+                  r == EAI_SYSTEM ? strerror (errno) : gai_strerror (r));
+    return -1;
+  }
+  for (ai = list; ai != NULL && s->nr < LISTEN_MAX_SOCKETS; ai = ai->ai_next)
+    if (open_one (ai, what, s) == -1)
+      return -1;
+  if (s->nr == 0) {
+    report_error (PARAMETER ": %s: no address could be bound", what);
+    return -1;
+  }
+  return 0;
+}
+
+int
+listen_open (const struct listen_address *a, struct listen_sockets *s)
+{
+  int r;
+
+  memset (s, 0, sizeof *s);
+  r = a->path != NULL ? open_unix (a, s) : open_tcp (a, s);
+  if (r == -1) {
+    listen_unlink (s);
+    listen_close (s);
+  }
+  return r;
+}
+
+void
+listen_unlink (struct listen_sockets *s)
+{
+  struct stat statbuf;
+
+  if (s->path == NULL)
+    return;
+  if (lstat (s->path, &statbuf) == 0 &&
+      statbuf.st_dev == s->dev && statbuf.st_ino == s->ino)
+    unlink (s->path);
+  free (s->path);
+  s->path = NULL;
+}
+
+void
+listen_close (struct listen_sockets *s)
+{
+  size_t i;
+
+  for (i = 0; i < s->nr; ++i)
+    if (s->fd[i] >= 0)
+      close (s->fd[i]);
+  s->nr = 0;
+  free (s->path);
+  s->path = NULL;
+}

@@ -1,0 +1,48 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_LISTEN_H
+#define DIRTY_BITMAP_LISTEN_H
+
+/* The sockets of dirty-bitmap-listen=ADDRESS. */
+
+#include <stddef.h>
+#include <sys/types.h>
+
+#define LISTEN_MAX_SOCKETS 16
+
+struct listen_address {
+  char *path;                   /* of a Unix socket, absolute; or */
+  char *host, *port;            /* of TCP; host is NULL for any */
+};
+
+struct listen_sockets {
+  int fd[LISTEN_MAX_SOCKETS];
+  size_t nr;
+
+  /* The Unix socket that we made, so that no other is removed. */
+  char *path;
+  dev_t dev;
+  ino_t ino;
+};
+
+/* Parse ADDRESS: HOST:PORT, [HOST]:PORT, :PORT, or else the path of a
+ * Unix socket; one with a '/' in it is a path.  A relative path is
+ * relative to the present directory.  -1, with the reason reported.
+ */
+extern int listen_parse (const char *address, struct listen_address *);
+extern void listen_address_free (struct listen_address *);
+
+/* Bind and listen.  -1, with the reason reported. */
+extern int listen_open (const struct listen_address *,
+                        struct listen_sockets *);
+
+/* Remove the Unix socket, if it is still ours. */
+extern void listen_unlink (struct listen_sockets *);
+
+/* Close what has not been given away (fd[i] set to -1), and free. */
+extern void listen_close (struct listen_sockets *);
+
+#endif /* DIRTY_BITMAP_LISTEN_H */

@@ -1,0 +1,261 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* How this works
+ *
+ * Each parameter is taken by one function, which is found in a table.
+ * All that can be said against a value without knowing the image is said
+ * here, and names the parameter.
+ */
+
+#include <config.h>
+
+#include <ctype.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/bytes.h"
+#include "common/report.h"
+#include "parameters.h"
+
+/* The limits of bitmaps in QEMU, which is to read what we write. */
+#define MIN_GRANULARITY ((int64_t) 512)
+#define MAX_GRANULARITY ((int64_t) 1 << 31)
+#define MAX_NAME_BYTES 1023
+
+/* A few tables of the largest cluster size have to fit.  All tables of
+ * the largest images that there are take less than the maximum.
+ */
+#define MIN_CACHE_SIZE ((int64_t) 1 << 20)
+#define MAX_CACHE_SIZE ((int64_t) 64 << 30)
+
+const char parameters_help[] =
+  "dirty-bitmap=NAME              Record into this bitmap, create it if absent\n"
+  "                               (may be repeated).\n"
+  "dirty-bitmap-granularity=SIZE  Granularity of a bitmap that is created\n"
+  "                               (default: cluster size, 4K to 64K).\n"
+  "dirty-bitmap-expose=NAME       Offer only this bitmap to clients\n"
+  "                               (may be repeated, default: all).\n"
+  "dirty-bitmap-cache-size=SIZE   Memory for the image's tables (default: 32M).\n"
+  "dirty-bitmap-server=auto|on|off\n"
+  "                               Stand in for nbdkit's server, which cannot\n"
+  "                               show bitmaps to clients (default: auto).\n"
+  "dirty-bitmap-listen=ADDRESS    Serve also on this Unix socket or HOST:PORT.";
+
+static int
+take_name (struct names *names, const char *key, const char *value)
+{
+  char **larger;
+  size_t i;
+
+  if (*value == '\0') {
+    report_error ("%s: the name of a bitmap must not be empty", key);
+    return -1;
+  }
+  if (strlen (value) > MAX_NAME_BYTES) {
+    report_error ("%s: the name of a bitmap has at most %d bytes",
+                  key, MAX_NAME_BYTES);
+    return -1;
+  }
+  for (i = 0; i < names->nr; ++i)
+    if (strcmp (names->name[i], value) == 0)
+      return 1;
+
+  larger = realloc (names->name, (names->nr + 1) * sizeof *larger);
+  if (larger == NULL) {
+    report_error ("malloc: %m");
+    return -1;
+  }
+  names->name = larger;
+  names->name[names->nr] = strdup (value);
+  if (names->name[names->nr] == NULL) {
+    report_error ("malloc: %m");
+    return -1;
+  }
+  names->nr++;
+  return 1;
+}
+
+static int
+take_require (struct parameters *p, const char *key, const char *value)
+{
+  return take_name (&p->require, key, value);
+}
+
+static int
+take_expose (struct parameters *p, const char *key, const char *value)
+{
+  return take_name (&p->expose, key, value);
+}
+
+static int
+repeated (const char *key)
+{
+  report_error ("%s can only appear once on the command line", key);
+  return -1;
+}
+
+/* A size as everywhere in nbdkit: a number and perhaps a suffix, powers
+ * of 1024, "s" for sectors.  nbdkit_parse_size would not say which
+ * parameter it does not understand.  -1, with the reason reported.
+ */
+static int64_t
+parse_size (const char *key, const char *value)
+{
+  static const char suffixes[] = "bkmgtpe";
+  unsigned long long n;
+  const char *suffix;
+  unsigned shift = 0;
+  char *end;
+
+  if (*value < '0' || *value > '9')
+    goto invalid;
+  errno = 0;
+  n = strtoull (value, &end, 10);
+  if (errno != 0)
+    goto invalid;
+  if (*end != '\0') {
+    if (end[1] != '\0')
+      goto invalid;
+    suffix = strchr (suffixes, tolower ((unsigned char) *end));
+    if (suffix != NULL)
+      shift = 10 * (suffix - suffixes);
+    else if (*end == 's' || *end == 'S')
+      shift = 9;
+    else
+      goto invalid;
+  }
+  if (n > (uint64_t) INT64_MAX >> shift)
+    goto invalid;
+  return n << shift;
+
+ invalid:
+  report_error ("%s: not a size: %s", key, value);
+  return -1;
+}
+
+static int
+take_granularity (struct parameters *p, const char *key, const char *value)
+{
+  int64_t size;
+
+  if (p->granularity != 0)
+    return repeated (key);
+  size = parse_size (key, value);
+  if (size == -1)
+    return -1;
+  if (size < MIN_GRANULARITY || size > MAX_GRANULARITY ||
+      !is_power_of_2 (size)) {
+    report_error ("%s: must be a power of two from 512 to 2G: %s",
+                  key, value);
+    return -1;
+  }
+  p->granularity = size;
+  return 1;
+}
+
+static int
+take_cache_size (struct parameters *p, const char *key, const char *value)
+{
+  int64_t size;
+
+  if (p->cache_size_given)
+    return repeated (key);
+  size = parse_size (key, value);
+  if (size == -1)
+    return -1;
+  if (size < MIN_CACHE_SIZE || size > MAX_CACHE_SIZE) {
+    report_error ("%s: must be from 1M to 64G: %s", key, value);
+    return -1;
+  }
+  p->cache_size = size;
+  p->cache_size_given = true;
+  return 1;
+}
+
+static int
+take_server (struct parameters *p, const char *key, const char *value)
+{
+  if (p->server_given)
+    return repeated (key);
+  if (strcmp (value, "auto") == 0)
+    p->server = SERVER_AUTO;
+  else if (strcmp (value, "on") == 0)
+    p->server = SERVER_ON;
+  else if (strcmp (value, "off") == 0)
+    p->server = SERVER_OFF;
+  else {
+    report_error ("%s: must be auto, on or off: %s", key, value);
+    return -1;
+  }
+  p->server_given = true;
+  return 1;
+}
+
+static int
+take_listen (struct parameters *p, const char *key, const char *value)
+{
+  if (p->listens)
+    return repeated (key);
+  if (*value == '\0') {
+    report_error ("%s: the address must not be empty", key);
+    return -1;
+  }
+  if (listen_parse (value, &p->listen) == -1)
+    return -1;
+  p->listens = true;
+  return 1;
+}
+
+int
+parameters_take (struct parameters *p, const char *key, const char *value)
+{
+  static const struct {
+    const char *key;
+    int (*take) (struct parameters *, const char *key, const char *value);
+  } table[] = {
+    { "dirty-bitmap", take_require },
+    { "dirty-bitmap-cache-size", take_cache_size },
+    { "dirty-bitmap-expose", take_expose },
+    { "dirty-bitmap-granularity", take_granularity },
+    { "dirty-bitmap-listen", take_listen },
+    { "dirty-bitmap-server", take_server },
+  };
+  size_t i;
+
+  for (i = 0; i < sizeof table / sizeof table[0]; ++i) {
+    if (strcmp (key, table[i].key) != 0)
+      continue;
+    return table[i].take (p, key, value);
+  }
+  return 0;
+}
+
+void
+parameters_complete (struct parameters *p)
+{
+  if (!p->cache_size_given)
+    p->cache_size = PARAMETERS_DEFAULT_CACHE_SIZE;
+}
+
+static void
+free_names (struct names *names)
+{
+  size_t i;
+
+  for (i = 0; i < names->nr; ++i)
+    free (names->name[i]);
+  free (names->name);
+}
+
+void
+parameters_free (struct parameters *p)
+{
+  free_names (&p->require);
+  free_names (&p->expose);
+  listen_address_free (&p->listen);
+  memset (p, 0, sizeof *p);
+}

@@ -1,0 +1,50 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_PARAMETERS_H
+#define DIRTY_BITMAP_PARAMETERS_H
+
+/* The parameters of the filter. */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "listen.h"
+
+enum server_mode { SERVER_AUTO, SERVER_ON, SERVER_OFF };
+
+struct names {
+  char **name;
+  size_t nr;
+};
+
+struct parameters {
+  struct names require;         /* dirty-bitmap */
+  struct names expose;          /* dirty-bitmap-expose */
+  uint32_t granularity;         /* dirty-bitmap-granularity, or 0 */
+  uint64_t cache_size;          /* dirty-bitmap-cache-size */
+  enum server_mode server;      /* dirty-bitmap-server */
+  bool listens;                 /* dirty-bitmap-listen */
+  struct listen_address listen;
+
+  bool cache_size_given, server_given;
+};
+
+#define PARAMETERS_DEFAULT_CACHE_SIZE ((uint64_t) 32 << 20)
+
+/* Take a parameter.  1 if it is one of ours, 0 if it is not, or -1 with
+ * the reason reported.
+ */
+extern int parameters_take (struct parameters *,
+                            const char *key, const char *value);
+
+/* All have been taken: fill in the defaults. */
+extern void parameters_complete (struct parameters *);
+extern void parameters_free (struct parameters *);
+
+extern const char parameters_help[];
+
+#endif /* DIRTY_BITMAP_PARAMETERS_H */
