@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# nbdkit-dirty-bitmap-filter
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright the nbdkit-dirty-bitmap-filter authors
+
+# Bad parameters: one clear error that names the parameter, and a status
+# that is not 0.
+
+. "${srcdir:-$(dirname "$0")}/functions.sh"
+
+qemu-img create -q -f qcow2 disk.qcow2 10M
+qemu-img bitmap --add disk.qcow2 b
+before=$(checksum disk.qcow2)
+no ()
+{
+  local pattern=$1
+
+  shift
+  refused "$pattern" --filter="$FILTER" file disk.qcow2 "$@"
+  [ "$(grep -c error refused.log)" -eq 1 ] ||
+    fail "not one error: $(cat refused.log)"
+}
+
+for size in 0 511 513 3000 256 4G -1 x "" 99999999999999999999; do
+  no granularity dirty-bitmap=new dirty-bitmap-granularity="$size"
+done
+for size in 0 -1 x "" 99999999999999999999; do
+  no cache-size dirty-bitmap-cache-size="$size"
+done
+for word in "" yes 1 ON maybe; do
+  no dirty-bitmap-server dirty-bitmap-server="$word"
+done
+for parameter in dirty-bitmap-granularity=64k dirty-bitmap-cache-size=8M \
+                 dirty-bitmap-server=auto dirty-bitmap-listen=x; do
+  no "${parameter%=*}" dirty-bitmap=b "$parameter" "$parameter"
+done
+no name dirty-bitmap=
+no 'expose|name' dirty-bitmap-expose=
+no dirty-bitmap-nonsense dirty-bitmap-nonsense=1
+same "the file" "$before" "$(checksum disk.qcow2)"
+
+# Good ones.
+for size in 1M 32M 1G; do
+  serve disk.qcow2 dirty-bitmap-cache-size=$size
+  shell 'h.pwrite(b"x", 0)'
+  stop_server
+done
+check_image disk.qcow2

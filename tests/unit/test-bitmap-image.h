@@ -1,0 +1,131 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_TEST_BITMAP_IMAGE_H
+#define DIRTY_BITMAP_TEST_BITMAP_IMAGE_H
+
+/* What the tests of bitmap/ share: images with bitmaps, made byte by
+ * byte so that every byte can be wrong; a container that records what
+ * is done to it, fails on demand, and can be crashed; and a reader of
+ * bitmaps that has nothing in common with the code under test.
+ */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "bitmap/bitmap.h"
+#include "container/container.h"
+#include "qcow2/qcow2.h"
+
+/* An image, flat in memory. */
+struct bytes {
+  uint8_t *p;
+  size_t n;
+};
+
+struct bitmap_spec {
+  const char *name;
+  unsigned granularity_bits;
+  uint32_t flags;
+  const char *table;            /* an entry a character: 0, 1, or d for a
+                                   data cluster; as if followed by 0s */
+  uint8_t fill;                 /* every byte of the data clusters */
+};
+
+#define MAX_SPECS 8
+
+/* A crafted image, and where its parts are. */
+struct crafted {
+  struct bytes bytes;
+  uint32_t cluster_size;
+  size_t extension;             /* offset of its 8 bytes of head */
+  size_t directory, directory_bytes;
+  size_t entry[MAX_SPECS], table[MAX_SPECS], first_data[MAX_SPECS];
+};
+
+#define AUTOCLEAR_OFFSET 88
+
+/* A version 3 image.  No extension if there are no specs. */
+extern void craft (struct crafted *, unsigned cluster_bits, uint64_t size,
+                   const struct bitmap_spec *specs, size_t nr_specs);
+
+/* A container that records.  It takes a copy of the bytes, and may grow
+ * up to limit.
+ */
+extern struct container *recorder_open (const struct bytes *, size_t limit);
+
+/* Fail the nth write or flush from now on (0: the next), and all that
+ * follow for as long as for_ever says.  applied: a failed write has
+ * happened all the same.
+ */
+extern void recorder_fail (struct container *, unsigned nth, bool for_ever,
+                           bool applied);
+extern void recorder_stop_failing (struct container *);
+
+/* How many writes and flushes there have been. */
+extern unsigned recorder_writes (struct container *);
+extern unsigned recorder_flushes (struct container *);
+
+/* Let other threads in at every operation. */
+extern void recorder_yield (struct container *, bool);
+
+/* Put a note into the record: from here on a crash must find granules
+ * [first, last] of the bitmap dirty, or the bitmap marked.
+ */
+extern void recorder_note (struct container *, const char *name,
+                           uint64_t first, uint64_t last);
+
+/* As it is now, as if all writes had reached it. */
+extern struct bytes recorder_image (struct container *);
+
+/* For every point of the record, for subsets of the writes since the
+ * last barrier, torn at 512 bytes: make the image that a crash there
+ * leaves, and check that I3 holds for the notes so far.  At most
+ * max_subsets are tried at a point (all of them if there are fewer).
+ * Returns the number of images checked.
+ */
+extern unsigned long recorder_crash (struct container *,
+                                     unsigned max_subsets, uint64_t seed);
+
+/* What the image says of a bitmap. */
+enum disk_state { DISK_ABSENT, DISK_MARKED, DISK_CLEAN };
+struct disk_bitmap {
+  enum disk_state state;
+  uint32_t flags;
+  unsigned granularity_bits;
+  uint64_t nr_bits;
+  uint8_t *bits;                /* malloc'd, of nr_bits, NULL if absent */
+  unsigned nr_zero, nr_ones, nr_data; /* table entries */
+};
+extern struct disk_bitmap disk_bitmap_read (const struct bytes *,
+                                            const char *name);
+extern bool disk_bitmap_bit (const struct disk_bitmap *, uint64_t bit);
+
+/* Whatever was reported since the last call of messages_clear. */
+extern void messages_install (void);
+extern void messages_clear (void);
+extern unsigned messages_warnings (void);
+extern unsigned messages_errors (void);
+extern void assert_message (const char *part);
+
+extern struct qcow2 *open_image (struct container *, bool readonly);
+extern struct bitmap_set *open_set (struct qcow2 *);
+extern struct bitmap_set *open_set_requiring (struct qcow2 *,
+                                              const char *name,
+                                              uint32_t granularity);
+
+/* Is the granule dirty in RAM? */
+extern bool ram_bit (const struct bitmap *, uint64_t bit);
+extern const struct bitmap *find_exposed (struct bitmap_set *,
+                                          const char *name);
+
+/* Mark, note it for the given bitmaps, and expect success. */
+extern void mark_and_note (struct bitmap_set *, struct container *,
+                           uint64_t offset, uint64_t count);
+extern void note_mark (struct bitmap_set *, struct container *,
+                       uint64_t offset, uint64_t count);
+
+#endif /* DIRTY_BITMAP_TEST_BITMAP_IMAGE_H */
