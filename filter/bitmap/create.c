@@ -81,6 +81,7 @@ bitmap_create_check (const struct bitmap_set *set,
 {
   uint64_t nr = set->nr_bitmaps, bytes = old_directory_bytes (set);
   struct bitmap_damage damage;
+  bool any = false;
 
   for (size_t i = 0; i < options->nr_require; ++i) {
     const char *name = options->require[i];
@@ -109,8 +110,9 @@ bitmap_create_check (const struct bitmap_set *set,
     }
     nr++;
     bytes += bitmap_directory_entry_bytes (strlen (name));
+    any = true;
   }
-  return 0;
+  return any ? qcow2_check_bitmaps_extension (set->image) : 0;
 }
 
 static uint64_t
@@ -168,7 +170,7 @@ create_table (struct creation *c, struct bitmap *b)
   size_t bytes = 8 * (size_t) b->table_entries;
 
   if (qcow2_alloc (c->set->image, QCOW2_BITMAP_TABLE,
-                   clusters_of (c->set, bytes), &b->table_offset) == -1)
+                   clusters_of (c->set, bytes), &b->table_offset, NULL) == -1)
     return -1;
   c->nr_tables++;
   return write_clusters (c->set, QCOW2_BITMAP_TABLE, NULL, bytes,
@@ -229,7 +231,7 @@ store (struct creation *c)
   uint64_t offset;
 
   if (qcow2_alloc (set->image, QCOW2_BITMAP_DIRECTORY,
-                   clusters_of (set, c->directory_bytes), &offset) == -1)
+                   clusters_of (set, c->directory_bytes), &offset, NULL) == -1)
     return -1;
   c->directory_offset = offset;
   if (write_clusters (set, QCOW2_BITMAP_DIRECTORY, c->directory,

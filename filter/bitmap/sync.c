@@ -13,9 +13,9 @@
  * has seen set has its piece flagged; takes the flagged pieces; and
  * writes them, which in_use makes safe.  Where the table entry has a
  * data cluster the piece is written in place.  Where it is all zeroes a
- * cluster is allocated and written whole, and the table entry becomes
- * pending.  Where the cluster's bits are all set now nothing is written
- * and the entry becomes all ones, which is pending too.
+ * cluster is allocated, written whole unless it reads as zeroes, and the
+ * table entry becomes pending.  Where the cluster's bits are all set now
+ * nothing is written and the entry becomes all ones, which is pending too.
  *
  * references: what was taken is durable.  Pending entries are written.
  * Bitmaps that have none are closed: the state becomes CLOSING, marks
@@ -136,6 +136,7 @@ write_cluster (struct bitmap_set *set, struct bitmap *b, uint32_t index,
 {
   uint64_t cluster_size = set->geometry.cluster_size_bytes;
   uint64_t cluster_start = index * cluster_size, host;
+  bool zeroed;
 
   if (b->table[index] == BITMAP_TABLE_ALL_ONES)
     return 0;
@@ -147,10 +148,12 @@ write_cluster (struct bitmap_set *set, struct bitmap *b, uint32_t index,
   }
 
   if (b->table[index] == BITMAP_TABLE_ALL_ZEROES) {
-    if (qcow2_alloc (set->image, QCOW2_BITMAP_DATA, 1, &host) == -1)
+    if (qcow2_alloc (set->image, QCOW2_BITMAP_DATA, 1, &host, &zeroed) == -1)
       return -1;
     set_table_entry (b, index, host);
-    return write_bits (set, b, cluster_start, cluster_size, host);
+    /* Pieces that are not taken have no bits yet. */
+    if (!zeroed)
+      return write_bits (set, b, cluster_start, cluster_size, host);
   }
 
   while (piece < end) {

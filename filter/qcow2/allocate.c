@@ -361,13 +361,13 @@ allocate_clusters (struct qcow2 *q, enum qcow2_class class, uint64_t nr,
 
 int
 qcow2_alloc (struct qcow2 *q, enum qcow2_class class, uint64_t nr_clusters,
-             uint64_t *host_offset)
+             uint64_t *host_offset, bool *zeroed)
 {
   uint64_t got;
-  bool zeroed;
+  bool unwanted;
 
   if (allocate_run (q, class, nr_clusters, nr_clusters, host_offset, &got,
-                    &zeroed) == -1) {
+                    zeroed != NULL ? zeroed : &unwanted) == -1) {
     if (errno == ENOSPC)
       report_error ("no space is left in the image for %s",
                     registry_class_name (class));

@@ -506,11 +506,6 @@ append_extension (struct qcow2 *q, const uint8_t data[24])
   const uint64_t at = hs->extensions_end;
   const bool room_for_end = hs->extensions_limit - at >= 40;
 
-  if (at > hs->extensions_limit || hs->extensions_limit - at < 32) {
-    report_error ("the header of the image has no room for the bitmaps "
-                  "extension");
-    return invalid (ENOSPC);
-  }
   /* Not yet trusted by anyone. */
   if (set_autoclear (q, q->header.autoclear & ~AUTOCLEAR_BITMAPS) == -1)
     return -1;
@@ -552,17 +547,40 @@ patch_extension (struct qcow2 *q, const uint8_t data[24])
 }
 
 int
-qcow2_set_bitmaps_extension (struct qcow2 *q, uint32_t nr_bitmaps,
-                             uint64_t directory_size_bytes,
-                             uint64_t directory_offset)
+qcow2_check_bitmaps_extension (struct qcow2 *q)
 {
-  uint8_t data[24] = { 0 };
+  const struct header_state *hs = &q->hs;
 
   if (q->header.version < 3) {
     report_error ("a qcow2 image of version 2 cannot keep dirty bitmaps; "
                   "qemu-img amend -o compat=1.1 makes it version 3");
     return invalid (ENOTSUP);
   }
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->hs.lock);
+  if (hs->bitmaps.count > 1 ||
+      (hs->bitmaps.count == 1 && hs->bitmaps.length != 24)) {
+    report_error ("the bitmaps extension of the image is damaged");
+    return invalid (EINVAL);
+  }
+  if (hs->bitmaps.count == 0 &&
+      (hs->extensions_end > hs->extensions_limit ||
+       hs->extensions_limit - hs->extensions_end < 32)) {
+    report_error ("the header of the image has no room for the bitmaps "
+                  "extension");
+    return invalid (ENOSPC);
+  }
+  return 0;
+}
+
+int
+qcow2_set_bitmaps_extension (struct qcow2 *q, uint32_t nr_bitmaps,
+                             uint64_t directory_size_bytes,
+                             uint64_t directory_offset)
+{
+  uint8_t data[24] = { 0 };
+
+  if (qcow2_check_bitmaps_extension (q) == -1)
+    return -1;
   if (header_begin_writing (q) == -1)
     return -1;
 
@@ -570,11 +588,6 @@ qcow2_set_bitmaps_extension (struct qcow2 *q, uint32_t nr_bitmaps,
   put_be32 (data, nr_bitmaps);
   put_be64 (data + 8, directory_size_bytes);
   put_be64 (data + 16, directory_offset);
-  if (q->hs.bitmaps.count > 1 ||
-      (q->hs.bitmaps.count == 1 && q->hs.bitmaps.length != 24)) {
-    report_error ("the bitmaps extension of the image is damaged");
-    return invalid (EINVAL);
-  }
   if ((q->hs.bitmaps.count == 0 ? append_extension (q, data)
                                 : patch_extension (q, data)) == -1)
     return -1;

@@ -149,10 +149,16 @@ extern void qcow2_unregister (struct qcow2 *, uint64_t offset,
                               uint64_t bytes);
 
 /* Allocate contiguous clusters, registered with the class, refcount 1.
- * Their bytes are whatever they were.
+ * Their bytes are whatever they were; *zeroed (if not NULL) says whether
+ * that is known to be zeroes.
+ *
+ * This, qcow2_release, qcow2_write_metadata and qcow2_barrier never wait
+ * for a flush, so they can be called with a lock held that the hooks of
+ * a flush take.
  */
 extern int qcow2_alloc (struct qcow2 *, enum qcow2_class,
-                        uint64_t nr_clusters, uint64_t *host_offset);
+                        uint64_t nr_clusters, uint64_t *host_offset,
+                        bool *zeroed);
 
 /* Give clusters back, and unregister them.  Their refcounts drop, and
  * they can be used anew, only after references that were changed up to
@@ -186,10 +192,16 @@ struct qcow2_bitmaps_extension {
 extern void qcow2_get_bitmaps_extension (struct qcow2 *,
                                          struct qcow2_bitmaps_extension *);
 
+/* Can the header be pointed at a directory?  Says so, or why not: ENOTSUP
+ * in a version 2 image, ENOSPC if the header has no room, EINVAL if the
+ * extension that it has is damaged.
+ */
+extern int qcow2_check_bitmaps_extension (struct qcow2 *);
+
 /* Point the header at a directory whose clusters and tables are durable
  * already, and set the autoclear bit: all of it or nothing is on disk
  * after a crash, or the autoclear bit is clear.  Durable on return.
- * ENOSPC if the header has no room.  One caller at a time.
+ * Errors as above.
  */
 extern int qcow2_set_bitmaps_extension (struct qcow2 *, uint32_t nr_bitmaps,
                                         uint64_t directory_size_bytes,

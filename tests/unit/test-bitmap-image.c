@@ -37,16 +37,16 @@ table_entries (uint64_t size, unsigned granularity_bits,
 }
 
 static void
-craft_header (struct crafted *c, unsigned cluster_bits, uint64_t size)
+craft_header (struct crafted *c, unsigned cluster_bits, uint64_t size,
+              uint32_t l1_entries)
 {
   uint8_t *p = c->bytes.p;
-  uint64_t l2_bytes = (uint64_t) c->cluster_size * (c->cluster_size / 8);
 
   put_be32 (p, 0x514649fb);
   put_be32 (p + 4, 3);
   put_be32 (p + 20, cluster_bits);
   put_be64 (p + 24, size);
-  put_be32 (p + 36, div_round_up (size, l2_bytes));
+  put_be32 (p + 36, l1_entries);
   put_be64 (p + 40, 3 * c->cluster_size);
   put_be64 (p + 48, c->cluster_size);
   put_be32 (p + 56, 1);
@@ -103,10 +103,14 @@ void
 craft (struct crafted *c, unsigned cluster_bits, uint64_t size,
        const struct bitmap_spec *specs, size_t nr_specs)
 {
+  const uint64_t l2_bytes = UINT64_C (1) << (2 * cluster_bits - 3);
+  const uint32_t l1_entries = div_round_up (size, l2_bytes);
+
   memset (c, 0, sizeof *c);
   c->cluster_size = 1U << cluster_bits;
-  append (c, 4 * c->cluster_size);
-  craft_header (c, cluster_bits, size);
+  append (c, 3 * c->cluster_size);
+  append (c, 8 * l1_entries);
+  craft_header (c, cluster_bits, size, l1_entries);
   c->extension = HEADER_LENGTH;
 
   for (size_t i = 0; i < nr_specs; ++i) {
@@ -146,6 +150,15 @@ craft (struct crafted *c, unsigned cluster_bits, uint64_t size,
   craft_refcounts (c);
 }
 
+void
+craft_garbage (struct crafted *c, unsigned nr_clusters)
+{
+  size_t bytes = nr_clusters * c->cluster_size;
+  size_t at = append (c, bytes);
+
+  memset (c->bytes.p + at, 0xff, bytes);
+}
+
 /* A range that must be inside the image, or the test fails.  A short
  * tail is the caller's matter: our images have none.
  */
@@ -169,7 +182,8 @@ read_bits (const struct bytes *image, struct disk_bitmap *d,
   assert_int_equal (nr_entries,
                     div_round_up (div_round_up (d->nr_bits, 8),
                                   cluster_size));
-  d->bits = calloc (nr_entries, cluster_size);
+  d->nr_bytes = (size_t) nr_entries * cluster_size;
+  d->bits = calloc (1, d->nr_bytes);
   for (uint32_t i = 0; i < nr_entries; ++i) {
     uint64_t e = get_be64 (table + 8 * i);
     uint8_t *bits = d->bits + (size_t) i * cluster_size;
@@ -358,6 +372,8 @@ note_mark (struct bitmap_set *set, struct container *c,
     const struct bitmap *b = bitmap_set_exposed (set, i);
     uint64_t granularity = bitmap_granularity (b);
 
+    if (strcmp (bitmap_name (b), "off") == 0)
+      continue;
     recorder_note (c, bitmap_name (b), offset / granularity,
                    (offset + count - 1) / granularity);
   }

@@ -48,6 +48,11 @@ struct crafted {
 
 #define AUTOCLEAR_OFFSET 88
 
+/* Append free clusters full of ones: what is allocated there and not
+ * written has something in it.
+ */
+extern void craft_garbage (struct crafted *, unsigned nr_clusters);
+
 /* A version 3 image.  No extension if there are no specs. */
 extern void craft (struct crafted *, unsigned cluster_bits, uint64_t size,
                    const struct bitmap_spec *specs, size_t nr_specs);
@@ -65,12 +70,23 @@ extern void recorder_fail (struct container *, unsigned nth, bool for_ever,
                            bool applied);
 extern void recorder_stop_failing (struct container *);
 
-/* How many writes and flushes there have been. */
+/* How many writes and flushes there have been, and how many of them
+ * were failed.
+ */
 extern unsigned recorder_writes (struct container *);
 extern unsigned recorder_flushes (struct container *);
+extern unsigned recorder_failures (struct container *);
 
 /* Let other threads in at every operation. */
 extern void recorder_yield (struct container *, bool);
+
+/* Be told of each write, just before it happens.  buf is NULL if it
+ * writes zeroes.
+ */
+typedef void (*recorder_watch_fn) (void *opaque, const void *buf,
+                                   size_t count, uint64_t offset);
+extern void recorder_watch (struct container *, recorder_watch_fn,
+                            void *opaque);
 
 /* Put a note into the record: from here on a crash must find granules
  * [first, last] of the bitmap dirty, or the bitmap marked.
@@ -97,7 +113,8 @@ struct disk_bitmap {
   uint32_t flags;
   unsigned granularity_bits;
   uint64_t nr_bits;
-  uint8_t *bits;                /* malloc'd, of nr_bits, NULL if absent */
+  uint8_t *bits;                /* malloc'd, NULL if absent */
+  size_t nr_bytes;              /* of bits: whole clusters */
   unsigned nr_zero, nr_ones, nr_data; /* table entries */
 };
 extern struct disk_bitmap disk_bitmap_read (const struct bytes *,
@@ -122,9 +139,11 @@ extern bool ram_bit (const struct bitmap *, uint64_t bit);
 extern const struct bitmap *find_exposed (struct bitmap_set *,
                                           const char *name);
 
-/* Mark, note it for the given bitmaps, and expect success. */
+/* Mark, expect success, and note it. */
 extern void mark_and_note (struct bitmap_set *, struct container *,
                            uint64_t offset, uint64_t count);
+
+/* Note a mark that succeeded, for all bitmaps but one named "off". */
 extern void note_mark (struct bitmap_set *, struct container *,
                        uint64_t offset, uint64_t count);
 

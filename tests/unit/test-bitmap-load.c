@@ -3,9 +3,10 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* Loading: sound bitmaps, bitmaps in use, and every way in which the
- * extension, the directory and the tables can be damaged.  Whatever it
- * is, the disk is served (I7).
+/* Loading what is not as it should be: every way in which the extension,
+ * the directory and the tables can be damaged, stale bitmaps, bitmaps in
+ * use, and options that ask for what is not there.  Whatever it is, the
+ * disk is served (I7).
  */
 
 #include <config.h>
@@ -22,7 +23,6 @@
 #include <cmocka.h>
 
 #include "common/bytes.h"
-#include "image.h"
 #include "qcow2/bitmap-directory.h"
 #include "test-bitmap-image.h"
 
@@ -47,102 +47,6 @@ static uint64_t
 autoclear (struct container *c)
 {
   return get_be64 (recorder_image (c).p + AUTOCLEAR_OFFSET);
-}
-
-static void
-test_sound (void **state)
-{
-  const struct bitmap *b0, *b1;
-  struct crafted crafted;
-  struct container *c;
-  struct bitmap_set *set;
-  struct qcow2 *q;
-  bool dirty;
-
-  (void) state;
-  craft_two (&crafted);
-  c = recorder_open (&crafted.bytes, LIMIT);
-  q = open_image (c, false);
-  messages_clear ();
-  set = open_set (q);
-
-  assert_int_equal (messages_warnings () + messages_errors (), 0);
-  assert_int_equal (bitmap_set_nr_exposed (set), 2);
-  b0 = bitmap_set_exposed (set, 0);
-  b1 = bitmap_set_exposed (set, 1);
-  assert_string_equal (bitmap_name (b0), "b0");
-  assert_string_equal (bitmap_name (b1), "b1");
-  assert_int_equal (bitmap_granularity (b0), 4096);
-  assert_int_equal (bitmap_granularity (b1), 512);
-  for (uint64_t i = 0; i < 16384; ++i)
-    assert_int_equal (ram_bit (b0, i), i % 8 == 0 || i % 8 == 2);
-  for (uint64_t i = 0; i < 131072; ++i)
-    assert_int_equal (ram_bit (b1, i),
-                      i / 32768 == 1 || (i / 32768 != 2 && i % 8 == 7));
-
-  /* Runs, in bytes, from and to the middle of granules. */
-  assert_int_equal (bitmap_run (b0, 100, 64 * MIB, &dirty), 3996);
-  assert_true (dirty);
-  assert_int_equal (bitmap_run (b0, 4096, 64 * MIB, &dirty), 4096);
-  assert_false (dirty);
-  assert_int_equal (bitmap_run (b0, 5 * 4096 + 1, 6 * 4096 + 7, &dirty),
-                    4096 + 6);
-  assert_false (dirty);
-  assert_int_equal (bitmap_run (b1, 32767 * 512, 64 * MIB, &dirty),
-                    32769 * 512);
-  assert_true (dirty);
-  assert_int_equal (bitmap_run (b1, 65536 * 512, 64 * MIB, &dirty),
-                    (32768 + 7) * 512);
-  assert_false (dirty);
-
-  /* Nothing is written for looking (I4). */
-  assert_int_equal (qcow2_flush (q, bitmap_set_hooks (set)), 0);
-  assert_int_equal (recorder_writes (c), 0);
-  assert_true (bitmap_set_all_stored (set));
-
-  bitmap_set_close (set);
-  qcow2_close (q);
-  container_close (c);
-  free (crafted.bytes.p);
-}
-
-/* Bits beyond the end are not seen, and not written for that alone. */
-static void
-test_tail (void **state)
-{
-  static const struct bitmap_spec spec = {
-    .name = "b", .granularity_bits = 16, .flags = 2, .table = "d",
-    .fill = 0xff,
-  };
-  static const struct bitmap_spec ones = {
-    .name = "b", .granularity_bits = 16, .flags = 2, .table = "1",
-  };
-  const struct bitmap_spec *specs[] = { &spec, &ones };
-
-  (void) state;
-  for (unsigned i = 0; i < 2; ++i) {
-    const uint64_t size = 3 * MIB + 512;
-    struct crafted crafted;
-    struct container *c;
-    struct bitmap_set *set;
-    struct qcow2 *q;
-    bool dirty;
-
-    craft (&crafted, 12, size, specs[i], 1);
-    c = recorder_open (&crafted.bytes, LIMIT);
-    q = open_image (c, false);
-    set = open_set (q);
-    assert_int_equal (bitmap_run (bitmap_set_exposed (set, 0), 0, size,
-                                  &dirty), size);
-    assert_true (dirty);
-    assert_int_equal (bitmap_set_mark (set, 0, size), 0);
-    assert_int_equal (qcow2_flush (q, bitmap_set_hooks (set)), 0);
-    assert_int_equal (recorder_writes (c), 0);
-    bitmap_set_close (set);
-    qcow2_close (q);
-    container_close (c);
-    free (crafted.bytes.p);
-  }
 }
 
 /* Open damaged bitmaps, and see that the disk is none the worse. */
@@ -223,16 +127,15 @@ static const struct damage_case damage_cases[] = {
   { EXTENSION, 4, 4, 16, "16 bytes long, not 24" },
   { EXTENSION, 12, 4, 1, "reserved field is not zero" },
   { EXTENSION, 8, 4, 0, "has no bitmaps" },
-  { EXTENSION, 8, 4, 65536, "exceeding|more than the maximum of 65535" },
+  { EXTENSION, 8, 4, 65536, "more than the maximum of 65535" },
   { EXTENSION, 24, 8, 0x4200, "not that of a cluster" },
   { EXTENSION, 24, 8, 0, "not that of a cluster" },
   { EXTENSION, 24, 8, 0x100000, "beyond the end of the image" },
   { EXTENSION, 24, 8, 0x1000, "bitmap directory at 0x1000 overlaps" },
   { EXTENSION, 16, 8, 0, "directory's size is zero" },
   { EXTENSION, 16, 8, 67107841, "maximum of 67107840" },
-  { EXTENSION, 16, 8, 72, "ends inside of an entry" },
-  { EXTENSION, 16, 8, 96, "the name of a bitmap is 0 bytes long|"
-    "more than the 2 bitmaps" },
+  { EXTENSION, 16, 8, 72, "more than the 2 bitmaps" },
+  { EXTENSION, 16, 8, 96, "more than the 2 bitmaps" },
   { EXTENSION, 16, 8, 32, "has 1 bitmaps, the header says 2" },
   { EXTENSION, 16, 8, 56, "ends inside of an entry" },
   { EXTENSION, 8, 4, 1, "more than the 1 bitmaps" },
@@ -300,21 +203,18 @@ test_damage (void **state)
   (void) state;
   for (size_t i = 0; i < sizeof damage_cases / sizeof damage_cases[0]; ++i) {
     const struct damage_case *d = &damage_cases[i];
-    const char *alternative = strchr (d->message, '|');
     struct crafted crafted;
 
     craft_two (&crafted);
     assert_int_equal (crafted.table[0], 0x5000);
     assert_int_equal (crafted.table[1], 0x7000);
     put (part_at (&crafted, d->part) + d->offset, d->width, d->value);
-    assert_damaged (&crafted, alternative ? alternative + 1 : d->message,
-                    true);
+    assert_damaged (&crafted, d->message, true);
     assert_nothing_registered (&crafted);
     free (crafted.bytes.p);
   }
 }
 
-/* The sum of the entries may not leave bytes over: here eight of them. */
 static void
 test_extension_twice (void **state)
 {
@@ -604,60 +504,10 @@ test_too_large (void **state)
   free (crafted.bytes.p);
 }
 
-/* What QEMU made, at its other cluster sizes, ends without padding. */
-static void
-test_from_qemu (void **state)
-{
-  static const char *const cluster_sizes[] = { "512", "4k", "64k", "2M" };
-
-  (void) state;
-  for (unsigned i = 0; i < 4; ++i) {
-    const struct bitmap *b;
-    struct container *c;
-    struct bitmap_set *set;
-    struct qcow2 *q;
-    const char *file = temp_file ("qemu.qcow2");
-    bool dirty;
-
-    assert_int_equal (run_command ("qemu-img create -q -f qcow2 -o "
-                                   "cluster_size=%s '%s' 20M && "
-                                   "qemu-img bitmap --add -g 512 '%s' fine && "
-                                   "qemu-img bitmap --add --disable '%s' off "
-                                   "&& qemu-io -c 'write 1M 64k' -c 'write "
-                                   "20970496 1k' '%s' >/dev/null",
-                                   cluster_sizes[i], file, file, file, file),
-                      0);
-    c = image_load (file, 1 << 30);
-    q = open_image (c, false);
-    messages_clear ();
-    set = open_set (q);
-    assert_int_equal (messages_warnings (), 0);
-    assert_int_equal (bitmap_set_nr_exposed (set), 2);
-    b = find_exposed (set, "fine");
-    assert_int_equal (bitmap_run (b, 0, 20 * MIB, &dirty), MIB);
-    assert_false (dirty);
-    assert_int_equal (bitmap_run (b, MIB, 20 * MIB, &dirty), 65536);
-    assert_true (dirty);
-    assert_int_equal (bitmap_run (b, MIB + 65536, 20 * MIB, &dirty),
-                      20970496 - MIB - 65536);
-    assert_false (dirty);
-    assert_int_equal (bitmap_run (b, 20970496, 20 * MIB, &dirty), 1024);
-    assert_true (dirty);
-    b = find_exposed (set, "off");
-    assert_int_equal (bitmap_run (b, 0, 20 * MIB, &dirty), 20 * MIB);
-    assert_false (dirty);
-    bitmap_set_close (set);
-    qcow2_close (q);
-    container_close (c);
-  }
-}
-
 int
 main (void)
 {
   const struct CMUnitTest tests[] = {
-    cmocka_unit_test (test_sound),
-    cmocka_unit_test (test_tail),
     cmocka_unit_test (test_damage),
     cmocka_unit_test (test_extension_twice),
     cmocka_unit_test (test_damage_without_auto),
@@ -666,7 +516,6 @@ main (void)
     cmocka_unit_test (test_in_use),
     cmocka_unit_test (test_options),
     cmocka_unit_test (test_too_large),
-    cmocka_unit_test (test_from_qemu),
   };
 
   messages_install ();

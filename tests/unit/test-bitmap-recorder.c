@@ -32,7 +32,7 @@ struct event {
   enum event_type type;
   uint64_t offset, count;       /* of a write; first and last of a note */
   uint8_t *data;                /* of a write; NULL: zeroes */
-  const char *name;             /* of a note */
+  char *name;                   /* of a note */
 };
 
 struct recorder {
@@ -43,8 +43,10 @@ struct recorder {
   size_t start_size;
   struct event *events;
   size_t nr_events, max_events;
-  unsigned nr_writes, nr_flushes, until_failure;
+  unsigned nr_writes, nr_flushes, nr_failures, until_failure;
   bool failing, fail_for_ever, applied, yield;
+  recorder_watch_fn watch;      /* fixed while threads run */
+  void *watch_opaque;
 };
 
 static struct recorder *
@@ -74,6 +76,7 @@ fails (struct recorder *r)
     return false;
   }
   r->failing = r->fail_for_ever;
+  r->nr_failures++;
   errno = EIO;
   return true;
 }
@@ -105,6 +108,8 @@ change (struct container *c, const void *buf, size_t count, uint64_t offset)
   bool failed;
 
   let_others_in (r);
+  if (r->watch != NULL)
+    r->watch (r->watch_opaque, buf, count, offset);
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&r->lock);
   r->nr_writes++;
   failed = fails (r);
@@ -170,8 +175,10 @@ recorder_close (struct container *c)
 {
   struct recorder *r = recorder (c);
 
-  for (size_t i = 0; i < r->nr_events; ++i)
+  for (size_t i = 0; i < r->nr_events; ++i) {
     free (r->events[i].data);
+    free (r->events[i].name);
+  }
   free (r->events);
   free (r->start);
   free (r->now);
@@ -248,10 +255,26 @@ recorder_flushes (struct container *c)
   return r->nr_flushes;
 }
 
+unsigned
+recorder_failures (struct container *c)
+{
+  struct recorder *r = recorder (c);
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&r->lock);
+  return r->nr_failures;
+}
+
 void
 recorder_yield (struct container *c, bool yield)
 {
   recorder (c)->yield = yield;
+}
+
+void
+recorder_watch (struct container *c, recorder_watch_fn watch, void *opaque)
+{
+  recorder (c)->watch = watch;
+  recorder (c)->watch_opaque = opaque;
 }
 
 void
@@ -262,7 +285,8 @@ recorder_note (struct container *c, const char *name,
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&r->lock);
   add_event (r, (struct event) {
-      .type = EVENT_NOTE, .offset = first, .count = last, .name = name,
+      .type = EVENT_NOTE, .offset = first, .count = last,
+      .name = strdup (name),
     });
 }
 
@@ -298,31 +322,47 @@ apply_torn (uint8_t *image, const struct event *e, uint64_t *seed)
   }
 }
 
-/* I3: all notes before event point hold in the image. */
+/* What the notes so far ask of one bitmap. */
+struct required {
+  const char *name;
+  uint8_t *bits;                /* MAX_NOTED_BITS of them */
+};
+
+#define MAX_NOTED_BITS (UINT64_C (1) << 18)
+
 static void
-check_notes (struct recorder *r, size_t point, const struct bytes *image)
+add_note (struct required required[MAX_SPECS], const struct event *e)
 {
-  const char *name = NULL;
-  struct disk_bitmap d = { 0 };
+  unsigned i = 0;
 
-  for (size_t i = 0; i < point; ++i) {
-    const struct event *e = &r->events[i];
+  while (required[i].name && strcmp (required[i].name, e->name) != 0)
+    i++;
+  assert_true (i < MAX_SPECS && e->count < MAX_NOTED_BITS);
+  required[i].name = e->name;
+  if (required[i].bits == NULL)
+    required[i].bits = calloc (1, MAX_NOTED_BITS / 8);
+  for (uint64_t bit = e->offset; bit <= e->count; ++bit)
+    required[i].bits[bit / 8] |= 1 << bit % 8;
+}
 
-    if (e->type != EVENT_NOTE)
-      continue;
-    if (name == NULL || strcmp (name, e->name) != 0) {
-      free (d.bits);
-      name = e->name;
-      d = disk_bitmap_read (image, name);
-    }
+/* I3: all notes so far hold in the image. */
+static void
+check_notes (const struct required required[MAX_SPECS], size_t point,
+             const struct bytes *image)
+{
+  for (unsigned i = 0; i < MAX_SPECS && required[i].name; ++i) {
+    struct disk_bitmap d = disk_bitmap_read (image, required[i].name);
+
     if (d.state == DISK_ABSENT)
-      fail_msg ("crash at event %zu: bitmap %s is gone", point, name);
-    for (uint64_t bit = e->offset; bit <= e->count; ++bit)
-      if (d.state == DISK_CLEAN && !disk_bitmap_bit (&d, bit))
-        fail_msg ("crash at event %zu: bitmap %s is unmarked and lacks "
-                  "granule %" PRIu64, point, name, bit);
+      fail_msg ("crash at event %zu: bitmap %s is gone", point,
+                required[i].name);
+    for (uint64_t j = 0; d.state == DISK_CLEAN && j < d.nr_bits / 8; ++j)
+      if (required[i].bits[j] & ~d.bits[j])
+        fail_msg ("crash at event %zu: bitmap %s is unmarked and lacks one "
+                  "of the granules from %" PRIu64, point, required[i].name,
+                  8 * j);
+    free (d.bits);
   }
-  free (d.bits);
 }
 
 /* One crash at point: durable has everything up to the last barrier,
@@ -330,14 +370,14 @@ check_notes (struct recorder *r, size_t point, const struct bytes *image)
  * are applied; torn if it is UINT64_MAX.
  */
 static void
-crash_once (struct recorder *r, uint8_t *image, const uint8_t *durable,
-            size_t size, size_t barrier, size_t point, uint64_t subset,
-            uint64_t *seed)
+crash_once (struct recorder *r, const struct required *required,
+            uint8_t *image, const uint8_t *durable, size_t size,
+            size_t barrier, size_t point, uint64_t subset, uint64_t *seed)
 {
   const struct bytes bytes = { .p = image, .n = size };
   unsigned n = 0;
 
-  memcpy (image, durable, r->limit);
+  memcpy (image, durable, size);
   for (size_t i = barrier; i < point; ++i) {
     const struct event *e = &r->events[i];
 
@@ -349,13 +389,14 @@ crash_once (struct recorder *r, uint8_t *image, const uint8_t *durable,
       apply (image, e, 0, e->count);
     n++;
   }
-  check_notes (r, point, &bytes);
+  check_notes (required, point, &bytes);
 }
 
 unsigned long
 recorder_crash (struct container *c, unsigned max_subsets, uint64_t seed)
 {
   struct recorder *r = recorder (c);
+  struct required required[MAX_SPECS] = { 0 };
   CLEANUP_FREE uint8_t *durable = malloc (r->limit);
   CLEANUP_FREE uint8_t *image = malloc (r->limit);
   size_t barrier = 0, size = r->start_size, nr_open = 0;
@@ -367,7 +408,7 @@ recorder_crash (struct container *c, unsigned max_subsets, uint64_t seed)
     uint64_t nr = exhaustive ? UINT64_C (1) << nr_open : max_subsets;
 
     for (uint64_t i = 0; i < nr; ++i, ++checked)
-      crash_once (r, image, durable, size, barrier, point,
+      crash_once (r, required, image, durable, size, barrier, point,
                   exhaustive ? i
                   : i == 0 ? UINT64_MAX >> 1 : UINT64_MAX, &seed);
     if (point == r->nr_events)
@@ -380,6 +421,8 @@ recorder_crash (struct container *c, unsigned max_subsets, uint64_t seed)
      */
     if (e->type == EVENT_SIZE)
       size = max_u64 (size, e->count);
+    if (e->type == EVENT_NOTE)
+      add_note (required, e);
     if (e->type == EVENT_WRITE)
       nr_open++;
     if (e->type == EVENT_BARRIER) {
@@ -390,5 +433,7 @@ recorder_crash (struct container *c, unsigned max_subsets, uint64_t seed)
       nr_open = 0;
     }
   }
+  for (unsigned i = 0; i < MAX_SPECS; ++i)
+    free (required[i].bits);
   return checked;
 }
