@@ -39,7 +39,7 @@ const char parameters_help[] =
   "                               (default: cluster size, 4K to 64K).\n"
   "dirty-bitmap-expose=NAME       Offer only this bitmap to clients\n"
   "                               (may be repeated, default: all).\n"
-  "dirty-bitmap-cache-size=SIZE   Memory for the image's tables (default: 32M).\n"
+  "dirty-bitmap-cache-size=SIZE   Memory for the image's tables (default: 40M).\n"
   "dirty-bitmap-server=auto|on|off\n"
   "                               Stand in for nbdkit's server, which cannot\n"
   "                               show bitmaps to clients (default: auto).\n"

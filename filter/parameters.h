@@ -33,7 +33,7 @@ struct parameters {
   bool cache_size_given, server_given;
 };
 
-#define PARAMETERS_DEFAULT_CACHE_SIZE ((uint64_t) 32 << 20)
+#define PARAMETERS_DEFAULT_CACHE_SIZE ((uint64_t) 40 << 20)
 
 /* Take a parameter.  1 if it is one of ours, 0 if it is not, or -1 with
  * the reason reported.

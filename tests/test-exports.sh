@@ -12,6 +12,10 @@ requires nm
 nm -D --defined-only "$FILTER" | awk '{ print $NF }' | sort > exported
 cat exported
 grep -qx filter_init exported || fail "filter_init is not exported"
-if grep -vxE 'filter_init|dirty_bitmap_debug_[a-z0-9_]+' exported; then
+if grep -vxE 'filter_init|dirty[-_]bitmap_debug_[a-z0-9_]+' exported; then
   fail "the above are exported too"
 fi
+
+# nbdkit finds the flag by its name.
+grep -qx dirty-bitmap_debug_request exported ||
+    fail "-D dirty-bitmap.request=1 would not find its flag"

@@ -35,7 +35,7 @@
 #include "nbd/nbd.h"
 #include "nbd/protocol.h"
 
-/* -D dirty_bitmap.request=1 */
+/* -D dirty-bitmap.request=1 */
 extern int dirty_bitmap_debug_request;
 
 #define debug_request(...)                                              \
@@ -178,7 +178,9 @@ struct connection {
   struct input in;
   uint64_t seq;                 /* of the request executed last */
   bool slow_by_nature;          /* the request that is executing */
-  unsigned until_sample, sampled_waits;
+  bool sending;                 /* or what it executes is sendmsg */
+  bool has_gathered;            /* replies that were not sent before it */
+  unsigned until_sample;
 
   _Alignas (64) atomic_uint_fast64_t role;
   uint64_t seen_role;           /* the monitor's */
@@ -202,7 +204,7 @@ struct connection {
   atomic_bool handshaking;
 
   atomic_bool eager;            /* see role.c */
-  atomic_uint quick_run;
+  atomic_uint quick_run, sampled_waits;
 };
 
 /* server.c */
@@ -239,6 +241,7 @@ extern bool role_acquire (struct worker *);
 extern void role_release (struct worker *);
 extern void role_end_input (struct worker *);
 extern void role_begin_executing (struct worker *, bool slow_by_nature);
+extern void role_begin_sending (struct worker *);
 extern void role_end_executing (struct worker *);
 extern void pace_begin (struct worker *, bool slow_by_nature);
 extern void pace_end (struct worker *);
@@ -273,10 +276,18 @@ extern void output_reply (struct worker *);
  */
 extern void output_partial_reply (struct worker *);
 
-/* Send the gathered replies of a worker: the caller has its role. */
+/* Send the gathered replies of a worker. */
 extern void output_flush (struct worker *);
 
-/* The same in the handshake, before there are roles. */
+/* The same for w that has the role, of its own or of one that was
+ * robbed.  w may be without the role afterwards.
+ */
+extern void output_flush_keeping_role (struct worker *w,
+                                       struct worker *whose);
+
+/* Gather bytes and send them when there are many, or by output_flush:
+ * for the handshake, before there are roles.
+ */
 extern int output_append (struct worker *, const void *, size_t);
 
 /* handshake.c */

@@ -13,11 +13,12 @@
  * Invariants:
  * - Whoever writes to the socket holds send_lock from the first byte of
  *   a reply (or chunk) to its last.
- * - Gathered replies are sent before their worker gives up the role or
- *   waits for input; if the role is stolen from it meanwhile, the next
- *   holder sends them, or the worker itself when its request is done,
- *   whoever comes first.  Both look at worker->gathered under send_lock,
- *   so they are sent once.
+ * - Gathered replies are sent when their worker gives up the role or
+ *   waits for input; if the role is stolen from it while it executes,
+ *   the next holder sends them, or the worker itself when its request is
+ *   done, whoever comes first.  Both look at worker->gathered under
+ *   send_lock, so they are sent once.
+ * - Whoever sends with the role kept lets it be stolen meanwhile.
  *
  * A client that does not read blocks only workers of its connection, in
  * sendmsg or on send_lock, and connection_cut frees them.
@@ -99,6 +100,7 @@ reset_reply (struct worker *w)
   w->reply_payload_length = 0;
 }
 
+/* Send the gathered replies of a worker. */
 void
 output_flush (struct worker *w)
 {
@@ -110,18 +112,38 @@ output_flush (struct worker *w)
 }
 
 void
+output_flush_keeping_role (struct worker *w, struct worker *whose)
+{
+  role_begin_sending (w);
+  output_flush (whose);
+  role_end_executing (w);
+}
+
+/* The reply of a worker that has the role. */
+static void
+gather_reply (struct worker *w)
+{
+  w->gathered = w->reply_at + w->reply_length;
+  reset_reply (w);
+  if (w->gathered > 0 &&
+      (w->gathered >= GATHER_LIMIT || !input_has_request (w->connection)))
+    output_flush_keeping_role (w, w);
+}
+
+void
 output_reply (struct worker *w)
 {
-  /* Stolen from or not, nobody else looks at gathered now. */
   if (w->has_role && w->reply_payload_length == 0) {
-    w->gathered = w->reply_at + w->reply_length;
-    reset_reply (w);
-    if (w->gathered > 0 &&
-        (w->gathered >= GATHER_LIMIT || !input_has_request (w->connection)))
-      output_flush (w);
+    gather_reply (w);
     return;
   }
-  send_reply (w);
+  if (w->has_role) {
+    role_begin_sending (w);
+    send_reply (w);
+    role_end_executing (w);
+  }
+  else
+    send_reply (w);
   reset_reply (w);
 }
 

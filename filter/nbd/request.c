@@ -369,14 +369,13 @@ execute_and_reply (struct worker *w)
     role_release (w);
     w->reply_at = 0;
   }
-  else {
+  else if (slow && w->gathered > 0) {
     /* What takes long by nature must not delay what is answered. */
-    if (slow && w->gathered > 0) {
-      output_flush (w);
-      w->reply_at = 0;
-    }
-    role_begin_executing (w, slow);
+    output_flush_keeping_role (w, w);
+    w->reply_at = 0;
   }
+  if (w->has_role)
+    role_begin_executing (w, slow);
 
   result = execute (w);
   err = errno;

@@ -10,7 +10,7 @@
  *
  *   FREE       nobody has it; the next worker that wants it takes it
  *   OWNED      its holder receives, or makes a reply
- *   EXECUTING  its holder is inside disk_*, with the role kept
+ *   EXECUTING  its holder is inside disk_* or sendmsg, with the role kept
  *
  * A small request on a disk that answers at once is served fastest by
  * keeping the role: no other thread is woken, and the replies to many
@@ -22,19 +22,23 @@
  *   a request that takes long; its role is stolen, by compare-and-swap
  *   to FREE, and another worker woken or started.  The holder finds out
  *   when it is done: its own compare-and-swap back to OWNED fails.
- * - A connection on which this happens becomes eager: its workers give
+ * - The same happens to a holder that sends to a client which does not
+ *   read yet, because it sends its own requests first: nearly MAX_WORKERS
+ *   of these are taken from it.
+ * - A connection whose requests sleep becomes eager: its workers give
  *   the role up before they execute, so that up to MAX_WORKERS requests
  *   run in parallel.
  * - Requests that are slow by nature (a flush) give it up at once if
  *   there are other requests to receive, eager or not.
  *
- * The pace.  Two ticks are long for a disk that answers in 100 us, so
- * one request in SAMPLE_EVERY is measured: did its thread sleep while
- * it executed?  If SAMPLES_TO_EAGER measured in a row did, the
- * connection becomes eager.  While eager every request is measured, and
- * after QUICK_RUN without a sleep it is eager no more.  What counts is
- * sleep and not time: parallel threads shorten what waits for a disk,
- * and only lengthen what copies from the page cache.
+ * The pace.  One request in SAMPLE_EVERY is measured, and the next one
+ * after a theft: did its thread sleep while it executed?  After
+ * SAMPLES_TO_EAGER that did and none that did not, the connection
+ * becomes eager.  While it is eager every request is measured, and after
+ * QUICK_RUN without a sleep it is eager no more.  What counts is sleep
+ * and not time: parallel threads shorten what waits for a disk.  They
+ * only lengthen what copies from the page cache, or what is late because
+ * the machine is busy.
  *
  * The monitor sleeps after QUIET_TICKS without activity.  It says so
  * (monitor_asleep), then looks at all role words once more; a holder
@@ -75,7 +79,9 @@ wait_for_role (struct worker *w)
   c->waiting--;
 }
 
-/* Wait for the role.  False if there is nothing more to receive. */
+/* Wait for the role.  False if there is nothing more to receive.  It may
+ * be lost again at once, see output_flush_keeping_role.
+ */
 bool
 role_acquire (struct worker *w)
 {
@@ -96,7 +102,7 @@ role_acquire (struct worker *w)
   }
   w->has_role = true;
   if (robbed != NULL)
-    output_flush (robbed);
+    output_flush_keeping_role (w, robbed);
   return true;
 }
 
@@ -150,17 +156,33 @@ wake_monitor (struct nbd_server *server)
   pthread_cond_signal (&server->monitor_wake);
 }
 
-/* About to call disk_*, with the role kept. */
-void
-role_begin_executing (struct worker *w, bool slow_by_nature)
+static void
+publish_executing (struct worker *w)
 {
   struct connection *c = w->connection;
 
-  c->slow_by_nature = slow_by_nature;
+  c->has_gathered = w->gathered > 0;
   w->ticket = ++c->seq << ROLE_STATE_BITS | ROLE_EXECUTING;
   atomic_store (&c->role, w->ticket);
   if (atomic_load (&c->server->monitor_asleep))
     wake_monitor (c->server);
+}
+
+/* About to call disk_*, with the role kept. */
+void
+role_begin_executing (struct worker *w, bool slow_by_nature)
+{
+  w->connection->slow_by_nature = slow_by_nature;
+  w->connection->sending = false;
+  publish_executing (w);
+}
+
+/* About to send, with the role kept. */
+void
+role_begin_sending (struct worker *w)
+{
+  w->connection->sending = true;
+  publish_executing (w);
 }
 
 /* Done.  w->has_role says whether we have the role still. */
@@ -172,13 +194,6 @@ role_end_executing (struct worker *w)
   w->has_role =
     atomic_compare_exchange_strong (&w->connection->role, &word,
                                     word - ROLE_EXECUTING + ROLE_OWNED);
-}
-
-static void
-become_eager (struct connection *c)
-{
-  atomic_store (&c->quick_run, 0);
-  atomic_store (&c->eager, true);
 }
 
 /* Take the role from a holder that executes for too long.  Called with
@@ -193,9 +208,11 @@ steal_role (struct connection *c, uint_fast64_t word)
                                        word - ROLE_EXECUTING + ROLE_FREE))
     return;
   debug_request ("nbd: request takes long, another thread receives");
-  c->robbed = c->holder;
-  if (!c->slow_by_nature)
-    become_eager (c);
+  if (!c->sending) {
+    c->robbed = c->has_gathered ? c->holder : NULL;
+    if (!c->slow_by_nature)
+      c->until_sample = 0;
+  }
   offer_role (c);
 }
 
@@ -228,6 +245,17 @@ pace_begin (struct worker *w, bool slow_by_nature)
     c->until_sample--;
 }
 
+/* A request that was measured slept. */
+static void
+count_wait (struct connection *c)
+{
+  if (atomic_fetch_add (&c->sampled_waits, 1) + 1 < SAMPLES_TO_EAGER)
+    return;
+  atomic_store (&c->sampled_waits, 0);
+  atomic_store (&c->quick_run, 0);
+  atomic_store (&c->eager, true);
+}
+
 /* Called when the request was executed. */
 void
 pace_end (struct worker *w)
@@ -244,15 +272,15 @@ pace_end (struct worker *w)
       atomic_store (&c->quick_run, 0);
     else if (atomic_fetch_add (&c->quick_run, 1) + 1 >= QUICK_RUN)
       atomic_store (&c->eager, false);
+    return;
   }
-  else if (w->has_role) {
+  if (slept)
+    count_wait (c);
+  if (w->has_role) {
     /* One that slept is followed up at once. */
     c->until_sample = slept ? 0 : SAMPLE_EVERY;
-    c->sampled_waits = slept ? c->sampled_waits + 1 : 0;
-    if (c->sampled_waits >= SAMPLES_TO_EAGER) {
-      c->sampled_waits = 0;
-      become_eager (c);
-    }
+    if (!slept)
+      atomic_store (&c->sampled_waits, 0);
   }
 }
 

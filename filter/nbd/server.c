@@ -43,6 +43,12 @@
 
 __attribute__ ((visibility ("default"))) int dirty_bitmap_debug_request;
 
+/* For -D dirty-bitmap.request=1 nbdkit looks for a symbol that begins
+ * with the filter's name, dash and all, which C cannot write.
+ */
+__asm__ (".globl \"dirty-bitmap_debug_request\"\n"
+         ".set \"dirty-bitmap_debug_request\", dirty_bitmap_debug_request\n");
+
 int
 server_create_thread (pthread_t *thread, void *(*start) (void *), void *arg)
 {

@@ -1,0 +1,259 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_FAKE_NBDKIT_H
+#define DIRTY_BITMAP_FAKE_NBDKIT_H
+
+/* A fake of nbdkit and a plugin, for the test that includes it after
+ * container/next.c.  It is as strict as nbdkit: what aborts the server
+ * there fails the test here.
+ */
+
+/* The plugin: a file, and what it says of itself. */
+static struct {
+  int fd;
+  uint32_t minimum, maximum;
+  int write, flush, zero, cache;
+  bool stale_size;              /* new contexts see the size of the first */
+  int64_t first_size;
+  int err;                      /* requests fail with it */
+  bool fail_open;
+
+  unsigned nr_open, nr_finalized;
+  atomic_uint largest_data, largest_zero;
+  uint32_t zero_flags;
+  atomic_uint nr_pwrites, nr_zeroes, nr_flushes, nr_caches;
+  atomic_int inside;
+  atomic_bool overlapped;
+} fake;
+
+/* Which questions were asked, as nbdkit remembers it. */
+enum {
+  PREPARED = 1, SIZE = 2, CAN_WRITE = 4, CAN_FLUSH = 8, CAN_ZERO = 16,
+  CAN_CACHE = 32,
+};
+
+struct context {
+  struct nbdkit_next_ops ops;   /* has to be the first */
+  unsigned asked;
+  int readonly;
+  int64_t size;
+};
+
+static struct context *
+of (nbdkit_next *next)
+{
+  return (struct context *) next;
+}
+
+static int
+fake_prepare (nbdkit_next *next)
+{
+  of (next)->asked |= PREPARED;
+  return 0;
+}
+
+static int
+fake_finalize (nbdkit_next *next)
+{
+  (void) next;
+  fake.nr_finalized++;
+  return 0;
+}
+
+static int64_t
+fake_get_size (nbdkit_next *next)
+{
+  struct stat statbuf;
+
+  assert_true (of (next)->asked & PREPARED);
+  assert_int_equal (fstat (fake.fd, &statbuf), 0);
+  if (fake.first_size == -1)
+    fake.first_size = statbuf.st_size;
+  of (next)->size = fake.stale_size ? fake.first_size : statbuf.st_size;
+  of (next)->asked |= SIZE;
+  return of (next)->size;
+}
+
+static int
+fake_block_size (nbdkit_next *next, uint32_t *minimum, uint32_t *preferred,
+                 uint32_t *maximum)
+{
+  assert_true (of (next)->asked & PREPARED);
+  *minimum = fake.minimum;
+  *preferred = 4096;
+  *maximum = fake.maximum;
+  return 0;
+}
+
+static int
+fake_can_write (nbdkit_next *next)
+{
+  assert_true (of (next)->asked & PREPARED);
+  of (next)->asked |= CAN_WRITE;
+  return of (next)->readonly ? 0 : fake.write;
+}
+
+static int
+fake_can_flush (nbdkit_next *next)
+{
+  of (next)->asked |= CAN_FLUSH;
+  return fake.flush;
+}
+
+static int
+fake_can_zero (nbdkit_next *next)
+{
+  of (next)->asked |= CAN_ZERO;
+  return of (next)->readonly ? NBDKIT_ZERO_NONE : fake.zero;
+}
+
+static int
+fake_can_cache (nbdkit_next *next)
+{
+  of (next)->asked |= CAN_CACHE;
+  return fake.cache;
+}
+
+static int
+fake_other (nbdkit_next *next)
+{
+  assert_true (of (next)->asked & PREPARED);
+  return 1;
+}
+
+/* What nbdkit asserts before each request. */
+static int
+begin_request (nbdkit_next *next, uint32_t count, uint64_t offset,
+               unsigned asked, int *err)
+{
+  struct context *c = of (next);
+  struct timespec moment = { .tv_nsec = 100000 };
+
+  assert_int_equal (c->asked & asked, asked);
+  assert_true (count > 0 && offset <= (uint64_t) c->size &&
+               count <= c->size - offset);
+  if (atomic_fetch_add (&fake.inside, 1) > 0)
+    atomic_store (&fake.overlapped, true);
+  nanosleep (&moment, NULL);
+  atomic_fetch_sub (&fake.inside, 1);
+  *err = fake.err;
+  return fake.err != 0 ? -1 : 0;
+}
+
+static int
+fake_pread (nbdkit_next *next, void *buf, uint32_t count, uint64_t offset,
+            uint32_t flags, int *err)
+{
+  assert_int_equal (flags, 0);
+  if (begin_request (next, count, offset, SIZE, err) == -1)
+    return -1;
+  fake.largest_data = max_u64 (fake.largest_data, count);
+  assert_int_equal (pread (fake.fd, buf, count, offset), count);
+  return 0;
+}
+
+static int
+fake_pwrite (nbdkit_next *next, const void *buf, uint32_t count,
+             uint64_t offset, uint32_t flags, int *err)
+{
+  assert_int_equal (flags, 0);
+  if (begin_request (next, count, offset, SIZE | CAN_WRITE, err) == -1)
+    return -1;
+  fake.nr_pwrites++;
+  fake.largest_data = max_u64 (fake.largest_data, count);
+  assert_int_equal (pwrite (fake.fd, buf, count, offset), count);
+  return 0;
+}
+
+static int
+fake_flush (nbdkit_next *next, uint32_t flags, int *err)
+{
+  assert_int_equal (flags, 0);
+  assert_true (of (next)->asked & CAN_FLUSH);
+  fake.nr_flushes++;
+  *err = fake.err;
+  return fake.err != 0 ? -1 : 0;
+}
+
+static int
+fake_zero (nbdkit_next *next, uint32_t count, uint64_t offset, uint32_t flags,
+           int *err)
+{
+  static const char zero_bytes[65536];
+
+  assert_int_not_equal (fake.zero, NBDKIT_ZERO_NONE);
+  if (begin_request (next, count, offset, SIZE | CAN_WRITE | CAN_ZERO,
+                     err) == -1)
+    return -1;
+  fake.nr_zeroes++;
+  fake.zero_flags = flags;
+  fake.largest_zero = max_u64 (fake.largest_zero, count);
+  while (count > 0) {
+    const uint32_t n = min_u64 (count, sizeof zero_bytes);
+
+    assert_int_equal (pwrite (fake.fd, zero_bytes, n, offset), n);
+    offset += n;
+    count -= n;
+  }
+  return 0;
+}
+
+static int
+fake_cache (nbdkit_next *next, uint32_t count, uint64_t offset,
+            uint32_t flags, int *err)
+{
+  assert_int_equal (flags, 0);
+  fake.nr_caches++;
+  return begin_request (next, count, offset, SIZE | CAN_CACHE, err);
+}
+
+nbdkit_next *
+nbdkit_next_context_open (nbdkit_backend *backend, int readonly,
+                          const char *exportname, int shared)
+{
+  struct context *c;
+
+  assert_ptr_equal (backend, &fake);
+  assert_string_equal (exportname, "");
+  assert_int_equal (shared, 1);
+  if (fake.fail_open)
+    return NULL;
+  c = calloc (1, sizeof *c);
+  assert_non_null (c);
+  c->readonly = readonly;
+  c->ops = (struct nbdkit_next_ops) {
+    .prepare = fake_prepare,
+    .finalize = fake_finalize,
+    .get_size = fake_get_size,
+    .block_size = fake_block_size,
+    .can_write = fake_can_write,
+    .can_flush = fake_can_flush,
+    .is_rotational = fake_other,
+    .can_trim = fake_other,
+    .can_zero = fake_can_zero,
+    .can_fast_zero = fake_other,
+    .can_extents = fake_other,
+    .can_fua = fake_other,
+    .can_multi_conn = fake_other,
+    .can_cache = fake_can_cache,
+    .pread = fake_pread,
+    .pwrite = fake_pwrite,
+    .flush = fake_flush,
+    .zero = fake_zero,
+    .cache = fake_cache,
+  };
+  fake.nr_open++;
+  return &c->ops;
+}
+
+void
+nbdkit_next_context_close (nbdkit_next *next)
+{
+  fake.nr_open--;
+  free (next);
+}
+
+#endif /* DIRTY_BITMAP_FAKE_NBDKIT_H */

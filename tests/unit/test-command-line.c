@@ -1,0 +1,512 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* What the filter makes of nbdkit's command line and filters. */
+
+#include <config.h>
+
+#include <getopt.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "command-line.h"
+#include "common/report.h"
+#include "filter-stack.h"
+
+#define MAX_ARGS 32
+
+static unsigned nr_reports;
+static char last_report[512];
+
+static void
+keep_report (enum report_level level, const char *fmt, va_list args)
+{
+  if (level == REPORT_DEBUG)
+    return;
+  nr_reports++;
+  vsnprintf (last_report, sizeof last_report, fmt, args);
+}
+
+static int
+setup (void **state)
+{
+  (void) state;
+  nr_reports = 0;
+  last_report[0] = '\0';
+  report_sink = keep_report;
+  unsetenv ("POSIXLY_CORRECT");
+  return 0;
+}
+
+/* Parse a command line, given as one string with spaces between the
+ * arguments.  The arguments live until the next call.
+ */
+static int
+parse (struct command_line *cl, const char *line)
+{
+  static char storage[1024];
+  static char *argv[MAX_ARGS + 1];
+  int argc = 0;
+  char *p, *save;
+
+  assert_true (strlen (line) < sizeof storage);
+  strcpy (storage, line);
+  for (p = strtok_r (storage, " ", &save); p != NULL;
+       p = strtok_r (NULL, " ", &save)) {
+    assert_true (argc < MAX_ARGS);
+    argv[argc++] = p;
+  }
+  argv[argc] = NULL;
+  return command_line_parse (cl, argc, argv);
+}
+
+/* Without the certificates that the machine may have. */
+#define NO_TLS "nbdkit --tls=off "
+
+static void
+test_readonly_and_plugin (void **state)
+{
+  static const struct {
+    const char *line;
+    bool readonly;
+    const char *plugin;
+  } cases[] = {
+    { "nbdkit file disk", false, "file" },
+    { "nbdkit -r file disk", true, "file" },
+    { "nbdkit file disk -r", true, "file" },
+    { "nbdkit --readonly file", true, "file" },
+    { "nbdkit --read-only file", true, "file" },
+    { "nbdkit --readonl file", true, "file" },
+    { "nbdkit --re file", true, "file" },
+    { "nbdkit -fr file", true, "file" },
+    { "nbdkit -frv file", true, "file" },
+    { "nbdkit -fU- file", false, "file" },
+    { "nbdkit -U r file", false, "file" },
+    { "nbdkit -U -r file", false, "file" },
+    { "nbdkit -fUr file", false, "file" },
+    { "nbdkit -P -r file", false, "file" },
+    { "nbdkit --run -r file", false, "file" },
+    { "nbdkit --pidfile=-r file", false, "file" },
+    { "nbdkit --pidf -r file", false, "file" },
+    { "nbdkit -D -r file", false, "file" },
+    { "nbdkit -e -r -u -r -g -r -i -r -t -r -p -r file", false, "file" },
+    { "nbdkit --selinux-label -r --log -r --tls-psk -r file", false, "file" },
+    { "nbdkit --mask-handshake -r --threads -r --timeout -r file",
+      false, "file" },
+    { "nbdkit --print-uri --no-mc --keepalive -r file", true, "file" },
+    { "nbdkit -46 --swap --vsock file -r", true, "file" },
+    { "nbdkit -- file -r", false, "file" },
+    { "nbdkit -r -- file", true, "file" },
+    { "nbdkit -f -- -r", false, "-r" },
+    { "nbdkit key=value -r", true, "key=value" },
+    { "nbdkit ./nbdkit-file-plugin.so a b -f c", false,
+      "./nbdkit-file-plugin.so" },
+    { "nbdkit - -r", true, "-" },
+    { "nbdkit -r", true, NULL },
+    { "nbdkit", false, NULL },
+    { "", false, NULL },
+  };
+  struct command_line cl;
+  size_t i;
+
+  (void) state;
+  for (i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    print_message ("%s\n", cases[i].line);
+    assert_int_equal (parse (&cl, cases[i].line), 0);
+    assert_int_equal (cl.readonly, cases[i].readonly);
+    if (cases[i].plugin == NULL)
+      assert_null (cl.plugin);
+    else
+      assert_string_equal (cl.plugin, cases[i].plugin);
+    command_line_free (&cl);
+  }
+  assert_int_equal (nr_reports, 0);
+}
+
+static void
+test_posixly_correct (void **state)
+{
+  struct command_line cl;
+
+  (void) state;
+  setenv ("POSIXLY_CORRECT", "1", 1);
+  assert_int_equal (parse (&cl, "nbdkit -f file -r"), 0);
+  assert_false (cl.readonly);
+  assert_string_equal (cl.plugin, "file");
+  command_line_free (&cl);
+  assert_int_equal (parse (&cl, "nbdkit -fr file"), 0);
+  assert_true (cl.readonly);
+  command_line_free (&cl);
+  unsetenv ("POSIXLY_CORRECT");
+}
+
+static void
+test_unknown_options (void **state)
+{
+  static const char *const lines[] = {
+    "nbdkit --frobnicate file",
+    "nbdkit --frobnicate=3 file",
+    "nbdkit -x file",
+    "nbdkit -fx file",
+    "nbdkit file --no-such",
+    "nbdkit --ti=1 -Z file",
+    "nbdkit --readonly=yes file",
+    "nbdkit -U",
+    "nbdkit --filter",
+    "nbdkit --p=5 file",
+  };
+  struct command_line cl;
+  size_t i;
+
+  (void) state;
+  for (i = 0; i < sizeof lines / sizeof lines[0]; ++i) {
+    print_message ("%s\n", lines[i]);
+    nr_reports = 0;
+    assert_int_equal (parse (&cl, lines[i]), -1);
+    assert_int_equal (nr_reports, 1);
+    assert_non_null (strstr (last_report, "command line"));
+  }
+}
+
+static void
+test_getopt_is_put_back (void **state)
+{
+  char arg[] = "argument";
+  struct command_line cl;
+
+  (void) state;
+  optind = 17;
+  opterr = 5;
+  optopt = 'q';
+  optarg = arg;
+  assert_int_equal (parse (&cl, "nbdkit -r -U - file"), 0);
+  command_line_free (&cl);
+  assert_int_equal (parse (&cl, "nbdkit --wrong file"), -1);
+  assert_int_equal (optind, 17);
+  assert_int_equal (opterr, 5);
+  assert_int_equal (optopt, 'q');
+  assert_ptr_equal (optarg, arg);
+}
+
+static void
+test_server_feature (void **state)
+{
+  static const struct {
+    const char *line;
+    const char *feature;        /* a part of it, or NULL */
+  } cases[] = {
+    { NO_TLS "file", NULL },
+    { NO_TLS "-n --newstyle file", NULL },
+    { NO_TLS "-s file", "-s" },
+    { NO_TLS "--single file", "-s" },
+    { NO_TLS "--stdin file", "-s" },
+    { NO_TLS "-o file", "oldstyle" },
+    { NO_TLS "--old-style file", "oldstyle" },
+    { NO_TLS "-o -n file", NULL },
+    { NO_TLS "-n -o file", "oldstyle" },
+    { NO_TLS "--mask-handshake=0 file", "--mask-handshake" },
+    { NO_TLS "--mask-handshake 0x1 file", "--mask-handshake" },
+    { NO_TLS "--mask-handshake 3 file", NULL },
+    { NO_TLS "--mask-handshake 0xffffffff file", NULL },
+    { NO_TLS "--mask-handshake 0 --mask-handshake=3 file", NULL },
+    { NO_TLS "--no-sr file", "--no-sr" },
+    { NO_TLS "--no-s file", "--no-sr" },
+    { NO_TLS "--no-structured-replies file", "--no-sr" },
+    { NO_TLS "--no-mc file", "--no-meta-contexts" },
+    { NO_TLS "--no-meta-contexts file", "--no-meta-contexts" },
+    { NO_TLS "--timeout=10 file", "--timeout" },
+    { NO_TLS "--keepalive file", "--keepalive" },
+    { NO_TLS "--no-fork -v -t 4 --swap --print-uri -e x file", NULL },
+    { "nbdkit --tls=on file", "TLS" },
+    { "nbdkit --tls require file", "TLS" },
+    { "nbdkit --tls=1 file", "TLS" },
+    { "nbdkit --tls-psk=keys file", "TLS" },
+    { "nbdkit --tls-certificates=/x file", "TLS" },
+    { "nbdkit --tls-verify-peer file", "TLS" },
+    { "nbdkit --tls-psk=keys --tls=off file", NULL },
+    { "nbdkit --tls=off --tls-psk=keys file", NULL },
+    { "nbdkit --tls=on --tls=off file", NULL },
+    { "nbdkit --tls=off --tls=on file", "TLS" },
+    { "nbdkit --tls=NO file", NULL },
+    { "nbdkit --tls=false file", NULL },
+  };
+  struct command_line cl;
+  size_t i;
+
+  (void) state;
+  for (i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    print_message ("%s\n", cases[i].line);
+    assert_int_equal (parse (&cl, cases[i].line), 0);
+    if (cases[i].feature == NULL)
+      assert_null (cl.server_feature);
+    else {
+      assert_non_null (cl.server_feature);
+      assert_non_null (strstr (cl.server_feature, cases[i].feature));
+    }
+    command_line_free (&cl);
+  }
+}
+
+static void
+test_certificates_at_home (void **state)
+{
+  static const char *const names[] = {
+    ".pki", ".pki/nbdkit", ".pki/nbdkit/ca-cert.pem",
+    ".pki/nbdkit/server-cert.pem", ".pki/nbdkit/server-key.pem",
+  };
+  char home[] = "/tmp/dirty-bitmap.XXXXXX", path[100];
+  struct command_line cl;
+  size_t i;
+  FILE *fp;
+
+  (void) state;
+  /* root's place is not ours to write: be somebody else. */
+  if (getuid () == 0)
+    assert_int_equal (seteuid (65534), 0);
+  assert_non_null (mkdtemp (home));
+  setenv ("HOME", home, 1);
+  for (i = 0; i < 5; ++i) {
+    assert_int_equal (parse (&cl, "nbdkit file"), 0);
+    assert_null (cl.server_feature);
+    command_line_free (&cl);
+    snprintf (path, sizeof path, "%s/%s", home, names[i]);
+    if (i < 2)
+      assert_int_equal (mkdir (path, 0700), 0);
+    else {
+      fp = fopen (path, "w");
+      assert_non_null (fp);
+      fclose (fp);
+    }
+  }
+  assert_int_equal (parse (&cl, "nbdkit file"), 0);
+  assert_non_null (strstr (cl.server_feature, "certificates"));
+  command_line_free (&cl);
+  assert_int_equal (parse (&cl, "nbdkit --tls=off file"), 0);
+  assert_null (cl.server_feature);
+  command_line_free (&cl);
+  for (i = 5; i-- > 0;) {
+    snprintf (path, sizeof path, "%s/%s", home, names[i]);
+    assert_int_equal (remove (path), 0);
+  }
+  assert_int_equal (rmdir (home), 0);
+  assert_int_equal (seteuid (getuid ()), 0);
+}
+
+static void
+test_where_nbdkit_listens (void **state)
+{
+  static const struct {
+    const char *line;
+    bool on_unix, on_tcp, on_vsock;
+    const char *path, *port;
+  } cases[] = {
+    { "nbdkit file", false, true, false, NULL, NULL },
+    { "nbdkit -p 10810 file", false, true, false, NULL, "10810" },
+    { "nbdkit -p10810 file", false, true, false, NULL, "10810" },
+    { "nbdkit --port=nbd file", false, true, false, NULL, "nbd" },
+    { "nbdkit -U /run/s file", true, false, false, "/run/s", NULL },
+    { "nbdkit -U - file", true, false, false, NULL, NULL },
+    { "nbdkit --unix=s file", true, false, false, "s", NULL },
+    { "nbdkit --vsock file", false, false, true, NULL, NULL },
+    { "nbdkit --vsock -p 5 file", false, false, true, NULL, "5" },
+    { "nbdkit file --run true", true, true, false, NULL, NULL },
+    { "nbdkit file --run true -p 5", false, true, false, NULL, "5" },
+    { "nbdkit file --run true -U s", true, false, false, "s", NULL },
+  };
+  struct command_line cl;
+  size_t i;
+
+  (void) state;
+  for (i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    print_message ("%s\n", cases[i].line);
+    assert_int_equal (parse (&cl, cases[i].line), 0);
+    assert_int_equal (cl.on_unix, cases[i].on_unix);
+    assert_int_equal (cl.on_tcp, cases[i].on_tcp);
+    assert_int_equal (cl.on_vsock, cases[i].on_vsock);
+    assert_int_equal (cl.unix_path == NULL, cases[i].path == NULL);
+    if (cl.unix_path != NULL)
+      assert_string_equal (cl.unix_path, cases[i].path);
+    assert_int_equal (cl.port == NULL, cases[i].port == NULL);
+    if (cl.port != NULL)
+      assert_string_equal (cl.port, cases[i].port);
+    command_line_free (&cl);
+  }
+}
+
+#define BY_PATH "/usr/lib/nbdkit/filters/nbdkit-dirty-bitmap-filter.so"
+
+static void
+test_objections (void **state)
+{
+  static const struct {
+    const char *line;
+    const char *objection;      /* a part of it, or NULL */
+  } cases[] = {
+    { NO_TLS "--filter=dirty-bitmap file", NULL },
+    { NO_TLS "--filter dirty-bitmap file", NULL },
+    { NO_TLS "file --fil dirty-bitmap", NULL },
+    { NO_TLS "--filter=" BY_PATH " file", NULL },
+    { NO_TLS "--filter=./nbdkit-dirty-bitmap-filter.so file", NULL },
+    { NO_TLS "--filter=nbdkit-dirty-bitmap-filter.so file", NULL },
+    { NO_TLS "--filter=./other-name.so file", "not named" },
+    { NO_TLS "--filter=./nbdkit-dirty-bitmap-plugin.so file", "not named" },
+    { NO_TLS "--filter=dirty-bitmap --filter=delay --filter=cow file", NULL },
+    { NO_TLS "--filter=dirty-bitmap --filter=/x/nbdkit-xz-filter.so file",
+      NULL },
+    { NO_TLS "--filter=delay --filter=dirty-bitmap file", "delay" },
+    { NO_TLS "--filter=ip --filter=dirty-bitmap file", "ip" },
+    { NO_TLS "--filter=dirty-bitmap --filter=ip file", "ip" },
+    { NO_TLS "--filter=dirty-bitmap --filter=limit file", "limit" },
+    { NO_TLS "--filter=dirty-bitmap --filter=exitlast file", "exitlast" },
+    { NO_TLS "--filter=dirty-bitmap --filter=exitwhen file", "exitwhen" },
+    { NO_TLS "--filter=dirty-bitmap --filter=rate file", "rate" },
+    { NO_TLS "--filter=dirty-bitmap --filter=pause file", "pause" },
+    { NO_TLS "--filter=dirty-bitmap --filter=exportname file", "exportname" },
+    { NO_TLS "--filter=dirty-bitmap --filter=tls-fallback file",
+      "tls-fallback" },
+    { NO_TLS "--filter=dirty-bitmap --filter=delay --filter=unheard file",
+      "unheard" },
+    { NO_TLS "--filter=dirty-bitmap --filter=./nbdkit-my-filter.so file",
+      "nbdkit-my-filter.so" },
+    { NO_TLS "--filter=dirty-bitmap --filter=./delay file", "./delay" },
+    { NO_TLS "-o --filter=dirty-bitmap file", "oldstyle" },
+  };
+  struct command_line cl;
+  char *objection;
+  bool failed;
+  size_t i;
+
+  (void) state;
+  for (i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    print_message ("%s\n", cases[i].line);
+    assert_int_equal (parse (&cl, cases[i].line), 0);
+    objection = filter_stack_objection (&cl, &failed);
+    assert_false (failed);
+    if (cases[i].objection == NULL)
+      assert_null (objection);
+    else {
+      assert_non_null (objection);
+      assert_non_null (strstr (objection, cases[i].objection));
+    }
+    free (objection);
+    command_line_free (&cl);
+  }
+}
+
+static void
+test_bytes (void **state)
+{
+  static const struct {
+    const char *line;
+    bool is_file;
+    const char *changes;
+    bool holds;
+    unsigned nr_warnings;
+  } cases[] = {
+    { "nbdkit --filter=dirty-bitmap file", true, NULL, false, 0 },
+    { "nbdkit --filter=dirty-bitmap /x/nbdkit-file-plugin.so",
+      true, NULL, false, 0 },
+    { "nbdkit --filter=dirty-bitmap /x/file", false, NULL, false, 0 },
+    { "nbdkit --filter=dirty-bitmap nbd", false, NULL, false, 0 },
+    { "nbdkit --filter=dirty-bitmap", false, NULL, false, 0 },
+    { "nbdkit --filter=dirty-bitmap --filter=fua --filter=log file",
+      true, NULL, false, 0 },
+    { "nbdkit --filter=dirty-bitmap --filter=fua --filter=offset file",
+      true, "offset", false, 0 },
+    { "nbdkit --filter=offset --filter=cow --filter=dirty-bitmap file",
+      true, NULL, false, 0 },
+    { "nbdkit --filter=dirty-bitmap --filter=cow file", true, "cow", true, 0 },
+    { "nbdkit --filter=dirty-bitmap --filter=unheard file",
+      true, "unheard", false, 0 },
+    { "nbdkit --filter=dirty-bitmap --filter=exitlast file",
+      true, NULL, false, 1 },
+    { "nbdkit --filter=exitlast --filter=dirty-bitmap file",
+      true, NULL, false, 0 },
+    { "nbdkit --filter=./other.so --filter=fua file", true, "./other.so",
+      false, 0 },
+  };
+  struct command_line cl;
+  size_t i;
+
+  (void) state;
+  for (i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    print_message ("%s\n", cases[i].line);
+    nr_reports = 0;
+    assert_int_equal (parse (&cl, cases[i].line), 0);
+    assert_int_equal (filter_stack_is_file (&cl), cases[i].is_file);
+    assert_int_equal (filter_stack_holds_writes (&cl), cases[i].holds);
+    if (cases[i].changes == NULL)
+      assert_null (filter_stack_changes_bytes (&cl));
+    else
+      assert_string_equal (filter_stack_changes_bytes (&cl),
+                           cases[i].changes);
+    filter_stack_warn (&cl);
+    assert_int_equal (nr_reports, cases[i].nr_warnings);
+    command_line_free (&cl);
+  }
+}
+
+static void
+test_activation (void **state)
+{
+#define ACTIVATED(s, pid) \
+  command_line_parse_activated (s, sizeof s - 1, pid)
+
+  (void) state;
+  assert_int_equal (ACTIVATED ("LISTEN_PID=12\0LISTEN_FDS=3\0", 12), 3);
+  assert_int_equal (ACTIVATED ("A=b\0LISTEN_FDS=1\0C=\0LISTEN_PID=7\0", 7), 1);
+  assert_int_equal (ACTIVATED ("LISTEN_PID=12\0LISTEN_FDS=3\0", 13), 0);
+  assert_int_equal (ACTIVATED ("LISTEN_FDS=3\0", 13), 0);
+  assert_int_equal (ACTIVATED ("LISTEN_PID=13\0", 13), 0);
+  assert_int_equal (ACTIVATED ("LISTEN_PID=13\0LISTEN_FDS=-2\0", 13), 0);
+  assert_int_equal (ACTIVATED ("LISTEN_PID=13\0LISTEN_FDS=9999999\0", 13), 0);
+  assert_int_equal (ACTIVATED ("XLISTEN_PID=13\0XLISTEN_FDS=1\0", 13), 0);
+  assert_int_equal (ACTIVATED ("", 13), 0);
+}
+
+/* Read from /proc what this process was started with. */
+static void
+test_read (void **state)
+{
+  struct command_line cl;
+
+  (void) state;
+  assert_int_equal (command_line_read (&cl), 0);
+  assert_int_equal (cl.nr_filters, 0);
+  assert_null (cl.plugin);
+  assert_false (cl.readonly);
+  command_line_free (&cl);
+}
+
+#define TEST(f) cmocka_unit_test_setup (f, setup)
+
+int
+main (void)
+{
+  const struct CMUnitTest tests[] = {
+    TEST (test_readonly_and_plugin),
+    TEST (test_posixly_correct),
+    TEST (test_unknown_options),
+    TEST (test_getopt_is_put_back),
+    TEST (test_server_feature),
+    TEST (test_certificates_at_home),
+    TEST (test_where_nbdkit_listens),
+    TEST (test_objections),
+    TEST (test_bytes),
+    TEST (test_activation),
+    TEST (test_read),
+  };
+
+  return cmocka_run_group_tests (tests, NULL, NULL);
+}

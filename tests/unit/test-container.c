@@ -1,0 +1,356 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* The door of the container room, and the implementations that need no
+ * nbdkit.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "container/container.h"
+
+#define MiB ((uint64_t) 1 << 20)
+
+static void
+assert_bytes (struct container *c, uint64_t offset, size_t count,
+              unsigned char value)
+{
+  unsigned char *buf = malloc (count);
+  size_t i;
+
+  assert_non_null (buf);
+  memset (buf, ~value, count);
+  assert_int_equal (container_pread (c, buf, count, offset), 0);
+  for (i = 0; i < count; ++i)
+    assert_int_equal (buf[i], value);
+  free (buf);
+}
+
+static void
+fill (struct container *c, uint64_t offset, size_t count, unsigned char value)
+{
+  unsigned char *buf = malloc (count);
+
+  assert_non_null (buf);
+  memset (buf, value, count);
+  assert_int_equal (container_pwrite (c, buf, count, offset), 0);
+  free (buf);
+}
+
+static void
+test_end (void **state)
+{
+  struct container *c = container_open_memory (MiB);
+
+  (void) state;
+  assert_int_equal (container_size (c), 0);
+  assert_bytes (c, 0, 1000, 0);
+  assert_bytes (c, UINT64_MAX - 1000, 1000, 0);
+
+  fill (c, 100, 50, 7);
+  assert_int_equal (container_size (c), 150);
+  assert_bytes (c, 0, 100, 0);
+  assert_bytes (c, 100, 50, 7);
+  assert_bytes (c, 150, 5000, 0);
+
+  /* A read across the end, and a write across the end. */
+  fill (c, 140, 20, 8);
+  assert_int_equal (container_size (c), 160);
+  assert_bytes (c, 100, 40, 7);
+  assert_bytes (c, 140, 20, 8);
+  assert_bytes (c, 160, 1, 0);
+
+  /* Writing nothing beyond the end does not grow it. */
+  assert_int_equal (container_pwrite (c, "", 0, 5000), 0);
+  assert_int_equal (container_size (c), 160);
+
+  /* Nor does zeroing, whatever the range. */
+  assert_int_equal (container_zero (c, UINT64_MAX, 150, false), 0);
+  assert_int_equal (container_zero (c, 10, UINT64_MAX, true), 0);
+  assert_int_equal (container_size (c), 160);
+  assert_bytes (c, 140, 10, 8);
+  assert_bytes (c, 150, 10, 0);
+
+  assert_int_equal (container_cache (c, UINT64_MAX, 10), 0);
+  assert_int_equal (container_flush (c), 0);
+  container_close (c);
+}
+
+static void
+test_limit (void **state)
+{
+  struct container *c = container_open_memory (MiB);
+  char byte = 1;
+
+  (void) state;
+  assert_int_equal (container_reserve (c, MiB), 0);
+  assert_int_equal (container_size (c), MiB);
+  assert_int_equal (container_reserve (c, 5), 0);
+  assert_int_equal (container_size (c), MiB);
+  errno = 0;
+  assert_int_equal (container_reserve (c, MiB + 1), -1);
+  assert_int_equal (errno, ENOSPC);
+  errno = 0;
+  assert_int_equal (container_pwrite (c, &byte, 1, MiB), -1);
+  assert_int_equal (errno, ENOSPC);
+  errno = 0;
+  assert_int_equal (container_pwrite (c, &byte, 1, INT64_MAX), -1);
+  assert_int_equal (errno, EFBIG);
+  errno = 0;
+  assert_int_equal (container_pwrite (c, &byte, 1, UINT64_MAX), -1);
+  assert_int_equal (errno, EFBIG);
+  assert_int_equal (container_size (c), MiB);
+  fill (c, MiB - 1, 1, 9);
+  assert_bytes (c, MiB - 1, 1, 9);
+  container_close (c);
+}
+
+static void
+test_zero_and_punch (void **state)
+{
+  struct container *c = container_open_memory (1024 * MiB);
+  int punch;
+
+  (void) state;
+  for (punch = 0; punch <= 1; ++punch) {
+    fill (c, 0, MiB, 5);
+    assert_int_equal (container_zero (c, 300000, 100, punch), 0);
+    assert_bytes (c, 0, 100, 5);
+    assert_bytes (c, 100, 300000, 0);
+    assert_bytes (c, 300100, MiB - 300100, 5);
+  }
+
+  /* Far away, across leaves of the table. */
+  fill (c, 1000 * MiB - 3, 7, 6);
+  assert_bytes (c, 1000 * MiB - 3, 7, 6);
+  fill (c, 512 * MiB - 100000, 200000, 4);
+  assert_bytes (c, 512 * MiB - 100000, 200000, 4);
+  assert_int_equal (container_zero (c, 1000 * MiB, 2, true), 0);
+  assert_bytes (c, 2, 98, 0);
+  assert_bytes (c, 512 * MiB - 100000, 200000, 0);
+  assert_bytes (c, 1000 * MiB - 3, 5, 0);
+  assert_bytes (c, 1000 * MiB + 2, 2, 6);
+  container_close (c);
+}
+
+static void
+test_truncate (void **state)
+{
+  struct container *c = container_open_memory (4 * MiB);
+
+  (void) state;
+  fill (c, 0, 2 * MiB, 3);
+  assert_int_equal (container_truncate (c, 3 * MiB), 0);
+  assert_int_equal (container_size (c), 2 * MiB);
+  assert_int_equal (container_truncate (c, 1000), 0);
+  assert_int_equal (container_size (c), 1000);
+  assert_bytes (c, 0, 1000, 3);
+
+  /* What grows back is zero. */
+  assert_int_equal (container_reserve (c, 2 * MiB), 0);
+  assert_bytes (c, 0, 1000, 3);
+  assert_bytes (c, 1000, 2 * MiB - 1000, 0);
+  container_close (c);
+}
+
+/* A hook that notes the last operation and fails when told to. */
+struct note {
+  char operation[16];
+  uint64_t offset, count;
+  int err;
+};
+
+static int
+note_operation (void *opaque, const char *operation,
+                uint64_t offset, uint64_t count)
+{
+  struct note *note = opaque;
+
+  snprintf (note->operation, sizeof note->operation, "%s", operation);
+  note->offset = offset;
+  note->count = count;
+  return note->err;
+}
+
+#define assert_note(o, off, n)                          \
+  do {                                                  \
+    assert_string_equal (note.operation, o);            \
+    assert_int_equal (note.offset, off);                \
+    assert_int_equal (note.count, n);                   \
+  } while (0)
+
+static void
+test_hook (void **state)
+{
+  struct container *c = container_open_memory (MiB);
+  struct note note = { .err = 0 };
+  const struct container_memory_hook hook = { note_operation, &note };
+
+  (void) state;
+  fill (c, 0, 1000, 1);
+  container_memory_set_hook (c, &hook);
+  fill (c, 10, 20, 2);
+  assert_note ("pwrite", 10, 20);
+  assert_int_equal (container_reserve (c, 2000), 0);
+  assert_note ("grow", 1000, 1000);
+  assert_int_equal (container_zero (c, 5, 6, false), 0);
+  assert_note ("zero", 6, 5);
+  assert_int_equal (container_zero (c, 5000, 6, true), 0);
+  assert_note ("punch", 6, 1994);
+  assert_int_equal (container_flush (c), 0);
+  assert_note ("flush", 0, 0);
+  assert_int_equal (container_truncate (c, 1500), 0);
+  assert_note ("truncate", 1500, 500);
+
+  /* What fails has not happened. */
+  note.err = EIO;
+  errno = 0;
+  assert_int_equal (container_pwrite (c, "x", 1, 0), -1);
+  assert_int_equal (errno, EIO);
+  assert_int_equal (container_zero (c, 6, 0, true), -1);
+  assert_int_equal (container_flush (c), -1);
+  assert_int_equal (container_reserve (c, 1501), -1);
+  assert_int_equal (container_truncate (c, 0), -1);
+  assert_int_equal (container_size (c), 1500);
+  assert_bytes (c, 0, 6, 1);
+
+  container_memory_set_hook (c, NULL);
+  fill (c, 0, 1, 9);
+  assert_bytes (c, 0, 1, 9);
+  container_close (c);
+}
+
+static void
+test_file (void **state)
+{
+  FILE *fp = tmpfile ();
+  struct container *c;
+  char buf[100];
+
+  (void) state;
+  assert_non_null (fp);
+  assert_int_equal (fputs ("hello", fp) >= 0 && fflush (fp) == 0, 1);
+  c = container_open_file (fileno (fp));
+  assert_non_null (c);
+  assert_true (c->readonly);
+  assert_int_equal (container_size (c), 5);
+  memset (buf, 'x', sizeof buf);
+  assert_int_equal (container_pread (c, buf, 10, 1), 0);
+  assert_memory_equal (buf, "ello\0\0\0\0\0\0x", 11);
+
+  errno = 0;
+  assert_int_equal (container_pwrite (c, "x", 1, 0), -1);
+  assert_int_equal (errno, EROFS);
+  errno = 0;
+  assert_int_equal (container_zero (c, 1, 0, false), -1);
+  assert_int_equal (errno, EROFS);
+  errno = 0;
+  assert_int_equal (container_reserve (c, 6), -1);
+  assert_int_equal (errno, EROFS);
+  assert_int_equal (container_reserve (c, 5), 0);
+  errno = 0;
+  assert_int_equal (container_truncate (c, 0), -1);
+  assert_int_equal (errno, EROFS);
+  assert_int_equal (container_flush (c), 0);
+  assert_int_equal (container_cache (c, 5, 0), 0);
+
+  /* A file that somebody cuts is an error, not zeroes. */
+  assert_int_equal (ftruncate (fileno (fp), 2), 0);
+  errno = 0;
+  assert_int_equal (container_pread (c, buf, 5, 0), -1);
+  assert_int_equal (errno, EIO);
+  assert_int_equal (container_pread (c, buf, 2, 0), 0);
+  container_close (c);
+  fclose (fp);
+
+  errno = 0;
+  assert_null (container_open_file (-1));
+  assert_int_equal (errno, EBADF);
+}
+
+/* Many threads write and grow at once. */
+#define NR_THREADS 8
+#define NR_ROUNDS 200
+
+static void *
+write_own_bytes (void *opaque)
+{
+  struct container *c = opaque;
+  static atomic_int next_id;
+  const int id = next_id++;
+  unsigned char buf[777];
+  int i;
+
+  memset (buf, id + 1, sizeof buf);
+  for (i = 0; i < NR_ROUNDS; ++i) {
+    const uint64_t offset = ((uint64_t) i * NR_THREADS + id) * sizeof buf;
+    const uint64_t size = container_size (c);
+
+    if (container_pwrite (c, buf, sizeof buf, offset) == -1 ||
+        container_size (c) < offset + sizeof buf ||
+        container_size (c) < size)
+      return c;
+  }
+  return NULL;
+}
+
+static void
+test_threads (void **state)
+{
+  struct container *c = container_open_memory (8 * MiB);
+  pthread_t threads[NR_THREADS];
+  unsigned char buf[777];
+  bool seen[NR_THREADS + 1] = { false };
+  void *ret;
+  int i, j;
+
+  (void) state;
+  for (i = 0; i < NR_THREADS; ++i)
+    assert_int_equal (pthread_create (&threads[i], NULL, write_own_bytes, c),
+                      0);
+  for (i = 0; i < NR_THREADS; ++i) {
+    assert_int_equal (pthread_join (threads[i], &ret), 0);
+    assert_null (ret);
+  }
+  assert_int_equal (container_size (c), sizeof buf * NR_THREADS * NR_ROUNDS);
+  for (i = 0; i < NR_THREADS * NR_ROUNDS; ++i) {
+    assert_int_equal (container_pread (c, buf, sizeof buf, i * sizeof buf), 0);
+    assert_in_range (buf[0], 1, NR_THREADS);
+    seen[buf[0]] = true;
+    for (j = 1; j < (int) sizeof buf; ++j)
+      assert_int_equal (buf[j], buf[0]);
+  }
+  for (i = 1; i <= NR_THREADS; ++i)
+    assert_true (seen[i]);
+  container_close (c);
+}
+
+int
+main (void)
+{
+  const struct CMUnitTest tests[] = {
+    cmocka_unit_test (test_end),
+    cmocka_unit_test (test_limit),
+    cmocka_unit_test (test_zero_and_punch),
+    cmocka_unit_test (test_truncate),
+    cmocka_unit_test (test_hook),
+    cmocka_unit_test (test_file),
+    cmocka_unit_test (test_threads),
+  };
+
+  return cmocka_run_group_tests (tests, NULL, NULL);
+}

@@ -1,0 +1,285 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* The parameters of the filter, and where dirty-bitmap-listen listens. */
+
+#include <config.h>
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "common/report.h"
+#include "listen.h"
+#include "parameters.h"
+
+static unsigned nr_reports;
+static char last_report[512];
+
+static void
+keep_report (enum report_level level, const char *fmt, va_list args)
+{
+  if (level == REPORT_DEBUG)
+    return;
+  nr_reports++;
+  vsnprintf (last_report, sizeof last_report, fmt, args);
+}
+
+static int
+setup (void **state)
+{
+  (void) state;
+  nr_reports = 0;
+  last_report[0] = '\0';
+  report_sink = keep_report;
+  return 0;
+}
+
+static void
+test_listen_addresses (void **state)
+{
+  static const struct {
+    const char *address;
+    const char *path, *host, *port;
+  } good[] = {
+    { "/run/s", "/run/s", NULL, NULL },
+    { "/run/a:1", "/run/a:1", NULL, NULL },
+    { "localhost:10809", NULL, "localhost", "10809" },
+    { "127.0.0.1:1", NULL, "127.0.0.1", "1" },
+    { "[::1]:65535", NULL, "::1", "65535" },
+    { "[localhost]:5", NULL, "localhost", "5" },
+    { ":10809", NULL, NULL, "10809" },
+    { "host:nbd", NULL, "host", "nbd" },
+  };
+  static const char *const bad[] = {
+    "host:", ":", "::1:5", "[::1:5", "::1]:5", "host:0", "host:65536",
+    "host:99999999999999999999",
+  };
+  struct listen_address a;
+  char cwd[1024], expected[1100], longest[201];
+  size_t i;
+
+  (void) state;
+  for (i = 0; i < sizeof good / sizeof good[0]; ++i) {
+    print_message ("%s\n", good[i].address);
+    assert_int_equal (listen_parse (good[i].address, &a), 0);
+    assert_int_equal (a.path == NULL, good[i].path == NULL);
+    assert_int_equal (a.host == NULL, good[i].host == NULL);
+    assert_int_equal (a.port == NULL, good[i].port == NULL);
+    if (a.path != NULL)
+      assert_string_equal (a.path, good[i].path);
+    if (a.host != NULL)
+      assert_string_equal (a.host, good[i].host);
+    if (a.port != NULL)
+      assert_string_equal (a.port, good[i].port);
+    listen_address_free (&a);
+  }
+  for (i = 0; i < sizeof bad / sizeof bad[0]; ++i) {
+    print_message ("%s\n", bad[i]);
+    nr_reports = 0;
+    assert_int_equal (listen_parse (bad[i], &a), -1);
+    assert_int_equal (nr_reports, 1);
+    assert_non_null (strstr (last_report, "dirty-bitmap-listen"));
+  }
+
+  assert_int_equal (chdir ("/"), 0);
+  assert_non_null (getcwd (cwd, sizeof cwd));
+  assert_int_equal (listen_parse ("relative", &a), 0);
+  snprintf (expected, sizeof expected, "%s/relative", cwd);
+  assert_string_equal (a.path, expected);
+  listen_address_free (&a);
+
+  memset (longest, 'x', 200);
+  longest[0] = '/';
+  longest[200] = '\0';
+  assert_int_equal (listen_parse (longest, &a), -1);
+  assert_non_null (strstr (last_report, "too long"));
+}
+
+static void
+test_listen_unix (void **state)
+{
+  char dir[] = "/tmp/dirty-bitmap.XXXXXX", path[100];
+  struct listen_address a;
+  struct listen_sockets s1, s2;
+  FILE *fp;
+
+  (void) state;
+  assert_non_null (mkdtemp (dir));
+  snprintf (path, sizeof path, "%s/s", dir);
+  assert_int_equal (listen_parse (path, &a), 0);
+  assert_int_equal (listen_open (&a, &s1), 0);
+  assert_int_equal (s1.nr, 1);
+
+  /* In use. */
+  assert_int_equal (listen_open (&a, &s2), -1);
+  assert_int_equal (nr_reports, 1);
+  assert_int_equal (access (path, F_OK), 0);
+
+  /* Left behind by a process that was killed. */
+  listen_close (&s1);
+  assert_int_equal (access (path, F_OK), 0);
+  assert_int_equal (listen_open (&a, &s2), 0);
+  listen_unlink (&s2);
+  assert_int_equal (access (path, F_OK), -1);
+  listen_close (&s2);
+
+  /* Not a socket. */
+  fp = fopen (path, "w");
+  assert_non_null (fp);
+  fclose (fp);
+  assert_int_equal (listen_open (&a, &s2), -1);
+  assert_int_equal (access (path, F_OK), 0);
+  assert_int_equal (unlink (path), 0);
+
+  /* Another's in our place is left alone. */
+  assert_int_equal (listen_open (&a, &s1), 0);
+  assert_int_equal (unlink (path), 0);
+  fp = fopen (path, "w");
+  assert_non_null (fp);
+  fclose (fp);
+  listen_unlink (&s1);
+  listen_close (&s1);
+  assert_int_equal (unlink (path), 0);
+  listen_address_free (&a);
+  assert_int_equal (rmdir (dir), 0);
+}
+
+static void
+test_good_parameters (void **state)
+{
+  struct parameters p = { .granularity = 0 };
+  static const struct {
+    const char *value;
+    uint64_t size;
+  } sizes[] = {
+    { "1M", 1 << 20 }, { "1m", 1 << 20 }, { "1024k", 1 << 20 },
+    { "1048576", 1 << 20 }, { "2048s", 1 << 20 }, { "1048576b", 1 << 20 },
+    { "64G", (uint64_t) 64 << 30 },
+  };
+  size_t i;
+
+  (void) state;
+  assert_int_equal (parameters_take (&p, "file", "x"), 0);
+  assert_int_equal (parameters_take (&p, "dirty", "x"), 0);
+  assert_int_equal (parameters_take (&p, "dirty-bitmaps", "x"), 0);
+  assert_int_equal (parameters_take (&p, "dirty-bitmap", "a"), 1);
+  assert_int_equal (parameters_take (&p, "dirty-bitmap", "b"), 1);
+  assert_int_equal (parameters_take (&p, "dirty-bitmap", "a"), 1);
+  assert_int_equal (p.require.nr, 2);
+  assert_string_equal (p.require.name[0], "a");
+  assert_string_equal (p.require.name[1], "b");
+  assert_int_equal (parameters_take (&p, "dirty-bitmap-expose", "b c"), 1);
+  assert_int_equal (p.expose.nr, 1);
+  assert_string_equal (p.expose.name[0], "b c");
+  assert_int_equal (parameters_take (&p, "dirty-bitmap-granularity", "2G"), 1);
+  assert_int_equal (p.granularity, (uint32_t) 1 << 31);
+  assert_int_equal (parameters_take (&p, "dirty-bitmap-server", "off"), 1);
+  assert_int_equal (p.server, SERVER_OFF);
+  assert_int_equal (parameters_take (&p, "dirty-bitmap-listen", "a:5"), 1);
+  assert_true (p.listens);
+  parameters_complete (&p);
+  assert_int_equal (p.cache_size, PARAMETERS_DEFAULT_CACHE_SIZE);
+  parameters_free (&p);
+
+  for (i = 0; i < sizeof sizes / sizeof sizes[0]; ++i) {
+    assert_int_equal (parameters_take (&p, "dirty-bitmap-cache-size",
+                                       sizes[i].value), 1);
+    parameters_complete (&p);
+    assert_int_equal (p.cache_size, sizes[i].size);
+    parameters_free (&p);
+  }
+  assert_int_equal (p.server, SERVER_AUTO);
+  assert_int_equal (nr_reports, 0);
+}
+
+static void
+test_bad_parameters (void **state)
+{
+  static const struct {
+    const char *key, *value;
+  } bad[] = {
+    { "dirty-bitmap", "" },
+    { "dirty-bitmap-expose", "" },
+    { "dirty-bitmap-granularity", "" },
+    { "dirty-bitmap-granularity", "0" },
+    { "dirty-bitmap-granularity", "256" },
+    { "dirty-bitmap-granularity", "513" },
+    { "dirty-bitmap-granularity", "4G" },
+    { "dirty-bitmap-granularity", "64kk" },
+    { "dirty-bitmap-granularity", "64x" },
+    { "dirty-bitmap-granularity", "-512" },
+    { "dirty-bitmap-granularity", " 512" },
+    { "dirty-bitmap-granularity", "512 " },
+    { "dirty-bitmap-granularity", "0x200" },
+    { "dirty-bitmap-granularity", "99999999999999999999" },
+    { "dirty-bitmap-granularity", "9223372036854775807k" },
+    { "dirty-bitmap-granularity", "16E" },
+    { "dirty-bitmap-cache-size", "" },
+    { "dirty-bitmap-cache-size", "1048575" },
+    { "dirty-bitmap-cache-size", "65G" },
+    { "dirty-bitmap-server", "" },
+    { "dirty-bitmap-server", "yes" },
+    { "dirty-bitmap-server", "AUTO" },
+    { "dirty-bitmap-listen", "" },
+    { "dirty-bitmap-listen", "x:" },
+  };
+  static const struct {
+    const char *key, *value;
+  } once[] = {
+    { "dirty-bitmap-granularity", "512" },
+    { "dirty-bitmap-cache-size", "1M" },
+    { "dirty-bitmap-server", "auto" },
+    { "dirty-bitmap-listen", "/s" },
+  };
+  struct parameters p = { .granularity = 0 };
+  char name[1025];
+  size_t i;
+
+  (void) state;
+  for (i = 0; i < sizeof bad / sizeof bad[0]; ++i) {
+    print_message ("%s=%s\n", bad[i].key, bad[i].value);
+    nr_reports = 0;
+    assert_int_equal (parameters_take (&p, bad[i].key, bad[i].value), -1);
+    assert_int_equal (nr_reports, 1);
+    assert_non_null (strstr (last_report, bad[i].key));
+  }
+  for (i = 0; i < sizeof once / sizeof once[0]; ++i) {
+    assert_int_equal (parameters_take (&p, once[i].key, once[i].value), 1);
+    nr_reports = 0;
+    assert_int_equal (parameters_take (&p, once[i].key, once[i].value), -1);
+    assert_int_equal (nr_reports, 1);
+    assert_non_null (strstr (last_report, once[i].key));
+  }
+
+  memset (name, 'n', sizeof name);
+  name[1024] = '\0';
+  assert_int_equal (parameters_take (&p, "dirty-bitmap", name), -1);
+  name[1023] = '\0';
+  assert_int_equal (parameters_take (&p, "dirty-bitmap", name), 1);
+  parameters_free (&p);
+}
+
+#define TEST(f) cmocka_unit_test_setup (f, setup)
+
+int
+main (void)
+{
+  const struct CMUnitTest tests[] = {
+    TEST (test_listen_addresses),
+    TEST (test_listen_unix),
+    TEST (test_good_parameters),
+    TEST (test_bad_parameters),
+  };
+
+  return cmocka_run_group_tests (tests, NULL, NULL);
+}
