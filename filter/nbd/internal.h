@@ -143,7 +143,8 @@ struct worker {
 
   /* The worker's own. */
   bool has_role;
-  uint64_t ticket;              /* the role word while it executes */
+  atomic_uint_fast64_t ticket;  /* the role word of what it executes, or
+                                   0; see output_flush_robbed */
   struct request request;
   uint8_t *payload;             /* of a WRITE, or a large READ */
   size_t payload_capacity;
@@ -196,6 +197,7 @@ struct connection {
   struct worker *holder;        /* who has the role, or had it last */
   struct worker *robbed;        /* whose gathered replies are to be sent
                                    by the next holder, or NULL */
+  uint64_t robbed_ticket;       /* the word at which that happened */
   bool input_ended;             /* no more requests will come */
 
   pthread_mutex_t send_lock;    /* writing to fd, so that replies do not
@@ -279,11 +281,13 @@ extern void output_partial_reply (struct worker *);
 /* Send the gathered replies of a worker. */
 extern void output_flush (struct worker *);
 
-/* The same for w that has the role, of its own or of one that was
- * robbed.  w may be without the role afterwards.
+/* The same for a worker that has the role, and may be without it
+ * afterwards: its own replies; or those of a robbed worker, if that is
+ * still at the request of which this was the ticket.
  */
-extern void output_flush_keeping_role (struct worker *w,
-                                       struct worker *whose);
+extern void output_flush_keeping_role (struct worker *);
+extern void output_flush_robbed (struct worker *, struct worker *robbed,
+                                 uint64_t ticket);
 
 /* Gather bytes and send them when there are many, or by output_flush:
  * for the handshake, before there are roles.

@@ -16,8 +16,8 @@
  * - Gathered replies are sent when their worker gives up the role or
  *   waits for input; if the role is stolen from it while it executes,
  *   the next holder sends them, or the worker itself when its request is
- *   done, whoever comes first.  Both look at worker->gathered under
- *   send_lock, so they are sent once.
+ *   done, whoever comes first.  Both look at worker->gathered and at
+ *   worker->ticket under send_lock, so they are sent once.
  * - Whoever sends with the role kept lets it be stolen meanwhile.
  *
  * A client that does not read blocks only workers of its connection, in
@@ -75,7 +75,9 @@ send_all (struct connection *c, struct iovec *iov, size_t nr)
   }
 }
 
-/* Send the gathered replies and the reply at hand. */
+/* Send the gathered replies and the reply at hand.  Without the role,
+ * nobody has gathered replies of ours to send from here on.
+ */
 static void
 send_reply (struct worker *w)
 {
@@ -89,6 +91,8 @@ send_reply (struct worker *w)
 
   send_all (w->connection, iov, 3);
   w->gathered = 0;
+  if (!w->has_role)
+    atomic_store (&w->ticket, 0);
 }
 
 static void
@@ -100,11 +104,10 @@ reset_reply (struct worker *w)
   w->reply_payload_length = 0;
 }
 
-/* Send the gathered replies of a worker. */
-void
-output_flush (struct worker *w)
+/* Called with send_lock. */
+static void
+send_gathered (struct worker *w)
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&w->connection->send_lock);
   struct iovec iov = { .iov_base = w->output, .iov_len = w->gathered };
 
   send_all (w->connection, &iov, 1);
@@ -112,10 +115,36 @@ output_flush (struct worker *w)
 }
 
 void
-output_flush_keeping_role (struct worker *w, struct worker *whose)
+output_flush (struct worker *w)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&w->connection->send_lock);
+  send_gathered (w);
+}
+
+void
+output_flush_keeping_role (struct worker *w)
 {
   role_begin_sending (w);
-  output_flush (whose);
+  output_flush (w);
+  role_end_executing (w);
+}
+
+/* The client may keep us here for long, and have the role stolen from
+ * us too.  Meanwhile the robbed worker may have sent its replies, got
+ * the role back and gathered others: these are none of our business, and
+ * it has another ticket then, or none.
+ */
+void
+output_flush_robbed (struct worker *w, struct worker *robbed,
+                     uint64_t ticket)
+{
+  role_begin_sending (w);
+  {
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&w->connection->send_lock);
+
+    if (atomic_load (&robbed->ticket) == ticket)
+      send_gathered (robbed);
+  }
   role_end_executing (w);
 }
 
@@ -127,7 +156,7 @@ gather_reply (struct worker *w)
   reset_reply (w);
   if (w->gathered > 0 &&
       (w->gathered >= GATHER_LIMIT || !input_has_request (w->connection)))
-    output_flush_keeping_role (w, w);
+    output_flush_keeping_role (w);
 }
 
 void

@@ -371,7 +371,7 @@ execute_and_reply (struct worker *w)
   }
   else if (slow && w->gathered > 0) {
     /* What takes long by nature must not delay what is answered. */
-    output_flush_keeping_role (w, w);
+    output_flush_keeping_role (w);
     w->reply_at = 0;
   }
   if (w->has_role)

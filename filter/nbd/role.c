@@ -80,13 +80,14 @@ wait_for_role (struct worker *w)
 }
 
 /* Wait for the role.  False if there is nothing more to receive.  It may
- * be lost again at once, see output_flush_keeping_role.
+ * be lost again at once, see output_flush_robbed.
  */
 bool
 role_acquire (struct worker *w)
 {
   struct connection *c = w->connection;
   struct worker *robbed;
+  uint64_t ticket;
 
   {
     ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
@@ -98,11 +99,12 @@ role_acquire (struct worker *w)
     atomic_store (&c->role, c->seq << ROLE_STATE_BITS | ROLE_OWNED);
     c->holder = w;
     robbed = c->robbed;
+    ticket = c->robbed_ticket;
     c->robbed = NULL;
   }
   w->has_role = true;
   if (robbed != NULL)
-    output_flush_keeping_role (w, robbed);
+    output_flush_robbed (w, robbed, ticket);
   return true;
 }
 
@@ -160,10 +162,11 @@ static void
 publish_executing (struct worker *w)
 {
   struct connection *c = w->connection;
+  uint_fast64_t word = ++c->seq << ROLE_STATE_BITS | ROLE_EXECUTING;
 
   c->has_gathered = w->gathered > 0;
-  w->ticket = ++c->seq << ROLE_STATE_BITS | ROLE_EXECUTING;
-  atomic_store (&c->role, w->ticket);
+  atomic_store_explicit (&w->ticket, word, memory_order_relaxed);
+  atomic_store (&c->role, word);
   if (atomic_load (&c->server->monitor_asleep))
     wake_monitor (c->server);
 }
@@ -189,7 +192,8 @@ role_begin_sending (struct worker *w)
 void
 role_end_executing (struct worker *w)
 {
-  uint_fast64_t word = w->ticket;
+  uint_fast64_t word = atomic_load_explicit (&w->ticket,
+                                             memory_order_relaxed);
 
   w->has_role =
     atomic_compare_exchange_strong (&w->connection->role, &word,
@@ -202,14 +206,16 @@ role_end_executing (struct worker *w)
 static void
 steal_role (struct connection *c, uint_fast64_t word)
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
+  uint_fast64_t ticket = word;
 
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
   if (!atomic_compare_exchange_strong (&c->role, &word,
                                        word - ROLE_EXECUTING + ROLE_FREE))
     return;
   debug_request ("nbd: request takes long, another thread receives");
   if (!c->sending) {
     c->robbed = c->has_gathered ? c->holder : NULL;
+    c->robbed_ticket = ticket;
     if (!c->slow_by_nature)
       c->until_sample = 0;
   }

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include "common/bytes.h"
 #include "common/cleanup.h"
@@ -205,4 +206,76 @@ disk_bitmap_run (const struct disk *d, size_t i,
     next++;
   *dirty = b->dirty[granule];
   return min_u64 (next * b->granularity, limit) - offset;
+}
+
+/* Protects what follows. */
+static pthread_mutex_t gate_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t gate_changed = PTHREAD_COND_INITIALIZER;
+static bool gate_is_open;
+static unsigned gate_waiting;
+static uint64_t gate_offset;
+static enum fake_op gate_op;
+
+static int
+wait_at_gate (struct disk *d, enum fake_op op,
+              uint64_t offset, uint64_t count)
+{
+  (void) d;
+  (void) count;
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&gate_lock);
+  if (op != gate_op || offset != gate_offset)
+    return 0;
+  gate_waiting++;
+  pthread_cond_broadcast (&gate_changed);
+  while (!gate_is_open)
+    pthread_cond_wait (&gate_changed, &gate_lock);
+  return 0;
+}
+
+void
+gate_close (struct disk *d, enum fake_op op, uint64_t offset)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&gate_lock);
+  gate_op = op;
+  gate_offset = offset;
+  gate_is_open = false;
+  gate_waiting = 0;
+  d->hook = wait_at_gate;
+}
+
+void
+gate_open (void)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&gate_lock);
+  gate_is_open = true;
+  pthread_cond_broadcast (&gate_changed);
+}
+
+void
+gate_wait (void)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&gate_lock);
+  while (gate_waiting == 0)
+    pthread_cond_wait (&gate_changed, &gate_lock);
+}
+
+void
+sleep_ms (unsigned ms)
+{
+  const struct timespec ts = {
+    .tv_sec = ms / 1000,
+    .tv_nsec = (ms % 1000) * 1000000L,
+  };
+
+  nanosleep (&ts, NULL);
+}
+
+int
+hook_sleep (struct disk *d, enum fake_op op, uint64_t offset, uint64_t count)
+{
+  (void) op;
+  (void) offset;
+  (void) count;
+  sleep_ms (*(unsigned *) d->opaque);
+  return 0;
 }

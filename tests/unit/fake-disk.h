@@ -57,4 +57,16 @@ extern void fake_disk_free (struct disk *);
 extern void fake_disk_add_bitmap (struct disk *, const char *name,
                                   uint64_t granularity);
 
+/* Hooks.  One gate a program: operations op at offset wait at it from
+ * gate_close, which makes it the disk's hook, to gate_open.
+ */
+extern void gate_close (struct disk *, enum fake_op op, uint64_t offset);
+extern void gate_open (void);
+extern void gate_wait (void);   /* until an operation has come to it */
+
+/* Each operation takes *(unsigned *) opaque milliseconds. */
+extern int hook_sleep (struct disk *, enum fake_op op,
+                       uint64_t offset, uint64_t count);
+extern void sleep_ms (unsigned ms);
+
 #endif /* DIRTY_BITMAP_FAKE_DISK_H */

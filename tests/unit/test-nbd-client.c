@@ -364,3 +364,26 @@ expect_error (int fd, uint64_t cookie, uint32_t error)
   }
   free (reply.data);
 }
+
+void
+client_check_alive (const struct fixture *f, int fd)
+{
+  struct reply reply;
+
+  send_request (fd, 0, NBD_CMD_READ, 321, 4096, 4096);
+  recv_reply (fd, &reply, 0);
+  assert_int_equal (reply.cookie, 321);
+  assert_int_equal (reply.error, 0);
+  assert_memory_equal (reply.data + 8, f->disk->data + 4096, 4096);
+  free (reply.data);
+}
+
+int
+client_greedy (const struct fixture *f)
+{
+  int fd = client_open (f, NULL);
+
+  for (int i = 0; i < 200; ++i)
+    send_request (fd, 0, NBD_CMD_READ, i, 0, i % 3 ? 1 << 20 : 4096);
+  return fd;
+}

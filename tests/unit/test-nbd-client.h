@@ -94,4 +94,12 @@ extern void recv_reply (int fd, struct reply *, uint32_t simple_length);
 /* A reply without data, to cookie, with error. */
 extern void expect_error (int fd, uint64_t cookie, uint32_t error);
 
+/* One READ is answered, and right. */
+extern void client_check_alive (const struct fixture *, int fd);
+
+/* A client that asks for far more data than sockets hold, by 200 READs,
+ * and does not read.
+ */
+extern int client_greedy (const struct fixture *);
+
 #endif /* DIRTY_BITMAP_TEST_NBD_CLIENT_H */

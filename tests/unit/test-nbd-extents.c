@@ -232,7 +232,8 @@ test_req_one (void **state)
     f.disk->flags[i] = 3;
   fine[2] = 1;
   coarse[1] = 1;
-  send_request (fd, NBD_CMD_FLAG_REQ_ONE, NBD_CMD_BLOCK_STATUS, 42, 100, SIZE / 2);
+  send_request (fd, NBD_CMD_FLAG_REQ_ONE, NBD_CMD_BLOCK_STATUS,
+                42, 100, SIZE / 2);
   recv_status (fd, 0, false, 0);
   assert_int_equal (chunk.nr, 1);
   assert_int_equal (chunk.extent[0].length, 10 * BLOCK - 100);
@@ -245,7 +246,8 @@ test_req_one (void **state)
   assert_int_equal (chunk.extent[0].length, 65536 - 100);
 
   /* Clipped to the request. */
-  send_request (fd, NBD_CMD_FLAG_REQ_ONE, NBD_CMD_BLOCK_STATUS, 42, 65536, 300);
+  send_request (fd, NBD_CMD_FLAG_REQ_ONE, NBD_CMD_BLOCK_STATUS,
+                42, 65536, 300);
   recv_status (fd, 0, false, 300);
   recv_status (fd, 2, false, 300);
   recv_status (fd, 3, true, 300);

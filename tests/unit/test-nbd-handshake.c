@@ -3,8 +3,7 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* The handshake of filter/nbd: every option, right and malformed, and
- * every kind of context query.
+/* The handshake of filter/nbd: every option, right and malformed.
  */
 
 #include <config.h>
@@ -114,9 +113,13 @@ test_export_name (void **state)
   /* A name that is too long can only be refused by the end. */
   fd = greeted ();
   {
-    uint8_t name[4097] = { 0 };
+    /* In one piece: the server does not wait for the name. */
+    uint8_t option[16 + 4097] = { 0 };
 
-    send_option (fd, NBD_OPT_EXPORT_NAME, name, sizeof name);
+    put_be64 (option, NBD_OPTION_MAGIC);
+    put_be32 (option + 8, NBD_OPT_EXPORT_NAME);
+    put_be32 (option + 12, 4097);
+    send_bytes (fd, option, sizeof option);
   }
   expect_end (fd);
   close (fd);
@@ -327,246 +330,13 @@ test_block_size_is_clamped (void **state)
   close (fd);
 }
 
-/* Ask for queries; the replies must be these names with these ids. */
-static void
-check_query (int fd, uint32_t option, const char *const *queries,
-             const char *const *names, const uint32_t *ids)
-{
-  uint8_t buf[16384];
-  struct option_reply reply;
-  uint32_t n = make_context_query (buf, "", queries);
-
-  send_option (fd, option, buf, n);
-  for (size_t i = 0; names[i] != NULL; ++i) {
-    expect_option_reply (fd, option, NBD_REP_META_CONTEXT, &reply);
-    assert_int_equal (get_be32 (reply.data),
-                      option == NBD_OPT_SET_META_CONTEXT ? ids[i] : 0);
-    assert_string_equal ((char *) reply.data + 4, names[i]);
-  }
-  expect_option_reply (fd, option, NBD_REP_ACK, NULL);
-}
-
-#define LIST(...) ((const char *const[]) { __VA_ARGS__ __VA_OPT__ (,) NULL })
-#define IDS(...) ((const uint32_t[]) { __VA_ARGS__ })
-#define BASE "base:allocation"
-#define TUESDAY "qemu:dirty-bitmap:tuesday"
-#define MONDAY "qemu:dirty-bitmap:monday"
-#define MON "qemu:dirty-bitmap:mon"
-
-static void
-test_queries (void **state)
-{
-  static const struct {
-    const char *query;
-    const char *list[5], *set[5];
-    uint32_t ids[4];
-  } rows[] = {
-    { "", { NULL }, { NULL }, { 0 } },
-    { "base:", { BASE }, { NULL }, { 0 } },
-    { BASE, { BASE }, { BASE }, { 0 } },
-    { "base:foo", { NULL }, { NULL }, { 0 } },
-    { "base", { NULL }, { NULL }, { 0 } },
-    { "base:allocation2", { NULL }, { NULL }, { 0 } },
-    { "qemu:", { TUESDAY, MONDAY, MON }, { NULL }, { 0 } },
-    { "qemu:dirty-bitmap:", { TUESDAY, MONDAY, MON }, { NULL }, { 0 } },
-    { MONDAY, { MONDAY }, { MONDAY }, { 3 } },
-    { MON, { MON }, { MON }, { 4 } },
-    { TUESDAY, { TUESDAY }, { TUESDAY }, { 2 } },
-    { "qemu:dirty-bitmap:tue", { NULL }, { NULL }, { 0 } },
-    { "qemu:dirty-bitmap:mondays", { NULL }, { NULL }, { 0 } },
-    { "qemu:dirty-bitmap", { NULL }, { NULL }, { 0 } },
-    { "qemu", { NULL }, { NULL }, { 0 } },
-    { "qemu:allocation-depth", { NULL }, { NULL }, { 0 } },
-    { "qemu:allocation-depth:", { NULL }, { NULL }, { 0 } },
-    { "x-other:thing", { NULL }, { NULL }, { 0 } },
-  };
-  int fd = greeted ();
-
-  (void) state;
-  client_structured (fd);
-  for (size_t i = 0; i < sizeof rows / sizeof rows[0]; ++i) {
-    check_query (fd, NBD_OPT_LIST_META_CONTEXT, LIST (rows[i].query),
-                 rows[i].list, NULL);
-    check_query (fd, NBD_OPT_SET_META_CONTEXT, LIST (rows[i].query),
-                 rows[i].set, rows[i].ids);
-  }
-  check_query (fd, NBD_OPT_LIST_META_CONTEXT, LIST (),
-               LIST (BASE, TUESDAY, MONDAY, MON), NULL);
-  check_query (fd, NBD_OPT_SET_META_CONTEXT, LIST (), LIST (), NULL);
-  /* In the order of ids, whatever the order of queries; no duplicates. */
-  check_query (fd, NBD_OPT_SET_META_CONTEXT,
-               LIST (MON, BASE, "y:", MONDAY, BASE, MON),
-               LIST (BASE, MONDAY, MON), IDS (0, 3, 4));
-  check_query (fd, NBD_OPT_LIST_META_CONTEXT,
-               LIST (MON, "qemu:", "base:", MONDAY, BASE, MON),
-               LIST (BASE, TUESDAY, MONDAY, MON), NULL);
-  finish (fd);
-}
-
-static void
-test_list_without_structured (void **state)
-{
-  int fd = greeted ();
-
-  (void) state;
-  check_query (fd, NBD_OPT_LIST_META_CONTEXT, LIST ("base:"),
-               LIST (BASE), NULL);
-  send_option (fd, NBD_OPT_SET_META_CONTEXT, "\0\0\0\0\0\0\0\0", 8);
-  expect_option_reply (fd, NBD_OPT_SET_META_CONTEXT,
-                       NBD_REP_ERR_INVALID, NULL);
-  finish (fd);
-}
-
-static void
-bad_query (int fd, const void *buf, uint32_t length)
-{
-  send_option (fd, NBD_OPT_SET_META_CONTEXT, buf, length);
-  expect_option_reply (fd, NBD_OPT_SET_META_CONTEXT,
-                       NBD_REP_ERR_INVALID, NULL);
-  send_option (fd, NBD_OPT_LIST_META_CONTEXT, buf, length);
-  expect_option_reply (fd, NBD_OPT_LIST_META_CONTEXT,
-                       NBD_REP_ERR_INVALID, NULL);
-}
-
-static void
-test_queries_malformed (void **state)
-{
-  uint8_t buf[16384] = { 0 };
-  uint32_t n;
-  int fd = greeted ();
-
-  (void) state;
-  client_structured (fd);
-  n = make_context_query (buf, "disk", LIST (BASE, MONDAY));
-  for (uint32_t i = 0; i < n; ++i)
-    bad_query (fd, buf, i);
-  bad_query (fd, buf, n + 1);   /* trailing garbage */
-  bad_query (fd, buf, n + 9);
-  buf[20] = '\0';               /* inside the first query */
-  bad_query (fd, buf, n);
-  buf[5] = '\0';                /* inside the export's name */
-  bad_query (fd, buf, n);
-  memset (buf, 'a', sizeof buf);
-  put_be32 (buf, 4097);
-  bad_query (fd, buf, sizeof buf);
-  put_be32 (buf, 0xfffffff0);
-  bad_query (fd, buf, 100);
-  put_be32 (buf, 0);
-  put_be32 (buf + 4, 0xffffffff); /* that many queries */
-  put_be32 (buf + 8, 0);
-  bad_query (fd, buf, 12);
-  put_be32 (buf + 4, 1);
-  put_be32 (buf + 8, 0xffffffff); /* of that length */
-  bad_query (fd, buf, 100);
-  finish (fd);
-}
-
-static void
-test_long_query_is_skipped (void **state)
-{
-  char *longest = malloc (4098), *too_long = malloc (4098);
-  int fd = greeted ();
-
-  (void) state;
-  memset (longest, 'q', 4098);
-  memset (too_long, 'q', 4098);
-  longest[4096] = '\0';
-  too_long[4097] = '\0';
-  client_structured (fd);
-  check_query (fd, NBD_OPT_SET_META_CONTEXT,
-               LIST (longest, too_long, BASE), LIST (BASE), IDS (0));
-  finish (fd);
-  free (longest);
-  free (too_long);
-}
-
-static void
-test_many_queries (void **state)
-{
-  const uint32_t nr = 500000;
-  uint8_t *buf = calloc (nr + 2, 4);
-  struct option_reply reply;
-  int fd = greeted ();
-
-  (void) state;
-  client_structured (fd);
-  put_be32 (buf + 4, nr);
-  send_option (fd, NBD_OPT_SET_META_CONTEXT, buf, (nr + 2) * 4);
-  expect_option_reply (fd, NBD_OPT_SET_META_CONTEXT, NBD_REP_ACK, &reply);
-  finish (fd);
-  free (buf);
-}
-
-/* Is BLOCK_STATUS possible after this GO? */
-static void
-go_and_try_status (int fd, const char *name, bool possible)
-{
-  struct reply reply;
-
-  client_go (fd, name, NULL);
-  send_request (fd, 0, NBD_CMD_BLOCK_STATUS, 5, 0, 512);
-  recv_reply (fd, &reply, 0);
-  assert_true (reply.structured);
-  assert_int_equal (reply.type, possible ? NBD_REPLY_TYPE_BLOCK_STATUS
-                                         : NBD_REPLY_TYPE_ERROR);
-  if (!possible)
-    assert_int_equal (reply.error, NBD_EINVAL);
-  free (reply.data);
-  close (fd);
-}
-
-static void
-test_set_is_replaced (void **state)
-{
-  uint8_t buf[256];
-  int fd;
-
-  (void) state;
-  fd = greeted ();
-  client_structured (fd);
-  client_set_contexts (fd, LIST (BASE), 1);
-  go_and_try_status (fd, "", true);
-
-  fd = greeted ();
-  client_structured (fd);
-  client_set_contexts (fd, LIST (BASE), 1);
-  client_set_contexts (fd, LIST (), 0);
-  go_and_try_status (fd, "", false);
-
-  /* Even by one that fails. */
-  fd = greeted ();
-  client_structured (fd);
-  client_set_contexts (fd, LIST (BASE), 1);
-  send_option (fd, NBD_OPT_SET_META_CONTEXT, buf,
-               make_context_query (buf, "", LIST (BASE)) - 1);
-  expect_option_reply (fd, NBD_OPT_SET_META_CONTEXT,
-                       NBD_REP_ERR_INVALID, NULL);
-  go_and_try_status (fd, "", false);
-
-  /* LIST and INFO, of whatever export, do not disturb it. */
-  fd = greeted ();
-  client_structured (fd);
-  client_set_contexts (fd, LIST (BASE), 1);
-  check_query (fd, NBD_OPT_LIST_META_CONTEXT, LIST (MON), LIST (MON), NULL);
-  send_option (fd, NBD_OPT_INFO, buf, make_info (buf, "other", 0, NULL));
-  expect_option_reply (fd, NBD_OPT_INFO, NBD_REP_INFO, NULL);
-  expect_option_reply (fd, NBD_OPT_INFO, NBD_REP_INFO, NULL);
-  expect_option_reply (fd, NBD_OPT_INFO, NBD_REP_ACK, NULL);
-  go_and_try_status (fd, "", true);
-
-  /* Selected for "", opened is "other". */
-  fd = greeted ();
-  client_structured (fd);
-  client_set_contexts (fd, LIST (BASE), 1);
-  go_and_try_status (fd, "other", false);
-}
-
 /* A byte at a time, and all at once: how the stream is cut is nothing
  * to the server.
  */
 static void
 test_split_handshake (void **state)
 {
+  const char *const monday[] = { "qemu:dirty-bitmap:monday", NULL };
   uint8_t buf[512], query[128];
   size_t n = 4;
   struct option_reply reply;
@@ -584,7 +354,7 @@ test_split_handshake (void **state)
   } while (0)
   OPTION (NBD_OPT_STRUCTURED_REPLY, query, 0);
   {
-    uint32_t length = make_context_query (query, "", LIST (MONDAY));
+    uint32_t length = make_context_query (query, "", monday);
 
     OPTION (NBD_OPT_SET_META_CONTEXT, query, length);
   }
@@ -635,12 +405,6 @@ main (void)
                                      setup_image_readonly, teardown),
     cmocka_unit_test_setup_teardown (test_block_size_is_clamped,
                                      setup_image_readonly, teardown),
-    TEST (test_queries),
-    TEST (test_list_without_structured),
-    TEST (test_queries_malformed),
-    TEST (test_long_query_is_skipped),
-    TEST (test_many_queries),
-    TEST (test_set_is_replaced),
     TEST (test_split_handshake),
   };
 

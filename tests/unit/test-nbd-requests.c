@@ -418,7 +418,8 @@ test_errors (void **state)
   for (size_t i = 0; i < sizeof rows / sizeof rows[0]; ++i) {
     err = rows[i].err;
     for (size_t t = 0; t < sizeof types / sizeof types[0]; ++t) {
-      send_request (fd, 0, types[t], t, 0, types[t] == NBD_CMD_FLUSH ? 0 : 512);
+      send_request (fd, 0, types[t], t, 0,
+                    types[t] == NBD_CMD_FLUSH ? 0 : 512);
       if (types[t] == NBD_CMD_WRITE)
         send_bytes (fd, buf, 512);
       expect_error (fd, t, rows[i].error);
