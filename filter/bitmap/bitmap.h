@@ -67,11 +67,26 @@ extern const struct bitmap *bitmap_set_exposed (const struct bitmap_set *,
 extern const char *bitmap_name (const struct bitmap *);
 extern uint64_t bitmap_granularity (const struct bitmap *);
 
-/* The longest run of equally dirty or clean bytes at offset, clipped to
- * limit (offset < limit <= the disk's size).  Concurrent marks may or
- * may not be seen.
+/* The runs of equally dirty or clean bytes from offset on, up to max of
+ * them (at least 1), clipped to limit (offset < limit <= the disk's
+ * size): run k ends at guest offset ends[k].  Returns how many there
+ * are; the last of all ends at limit.  *dirty says what the first is;
+ * the next are of the other kind in turn.  Concurrent marks may or may
+ * not be seen.
  */
-extern uint64_t bitmap_run (const struct bitmap *, uint64_t offset,
-                            uint64_t limit, bool *dirty);
+extern size_t bitmap_runs (const struct bitmap *, uint64_t offset,
+                           uint64_t limit, uint64_t *ends, size_t max,
+                           bool *dirty);
+
+/* The length of the first of them. */
+static inline uint64_t
+bitmap_run (const struct bitmap *b, uint64_t offset, uint64_t limit,
+            bool *dirty)
+{
+  uint64_t end;
+
+  bitmap_runs (b, offset, limit, &end, 1, dirty);
+  return end - offset;
+}
 
 #endif /* DIRTY_BITMAP_BITMAP_H */

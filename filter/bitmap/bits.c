@@ -102,31 +102,6 @@ next_populated (const struct bits *bits, uint64_t from)
 }
 
 uint64_t
-bits_next_set (const struct bits *bits, uint64_t from, uint64_t end)
-{
-  uint64_t mask = ~UINT64_C (0) << (from % 64);
-
-  while (from < end) {
-    uint64_t piece = next_populated (bits, from / PIECE_BITS);
-    uint64_t piece_end = (piece + 1) * PIECE_WORDS;
-    uint64_t w = from / 64;
-
-    if (piece != from / PIECE_BITS) {
-      w = piece * PIECE_WORDS;
-      mask = ~UINT64_C (0);
-    }
-    for (; w < piece_end && w * 64 < end; ++w, mask = ~UINT64_C (0)) {
-      uint64_t v = load (&bits->words[w]) & mask;
-
-      if (v != 0)
-        return min_u64 (w * 64 + __builtin_ctzll (v), end);
-    }
-    from = w * 64;
-  }
-  return end;
-}
-
-uint64_t
 bits_next_clear (const struct bits *bits, uint64_t from, uint64_t end)
 {
   uint64_t mask = ~UINT64_C (0) << (from % 64);
@@ -138,6 +113,53 @@ bits_next_clear (const struct bits *bits, uint64_t from, uint64_t end)
       return min_u64 (w * 64 + __builtin_ctzll (v), end);
   }
   return end;
+}
+
+/* The first word at or after w that may have a set bit, where w begins
+ * a piece; else w itself.
+ */
+static inline uint64_t
+skip_clear_pieces (const struct bits *bits, uint64_t w)
+{
+  return w % PIECE_WORDS != 0
+    ? w : next_populated (bits, w / PIECE_WORDS) * PIECE_WORDS;
+}
+
+/* A word is loaded once, and compared with what the run at hand looks
+ * like: the lowest bit in which they differ ends the run.
+ */
+size_t
+bits_runs (const struct bits *bits, uint64_t from, uint64_t end,
+           uint64_t *ends, size_t max, bool *set)
+{
+  uint64_t w = from / 64, v = load (&bits->words[w]);
+  uint64_t mask = ~UINT64_C (0) << (from % 64);
+  uint64_t run = v >> (from % 64) & 1 ? ~UINT64_C (0) : 0;
+  size_t n = 0;
+
+  *set = run != 0;
+  for (;;) {
+    for (uint64_t diff = (v ^ run) & mask; diff != 0;) {
+      const unsigned bit = __builtin_ctzll (diff);
+
+      if (w * 64 + bit >= end)
+        break;
+      ends[n++] = w * 64 + bit;
+      if (n == max)
+        return n;
+      run = ~run;
+      diff = ~diff & (~UINT64_C (0) << bit);
+    }
+    mask = ~UINT64_C (0);
+    w++;
+    if (run == 0)
+      w = skip_clear_pieces (bits, w);
+    if (w * 64 >= end) {
+      ends[n++] = end;
+      return n;
+    }
+    v = load (&bits->words[w]);
+  }
 }
 
 void

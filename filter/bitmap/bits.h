@@ -62,13 +62,19 @@ bits_all_set (const struct bits *bits, uint64_t first, uint64_t last)
  */
 extern bool bits_set_in_piece (struct bits *, uint64_t first, uint64_t last);
 
-/* The first bit at or after from that is set (or clear), or end if
- * there is none before end.
+/* The first bit at or after from that is clear, or end if there is none
+ * before end.
  */
-extern uint64_t bits_next_set (const struct bits *, uint64_t from,
-                               uint64_t end);
 extern uint64_t bits_next_clear (const struct bits *, uint64_t from,
                                  uint64_t end);
+
+/* The runs of equal bits from from on, up to max of them (at least 1):
+ * run k ends before bit ends[k].  Returns how many there are; the last
+ * of all ends at end.  *set says what the bits of the first run are; the
+ * next are of the other kind in turn.  from < end <= nr_bits.
+ */
+extern size_t bits_runs (const struct bits *, uint64_t from, uint64_t end,
+                         uint64_t *ends, size_t max, bool *set);
 
 /* As the image has it: copy words out as little-endian bytes.  The
  * words must lie inside the array.

@@ -319,19 +319,17 @@ bitmap_granularity (const struct bitmap *b)
   return UINT64_C (1) << b->shift;
 }
 
-uint64_t
-bitmap_run (const struct bitmap *b, uint64_t offset, uint64_t limit,
-            bool *dirty)
+size_t
+bitmap_runs (const struct bitmap *b, uint64_t offset, uint64_t limit,
+             uint64_t *ends, size_t max, bool *dirty)
 {
-  uint64_t first = bitmap_first_bit (b, offset);
-  uint64_t end = bitmap_last_bit (b, offset, limit - offset) + 1;
-  uint64_t next;
+  const size_t nr =
+    bits_runs (&b->bits, bitmap_first_bit (b, offset),
+               bitmap_last_bit (b, offset, limit - offset) + 1,
+               ends, max, dirty);
 
-  /* The bit is read once: it may be set in between. */
-  next = bits_next_set (&b->bits, first, end);
-  *dirty = next == first;
-  if (*dirty)
-    next = bits_next_clear (&b->bits, first, end);
-
-  return min_u64 (next << b->shift, limit) - offset;
+  for (size_t i = 0; i < nr; ++i)
+    ends[i] <<= b->shift;
+  ends[nr - 1] = min_u64 (ends[nr - 1], limit);
+  return nr;
 }

@@ -259,10 +259,10 @@ disk_bitmap_granularity (const struct disk *d, size_t i)
   return bitmap_granularity (bitmap_set_exposed (d->bitmaps, i));
 }
 
-uint64_t
-disk_bitmap_run (const struct disk *d, size_t i, uint64_t offset,
-                 uint64_t limit, bool *dirty)
+size_t
+disk_bitmap_runs (const struct disk *d, size_t i, uint64_t offset,
+                  uint64_t limit, uint64_t *ends, size_t max, bool *dirty)
 {
-  return bitmap_run (bitmap_set_exposed (d->bitmaps, i), offset, limit,
-                     dirty);
+  return bitmap_runs (bitmap_set_exposed (d->bitmaps, i), offset, limit,
+                      ends, max, dirty);
 }

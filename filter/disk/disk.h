@@ -104,11 +104,24 @@ extern size_t disk_nr_bitmaps (const struct disk *);
 extern const char *disk_bitmap_name (const struct disk *, size_t i);
 extern uint64_t disk_bitmap_granularity (const struct disk *, size_t i);
 
-/* The run of equally dirty or clean bytes at offset, clipped to limit.
- * Always the longest: the next run, if any, is of the other kind.
+/* The runs of equally dirty or clean bytes from offset on, up to max of
+ * them (at least 1), clipped to limit: run k ends at guest offset
+ * ends[k].  Returns how many there are; the last of all ends at limit.
+ * *dirty says what the first is; the next are of the other kind in turn.
  */
-extern uint64_t disk_bitmap_run (const struct disk *, size_t i,
-                                 uint64_t offset, uint64_t limit,
-                                 bool *dirty);
+extern size_t disk_bitmap_runs (const struct disk *, size_t i,
+                                uint64_t offset, uint64_t limit,
+                                uint64_t *ends, size_t max, bool *dirty);
+
+/* The length of the first of them. */
+static inline uint64_t
+disk_bitmap_run (const struct disk *d, size_t i, uint64_t offset,
+                 uint64_t limit, bool *dirty)
+{
+  uint64_t end;
+
+  disk_bitmap_runs (d, i, offset, limit, &end, 1, dirty);
+  return end - offset;
+}
 
 #endif /* DIRTY_BITMAP_DISK_H */

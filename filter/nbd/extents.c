@@ -149,12 +149,18 @@ static void
 build_bitmap (struct builder *b, struct disk *disk, size_t bitmap,
               uint64_t offset, uint64_t limit, bool req_one)
 {
+  uint64_t ends[256];
+
   do {
     bool dirty;
-    uint64_t n = disk_bitmap_run (disk, bitmap, offset, limit, &dirty);
+    const size_t nr = disk_bitmap_runs (disk, bitmap, offset, limit, ends,
+                                        req_one ? 1 : 256, &dirty);
 
-    add (b, n, dirty ? STATE_DIRTY : 0);
-    offset += n;
+    for (size_t i = 0; i < nr; ++i) {
+      add (b, ends[i] - offset, dirty ? STATE_DIRTY : 0);
+      offset = ends[i];
+      dirty = !dirty;
+    }
   } while (offset < limit && !req_one);
 }
 

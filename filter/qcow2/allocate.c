@@ -312,7 +312,9 @@ grow_table (struct qcow2 *q, uint64_t block_index)
   rc->growing = false;
   if (write_table (q, first) == -1) {
     shrink_table (q, old_entries);
-    give_up_run (q, first, nr);
+    /* If the header may point to it (header.c) it stays as it is. */
+    if (!atomic_load (&q->corrupt))
+      give_up_run (q, first, nr);
     return -1;
   }
 

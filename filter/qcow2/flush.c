@@ -112,7 +112,10 @@ copy_slices (struct qcow2 *q, struct flush *f)
   if (dirty == 0)
     return 0;
   if (f->data == NULL) {
-    f->round = min_u64 (ROUND, dirty);
+    /* A set whole, at least: so each round gets further, however fast
+     * what it has copied is made dirty again.
+     */
+    f->round = min_u64 (ROUND, max_u64 (dirty, L2_WAYS));
     f->data = malloc (f->round * l2_slice_bytes (q));
     if (f->data == NULL) {
       report_error ("malloc: %m");

@@ -475,7 +475,18 @@ header_set_reftable (struct qcow2 *q, uint64_t offset, uint32_t clusters)
   put_be64 (q->hs.cluster + F_REFTABLE_OFFSET, offset);
   put_be32 (q->hs.cluster + F_REFTABLE_CLUSTERS, clusters);
   if (write_header (q, F_REFTABLE_OFFSET, 12) == -1 || barrier (q) == -1) {
+    const int err = errno;
+
+    /* The header on disk may point to either table, and what changes
+     * from now on would be in one of them only.
+     */
     memcpy (q->hs.cluster + F_REFTABLE_OFFSET, old, sizeof old);
+    if (write_header (q, F_REFTABLE_OFFSET, 12) == -1 || barrier (q) == -1) {
+      report_error ("it is unknown which refcount table the image has, "
+                    "and it takes no more writes until it is opened anew");
+      atomic_store (&q->corrupt, true);
+    }
+    errno = err;
     return -1;
   }
   q->header.reftable_offset = offset;

@@ -28,7 +28,10 @@
 
 #include "qcow2/internal.h"
 
-/* Entries looked up at once. */
+/* Entries looked up at once, at first and at most: a run that is short
+ * is not to cost more than it must.
+ */
+#define FIRST_BATCH 4
 #define BATCH 64
 
 static int
@@ -142,12 +145,14 @@ mapping_slice_left (const struct qcow2 *q, uint64_t guest_cluster)
   return in_slice - (guest_cluster & (in_slice - 1));
 }
 
-/* Get up to nr entries.  Where there is no L2 table *uniform is set:
- * *got can be any number, and they all are as the first, 0.
+/* Get up to nr entries, and up to batch.  Where there is no L2 table
+ * *uniform is set: *got can be any number up to nr, and they all are as
+ * the first, 0.
  */
 static int
 get_entries (struct qcow2 *q, uint64_t guest_cluster, uint64_t nr,
-             uint64_t entries[BATCH], uint64_t *got, bool *uniform)
+             unsigned batch, uint64_t entries[BATCH], uint64_t *got,
+             bool *uniform)
 {
   const uint64_t in_l2 = UINT64_C (1) << q->l2_bits;
   const uint64_t l1_entry =
@@ -160,7 +165,7 @@ get_entries (struct qcow2 *q, uint64_t guest_cluster, uint64_t nr,
     *got = min_u64 (nr, in_l2 - (guest_cluster & (in_l2 - 1)));
     return 0;
   }
-  *got = min_u64 (min_u64 (nr, BATCH), mapping_slice_left (q, guest_cluster));
+  *got = min_u64 (min_u64 (nr, batch), mapping_slice_left (q, guest_cluster));
   return l2_get (q, guest_cluster, *got, entries);
 }
 
@@ -192,12 +197,14 @@ lookup (struct qcow2 *q, uint64_t offset, uint64_t count, bool with_host,
   const uint64_t nr = ((offset + count - 1) >> q->cluster_bits) - first + 1;
   const uint64_t in_cluster = offset & (q->cluster_size - 1);
   uint64_t done = 0, got, more, entries[BATCH];
+  unsigned batch = FIRST_BATCH;
   bool uniform;
 
   do {
-    if (get_entries (q, first + done, nr - done, entries, &got,
+    if (get_entries (q, first + done, nr - done, batch, entries, &got,
                      &uniform) == -1)
       return -1;
+    batch = min_u64 (batch * 4, BATCH);
     more = extend_run (q, m, done, entries, got, uniform, with_host);
     done += more;
   } while (more == got && done < nr);

@@ -195,17 +195,25 @@ disk_bitmap_granularity (const struct disk *d, size_t i)
   return d->bitmaps[i].granularity;
 }
 
-uint64_t
-disk_bitmap_run (const struct disk *d, size_t i,
-                 uint64_t offset, uint64_t limit, bool *dirty)
+size_t
+disk_bitmap_runs (const struct disk *d, size_t i, uint64_t offset,
+                  uint64_t limit, uint64_t *ends, size_t max, bool *dirty)
 {
   const struct fake_bitmap *b = &d->bitmaps[i];
-  uint64_t granule = offset / b->granularity, next = granule + 1;
+  uint64_t granule = offset / b->granularity;
+  size_t n = 0;
 
-  while (next * b->granularity < limit && b->dirty[next] == b->dirty[granule])
-    next++;
   *dirty = b->dirty[granule];
-  return min_u64 (next * b->granularity, limit) - offset;
+  do {
+    uint64_t next = granule + 1;
+
+    while (next * b->granularity < limit &&
+           b->dirty[next] == b->dirty[granule])
+      next++;
+    ends[n++] = min_u64 (next * b->granularity, limit);
+    granule = next;
+  } while (n < max && granule * b->granularity < limit);
+  return n;
 }
 
 /* Protects what follows. */

@@ -48,6 +48,27 @@ model_next (const uint8_t *model, uint64_t from, uint64_t end, int value)
   return from;
 }
 
+/* Walk [from, end) by up to max runs at a time. */
+static void
+compare_runs (struct bits *bits, const uint8_t *model, uint64_t from,
+              uint64_t end, size_t max)
+{
+  uint64_t ends[8];
+
+  while (from < end) {
+    bool set;
+    const size_t nr = bits_runs (bits, from, end, ends, max, &set);
+
+    assert_in_range (nr, 1, max);
+    for (size_t i = 0; i < nr; ++i, set = !set) {
+      assert_int_equal (set, model[from]);
+      assert_int_equal (ends[i], model_next (model, from, end, !model[from]));
+      from = ends[i];
+    }
+    assert_true (nr == max || from == end);
+  }
+}
+
 static void
 compare (struct bits *bits, const uint8_t *model, uint64_t n, uint64_t *seed)
 {
@@ -55,12 +76,12 @@ compare (struct bits *bits, const uint8_t *model, uint64_t n, uint64_t *seed)
     uint64_t from = random_next (seed) % n;
     uint64_t end = from + 1 + random_next (seed) % (n - from);
 
-    assert_int_equal (bits_next_set (bits, from, end),
-                      model_next (model, from, end, 1));
     assert_int_equal (bits_next_clear (bits, from, end),
                       model_next (model, from, end, 0));
     assert_int_equal (bits_all_set (bits, from, end - 1),
                       model_next (model, from, end, 0) == end);
+    if (i < 20)
+      compare_runs (bits, model, from, end, 1 + random_next (seed) % 8);
   }
 }
 
@@ -111,11 +132,14 @@ test_load (void **state)
   memset (p + 512, 0xff, 512);
   bits_loaded (&bits, 0, 1024);
 
-  assert_int_equal (bits_next_set (&bits, 0, 4166), 0);
+  const uint64_t want[] = { 1, 2, 3, 15, 16, 4096, 4166 };
+  uint64_t ends[8];
+  bool set;
+
+  assert_int_equal (bits_runs (&bits, 0, 4166, ends, 8, &set), 7);
+  assert_true (set);
+  assert_memory_equal (ends, want, sizeof want);
   assert_int_equal (bits_next_clear (&bits, 0, 4166), 1);
-  assert_int_equal (bits_next_set (&bits, 1, 4166), 2);
-  assert_int_equal (bits_next_set (&bits, 3, 4166), 15);
-  assert_int_equal (bits_next_set (&bits, 16, 4166), 4096);
   assert_int_equal (bits_next_clear (&bits, 4096, 4166), 4166);
 
   bits_copy_out (&bits, out, PIECE_WORDS, PIECE_WORDS);
@@ -190,6 +214,8 @@ test_sparse_is_fast (void **state)
   const uint64_t n = UINT64_C (1) << 24;
   struct timespec before, after;
   struct bits bits;
+  uint64_t ends[2];
+  bool set = true;
   double ms;
 
   (void) state;
@@ -197,7 +223,9 @@ test_sparse_is_fast (void **state)
   bits_set_in_piece (&bits, n - 1, n - 1);
   clock_gettime (CLOCK_MONOTONIC, &before);
   for (unsigned i = 0; i < 100; ++i)
-    assert_int_equal (bits_next_set (&bits, 0, n), n - 1);
+    assert_int_equal (bits_runs (&bits, 0, n, ends, 2, &set), 2);
+  assert_false (set);
+  assert_int_equal (ends[0], n - 1);
   clock_gettime (CLOCK_MONOTONIC, &after);
   ms = (after.tv_sec - before.tv_sec) * 1e3 +
     (after.tv_nsec - before.tv_nsec) / 1e6;
