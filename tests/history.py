@@ -65,6 +65,14 @@ class History:
                                            op.places[sector])
         self.changed.update(op.sectors)
 
+    def failed(self, op):
+        """It may have been done or not, sector by sector."""
+        for sector in op.sectors:
+            self.busy.discard(sector)
+            place = op.places[sector]
+            past = self.past[sector]
+            past[place] = past[place] | past[place - 1]
+
     def flush_issued(self):
         return dict(self.acked)
 

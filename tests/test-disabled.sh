@@ -29,7 +29,8 @@ serve disk.qcow2
 shell 'h.pwrite(b"x" * (4 << 20), 2 << 20)' 'h.zero(1 << 20, 10 << 20)' \
       'h.flush()' 'h.pwrite(b"y", 0)'
 same on "0 65536
-1048576 5242880
+1048576 65536
+2097152 4194304
 10485760 1048576" "$(dirty on)"
 same off "1048576 65536" "$(dirty off)"
 same "its bytes while served" "$before" "$(bytes)"

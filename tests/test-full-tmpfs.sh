@@ -18,7 +18,7 @@ qemu-img create -q -f qcow2 fs/disk.qcow2 1G
 qemu-img bitmap --add -g 512 fs/disk.qcow2 b
 nbdkit -f -U "$sock" -P "$d/pid" --filter="$FILTER" file fs/disk.qcow2 2>"$log" &
 server=$!
-trap 'kill -9 $server 2>/dev/null' EXIT
+trap 'kill -9 $server 2>/dev/null || :' EXIT
 for i in $(seq 500); do [ -s "$d/pid" ] && break; sleep 0.02; done
 /usr/bin/python3 -m nbd -u "$uri" -c '
 import os

@@ -34,8 +34,8 @@ for parameter in dirty-bitmap-granularity=64k dirty-bitmap-cache-size=8M \
                  dirty-bitmap-server=auto dirty-bitmap-listen=x; do
   no "${parameter%=*}" dirty-bitmap=b "$parameter" "$parameter"
 done
-no name dirty-bitmap=
-no 'expose|name' dirty-bitmap-expose=
+no 'name|empty' dirty-bitmap=
+no 'expose.*empty|name' dirty-bitmap-expose=
 no dirty-bitmap-nonsense dirty-bitmap-nonsense=1
 same "the file" "$before" "$(checksum disk.qcow2)"
 

@@ -62,7 +62,8 @@ try ()
   same flags auto "$(bitmap_flags disk.qcow2 b)"
   same "QEMU's map" "1048576 131072
 5242880 65536
-6291456 131072
+6291456 65536
+7340032 65536
 8388608 65536" "$(qemu_dirty disk.qcow2 b)"
 }
 
