@@ -47,6 +47,9 @@ replace_entries (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
 {
   if (memcmp (old, new, nr * sizeof old[0]) == 0)
     return 0;
+  for (unsigned i = 0; i < nr; ++i)
+    if (release_check_entry (q, old[i]) == -1)
+      return -1;
   if (mapping_set (q, guest_cluster, nr, new) == -1)
     return -1;
   for (unsigned i = 0; i < nr; ++i)

@@ -229,6 +229,16 @@ flushed_since (const struct qcow2 *q, unsigned long number, bool with_hooks)
     (!with_hooks && q->flush_succeeded[0] > number);
 }
 
+static int
+flush_since (struct qcow2 *q, const struct qcow2_flush_hooks *hooks,
+             unsigned long number)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->flush_lock);
+  if (flushed_since (q, number, hooks != NULL))
+    return 0;
+  return flush (q, hooks);
+}
+
 int
 qcow2_flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
 {
@@ -236,10 +246,13 @@ qcow2_flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
 
   if (q->readonly)
     return 0;
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->flush_lock);
-  if (flushed_since (q, number, hooks != NULL))
+  if (flush_since (q, hooks, number) == 0)
     return 0;
-  return flush (q, hooks);
+  /* A hook needs space, which only a flush can bring home. */
+  if (errno != ENOSPC || hooks == NULL || release_is_empty (q) ||
+      qcow2_reclaim (q) == -1)
+    return -1;
+  return flush_since (q, hooks, number);
 }
 
 int
@@ -293,8 +306,13 @@ qcow2_stop (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->flush_lock);
   /* Freeing clusters changes refcounts, which are flushed again. */
   do {
-    if (flush (q, hooks) == -1)
-      return -1;
+    if (flush (q, hooks) == -1) {
+      if (errno != ENOSPC || release_is_empty (q) || flush (q, NULL) == -1)
+        return -1;
+      release_retire (q, true);
+      if (flush (q, hooks) == -1)
+        return -1;
+    }
     release_retire (q, true);
   } while (!all_clean (q));
 

@@ -276,6 +276,10 @@ extern int allocate_used_end (struct qcow2 *, uint64_t *end);
 
 /* release.c */
 extern void release_clusters (struct qcow2 *, uint64_t cluster, uint64_t nr);
+/* Before an L2 entry is replaced: -1 with EIO if what it refers to can
+ * not be guest data.
+ */
+extern int release_check_entry (struct qcow2 *, uint64_t entry);
 /* The reference of an L2 entry is gone. */
 extern void release_entry (struct qcow2 *, uint64_t entry);
 extern void release_flush_begins (struct qcow2 *);

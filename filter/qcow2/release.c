@@ -105,6 +105,26 @@ release_clusters (struct qcow2 *q, uint64_t cluster, uint64_t nr)
   atomic_fetch_add (&q->pending_clusters, nr);
 }
 
+/* What is released is punched, so it had better be guest data. */
+int
+release_check_entry (struct qcow2 *q, uint64_t entry)
+{
+  uint64_t host = entry & ENTRY_OFFSET_MASK, bytes = q->cluster_size;
+
+  if (entry & OFLAG_COMPRESSED)
+    compressed_location (q, entry, &host, &bytes);
+  else if (host == 0)
+    return 0;
+  else if (host % q->cluster_size != 0) {
+    report_error ("the L2 entry %#" PRIx64 " is invalid: the image is corrupt "
+                  "and takes no more writes", entry);
+    header_set_corrupt (q);
+    errno = EIO;
+    return -1;
+  }
+  return registry_check (q, QCOW2_DATA, host, bytes);
+}
+
 void
 release_entry (struct qcow2 *q, uint64_t entry)
 {

@@ -147,6 +147,9 @@ publish (struct qcow2 *q, const struct new_clusters *new)
   uint64_t entries[MAX_ENTRIES];
 
   for (uint64_t i = 0; i < new->nr; ++i)
+    if (release_check_entry (q, new->old[i]) == -1)
+      return -1;
+  for (uint64_t i = 0; i < new->nr; ++i)
     entries[i] = (new->host + (i << q->cluster_bits)) | OFLAG_COPIED;
   if (mapping_set (q, new->guest_cluster, new->nr, entries) == -1)
     return -1;
