@@ -11,10 +11,12 @@
  * opened and were never used since, so they read as zeroes.
  *
  * A cluster whose refcount block does not exist is free, but the block
- * has to be made before the cluster can be taken.  A new block goes to
- * the first cluster of the run that asks for it, which is then one
- * cluster later: so a block either counts itself, or stands in a part
- * that is counted already.  A new refcount table is made in the same
+ * has to be made before the cluster can be taken.  A run that need not
+ * be longer ends where the block is missing, and the next one begins
+ * with the new block, which so counts itself.  Only where a long run is
+ * asked for a block goes to its first cluster, and the run is one cluster
+ * later: then it may be counted by another new block, made before it
+ * (refcount.c writes their table entries in that order).  A new table is made in the same
  * way: the table in RAM is made larger first, so that blocks for the
  * clusters of the new table itself can be noted in it; then blocks,
  * then table, barrier, header, barrier.  If that fails the old table,
@@ -152,6 +154,11 @@ find_run (struct qcow2 *q, uint64_t min, uint64_t max, uint64_t *cluster,
         break;
     if (block > last)
       return 0;
+    const uint64_t counted = (block << q->rc.block_entries_bits) - *cluster;
+    if ((block << q->rc.block_entries_bits) > *cluster && counted >= min) {
+      *length = counted;
+      return 0;
+    }
     if (block >= q->rc.table_entries) {
       if (grow_table (q, block) == -1)
         return -1;

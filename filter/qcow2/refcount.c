@@ -479,28 +479,62 @@ flush_slices (struct qcow2 *q)
   return 0;
 }
 
-/* Write the first nr dirty entries of the refcount table.  If the table
+static int
+write_table_entry (struct qcow2 *q, uint64_t index)
+{
+  const uint64_t offset = q->rc.table_offset + index * 8;
+  uint64_t entry;
+
+  put_be64 (&entry, q->rc.table[index]);
+  if (registry_check (q, QCOW2_REFCOUNT_TABLE, offset, 8) == -1)
+    return -1;
+  if (container_pwrite (q->container, &entry, 8, offset) == -1) {
+    report_error ("cannot write the refcount table: %m");
+    return -1;
+  }
+  return 0;
+}
+
+/* Is the block of dirty entry i counted by a block of one of the entries
+ * [first, i)?  A block is made after the one that counts it.
+ */
+static bool
+is_counted_by_one_of (const struct qcow2 *q, size_t first, size_t i)
+{
+  const struct refcounts *rc = &q->rc;
+  const uint64_t index = rc->dirty_table[i];
+  const uint64_t counter =
+    rc->table[index] >> q->cluster_bits >> rc->block_entries_bits;
+
+  if (counter == index)
+    return false;
+  for (; first < i; ++first)
+    if (rc->dirty_table[first] == counter)
+      return true;
+  return false;
+}
+
+/* Write the first nr dirty entries of the refcount table, with a barrier
+ * before one whose block is counted by another new block.  If the table
  * has been replaced in the meantime they are in the new one, durably.
  */
 static int
 flush_table (struct qcow2 *q, size_t nr, unsigned long tables)
 {
   struct refcounts *rc = &q->rc;
+  size_t since_barrier = 0;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
   if (rc->tables != tables)
     return 0;
   for (size_t i = 0; i < nr; ++i) {
-    const uint64_t offset = rc->table_offset + rc->dirty_table[i] * 8;
-    uint64_t entry;
-
-    put_be64 (&entry, rc->table[rc->dirty_table[i]]);
-    if (registry_check (q, QCOW2_REFCOUNT_TABLE, offset, 8) == -1)
-      return -1;
-    if (container_pwrite (q->container, &entry, 8, offset) == -1) {
-      report_error ("cannot write the refcount table: %m");
-      return -1;
+    if (is_counted_by_one_of (q, since_barrier, i)) {
+      if (qcow2_barrier (q) == -1)
+        return -1;
+      since_barrier = i;
     }
+    if (write_table_entry (q, rc->dirty_table[i]) == -1)
+      return -1;
   }
   rc->nr_dirty_table -= nr;
   memmove (rc->dirty_table, rc->dirty_table + nr,
@@ -524,9 +558,5 @@ refcounts_flush (struct qcow2 *q)
     return -1;
   if (nr == 0)
     return 0;
-  if (container_flush (q->container) == -1) {
-    report_error ("cannot flush the image: %m");
-    return -1;
-  }
-  return flush_table (q, nr, tables);
+  return qcow2_barrier (q) == -1 ? -1 : flush_table (q, nr, tables);
 }
