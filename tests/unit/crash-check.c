@@ -1,0 +1,379 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* The rules are those that qemu-img check judges by, with its errors
+ * (but not its leaks) as errors here: walk everything that the header
+ * leads to and count a reference for each cluster found; then hold the
+ * counts against the refcounts.
+ *
+ *   - all that is referred to begins before the end of the file
+ *   - no cluster is referred to twice
+ *   - no refcount is less than the references, and that of a refcount
+ *     block is 1
+ *   - an L1 or L2 entry has COPIED exactly if the refcount is 1
+ *   - reserved bits are 0, offsets are aligned
+ *   - bitmaps, if the autoclear bit says that they are valid, are well
+ *     formed, and no bit beyond the end of the disk is set
+ */
+
+#include <config.h>
+
+#include <inttypes.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "common/bytes.h"
+#include "crash-check.h"
+
+#define COPIED (UINT64_C (1) << 63)
+#define OFFSET_MASK UINT64_C (0x00fffffffffffe00)
+#define BITMAPS_MAGIC 0x23852875U
+
+static bool wrong (struct checked *k, const char *fmt, ...)
+  __attribute__ ((format (printf, 2, 3)));
+
+static bool
+wrong (struct checked *k, const char *fmt, ...)
+{
+  va_list args;
+
+  va_start (args, fmt);
+  vsnprintf (k->error, sizeof k->error, fmt, args);
+  va_end (args);
+  return false;
+}
+
+/* Bytes of the image, or NULL if not all of them are there. */
+static const uint8_t *
+at (const struct checked *k, uint64_t offset, uint64_t count)
+{
+  return range_exceeds (offset, count, k->image->room)
+    ? NULL : k->image->bytes + offset;
+}
+
+static bool
+refer (struct checked *k, const char *what, uint64_t offset, uint64_t bytes)
+{
+  const uint64_t cluster_size = UINT64_C (1) << k->cluster_bits;
+
+  if (offset == 0 || offset % cluster_size != 0)
+    return wrong (k, "%s at %#" PRIx64 " is not aligned", what, offset);
+  for (uint64_t c = offset; c < offset + bytes; c += cluster_size) {
+    if (c >= k->image->size)
+      return wrong (k, "%s at %#" PRIx64 " is beyond the end, %#" PRIx64,
+                    what, c, k->image->size);
+    if (k->references[c >> k->cluster_bits]++ != 0)
+      return wrong (k, "%s at %#" PRIx64 " is used for something else, too",
+                    what, c);
+  }
+  return true;
+}
+
+static uint64_t
+refcount (const struct checked *k, uint64_t cluster)
+{
+  const unsigned order = k->refcount_order;
+  const unsigned block_bits = k->cluster_bits + 3 - order;
+  const uint8_t *header = k->image->bytes;
+  const uint64_t entries = get_be32 (header + 56) << (k->cluster_bits - 3);
+  const uint64_t in_block = cluster & ((UINT64_C (1) << block_bits) - 1);
+  uint64_t block;
+
+  if (cluster >> block_bits >= entries)
+    return 0;
+  block = get_be64 (header + get_be64 (header + 48)
+                    + 8 * (cluster >> block_bits)) & OFFSET_MASK;
+  if (block == 0)
+    return 0;
+  switch (order) {
+  case 4: return get_be16 (header + block + 2 * in_block);
+  case 5: return get_be32 (header + block + 4 * in_block);
+  case 6: return get_be64 (header + block + 8 * in_block);
+  default:
+    return header[block + (in_block << order) / 8]
+      >> (in_block << order) % 8 & ((1U << (1U << order)) - 1);
+  }
+}
+
+static bool
+walk_refcounts (struct checked *k)
+{
+  const uint8_t *header = k->image->bytes;
+  const uint64_t cluster_size = UINT64_C (1) << k->cluster_bits;
+  const uint64_t table = get_be64 (header + 48);
+  const uint64_t bytes = get_be32 (header + 56) * cluster_size;
+
+  if (!refer (k, "the refcount table", table, bytes))
+    return false;
+  for (uint64_t i = 0; i < bytes; i += 8) {
+    const uint64_t entry = get_be64 (header + table + i);
+
+    if (entry != 0 && (entry & ~OFFSET_MASK) != 0)
+      return wrong (k, "refcount table entry %#" PRIx64, entry);
+    if (entry != 0 && !refer (k, "a refcount block", entry, cluster_size))
+      return false;
+  }
+  return true;
+}
+
+static bool
+check_copied (struct checked *k, const char *what, uint64_t entry)
+{
+  const uint64_t offset = entry & OFFSET_MASK;
+  const bool alone = refcount (k, offset >> k->cluster_bits) == 1;
+
+  if (alone != ((entry & COPIED) != 0))
+    return wrong (k, "%s %#" PRIx64 " is wrong about being copied",
+                  what, entry);
+  return true;
+}
+
+static bool
+walk_l2 (struct checked *k, uint64_t table)
+{
+  const uint64_t cluster_size = UINT64_C (1) << k->cluster_bits;
+
+  for (uint64_t i = 0; i < cluster_size; i += 8) {
+    const uint64_t entry = get_be64 (k->image->bytes + table + i);
+
+    if ((entry & UINT64_C (0x7f000000000001fe)) != 0)
+      return wrong (k, "L2 entry %#" PRIx64, entry);
+    if ((entry & OFFSET_MASK) == 0)
+      continue;
+    if (!refer (k, "a data cluster", entry & OFFSET_MASK, cluster_size) ||
+        !check_copied (k, "L2 entry", entry))
+      return false;
+  }
+  return true;
+}
+
+static bool
+walk_l1 (struct checked *k)
+{
+  if (!refer (k, "the L1 table", k->l1_offset, 8 * k->l1_entries))
+    return false;
+  for (uint64_t i = 0; i < k->l1_entries; ++i) {
+    const uint64_t entry = get_be64 (k->image->bytes + k->l1_offset + 8 * i);
+
+    if ((entry & ~(COPIED | OFFSET_MASK)) != 0)
+      return wrong (k, "L1 entry %#" PRIx64, entry);
+    if (entry == 0)
+      continue;
+    if (!refer (k, "an L2 table", entry & OFFSET_MASK,
+                UINT64_C (1) << k->cluster_bits) ||
+        !check_copied (k, "L1 entry", entry) ||
+        !walk_l2 (k, entry & OFFSET_MASK))
+      return false;
+  }
+  return true;
+}
+
+/* Read the bits of one bitmap. */
+static bool
+walk_table (struct checked *k, struct checked_bitmap *b, uint64_t table,
+            uint32_t entries)
+{
+  const uint64_t cluster_size = UINT64_C (1) << k->cluster_bits;
+  const uint64_t bytes = div_round_up (b->nr_bits, 8);
+
+  if (entries != div_round_up (bytes, cluster_size))
+    return wrong (k, "bitmap %s has %" PRIu32 " entries", b->name, entries);
+  if (!refer (k, "a bitmap table", table, 8 * (uint64_t) entries))
+    return false;
+  b->bits = calloc (entries, cluster_size);
+  assert_non_null (b->bits);
+  for (uint64_t i = 0; i < entries; ++i) {
+    const uint64_t entry = get_be64 (k->image->bytes + table + 8 * i);
+
+    if (entry == 1)
+      memset (b->bits + i * cluster_size, 0xff, cluster_size);
+    else if (entry != 0) {
+      if (!refer (k, "a cluster of bits", entry, cluster_size))
+        return false;
+      memcpy (b->bits + i * cluster_size, k->image->bytes + entry,
+              cluster_size);
+    }
+  }
+  if (b->nr_bits % 8 != 0 && b->bits[bytes - 1] >> b->nr_bits % 8 != 0)
+    return wrong (k, "bitmap %s: a bit beyond the end is set", b->name);
+  for (uint64_t i = bytes; i < entries * cluster_size; ++i)
+    if (b->bits[i] != 0)
+      return wrong (k, "bitmap %s: a byte beyond the end is set", b->name);
+  return true;
+}
+
+static bool
+walk_entry (struct checked *k, const uint8_t *p, size_t *entry_bytes)
+{
+  struct checked_bitmap *b = &k->bitmaps[k->nr_bitmaps];
+  const uint16_t name_bytes = get_be16 (p + 18);
+
+  if (k->nr_bitmaps == CHECKED_MAX_BITMAPS || p[16] != 1 ||
+      get_be32 (p + 20) != 0 || name_bytes == 0 ||
+      name_bytes >= sizeof b->name || p[17] < 9 || p[17] > 31)
+    return wrong (k, "directory entry %zu is invalid", k->nr_bitmaps);
+  k->nr_bitmaps++;
+  memset (b, 0, sizeof *b);
+  memcpy (b->name, p + 24, name_bytes);
+  b->flags = get_be32 (p + 12);
+  b->granularity_bits = p[17];
+  b->nr_bits = div_round_up (k->disk_size,
+                             UINT64_C (1) << b->granularity_bits);
+  if ((b->flags & ~3U) != 0)
+    return wrong (k, "bitmap %s has flags %#" PRIx32, b->name, b->flags);
+  *entry_bytes = round_up (24 + name_bytes, 8);
+  return walk_table (k, b, get_be64 (p), get_be32 (p + 8));
+}
+
+static bool
+walk_directory (struct checked *k, const uint8_t *extension)
+{
+  const uint32_t nr = get_be32 (extension);
+  const uint64_t bytes = get_be64 (extension + 8);
+  const uint64_t offset = get_be64 (extension + 16);
+  uint64_t done = 0;
+
+  if (nr == 0 || get_be32 (extension + 4) != 0)
+    return wrong (k, "the bitmaps extension is invalid");
+  if (!refer (k, "the bitmap directory", offset, bytes))
+    return false;
+  while (done < bytes) {
+    size_t entry_bytes = 0;
+
+    if (!walk_entry (k, k->image->bytes + offset + done, &entry_bytes))
+      return false;
+    done += entry_bytes;
+  }
+  if (done != bytes || k->nr_bitmaps != nr)
+    return wrong (k, "the bitmap directory does not add up");
+  return true;
+}
+
+static bool
+walk_extensions (struct checked *k)
+{
+  const uint8_t *header = k->image->bytes;
+  uint64_t pos = get_be32 (header + 100);
+
+  k->trusted = get_be64 (header + 88) & 1;
+  while (pos + 8 <= UINT64_C (1) << k->cluster_bits) {
+    const uint32_t magic = get_be32 (header + pos);
+    const uint32_t bytes = get_be32 (header + pos + 4);
+
+    if (magic == 0)
+      break;
+    if (magic == BITMAPS_MAGIC && k->trusted) {
+      if (bytes != 24)
+        return wrong (k, "the bitmaps extension has %" PRIu32 " bytes", bytes);
+      return walk_directory (k, header + pos + 8);
+    }
+    pos += 8 + round_up (bytes, 8);
+  }
+  return k->trusted
+    ? wrong (k, "the autoclear bit is set but there are no bitmaps") : true;
+}
+
+static bool
+read_header (struct checked *k)
+{
+  const uint8_t *p = k->image->bytes;
+  uint64_t tables;
+
+  if (get_be32 (p) != 0x514649fb || get_be32 (p + 4) != 3 ||
+      get_be64 (p + 8) != 0 || get_be32 (p + 60) != 0 ||
+      get_be64 (p + 72) != 0)
+    return wrong (k, "the header is not what it was");
+  k->cluster_bits = get_be32 (p + 20);
+  k->disk_size = get_be64 (p + 24);
+  k->l1_entries = get_be32 (p + 36);
+  k->l1_offset = get_be64 (p + 40);
+  k->refcount_order = get_be32 (p + 96);
+  tables = get_be32 (p + 56) * (UINT64_C (1) << k->cluster_bits);
+  if (at (k, k->l1_offset, 8 * k->l1_entries) == NULL ||
+      at (k, get_be64 (p + 48), tables) == NULL)
+    return wrong (k, "the header leads nowhere");
+  return true;
+}
+
+static bool
+compare_refcounts (struct checked *k)
+{
+  const uint64_t nr = k->image->room >> k->cluster_bits;
+  const uint8_t *header = k->image->bytes;
+  const uint64_t table = get_be64 (header + 48);
+  const uint64_t entries = get_be32 (header + 56) << (k->cluster_bits - 3);
+
+  for (uint64_t c = 0; c < nr; ++c) {
+    const uint64_t count = refcount (k, c);
+
+    if (count < k->references[c])
+      return wrong (k, "cluster %#" PRIx64 " has the refcount %" PRIu64
+                    " and is used", c << k->cluster_bits, count);
+    k->nr_leaked += count > k->references[c];
+  }
+  for (uint64_t i = 0; i < entries; ++i) {
+    const uint64_t block = get_be64 (header + table + 8 * i);
+
+    if (block != 0 && refcount (k, block >> k->cluster_bits) != 1)
+      return wrong (k, "a refcount block counts itself %" PRIu64 " times",
+                    refcount (k, block >> k->cluster_bits));
+  }
+  return true;
+}
+
+bool
+check_image (struct checked *k, const struct crash_image *image)
+{
+  memset (k, 0, sizeof *k);
+  k->image = image;
+  if (!read_header (k))
+    return false;
+  k->references = calloc ((image->room >> k->cluster_bits) + 1, 1);
+  assert_non_null (k->references);
+  k->references[0] = 1;
+  return walk_refcounts (k) && walk_l1 (k) && walk_extensions (k) &&
+    compare_refcounts (k);
+}
+
+void
+checked_free (struct checked *k)
+{
+  for (size_t i = 0; i < CHECKED_MAX_BITMAPS; ++i)
+    free (k->bitmaps[i].bits);
+  free (k->references);
+}
+
+struct checked_bitmap *
+checked_find (struct checked *k, const char *name)
+{
+  for (size_t i = 0; i < k->nr_bitmaps; ++i)
+    if (strcmp (k->bitmaps[i].name, name) == 0)
+      return &k->bitmaps[i];
+  return NULL;
+}
+
+const uint8_t *
+checked_cluster (const struct checked *k, uint64_t guest_cluster)
+{
+  const unsigned l2_bits = k->cluster_bits - 3;
+  const uint64_t in_l2 = guest_cluster & ((UINT64_C (1) << l2_bits) - 1);
+  const uint8_t *p = k->image->bytes;
+  const uint64_t table =
+    get_be64 (p + k->l1_offset + 8 * (guest_cluster >> l2_bits))
+    & OFFSET_MASK;
+  uint64_t entry;
+
+  if (table == 0)
+    return NULL;
+  entry = get_be64 (p + table + 8 * in_l2);
+  if ((entry & 1) != 0 || (entry & OFFSET_MASK) == 0)
+    return NULL;
+  return p + (entry & OFFSET_MASK);
+}

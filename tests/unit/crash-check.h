@@ -1,0 +1,55 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_TEST_CRASH_CHECK_H
+#define DIRTY_BITMAP_TEST_CRASH_CHECK_H
+
+/* A reader and checker of qcow2 images, flat in memory, that has nothing
+ * in common with the code under test.  It knows what the tests make:
+ * version 2 and 3, without snapshots, backing files and compression.
+ */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "crash-container.h"
+
+#define CHECKED_MAX_BITMAPS 8
+
+struct checked_bitmap {
+  char name[32];
+  uint32_t flags;               /* 1 in use, 2 records */
+  unsigned granularity_bits;
+  uint64_t nr_bits;
+  uint8_t *bits;                /* as in the image, room for nr_bits */
+};
+
+struct checked {
+  const struct crash_image *image;
+  unsigned cluster_bits, refcount_order;
+  uint64_t disk_size;
+  uint64_t l1_offset, l1_entries;
+  bool trusted;                 /* the autoclear bit of the bitmaps */
+  struct checked_bitmap bitmaps[CHECKED_MAX_BITMAPS];
+  size_t nr_bitmaps;            /* 0 if they are not trusted */
+  uint64_t nr_leaked;           /* clusters */
+  uint8_t *references;          /* a counter a cluster */
+  char error[256];              /* what is wrong, or empty */
+};
+
+/* Check the image; false, and an error, if it is not sound.  Leaked
+ * clusters are sound.  The result refers to the image.
+ */
+extern bool check_image (struct checked *, const struct crash_image *);
+extern void checked_free (struct checked *);
+extern struct checked_bitmap *checked_find (struct checked *,
+                                            const char *name);
+
+/* The bytes of a guest cluster, NULL if it reads as zeroes. */
+extern const uint8_t *checked_cluster (const struct checked *,
+                                       uint64_t guest_cluster);
+
+#endif /* DIRTY_BITMAP_TEST_CRASH_CHECK_H */

@@ -1,0 +1,75 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_TEST_CRASH_UNIVERSE_H
+#define DIRTY_BITMAP_TEST_CRASH_UNIVERSE_H
+
+/* A universe: an image of some kind, and a random workload on it. */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "crash-check.h"
+#include "crash-container.h"
+#include "crash-model.h"
+
+struct disk;
+
+/* A kind of image. */
+struct kind {
+  const char *options;
+  uint64_t disk_mib;
+  uint64_t room_mib;            /* that the image can grow to */
+  bool bare;                    /* it has no bitmaps */
+  unsigned pad;                 /* bytes of a header extension nobody knows,
+                                   by which the next crosses a sector */
+  uint64_t filler_kib;          /* data at the end of the disk, so that
+                                   refcounts run out soon */
+  struct model_windows windows;
+  struct crash_image image;
+  struct crash_image left;      /* by a crash, size 0 if none was yet */
+};
+
+/* The kinds that there are, once they are made. */
+extern struct kind kinds[];
+extern const size_t nr_kinds;
+extern void make_kinds (void);
+extern void free_kinds (void);
+
+struct universe {
+  struct kind *kind;
+  uint64_t seed;                /* it has */
+  uint64_t number;              /* the seed it began with */
+  struct crash_log *log;
+  struct model *model;
+  struct disk *disk;
+  unsigned nr_threads;
+  unsigned nr_requests;         /* by each thread */
+  uint64_t unit;                /* how threads share a window, bytes */
+  bool may_fail;
+  bool stopped;                 /* cleanly, at the end */
+  bool leaks;                   /* there were some in the beginning */
+};
+
+/* Say what is wrong, and exit: fail_msg is for the first thread only. */
+extern void give_up (const struct universe *, const char *fmt, ...)
+  __attribute__ ((format (printf, 2, 3), noreturn));
+
+/* A random number. */
+extern uint64_t any (uint64_t *seed, uint64_t below);
+
+/* Open the disk, run all requests, and stop or just close it.  If create
+ * is not NULL it is a bitmap to be created.
+ */
+extern void run_workload (struct universe *, const char *create);
+
+/* Compare the windows as the disk serves them with the image, or, if
+ * that is NULL, with the model.
+ */
+extern void compare_served (const struct universe *, struct disk *,
+                            const struct checked *);
+
+#endif /* DIRTY_BITMAP_TEST_CRASH_UNIVERSE_H */

@@ -1,0 +1,347 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* Crashes.
+ *
+ * A universe is an image, a random workload on the disk that it holds,
+ * by one thread or several, perhaps with faults from below or too little
+ * space, and the log of all that this did to the container.  From the
+ * log come the states in which a crash may leave the image, at random
+ * points.  Each must be sound (I1), hold the data that it must (I2), and
+ * have bitmaps that are marked or know all changes (I3); the disk must
+ * open and serve it.  A universe may begin with what a crash left of
+ * another.
+ *
+ * CRASH_SEED is the seed, CRASH_STATES how many states to look at.  What
+ * fails says the seed of its universe, to be given as CRASH_UNIVERSE
+ * (unless it began with what was left of another: then give CRASH_SEED).
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <inttypes.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "common/bytes.h"
+#include "common/report.h"
+#include "container/container.h"
+#include "crash-universe.h"
+#include "disk/disk.h"
+#include "image.h"
+
+#define STATES_PER_UNIVERSE 120
+
+static uint64_t first_seed = 1, nr_states = 8000, only_universe;
+static uint64_t nr_checked_states, nr_opened, nr_by_qemu;
+
+static void
+quiet (enum report_level level, const char *fmt, va_list args)
+{
+  if (getenv ("VERBOSE") != NULL) {
+    fprintf (stderr, "%d: ", level);
+    vfprintf (stderr, fmt, args);
+    fputc ('\n', stderr);
+  }
+}
+
+/* The dirty extents of what is offered are those of the image. */
+static void
+compare_bitmaps (const struct universe *u, struct disk *d, struct checked *k)
+{
+  for (size_t i = 0; i < disk_nr_bitmaps (d); ++i) {
+    const struct checked_bitmap *b = checked_find (k, disk_bitmap_name (d, i));
+    uint64_t at = 0;
+
+    if (b == NULL || (b->flags & 1) != 0)
+      give_up (u, "bitmap %s is offered", disk_bitmap_name (d, i));
+    while (at < disk_size (d)) {
+      bool dirty;
+      const uint64_t bit = at >> b->granularity_bits;
+      const uint64_t run = disk_bitmap_run (d, i, at, disk_size (d), &dirty);
+
+      if (run == 0 || dirty != (b->bits[bit / 8] >> bit % 8 & 1))
+        give_up (u, "bitmap %s is served wrong", b->name);
+      at += run;
+    }
+  }
+}
+
+/* Serve the image after the crash: read all of it, write something, and
+ * stop cleanly.
+ */
+static void
+serve_state (struct universe *u, const struct crash_image *state,
+             struct checked *k)
+{
+  struct crash_log *log = crash_log_new (state, u->seed);
+  const struct disk_options options = { .cache_size = 1 };
+  struct disk *d = disk_open (crash_container_open (log), &options);
+  uint8_t buf[700];
+  struct checked after;
+
+  if (d == NULL)
+    give_up (u, "the disk cannot be opened after the crash: %s",
+             strerror (errno));
+  compare_served (u, d, k);
+  compare_bitmaps (u, d, k);
+  memset (buf, 0x55, sizeof buf);
+  for (unsigned i = 0; i < 8; ++i) {
+    const uint64_t at = model_window (u->model, any (&u->seed, 6))
+      + any (&u->seed, u->model->window_size - sizeof buf);
+
+    if (disk_write (d, buf, sizeof buf, at, i == 4) == -1)
+      give_up (u, "no write after the crash: %s", strerror (errno));
+  }
+  if (disk_stop (d) == -1)
+    give_up (u, "no clean stop after the crash");
+  disk_close (d);
+  if (!check_image (&after, crash_log_live (log)))
+    give_up (u, "served after the crash: %s", after.error);
+  for (size_t i = 0; i < after.nr_bitmaps; ++i)
+    if (after.bitmaps[i].flags != k->bitmaps[i].flags)
+      give_up (u, "bitmap %s has changed its flags", after.bitmaps[i].name);
+  checked_free (&after);
+  crash_log_free (log);
+  nr_opened++;
+}
+
+static void
+save_image (const struct crash_image *image, const char *file)
+{
+  FILE *fp = fopen (file, "we");
+
+  assert_non_null (fp);
+  assert_int_equal (fwrite (image->bytes, 1, image->size, fp), image->size);
+  assert_int_equal (fclose (fp), 0);
+}
+
+/* Let QEMU judge it. */
+static void
+qemu_state (const struct universe *u, const struct crash_image *state,
+            bool leaks_too)
+{
+  const char *file = temp_file ("state.qcow2");
+  int r;
+
+  save_image (state, file);
+  r = run_command ("qemu-img check -q '%s' >'%s.out' 2>&1", file, file);
+  if (r != 0 && (leaks_too || r != 3)) {
+    run_command ("cat '%s.out' >&2", file);
+    give_up (u, "qemu-img check says %d", r);
+  }
+  if (run_command ("qemu-img info '%s' >/dev/null 2>&1", file) != 0)
+    give_up (u, "qemu-img info fails");
+  nr_by_qemu++;
+}
+
+static void
+check_state (struct universe *u, const struct crash_image *state)
+{
+  struct checked k;
+  const char *error;
+
+  if (!check_image (&k, state))
+    give_up (u, "moment %zu: %s", u->model->moment, k.error);
+  error = model_check (u->model, &k);
+  if (error != NULL)
+    give_up (u, "moment %zu: %s", u->model->moment, error);
+  if (any (&u->seed, 16) == 0)
+    serve_state (u, state, &k);
+  if (any (&u->seed, 256) == 0)
+    qemu_state (u, state, false);
+  checked_free (&k);
+  nr_checked_states++;
+}
+
+/* The image after a clean stop, or that and a power cut. */
+static void
+check_stopped (struct universe *u, const struct crash_image *state)
+{
+  struct checked k;
+  const char *error;
+
+  if (!check_image (&k, state))
+    give_up (u, "after a clean stop: %s", k.error);
+  error = u->may_fail ? model_check (u->model, &k)
+    : model_check_stopped (u->model, &k);
+  if (error != NULL)
+    give_up (u, "%s", error);
+  if (!u->may_fail && !u->leaks && k.nr_leaked != 0)
+    give_up (u, "%" PRIu64 " clusters are leaked", k.nr_leaked);
+  if (any (&u->seed, 8) == 0)
+    qemu_state (u, state, !u->may_fail && !u->leaks);
+  checked_free (&k);
+  nr_checked_states++;
+}
+
+static int
+compare_points (const void *a, const void *b)
+{
+  const size_t *x = a, *y = b;
+
+  return (*x > *y) - (*x < *y);
+}
+
+/* Crash at random points.  One of the states is left in state. */
+static void
+check_states (struct universe *u, struct crash_image *state)
+{
+  struct crash_replay *replay = crash_replay_new (u->log);
+  struct crash_image next = crash_image_new (state->room);
+  const size_t length = crash_log_length (u->log);
+  size_t points[STATES_PER_UNIVERSE];
+
+  /* Some of them while the disk is being opened. */
+  for (size_t i = 0; i < STATES_PER_UNIVERSE; ++i) {
+    points[i] = any (&u->seed, (i % 4 == 0 ? u->model->opened : length) + 1);
+    if (any (&u->seed, 2) == 0)
+      points[i] = crash_log_next_barrier (u->log, points[i]);
+  }
+  qsort (points, STATES_PER_UNIVERSE, sizeof points[0], compare_points);
+  model_sort (u->model);
+  for (size_t i = 0; i < STATES_PER_UNIVERSE; ++i) {
+    const struct crash_image kept = *state;
+
+    crash_replay_advance (replay, points[i]);
+    model_advance (u->model, points[i]);
+    if (any (&u->seed, 16) == 0)
+      crash_replay_kill (replay, &next);
+    else
+      crash_replay_state (replay, &next, &u->seed);
+    check_state (u, &next);
+    if (any (&u->seed, i + 1) == 0) {
+      *state = next;
+      next = kept;
+    }
+  }
+
+  crash_replay_advance (replay, length);
+  model_advance (u->model, length);
+  for (unsigned i = 0; u->stopped && i < 4; ++i) {
+    if (i == 0)
+      crash_replay_kill (replay, &next);
+    else
+      crash_replay_state (replay, &next, &u->seed);
+    check_stopped (u, &next);
+  }
+  crash_image_free (&next);
+  crash_replay_free (replay);
+}
+
+static void
+choose_universe (struct universe *u)
+{
+  u->kind = &kinds[any (&u->seed, nr_kinds)];
+  u->nr_threads = any (&u->seed, 3) == 0 ? 2 + any (&u->seed, 2) : 1;
+  u->nr_requests = (40 + any (&u->seed, 120)) / u->nr_threads;
+  u->unit = 512 << any (&u->seed, 4);
+}
+
+/* Trouble from below. */
+static void
+choose_trouble (struct universe *u)
+{
+  switch (any (&u->seed, 6)) {
+  case 0:
+  case 1:
+    u->may_fail = true;
+    crash_log_set_faults (u->log, 8 << any (&u->seed, 5));
+    break;
+  case 2:
+    u->may_fail = true;
+    crash_log_set_limit (u->log, crash_log_live (u->log)->size
+                         + any (&u->seed, 300000));
+    break;
+  }
+}
+
+/* Run a universe that begins with an image, and leave what is left of it
+ * after a crash in the image.
+ */
+static void
+run_universe (struct universe *u, struct crash_image *image)
+{
+  const char *create = any (&u->seed, 2) == 0 ? "new" : "newer";
+  struct checked base;
+
+  if (!check_image (&base, image))
+    give_up (u, "in the beginning: %s", base.error);
+  u->leaks = base.nr_leaked != 0;
+  u->log = crash_log_new (image, u->seed);
+  u->model = model_new (&base, &u->kind->windows);
+  if (checked_find (&base, create) != NULL || any (&u->seed, 3) == 0)
+    create = NULL;
+  else
+    model_expect_bitmap (u->model, create, 10);
+  choose_trouble (u);
+
+  run_workload (u, create);
+  check_states (u, image);
+  checked_free (&base);
+  model_free (u->model);
+  crash_log_free (u->log);
+}
+
+static void
+test_crashes (void **state)
+{
+  uint64_t seed = first_seed;
+
+  (void) state;
+  make_kinds ();
+  while (nr_checked_states < nr_states) {
+    struct universe u = { .number = only_universe ? only_universe
+                                    : random_next (&seed) };
+    struct crash_image *left;
+
+    u.seed = u.number;
+    choose_universe (&u);
+    left = &u.kind->left;
+    if (any (&u.seed, 2) == 0 || left->size == 0) {
+      left->size = u.kind->image.size;
+      memcpy (left->bytes, u.kind->image.bytes, left->room);
+    }
+    run_universe (&u, left);
+    if (only_universe)
+      break;
+  }
+  free_kinds ();
+  print_message ("%" PRIu64 " states, %" PRIu64 " served, %" PRIu64
+                 " by QEMU\n", nr_checked_states, nr_opened, nr_by_qemu);
+}
+
+static void
+number (const char *name, uint64_t *value)
+{
+  const char *s = getenv (name);
+
+  if (s != NULL)
+    *value = strtoull (s, NULL, 0);
+}
+
+int
+main (void)
+{
+  const struct CMUnitTest tests[] = {
+    cmocka_unit_test (test_crashes),
+  };
+
+  if (run_command ("qemu-img --version >/dev/null 2>&1 && "
+                   "qemu-io --version >/dev/null 2>&1") != 0)
+    return 77;
+  report_sink = quiet;
+  number ("CRASH_SEED", &first_seed);
+  number ("CRASH_STATES", &nr_states);
+  number ("CRASH_UNIVERSE", &only_universe);
+  print_message ("CRASH_SEED=%" PRIu64 "\n", first_seed);
+  return cmocka_run_group_tests (tests, NULL, NULL);
+}
