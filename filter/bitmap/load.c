@@ -197,6 +197,24 @@ check_memory (const struct bitmap_set *set, struct bitmap_damage *damage)
   return 0;
 }
 
+/* The tables of a sparse file cost it nothing.  Before any is read: all
+ * together they are to take at most an eighth of the memory.
+ */
+static int
+check_table_memory (const struct bitmap_set *set, struct bitmap_damage *damage)
+{
+  const uint64_t memory =
+    (uint64_t) sysconf (_SC_PHYS_PAGES) * sysconf (_SC_PAGESIZE);
+  uint64_t bytes = 0;
+
+  for (size_t i = 0; i < set->nr_bitmaps; ++i)
+    bytes += table_bytes (set->bitmaps[i]);
+  if (bytes > memory / 8)
+    return bitmap_damage (damage, "their tables would take more than an "
+                          "eighth of the memory of this machine");
+  return 0;
+}
+
 /* Read the bits of a bitmap: contiguous data clusters at once. */
 static int
 load_bits (struct bitmap_set *set, struct bitmap *b,
@@ -283,6 +301,8 @@ load_bitmaps (struct bitmap_set *set,
     b->entry_offset = set->directory_offset + e->offset;
   }
 
+  if (check_table_memory (set, damage) == -1)
+    return -1;
   for (size_t i = 0; i < set->nr_bitmaps; ++i)
     if (!set->bitmaps[i]->inconsistent &&
         load_table (set, set->bitmaps[i], registered, damage) == -1)

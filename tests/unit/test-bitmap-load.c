@@ -466,6 +466,11 @@ test_too_large (void **state)
   struct qcow2 *q;
 
   (void) state;
+  if (getenv ("UNDER_VALGRIND") != NULL) {
+    /* Which touches all that is allocated, half of the memory. */
+    container_close (c);
+    return;
+  }
   craft (&crafted, cluster_bits, UINT64_C (1) << 41, NULL, 0);
   put (head, 4, 0x23852875);
   put (head + 4, 4, 24);
