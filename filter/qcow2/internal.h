@@ -28,6 +28,7 @@
  *   alloc_lock          refcounts, their cache, the refcount table
  *   release_lock        the lists of clusters on their way to free
  *   registry.lock       changes to the registry
+ *   header_state.lock   the copy of the header and its bits
  * A read, or a write to a cluster that is allocated, takes none of them
  * unless an L2 slice has to be loaded.
  */
