@@ -23,8 +23,6 @@
 
 #include "qcow2/internal.h"
 
-#define MAX_ENTRIES 512
-
 static const uint8_t zeroes[65536];
 
 /* The whole clusters inside of a range. */
@@ -63,7 +61,7 @@ replace_entries (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
 static int
 trim_slice (struct qcow2 *q, uint64_t first, unsigned nr)
 {
-  uint64_t old[MAX_ENTRIES], new[MAX_ENTRIES] = { 0 };
+  uint64_t old[L2_MAX_SLICE_ENTRIES], new[L2_MAX_SLICE_ENTRIES] = { 0 };
 
   if ((atomic_load (&q->l1[first >> q->l2_bits]) & ENTRY_OFFSET_MASK) == 0)
     return 0;
@@ -76,13 +74,24 @@ trim_slice (struct qcow2 *q, uint64_t first, unsigned nr)
 static int
 zero_slice (struct qcow2 *q, uint64_t first, unsigned nr)
 {
-  uint64_t old[MAX_ENTRIES], new[MAX_ENTRIES];
+  uint64_t old[L2_MAX_SLICE_ENTRIES], new[L2_MAX_SLICE_ENTRIES];
 
   if (mapping_need_l2 (q, first) == -1 || l2_get (q, first, nr, old) == -1)
     return -1;
   for (unsigned i = 0; i < nr; ++i)
     new[i] = OFLAG_ZERO;
   return replace_entries (q, first, nr, old, new);
+}
+
+/* Does an entry have a host cluster that is this image's alone? */
+static bool
+owns_cluster (const struct qcow2 *q, uint64_t entry)
+{
+  struct mapping m;
+
+  mapping_decode (q, entry, &m);
+  return m.copied &&
+    (m.kind == MAPPING_DATA || m.kind == MAPPING_ZERO_ALLOCATED);
 }
 
 /* Set entries that keep their host clusters, up to the first which has
@@ -92,31 +101,18 @@ static int
 keep_some (struct qcow2 *q, uint64_t first, unsigned nr, const uint64_t *old,
            unsigned *done)
 {
-  uint64_t new[MAX_ENTRIES], host, got;
+  uint64_t new[L2_MAX_SLICE_ENTRIES], host, got;
   unsigned own = 0, want = 0;
   bool zeroed;
 
-  for (; own < nr; ++own) {
-    struct mapping m;
-
-    mapping_decode (q, old[own], &m);
-    if (!m.copied ||
-        (m.kind != MAPPING_DATA && m.kind != MAPPING_ZERO_ALLOCATED))
-      break;
+  for (; own < nr && owns_cluster (q, old[own]); ++own)
     new[own] = old[own] | OFLAG_ZERO;
-  }
   *done = own;
   if (own > 0)
     return replace_entries (q, first, own, old, new);
 
-  for (; want < nr; ++want) {
-    struct mapping m;
-
-    mapping_decode (q, old[want], &m);
-    if (m.copied &&
-        (m.kind == MAPPING_DATA || m.kind == MAPPING_ZERO_ALLOCATED))
-      break;
-  }
+  while (want < nr && !owns_cluster (q, old[want]))
+    want++;
   if (allocate_clusters (q, QCOW2_DATA, want, &host, &got, &zeroed) == -1)
     return -1;
   for (unsigned i = 0; i < got; ++i)
@@ -137,7 +133,7 @@ keep_some (struct qcow2 *q, uint64_t first, unsigned nr, const uint64_t *old,
 static int
 zero_keep_slice (struct qcow2 *q, uint64_t first, unsigned nr)
 {
-  uint64_t old[MAX_ENTRIES];
+  uint64_t old[L2_MAX_SLICE_ENTRIES];
 
   if (mapping_need_l2 (q, first) == -1 || l2_get (q, first, nr, old) == -1)
     return -1;

@@ -396,16 +396,6 @@ write_header (struct qcow2 *q, uint64_t offset, size_t count)
   return 0;
 }
 
-static int
-barrier (struct qcow2 *q)
-{
-  if (container_flush (q->container) == -1) {
-    report_error ("cannot flush the image: %m");
-    return -1;
-  }
-  return 0;
-}
-
 /* Set the autoclear bits, if they are not so, durably. */
 static int
 set_autoclear (struct qcow2 *q, uint64_t bits)
@@ -413,7 +403,7 @@ set_autoclear (struct qcow2 *q, uint64_t bits)
   if (q->header.autoclear == bits)
     return 0;
   put_be64 (q->hs.cluster + F_AUTOCLEAR, bits);
-  if (write_header (q, F_AUTOCLEAR, 8) == -1 || barrier (q) == -1) {
+  if (write_header (q, F_AUTOCLEAR, 8) == -1 || qcow2_barrier (q) == -1) {
     /* Whether it is on disk is unknown: the next try writes again. */
     put_be64 (q->hs.cluster + F_AUTOCLEAR, q->header.autoclear);
     return -1;
@@ -462,7 +452,7 @@ header_set_corrupt (struct qcow2 *q)
   q->header.incompatible |= INCOMPAT_CORRUPT;
   put_be64 (q->hs.cluster + F_INCOMPATIBLE, q->header.incompatible);
   if (write_header (q, F_INCOMPATIBLE, 8) == 0)
-    barrier (q);
+    qcow2_barrier (q);
 }
 
 int
@@ -474,14 +464,14 @@ header_set_reftable (struct qcow2 *q, uint64_t offset, uint32_t clusters)
   memcpy (old, q->hs.cluster + F_REFTABLE_OFFSET, sizeof old);
   put_be64 (q->hs.cluster + F_REFTABLE_OFFSET, offset);
   put_be32 (q->hs.cluster + F_REFTABLE_CLUSTERS, clusters);
-  if (write_header (q, F_REFTABLE_OFFSET, 12) == -1 || barrier (q) == -1) {
+  if (write_header (q, F_REFTABLE_OFFSET, 12) == -1 || qcow2_barrier (q) == -1) {
     const int err = errno;
 
     /* The header on disk may point to either table, and what changes
      * from now on would be in one of them only.
      */
     memcpy (q->hs.cluster + F_REFTABLE_OFFSET, old, sizeof old);
-    if (write_header (q, F_REFTABLE_OFFSET, 12) == -1 || barrier (q) == -1) {
+    if (write_header (q, F_REFTABLE_OFFSET, 12) == -1 || qcow2_barrier (q) == -1) {
       report_error ("it is unknown which refcount table the image has, "
                     "and it takes no more writes until it is opened anew");
       atomic_store (&q->corrupt, true);
@@ -525,11 +515,11 @@ append_extension (struct qcow2 *q, const uint8_t data[24])
   if (room_for_end)
     memset (hs->cluster + at + 32, 0, 8);
   if (write_header (q, at + 8, room_for_end ? 32 : 24) == -1 ||
-      barrier (q) == -1)
+      qcow2_barrier (q) == -1)
     return -1;
   put_be32 (hs->cluster + at, EXT_BITMAPS);
   put_be32 (hs->cluster + at + 4, 24);
-  if (write_header (q, at, 8) == -1 || barrier (q) == -1) {
+  if (write_header (q, at, 8) == -1 || qcow2_barrier (q) == -1) {
     /* The marker may or may not be gone; a second try must put the
      * extension in the same place.
      */
@@ -552,7 +542,7 @@ patch_extension (struct qcow2 *q, const uint8_t data[24])
       set_autoclear (q, q->header.autoclear & ~AUTOCLEAR_BITMAPS) == -1)
     return -1;
   memcpy (q->hs.cluster + at, data, 24);
-  if (write_header (q, at, 24) == -1 || barrier (q) == -1)
+  if (write_header (q, at, 24) == -1 || qcow2_barrier (q) == -1)
     return -1;
   return 0;
 }

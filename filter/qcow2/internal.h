@@ -148,6 +148,7 @@ struct release_list {
 
 /* l2-cache.c */
 #define L2_WAYS 16
+#define L2_MAX_SLICE_ENTRIES 512
 
 struct l2_slot {
   _Atomic uint64_t tag;         /* (slice + 1) << 24 | version, or version */

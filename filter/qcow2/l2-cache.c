@@ -31,7 +31,7 @@
 
 #include "qcow2/internal.h"
 
-#define MAX_SLICE_BYTES 4096
+#define MAX_SLICE_BYTES (8 * L2_MAX_SLICE_ENTRIES)
 #define VERSION_BITS 24
 #define VERSION_MASK ((UINT64_C (1) << VERSION_BITS) - 1)
 
@@ -223,7 +223,7 @@ l2_get (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
   unsigned first;
   const uint64_t slice = slice_of (q, guest_cluster, &first);
   struct l2_set *set = set_of (q, slice);
-  uint64_t buf[MAX_SLICE_BYTES / 8];
+  uint64_t buf[L2_MAX_SLICE_ENTRIES];
   int way;
 
   if (peek (q, set, slice, first, nr, entries))
@@ -252,7 +252,7 @@ l2_set (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
   unsigned first;
   const uint64_t slice = slice_of (q, guest_cluster, &first);
   struct l2_set *set = set_of (q, slice);
-  uint64_t buf[MAX_SLICE_BYTES / 8];
+  uint64_t buf[L2_MAX_SLICE_ENTRIES];
   int way;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->lock);

@@ -24,9 +24,6 @@
 
 #include "qcow2/internal.h"
 
-/* L2 entries that fit into a slice. */
-#define MAX_ENTRIES 512
-
 int
 write_check_host (struct qcow2 *q, uint64_t host, uint64_t count)
 {
@@ -61,7 +58,7 @@ struct new_clusters {
   uint64_t host;
   bool zeroed;                  /* they read as zeroes */
   bool reused;                  /* they were allocated before */
-  uint64_t old[MAX_ENTRIES];    /* the entries as they are */
+  uint64_t old[L2_MAX_SLICE_ENTRIES];    /* the entries as they are */
 };
 
 /* Write one new cluster which the request covers in part. */
@@ -144,7 +141,7 @@ get_clusters (struct qcow2 *q, const struct mapping *m,
 static int
 publish (struct qcow2 *q, const struct new_clusters *new)
 {
-  uint64_t entries[MAX_ENTRIES];
+  uint64_t entries[L2_MAX_SLICE_ENTRIES];
 
   for (uint64_t i = 0; i < new->nr; ++i)
     if (release_check_entry (q, new->old[i]) == -1)
