@@ -107,6 +107,19 @@ container_cache (struct container *c, uint64_t count, uint64_t offset)
 }
 
 int
+container_extent (struct container *c, uint64_t offset, uint64_t count,
+                  uint64_t *length, bool *hole)
+{
+  const uint64_t inside = clip (c, count, offset);
+
+  *hole = inside == 0;
+  *length = inside == 0 ? count : inside;
+  if (inside == 0 || c->ops->extent == NULL)
+    return 0;
+  return c->ops->extent (c, offset, inside, length, hole);
+}
+
+int
 container_flush (struct container *c)
 {
   if (c->readonly)

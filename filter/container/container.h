@@ -48,6 +48,13 @@ struct container_ops {
 
   int (*flush) (struct container *);
 
+  /* Is the range from offset on a hole, which reads as zeroes, or data?
+   * *length is how far that is so, at least 1 and at most count.  NULL
+   * if all is data.
+   */
+  int (*extent) (struct container *, uint64_t offset, uint64_t count,
+                 uint64_t *length, bool *hole);
+
   /* Make the container at least size bytes large and store the new size
    * in container->size; what is new reads as zeroes.  It may grow by
    * more.  ENOSPC if it cannot grow.  Called under container->grow_lock.
@@ -93,6 +100,10 @@ extern int container_zero (struct container *, uint64_t count, uint64_t offset,
                            bool punch);
 extern int container_cache (struct container *, uint64_t count,
                             uint64_t offset);
+
+/* As the operation above.  What is beyond the end is a hole. */
+extern int container_extent (struct container *, uint64_t offset,
+                             uint64_t count, uint64_t *length, bool *hole);
 
 /* The barrier. */
 extern int container_flush (struct container *);

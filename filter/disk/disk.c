@@ -221,12 +221,13 @@ disk_extent (struct disk *d, uint64_t offset, uint64_t limit,
              uint64_t *length, uint32_t *flags)
 {
   enum qcow2_extent_type type;
+  unsigned depth;
 
   if (limit <= offset || check_range (d, limit - offset, offset) == -1) {
     errno = EINVAL;
     return -1;
   }
-  if (qcow2_extent (d->qcow2, offset, limit, length, &type) == -1)
+  if (qcow2_extent (d->qcow2, offset, limit, length, &type, &depth) == -1)
     return -1;
   switch (type) {
   case QCOW2_EXTENT_ZERO:

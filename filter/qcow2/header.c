@@ -48,8 +48,7 @@
 
 enum {                          /* offsets of fields */
   F_VERSION = 4,
-  F_BACKING_OFFSET = 8,
-  F_BACKING_SIZE = 16,
+  F_BACKING_OFFSET = HEADER_BACKING_OFFSET,
   F_CLUSTER_BITS = 20,
   F_SIZE = 24,
   F_CRYPT = 32,
@@ -143,14 +142,12 @@ check_compression (const struct header *h)
  * are judged later; here it must only be well formed.
  */
 static int
-read_extensions (struct qcow2 *q, uint8_t **features, uint32_t *features_len)
+read_extensions (struct qcow2 *q)
 {
   struct header_state *hs = &q->hs;
   uint64_t pos = q->header.header_length;
   const uint64_t backing = get_be64 (hs->cluster + F_BACKING_OFFSET);
 
-  *features = NULL;
-  *features_len = 0;
   hs->extensions_limit = q->cluster_size;
   if (backing != 0 && backing < q->cluster_size)
     hs->extensions_limit = backing;
@@ -168,10 +165,12 @@ read_extensions (struct qcow2 *q, uint8_t **features, uint32_t *features_len)
       return invalid (EINVAL);
     }
     p += 8;
-    if (magic == EXT_FEATURE_NAMES) {
-      *features = p;
-      *features_len = len;
-    }
+    if (magic == EXT_FEATURE_NAMES)
+      hs->feature_names = (struct header_text) { p, len };
+    else if (magic == EXT_BACKING_FORMAT)
+      hs->backing_format = (struct header_text) { p, len };
+    else if (magic == EXT_DATA_FILE)
+      hs->data_file = (struct header_text) { p, len };
     else if (magic == EXT_BITMAPS) {
       hs->bitmaps.count++;
       hs->bitmaps.length = len;
@@ -192,12 +191,11 @@ read_extensions (struct qcow2 *q, uint8_t **features, uint32_t *features_len)
 
 /* Name an unknown incompatible feature by the image's own table. */
 static void
-feature_name (const uint8_t *features, uint32_t len, unsigned bit,
-              char name[64])
+feature_name (const struct header_text *table, unsigned bit, char name[64])
 {
-  for (uint32_t i = 0; i + 48 <= len; i += 48)
-    if (features[i] == 0 && features[i+1] == bit) {
-      snprintf (name, 64, "\"%.46s\"", (const char *) features + i + 2);
+  for (uint32_t i = 0; i + 48 <= table->length; i += 48)
+    if (table->text[i] == 0 && table->text[i + 1] == bit) {
+      snprintf (name, 64, "\"%.46s\"", (const char *) table->text + i + 2);
       for (char *p = name; *p; ++p)
         if (*p < ' ' || *p == 0x7f)
           *p = '?';
@@ -214,7 +212,7 @@ refuse (const char *feature)
 }
 
 static int
-check_features (struct qcow2 *q, const uint8_t *features, uint32_t len)
+check_features (struct qcow2 *q)
 {
   const struct header *h = &q->header;
   const uint8_t *p = q->hs.cluster;
@@ -226,7 +224,7 @@ check_features (struct qcow2 *q, const uint8_t *features, uint32_t len)
     if (h->incompatible & ~known & (UINT64_C (1) << bit)) {
       char name[64];
 
-      feature_name (features, len, bit, name);
+      feature_name (&q->hs.feature_names, bit, name);
       report_error ("the image needs the incompatible feature %s, "
                     "which is unknown", name);
       return invalid (ENOTSUP);
@@ -325,11 +323,9 @@ check_tables (struct qcow2 *q)
 }
 
 int
-header_read (struct qcow2 *q)
+header_load (struct qcow2 *q)
 {
   uint8_t first[V3_HEADER_LENGTH + 8];
-  uint8_t *features;
-  uint32_t features_len;
 
   if (container_size (q->container) < V2_HEADER_LENGTH) {
     report_error ("this is not a qcow2 image: it has only %" PRIu64 " bytes",
@@ -367,8 +363,13 @@ header_read (struct qcow2 *q)
     report_error ("cannot read the header of the image: %m");
     return -1;
   }
-  if (read_extensions (q, &features, &features_len) == -1 ||
-      check_features (q, features, features_len) == -1 ||
+  return read_extensions (q);
+}
+
+int
+header_read (struct qcow2 *q)
+{
+  if (header_load (q) == -1 || check_features (q) == -1 ||
       check_tables (q) == -1)
     return -1;
   q->hs.bitmaps.autoclear =

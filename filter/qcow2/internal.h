@@ -9,6 +9,7 @@
 /* What the files of qcow2/ share.
  *
  *   header.c          the header and its extensions
+ *   references.c      the files that the header names
  *   registry.c        which clusters hold metadata
  *   refcount.c        refcount blocks and their cache
  *   allocate.c        finding free clusters; new refcount blocks and tables
@@ -84,6 +85,16 @@ struct header {
   unsigned compression_type;
 };
 
+/* Bytes of the copy of the header, not NUL-terminated. */
+struct header_text {
+  const uint8_t *text;
+  uint32_t length;
+};
+
+/* Offsets of fields that others than header.c look at. */
+#define HEADER_BACKING_OFFSET 8
+#define HEADER_BACKING_SIZE 16
+
 /* header.c.  The raw first cluster is kept as it is on disk, and every
  * change goes through it.
  */
@@ -95,6 +106,7 @@ struct header_state {
   uint64_t extensions_limit;    /* they may not reach beyond this */
   uint64_t bitmaps_offset;      /* of the extension's data, or 0 */
   struct qcow2_bitmaps_extension bitmaps;
+  struct header_text feature_names, backing_format, data_file;
   bool distrust_bitmaps;
 };
 
@@ -222,6 +234,8 @@ struct qcow2 {
 };
 
 /* header.c */
+/* Read and parse the header; header_read also judges it. */
+extern int header_load (struct qcow2 *);
 extern int header_read (struct qcow2 *);
 extern void header_free (struct qcow2 *);
 /* To be called before every change.  EROFS, EIO if corrupt. */

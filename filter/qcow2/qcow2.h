@@ -22,9 +22,47 @@
 struct container;
 struct qcow2;
 
+/* What an image refers to by name, in its header.  Strings are owned by
+ * the struct; NULL if absent.
+ */
+struct qcow2_references {
+  char *backing_name;
+  char *backing_format;         /* "raw", "qcow2", or whatever it says */
+  bool has_data_file;           /* guest data are in another file, */
+  bool data_file_raw;           /* as they would be in a raw image */
+  char *data_file_name;         /* may be absent all the same */
+};
+
+/* Read only these, checking no more than that takes.  The names are
+ * NUL-terminated and contain no other NUL.
+ */
+extern int qcow2_read_references (struct container *,
+                                  struct qcow2_references *);
+extern void qcow2_free_references (struct qcow2_references *);
+
+/* What provides the bytes that an image does not have itself: another
+ * image, opened read-only, or raw bytes; none if both are NULL.  Beyond
+ * its end it reads as zeroes.
+ */
+struct qcow2_layer {
+  struct qcow2 *image;
+  struct container *raw;
+};
+
 struct qcow2_options {
   bool readonly;
   uint64_t cache_size;          /* bytes for L2 and refcount tables */
+
+  /* The backing file and the external data file, opened by the caller
+   * where the header refers to them, and closed by him after qcow2_close.
+   */
+  struct qcow2_layer backing;
+  struct container *data_file;
+
+  /* Serve this internal snapshot (an ID, or else a name), read-only;
+   * NULL for the disk as it is.
+   */
+  const char *snapshot;
 };
 
 /* Open an image: check every field of the header, load the L1 and
@@ -69,11 +107,15 @@ enum qcow2_extent_type {
   QCOW2_EXTENT_UNALLOCATED,
 };
 
-/* The run at guest offset, clipped to limit.  It may end before the
- * type changes.
+/* The run at guest offset, clipped to limit: its type, and the depth in
+ * the chain of the image that provides it, 1 for this one, 2 for its
+ * backing file and so on, 0 if none does.  A backing file that is too
+ * short provides the zeroes beyond its end.  The run may end before its
+ * type or depth changes.
  */
 extern int qcow2_extent (struct qcow2 *, uint64_t offset, uint64_t limit,
-                         uint64_t *length, enum qcow2_extent_type *);
+                         uint64_t *length, enum qcow2_extent_type *,
+                         unsigned *depth);
 
 /* Flushing, in the order of writes of the design.
  *

@@ -130,13 +130,14 @@ qcow2_cache (struct qcow2 *q, uint64_t count, uint64_t offset)
 
 int
 qcow2_extent (struct qcow2 *q, uint64_t offset, uint64_t limit,
-              uint64_t *length, enum qcow2_extent_type *type)
+              uint64_t *length, enum qcow2_extent_type *type, unsigned *depth)
 {
   struct mapping m;
 
   if (mapping_lookup_kind (q, offset, limit - offset, &m) == -1)
     return -1;
   *length = m.length;
+  *depth = m.kind != MAPPING_UNALLOCATED;
   switch (m.kind) {
   case MAPPING_UNALLOCATED:
     *type = QCOW2_EXTENT_UNALLOCATED;
