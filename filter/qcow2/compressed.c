@@ -22,14 +22,14 @@
 #define SECTOR 512
 
 void
-compressed_location (const struct qcow2 *q, uint64_t entry,
+compressed_location (const struct qcow2 *q, uint64_t descriptor,
                      uint64_t *host, uint64_t *bytes)
 {
   const unsigned x = 62 - (q->cluster_bits - 8);
-  const uint64_t sectors = ((entry & ~(OFLAG_COPIED | OFLAG_COMPRESSED)) >> x)
-    + 1;
+  const uint64_t sectors =
+    ((descriptor & ~(OFLAG_COPIED | OFLAG_COMPRESSED)) >> x) + 1;
 
-  *host = entry & ((UINT64_C (1) << x) - 1);
+  *host = descriptor & ((UINT64_C (1) << x) - 1);
   /* The first sector may have been begun by another cluster. */
   *bytes = sectors * SECTOR - (*host & (SECTOR - 1));
 }
@@ -75,14 +75,14 @@ zstd_cluster (void *out, size_t out_len, const void *in, size_t in_len)
 }
 
 int
-compressed_read (struct qcow2 *q, uint64_t entry, void *buf)
+compressed_read (struct qcow2 *q, uint64_t descriptor, void *buf)
 {
   CLEANUP_FREE void *in = NULL;
   uint64_t host, bytes;
   int r;
 
   /* At most twice the size of a cluster, by the width of the field. */
-  compressed_location (q, entry, &host, &bytes);
+  compressed_location (q, descriptor, &host, &bytes);
   in = malloc (bytes);
   if (in == NULL) {
     report_error ("malloc: %m");

@@ -5,14 +5,22 @@
 
 /* Write-zeroes and discard.
  *
- * Whole clusters only change their L2 entries, a slice at a time, under
- * a range lock.  Parts of clusters are zeroed in place, or written.  A
- * cluster is whole, too, if the disk ends inside of it.
+ * Whole clusters (or subclusters, in an image that has them) only change
+ * their L2 entries, a slice at a time, under a range lock.  Parts of
+ * them are zeroed in place, or written.  One is whole, too, if the disk
+ * ends inside of it.
  *
  * A request that looked an entry up before it was changed may still
  * write to the old cluster.  That harms nobody: the cluster is not used
  * for something else until the request is done (release.c), and the
  * two were under way at once, so either order of them is right.
+ *
+ * Where there is a backing file a discarded cluster becomes explicit
+ * zeroes, so that nothing shines through; in version 2, which knows no
+ * such thing, it is left alone, and zeroes are written.
+ *
+ * A raw external data file has to read as the guest's disk does, so
+ * there it is the data file that is zeroed, and the entries stay.
  */
 
 #include <config.h>
@@ -25,15 +33,79 @@
 
 static const uint8_t zeroes[65536];
 
-/* The whole clusters inside of a range. */
-static void
-whole_clusters (const struct qcow2 *q, uint64_t count, uint64_t offset,
-                uint64_t *first, uint64_t *end)
+/* The units of one kind of request, from first up to end: clusters, or
+ * subclusters.
+ */
+struct units {
+  unsigned bits;                /* log2 of their size */
+  uint64_t first, end;
+};
+
+/* The whole units inside of a range.  With the last one of the disk goes
+ * the rest of its cluster.
+ */
+static struct units
+whole_units (const struct qcow2 *q, unsigned bits, uint64_t count,
+             uint64_t offset)
 {
-  *first = div_round_up (offset, q->cluster_size);
-  *end = offset + count == q->size
-    ? div_round_up (offset + count, q->cluster_size)
-    : (offset + count) >> q->cluster_bits;
+  const uint64_t size = UINT64_C (1) << bits, end = offset + count;
+  struct units u = {
+    .bits = bits,
+    .first = div_round_up (offset, size),
+    .end = end >> bits,
+  };
+
+  if (end == q->size && u.first << bits < end)
+    u.end = div_round_up (end, q->cluster_size) << (q->cluster_bits - bits);
+  return u;
+}
+
+/* The subclusters of a cluster that are among them, as bits. */
+static uint32_t
+units_in (const struct qcow2 *q, const struct units *u, uint64_t guest_cluster)
+{
+  const unsigned sub_bits = q->cluster_bits - u->bits;
+  const uint64_t start = guest_cluster << sub_bits;
+  uint64_t from = 0, to = L2_SUBCLUSTERS;
+
+  if (sub_bits == 0)
+    return UINT32_MAX;
+  if (u->first > start)
+    from = u->first - start;
+  if (u->end < start + L2_SUBCLUSTERS)
+    to = u->end - start;
+  return (UINT32_MAX << from) & (UINT32_MAX >> (L2_SUBCLUSTERS - to));
+}
+
+/* Is the cluster of an L2 entry given up for another? */
+static bool
+loses_cluster (const struct l2_entry *old, const struct l2_entry *new)
+{
+  const uint64_t differ = old->descriptor ^ new->descriptor;
+
+  return (old->descriptor & OFLAG_COMPRESSED)
+    ? differ != 0 : (differ & ENTRY_OFFSET_MASK) != 0;
+}
+
+/* Guest data that nothing refers to any more, in a data file of which
+ * every guest cluster has its own place: give the storage back.
+ */
+static void
+punch_data_file (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
+                 const struct l2_entry *old, const struct l2_entry *new)
+{
+  unsigned n;
+
+  for (unsigned i = 0; i < nr; i += n) {
+    for (n = 0; i + n < nr && mapping_owns_cluster (q, old[i + n].descriptor)
+           && new[i + n].descriptor != old[i + n].descriptor; ++n)
+      ;
+    if (n == 0)
+      n = 1;
+    else
+      container_zero (q->data, (uint64_t) n << q->cluster_bits,
+                      (guest_cluster + i) << q->cluster_bits, true);
+  }
 }
 
 /* Set entries and release what the old ones referred to, with the range
@@ -41,83 +113,122 @@ whole_clusters (const struct qcow2 *q, uint64_t count, uint64_t offset,
  */
 static int
 replace_entries (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
-                 const uint64_t *old, const uint64_t *new)
+                 const struct l2_entry *old, const struct l2_entry *new)
 {
   if (memcmp (old, new, nr * sizeof old[0]) == 0)
     return 0;
   for (unsigned i = 0; i < nr; ++i)
-    if (release_check_entry (q, old[i]) == -1)
+    if (release_check_entry (q, old[i].descriptor) == -1)
       return -1;
   if (mapping_set (q, guest_cluster, nr, new) == -1)
     return -1;
-  for (unsigned i = 0; i < nr; ++i)
-    if (old[i] != new[i] &&
-        ((old[i] & OFLAG_COMPRESSED) != 0 ||
-         (old[i] & ENTRY_OFFSET_MASK) != (new[i] & ENTRY_OFFSET_MASK)))
-      release_entry (q, old[i]);
+  if (q->has_data_file)
+    punch_data_file (q, guest_cluster, nr, old, new);
+  else
+    for (unsigned i = 0; i < nr; ++i)
+      if (loses_cluster (&old[i], &new[i]))
+        release_entry (q, old[i].descriptor);
   return 0;
 }
 
-static int
-trim_slice (struct qcow2 *q, uint64_t first, unsigned nr)
+static bool
+l2_table_exists (struct qcow2 *q, uint64_t guest_cluster)
 {
-  uint64_t old[L2_MAX_SLICE_ENTRIES], new[L2_MAX_SLICE_ENTRIES] = { 0 };
-
-  if ((atomic_load (&q->l1[first >> q->l2_bits]) & ENTRY_OFFSET_MASK) == 0)
-    return 0;
-  if (l2_get (q, first, nr, old) == -1)
-    return -1;
-  return replace_entries (q, first, nr, old, new);
+  return (atomic_load (&q->l1[guest_cluster >> q->l2_bits])
+          & ENTRY_OFFSET_MASK) != 0;
 }
 
-/* Version 3: explicit zeroes, with no host clusters. */
-static int
-zero_slice (struct qcow2 *q, uint64_t first, unsigned nr)
+/* Subclusters become zeroes, or unallocated.  A cluster that has none
+ * left with data is given up.
+ */
+static struct l2_entry
+without_subclusters (const struct l2_entry *old, uint32_t bits, bool zero)
 {
-  uint64_t old[L2_MAX_SLICE_ENTRIES], new[L2_MAX_SLICE_ENTRIES];
+  struct l2_entry new = *old;
+
+  if (bits == UINT32_MAX)
+    return (struct l2_entry) { .bitmap = zero ? UINT64_MAX << 32 : 0 };
+  if (old->descriptor & OFLAG_COMPRESSED)
+    return new;                 /* the caller takes care of it */
+  new.bitmap &= ~((uint64_t) bits << 32 | bits);
+  if (zero)
+    new.bitmap |= (uint64_t) bits << 32;
+  if ((uint32_t) new.bitmap == 0)
+    new.descriptor = 0;
+  return new;
+}
+
+/* Clusters, or subclusters, lose their data. */
+static int
+clear_slice (struct qcow2 *q, const struct units *u, uint64_t first,
+             unsigned nr, bool zero)
+{
+  struct l2_entry old[L2_MAX_SLICE_ENTRIES], new[L2_MAX_SLICE_ENTRIES];
 
   if (mapping_need_l2 (q, first) == -1 || l2_get (q, first, nr, old) == -1)
     return -1;
   for (unsigned i = 0; i < nr; ++i)
-    new[i] = OFLAG_ZERO;
+    if (q->extended_l2)
+      new[i] = without_subclusters (&old[i], units_in (q, u, first + i),
+                                    zero);
+    else
+      new[i] = (struct l2_entry) { .descriptor = zero ? OFLAG_ZERO : 0 };
   return replace_entries (q, first, nr, old, new);
 }
 
-/* Does an entry have a host cluster that is this image's alone? */
-static bool
-owns_cluster (const struct qcow2 *q, uint64_t entry)
+/* Unallocated, where nothing shines through then. */
+static int
+trim_slice (struct qcow2 *q, const struct units *u, uint64_t first,
+            unsigned nr)
 {
-  struct mapping m;
+  const bool zero = first << q->cluster_bits < q->backing_size;
 
-  mapping_decode (q, entry, &m);
-  return m.copied &&
-    (m.kind == MAPPING_DATA || m.kind == MAPPING_ZERO_ALLOCATED);
+  if (!zero && !l2_table_exists (q, first))
+    return 0;
+  return clear_slice (q, u, first, nr, zero);
+}
+
+/* Version 3: explicit zeroes, with no host clusters. */
+static int
+zero_slice (struct qcow2 *q, const struct units *u, uint64_t first,
+            unsigned nr)
+{
+  return clear_slice (q, u, first, nr, true);
+}
+
+/* An entry whose cluster reads as zeroes and has a place. */
+static struct l2_entry
+zero_with_host (const struct qcow2 *q, uint64_t host)
+{
+  return q->extended_l2
+    ? (struct l2_entry) { host | OFLAG_COPIED, UINT64_MAX << 32 }
+    : (struct l2_entry) { host | OFLAG_COPIED | OFLAG_ZERO, 0 };
 }
 
 /* Set entries that keep their host clusters, up to the first which has
  * none of its own; then allocate for as many of those as can be had.
  */
 static int
-keep_some (struct qcow2 *q, uint64_t first, unsigned nr, const uint64_t *old,
-           unsigned *done)
+keep_some (struct qcow2 *q, uint64_t first, unsigned nr,
+           const struct l2_entry *old, unsigned *done)
 {
-  uint64_t new[L2_MAX_SLICE_ENTRIES], host, got;
+  struct l2_entry new[L2_MAX_SLICE_ENTRIES];
+  uint64_t host, got;
   unsigned own = 0, want = 0;
   bool zeroed;
 
-  for (; own < nr && owns_cluster (q, old[own]); ++own)
-    new[own] = old[own] | OFLAG_ZERO;
+  for (; own < nr && mapping_owns_cluster (q, old[own].descriptor); ++own)
+    new[own] = zero_with_host (q, old[own].descriptor & ENTRY_OFFSET_MASK);
   *done = own;
   if (own > 0)
     return replace_entries (q, first, own, old, new);
 
-  while (want < nr && !owns_cluster (q, old[want]))
+  while (want < nr && !mapping_owns_cluster (q, old[want].descriptor))
     want++;
   if (allocate_clusters (q, QCOW2_DATA, want, &host, &got, &zeroed) == -1)
     return -1;
   for (unsigned i = 0; i < got; ++i)
-    new[i] = (host + ((uint64_t) i << q->cluster_bits)) | OFLAG_COPIED
-      | OFLAG_ZERO;
+    new[i] = zero_with_host (q, host + ((uint64_t) i << q->cluster_bits));
   *done = got;
   if (replace_entries (q, first, got, old, new) == -1) {
     const int err = errno;
@@ -131,10 +242,12 @@ keep_some (struct qcow2 *q, uint64_t first, unsigned nr, const uint64_t *old,
 
 /* Version 3: explicit zeroes, with host clusters kept or allocated. */
 static int
-zero_keep_slice (struct qcow2 *q, uint64_t first, unsigned nr)
+zero_keep_slice (struct qcow2 *q, const struct units *u, uint64_t first,
+                 unsigned nr)
 {
-  uint64_t old[L2_MAX_SLICE_ENTRIES];
+  struct l2_entry old[L2_MAX_SLICE_ENTRIES];
 
+  (void) u;                     /* they are clusters */
   if (mapping_need_l2 (q, first) == -1 || l2_get (q, first, nr, old) == -1)
     return -1;
   for (unsigned i = 0, done; i < nr; i += done)
@@ -143,11 +256,16 @@ zero_keep_slice (struct qcow2 *q, uint64_t first, unsigned nr)
   return 0;
 }
 
-/* Do something to whole clusters, a slice at a time. */
+typedef int slice_function (struct qcow2 *, const struct units *,
+                            uint64_t first, unsigned nr);
+
+/* Do something to whole units, a slice at a time. */
 static int
-for_each_slice (struct qcow2 *q, uint64_t first, uint64_t end,
-                int (*fn) (struct qcow2 *, uint64_t first, unsigned nr))
+for_each_slice (struct qcow2 *q, const struct units *u, slice_function *fn)
 {
+  const unsigned sub_bits = q->cluster_bits - u->bits;
+  const uint64_t end = div_round_up (u->end, UINT64_C (1) << sub_bits);
+  uint64_t first = u->first >> sub_bits;
   bool retried = false;
 
   while (first < end) {
@@ -158,7 +276,7 @@ for_each_slice (struct qcow2 *q, uint64_t first, uint64_t end,
     if (release_wants_reclaim (q))
       qcow2_reclaim (q);
     range_lock_take (q, &range, first, first + nr - 1);
-    r = fn (q, first, nr);
+    r = fn (q, u, first, nr);
     range_lock_drop (q, &range);
     if (r == -1) {
       if (write_may_retry (q, &retried))
@@ -166,6 +284,31 @@ for_each_slice (struct qcow2 *q, uint64_t first, uint64_t end,
       return -1;
     }
     first += nr;
+  }
+  return 0;
+}
+
+/* A compressed cluster has no subclusters: leave it out where it is not
+ * among the units whole.  (None ever becomes compressed, so this stays
+ * true.)
+ */
+static int
+leave_out_compressed (struct qcow2 *q, struct units *u)
+{
+  const uint64_t mask = (UINT64_C (1) << (q->cluster_bits - u->bits)) - 1;
+  struct mapping m;
+
+  if (u->first < u->end && (u->first & mask) != 0) {
+    if (mapping_lookup (q, u->first << u->bits, 1, &m) == -1)
+      return -1;
+    if (m.kind == MAPPING_COMPRESSED)
+      u->first = min_u64 (u->end, (u->first | mask) + 1);
+  }
+  if (u->first < u->end && (u->end & mask) != 0) {
+    if (mapping_lookup (q, (u->end - 1) << u->bits, 1, &m) == -1)
+      return -1;
+    if (m.kind == MAPPING_COMPRESSED)
+      u->end = max_u64 (u->first, u->end & ~mask);
   }
   return 0;
 }
@@ -197,16 +340,16 @@ zero_in_place (struct qcow2 *q, uint64_t count, uint64_t offset, bool keep,
   if (m.kind == MAPPING_DATA && m.copied) {
     if (write_check_host (q, m.host, m.length) == -1)
       return -1;
-    if (container_zero (q->container, m.length, m.host, false) == -1) {
+    if (container_zero (q->data, m.length, m.host,
+                        q->data_file_raw && !keep) == -1) {
       report_error ("cannot zero %" PRIu64 " bytes at host offset %#" PRIx64
                     ": %m", m.length, m.host);
       return -1;
     }
     *done = m.length;
   }
-  else if (m.kind == MAPPING_ZERO_ALLOCATED ||
-           (!keep && (m.kind == MAPPING_UNALLOCATED ||
-                      m.kind == MAPPING_ZERO)))
+  else if (reads_as_zeroes (q, m.kind, offset, &m.length) &&
+           (!keep || m.kind == MAPPING_ZERO_ALLOCATED))
     *done = m.length;
   return 0;
 }
@@ -235,71 +378,82 @@ zero_bytes (struct qcow2 *q, uint64_t count, uint64_t offset, bool keep)
   return 0;
 }
 
-/* Is there no data to overwrite in this part of a cluster? */
+/* Is there no data to overwrite in a range? */
 static int
-part_is_fast (struct qcow2 *q, uint64_t count, uint64_t offset, bool keep)
+range_is_fast (struct qcow2 *q, uint64_t count, uint64_t offset, bool keep)
 {
-  struct mapping m;
+  while (count > 0) {
+    struct mapping m;
 
-  if (count == 0)
-    return 0;
-  if (mapping_lookup (q, offset, count, &m) == -1)
-    return -1;
-  if (m.kind == MAPPING_ZERO_ALLOCATED ||
-      (!keep && (m.kind == MAPPING_ZERO || m.kind == MAPPING_UNALLOCATED)))
-    return 0;
-  errno = ENOTSUP;
-  return -1;
+    if (mapping_lookup (q, offset, count, &m) == -1)
+      return -1;
+    if (!reads_as_zeroes (q, m.kind, offset, &m.length) ||
+        (keep && m.kind != MAPPING_ZERO_ALLOCATED)) {
+      errno = ENOTSUP;
+      return -1;
+    }
+    offset += m.length;
+    count -= m.length;
+  }
+  return 0;
+}
+
+/* How the units of a write-zeroes request are made zero, or NULL if all
+ * of it goes by bytes.
+ */
+static slice_function *
+zero_method (const struct qcow2 *q, bool keep, uint64_t offset)
+{
+  if (q->data_file_raw || (keep && q->has_data_file))
+    return NULL;
+  if (q->header.version >= 3)
+    return keep ? zero_keep_slice : zero_slice;
+  return keep || offset < q->backing_size ? NULL : trim_slice;
 }
 
 int
 qcow2_zero (struct qcow2 *q, uint64_t count, uint64_t offset, unsigned flags)
 {
   const bool keep = flags & QCOW2_ZERO_KEEP;
-  const bool v2 = q->header.version < 3;
-  uint64_t first, end, head, tail;
+  slice_function *const method = zero_method (q, keep, offset);
+  struct units u =
+    whole_units (q, keep ? q->cluster_bits : q->unit_bits, count, offset);
+  uint64_t head = count, tail = 0;
 
-  if (header_begin_writing (q) == -1)
+  if (header_begin_writing (q) == -1 || leave_out_compressed (q, &u) == -1)
     return -1;
-  whole_clusters (q, count, offset, &first, &end);
-  if (first >= end || (v2 && keep)) {
-    /* No whole cluster, or none that could be flagged. */
-    if (flags & QCOW2_ZERO_FAST) {
-      const uint64_t in_first =
-        min_u64 (count, q->cluster_size - (offset & (q->cluster_size - 1)));
-
-      if (first < end) {
-        errno = ENOTSUP;
-        return -1;
-      }
-      if (part_is_fast (q, in_first, offset, keep) == -1 ||
-          part_is_fast (q, count - in_first, offset + in_first, keep) == -1)
-        return -1;
-    }
-    return zero_bytes (q, count, offset, keep);
+  if (method != NULL && u.first < u.end) {
+    head = (u.first << u.bits) - offset;
+    if (u.end << u.bits < offset + count)
+      tail = offset + count - (u.end << u.bits);
   }
+  else
+    u.end = u.first;            /* all of it is head */
 
-  head = (first << q->cluster_bits) - offset;
-  tail = end << q->cluster_bits >= offset + count
-    ? 0 : offset + count - (end << q->cluster_bits);
   if ((flags & QCOW2_ZERO_FAST) != 0 &&
-      (part_is_fast (q, head, offset, keep) == -1 ||
-       part_is_fast (q, tail, end << q->cluster_bits, keep) == -1))
+      (range_is_fast (q, head, offset, keep) == -1 ||
+       range_is_fast (q, tail, u.end << u.bits, keep) == -1))
     return -1;
   if (zero_bytes (q, head, offset, keep) == -1 ||
-      for_each_slice (q, first, end, v2 ? trim_slice
-                      : keep ? zero_keep_slice : zero_slice) == -1)
+      (u.first < u.end && for_each_slice (q, &u, method) == -1))
     return -1;
-  return zero_bytes (q, tail, end << q->cluster_bits, keep);
+  return zero_bytes (q, tail, u.end << u.bits, keep);
 }
 
 int
 qcow2_trim (struct qcow2 *q, uint64_t count, uint64_t offset)
 {
-  uint64_t first, end;
+  struct units u = whole_units (q, q->unit_bits, count, offset);
 
   if (header_begin_writing (q) == -1)
     return -1;
-  whole_clusters (q, count, offset, &first, &end);
-  return first < end ? for_each_slice (q, first, end, trim_slice) : 0;
+  if (q->data_file_raw)
+    return zero_bytes (q, count, offset, false);
+  if (q->header.version < 3)
+    /* What the backing file has would shine through. */
+    u.first = max_u64 (u.first, div_round_up (q->backing_size,
+                                              q->cluster_size));
+  if (leave_out_compressed (q, &u) == -1)
+    return -1;
+  return u.first < u.end ? for_each_slice (q, &u, trim_slice) : 0;
 }

@@ -151,6 +151,17 @@ write_slices (struct qcow2 *q, struct flush *f, size_t n)
   return 0;
 }
 
+/* Guest data that are not in the container. */
+static int
+data_barrier (struct qcow2 *q)
+{
+  if (q->has_data_file && container_flush (q->data) == -1) {
+    report_error ("cannot flush the external data file: %m");
+    return -1;
+  }
+  return 0;
+}
+
 static int
 run_rounds (struct qcow2 *q, struct flush *f)
 {
@@ -159,7 +170,8 @@ run_rounds (struct qcow2 *q, struct flush *f)
 
   do {
     n = copy_slices (q, f);
-    if (n == -1 || refcounts_flush (q) == -1 || qcow2_barrier (q) == -1)
+    if (n == -1 || refcounts_flush (q) == -1 || data_barrier (q) == -1 ||
+        qcow2_barrier (q) == -1)
       return -1;
     if (first && f->hooks != NULL) {
       const int r = hook (f, f->hooks->references);

@@ -229,12 +229,17 @@ check_features (struct qcow2 *q)
                     "which is unknown", name);
       return invalid (ENOTSUP);
     }
-  if (get_be64 (p + F_BACKING_OFFSET) != 0)
-    return refuse ("a backing file");
-  if (h->incompatible & INCOMPAT_EXTENDED_L2)
-    return refuse ("extended L2 entries (subclusters)");
-  if (h->incompatible & INCOMPAT_DATA_FILE)
-    return refuse ("an external data file");
+  if (q->extended_l2 && q->cluster_bits < 14) {
+    report_error ("the image has extended L2 entries and clusters of %" PRIu64
+                  " bytes, whose subclusters are smaller than 512 bytes",
+                  q->cluster_size);
+    return invalid (EINVAL);
+  }
+  if (q->has_data_file && h->nr_snapshots != 0) {
+    report_error ("the image has an external data file and internal "
+                  "snapshots, which do not go together");
+    return invalid (EINVAL);
+  }
   if (crypt == 1)
     return refuse ("AES encryption");
   if (crypt == 2)
@@ -351,7 +356,12 @@ header_load (struct qcow2 *q)
 
   q->cluster_bits = q->header.cluster_bits;
   q->cluster_size = UINT64_C (1) << q->cluster_bits;
-  q->l2_bits = q->cluster_bits - 3;
+  q->extended_l2 = q->header.incompatible & INCOMPAT_EXTENDED_L2;
+  q->unit_bits = q->cluster_bits - (q->extended_l2 ? 5 : 0);
+  q->l2_bits = q->cluster_bits - (q->extended_l2 ? 4 : 3);
+  q->has_data_file = q->header.incompatible & INCOMPAT_DATA_FILE;
+  q->data_file_raw = q->has_data_file &&
+    (q->header.autoclear & AUTOCLEAR_RAW_EXTERNAL) != 0;
   q->size = round_down (q->header.size, SECTOR);
   pthread_mutex_init (&q->hs.lock, NULL);
   q->hs.cluster = malloc (q->cluster_size);

@@ -17,6 +17,7 @@
  *   l2-cache.c        L2 tables in RAM
  *   mapping.c         guest offset to host offset, L1 and L2 entries
  *   compressed.c      compressed clusters
+ *   layer.c           the backing file
  *   read.c, write.c, discard.c
  *   flush.c           the order of writes
  *   open.c            putting it all together
@@ -54,6 +55,7 @@
 #define ENTRY_OFFSET_MASK UINT64_C (0x00fffffffffffe00)
 #define L1_RESERVED_MASK UINT64_C (0x7f000000000001ff)
 #define L2_RESERVED_MASK UINT64_C (0x3f000000000001fe)
+#define L2_SUBCLUSTERS 32
 #define REFTABLE_RESERVED_MASK UINT64_C (0x1ff)
 
 /* Bits of the header. */
@@ -158,6 +160,15 @@ struct release_list {
   uint64_t nr_clusters;
 };
 
+/* An L2 entry: the descriptor of the host cluster, and if the image has
+ * extended entries the bitmap of its subclusters (which are allocated in
+ * the lower half, which read as zeroes in the upper), else 0.
+ */
+struct l2_entry {
+  uint64_t descriptor;
+  uint64_t bitmap;
+};
+
 /* l2-cache.c */
 #define L2_WAYS 16
 #define L2_MAX_SLICE_ENTRIES 512
@@ -177,9 +188,10 @@ struct l2_set {
 
 struct l2_cache {
   unsigned slice_bits;          /* log2 of entries in a slice */
+  unsigned entry_bits;          /* log2 of 64-bit words in an entry */
   size_t nr_sets;               /* a power of two */
   struct l2_set *sets;
-  _Atomic uint64_t *entries;    /* big-endian, as on disk */
+  _Atomic uint64_t *words;      /* big-endian, as on disk */
   atomic_size_t nr_dirty;
 };
 
@@ -191,11 +203,19 @@ struct range_lock {
 
 struct qcow2 {
   struct container *container;
+  struct container *data;       /* guest data: the container, or ... */
+  bool has_data_file;           /* an external data file */
+  bool data_file_raw;           /* which is a raw image by itself */
+  struct qcow2_layer backing;
+  uint64_t backing_size;        /* 0 if there is none */
   bool readonly;
   struct header header;
   struct header_state hs;
   unsigned cluster_bits;
   uint64_t cluster_size;
+  bool extended_l2;
+  unsigned unit_bits;           /* of what has a kind of mapping of its
+                                   own: a cluster, or a subcluster */
   unsigned l2_bits;             /* log2 of entries in an L2 table */
   uint64_t size;                /* of the guest's disk */
 
@@ -312,12 +332,12 @@ extern int l2_cache_open (struct qcow2 *, uint64_t cache_bytes);
 extern void l2_cache_free (struct qcow2 *);
 /* Read nr entries from guest cluster on, all of one slice. */
 extern int l2_get (struct qcow2 *, uint64_t guest_cluster, unsigned nr,
-                   uint64_t *entries);
+                   struct l2_entry *entries);
 /* Set nr entries from guest cluster on, all of one slice, whose L2 table
  * exists.  EAGAIN if the cache has to be flushed first.
  */
 extern int l2_set (struct qcow2 *, uint64_t guest_cluster, unsigned nr,
-                   const uint64_t *entries);
+                   const struct l2_entry *entries);
 /* For the flush: copy up to max_copies dirty slices, from *next_set on,
  * into data, and pin them.
  */
@@ -335,9 +355,11 @@ extern void l2_copies_done (struct qcow2 *, const struct l2_copy *copies,
                             size_t nr, bool written);
 extern unsigned l2_slice_bytes (const struct qcow2 *);
 
-/* mapping.c */
+/* mapping.c.  A unit is what has a kind of its own: a cluster, or with
+ * extended L2 entries a subcluster.
+ */
 enum mapping_kind {
-  MAPPING_UNALLOCATED,
+  MAPPING_UNALLOCATED,          /* the backing file provides it */
   MAPPING_ZERO,                 /* explicit zeroes, no host cluster */
   MAPPING_ZERO_ALLOCATED,       /* explicit zeroes, host cluster kept */
   MAPPING_DATA,
@@ -348,14 +370,16 @@ enum mapping_kind {
 struct mapping {
   enum mapping_kind kind;
   bool copied;                  /* the host cluster is this image's alone */
-  uint64_t host;                /* host offset of the first byte */
+  uint64_t host;                /* of the first byte, if it has a place */
   uint64_t length;              /* bytes from the guest offset asked for */
-  uint64_t entry;               /* the L2 entry of the first cluster */
+  uint64_t descriptor;          /* of the first cluster */
 };
 extern int mapping_open (struct qcow2 *);
 extern void mapping_free (struct qcow2 *);
-extern void mapping_decode (const struct qcow2 *, uint64_t entry,
-                            struct mapping *);
+/* Has the entry a host cluster that is this image's alone, and whose
+ * units it can make use of?
+ */
+extern bool mapping_owns_cluster (const struct qcow2 *, uint64_t descriptor);
 /* The mapping at guest offset, up to count bytes: one kind, and for data
  * one contiguous host range.
  */
@@ -368,7 +392,7 @@ extern int mapping_lookup_kind (struct qcow2 *, uint64_t offset,
 extern int mapping_need_l2 (struct qcow2 *, uint64_t guest_cluster);
 /* Set the entries of guest clusters that belong to one L2 slice. */
 extern int mapping_set (struct qcow2 *, uint64_t guest_cluster, unsigned nr,
-                        const uint64_t *entries);
+                        const struct l2_entry *entries);
 /* Guest clusters from guest_cluster to the end of its slice. */
 extern uint64_t mapping_slice_left (const struct qcow2 *,
                                     uint64_t guest_cluster);
@@ -388,15 +412,44 @@ extern void mapping_l1_done (struct qcow2 *, struct l1_copies *,
                              bool written);
 
 /* compressed.c: read a compressed cluster whole into buf. */
-extern int compressed_read (struct qcow2 *, uint64_t entry, void *buf);
-extern void compressed_location (const struct qcow2 *, uint64_t entry,
+extern int compressed_read (struct qcow2 *, uint64_t descriptor, void *buf);
+extern void compressed_location (const struct qcow2 *, uint64_t descriptor,
                                  uint64_t *host, uint64_t *bytes);
 
-/* read.c: the cluster at guest_cluster as the mapping has it. */
-extern int read_cluster (struct qcow2 *, const struct mapping *, void *buf);
+/* layer.c: what provides the bytes that the image does not have.
+ * Everything beyond its end is zeroes.
+ */
+extern int layer_open (struct qcow2 *, const struct qcow2_options *);
+extern int layer_read (struct qcow2 *, void *buf, uint64_t count,
+                       uint64_t offset);
+extern int layer_extent (struct qcow2 *, uint64_t offset, uint64_t limit,
+                         uint64_t *length, enum qcow2_extent_type *,
+                         unsigned *depth);
+/* Does what is unallocated from offset on read as zeroes for certain?
+ * *length is cut to how far the answer goes.
+ */
+static inline bool
+layer_is_zero (const struct qcow2 *q, uint64_t offset, uint64_t *length)
+{
+  if (offset >= q->backing_size)
+    return true;
+  *length = min_u64 (*length, q->backing_size - offset);
+  return false;
+}
+
+/* read.c: guest data, inside a section of q->requests.  What lies beyond
+ * the end of the disk reads as zeroes.
+ */
+extern int read_range (struct qcow2 *, void *buf, uint64_t count,
+                       uint64_t offset);
 
 /* write.c.  Check a host range that is about to be changed in place. */
 extern int write_check_host (struct qcow2 *, uint64_t host, uint64_t count);
+/* Does a run of a kind read as zeroes, from offset on?  *length is cut to
+ * how far the answer goes.
+ */
+extern bool reads_as_zeroes (const struct qcow2 *, enum mapping_kind,
+                             uint64_t offset, uint64_t *length);
 /* After a request failed: free what can be freed and return true if it
  * can be tried once more; else report it if there was no space.
  */

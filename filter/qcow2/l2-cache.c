@@ -14,7 +14,8 @@
  * a version, which changes whenever something else is put into the slot.
  * A reader reads the tag, the entries, and the tag again: if it has not
  * changed the entries were the slice's.  All changes are made under the
- * set's lock.
+ * set's lock.  An extended entry is two words, and so the tag also goes
+ * and comes back with another version where such entries are changed.
  *
  * A slot that was changed is dirty until the flush writes it, since only
  * the flush knows when (flush.c).  The flush copies dirty slots and pins
@@ -31,14 +32,15 @@
 
 #include "qcow2/internal.h"
 
-#define MAX_SLICE_BYTES (8 * L2_MAX_SLICE_ENTRIES)
+#define MAX_SLICE_WORDS 512
+#define MAX_SLICE_BYTES (8 * MAX_SLICE_WORDS)
 #define VERSION_BITS 24
 #define VERSION_MASK ((UINT64_C (1) << VERSION_BITS) - 1)
 
 unsigned
 l2_slice_bytes (const struct qcow2 *q)
 {
-  return 8U << q->l2.slice_bits;
+  return 8U << q->l2.entry_bits << q->l2.slice_bits;
 }
 
 int
@@ -48,7 +50,8 @@ l2_cache_open (struct qcow2 *q, uint64_t cache_bytes)
   const unsigned slice_bytes = min_u64 (q->cluster_size, MAX_SLICE_BYTES);
   size_t slots;
 
-  l2->slice_bits = __builtin_ctz (slice_bytes) - 3;
+  l2->entry_bits = q->extended_l2;
+  l2->slice_bits = __builtin_ctz (slice_bytes) - 3 - l2->entry_bits;
   l2->nr_sets = 1;
   while (l2->nr_sets * 2 * L2_WAYS * slice_bytes <= cache_bytes)
     l2->nr_sets *= 2;
@@ -56,8 +59,8 @@ l2_cache_open (struct qcow2 *q, uint64_t cache_bytes)
 
   /* calloc, so that slots which are never used cost no memory. */
   l2->sets = calloc (l2->nr_sets, sizeof l2->sets[0]);
-  l2->entries = calloc (slots, slice_bytes);
-  if (l2->sets == NULL || l2->entries == NULL) {
+  l2->words = calloc (slots, slice_bytes);
+  if (l2->sets == NULL || l2->words == NULL) {
     report_error ("calloc: %m");
     return -1;
   }
@@ -73,7 +76,7 @@ l2_cache_free (struct qcow2 *q)
     for (size_t i = 0; i < q->l2.nr_sets; ++i)
       pthread_mutex_destroy (&q->l2.sets[i].lock);
   free (q->l2.sets);
-  free (q->l2.entries);
+  free (q->l2.words);
 }
 
 static struct l2_set *
@@ -89,9 +92,15 @@ slot_index (struct qcow2 *q, const struct l2_set *set, unsigned way)
 }
 
 static _Atomic uint64_t *
-slot_entries (struct qcow2 *q, size_t slot)
+slot_words (struct qcow2 *q, size_t slot)
 {
-  return q->l2.entries + (slot << q->l2.slice_bits);
+  return q->l2.words + (slot << q->l2.slice_bits << q->l2.entry_bits);
+}
+
+static unsigned
+words_in_slice (const struct qcow2 *q)
+{
+  return 1U << q->l2.slice_bits << q->l2.entry_bits;
 }
 
 /* Where a slice is in the container, or 0 if it has no L2 table. */
@@ -133,10 +142,27 @@ read_slice (struct qcow2 *q, uint64_t slice, uint64_t *buf)
   return 0;
 }
 
+static void
+get_words (const struct qcow2 *q, _Atomic uint64_t *words, unsigned first,
+           unsigned nr, struct l2_entry *entries)
+{
+  const unsigned bits = q->l2.entry_bits;
+
+  words += first << bits;
+  for (unsigned i = 0; i < nr; ++i) {
+    entries[i].descriptor =
+      be64toh (atomic_load_explicit (&words[i << bits],
+                                     memory_order_relaxed));
+    entries[i].bitmap = bits == 0 ? 0 :
+      be64toh (atomic_load_explicit (&words[(i << bits) + 1],
+                                     memory_order_relaxed));
+  }
+}
+
 /* Look without the lock.  True if the slice was there. */
 static bool
 peek (struct qcow2 *q, struct l2_set *set, uint64_t slice, unsigned first,
-      unsigned nr, uint64_t *entries)
+      unsigned nr, struct l2_entry *entries)
 {
   for (unsigned way = 0; way < L2_WAYS; ++way) {
     struct l2_slot *slot = &set->way[way];
@@ -145,10 +171,8 @@ peek (struct qcow2 *q, struct l2_set *set, uint64_t slice, unsigned first,
 
     if (tag >> VERSION_BITS != slice + 1)
       continue;
-    _Atomic uint64_t *e = slot_entries (q, slot_index (q, set, way)) + first;
-    for (unsigned i = 0; i < nr; ++i)
-      entries[i] = be64toh (atomic_load_explicit (&e[i],
-                                                  memory_order_relaxed));
+    get_words (q, slot_words (q, slot_index (q, set, way)), first, nr,
+               entries);
     atomic_thread_fence (memory_order_acquire);
     if (atomic_load_explicit (&slot->tag, memory_order_relaxed) != tag)
       return false;
@@ -188,23 +212,40 @@ find_victim (struct l2_set *set)
   return -1;
 }
 
-/* With the set's lock held: put a slice into a slot. */
+/* With the set's lock held: no reader believes the slot in between. */
 static void
-fill (struct qcow2 *q, struct l2_set *set, unsigned way, uint64_t slice,
-      const uint64_t *buf)
+begin_change (struct l2_slot *slot)
 {
-  struct l2_slot *slot = &set->way[way];
-  _Atomic uint64_t *e = slot_entries (q, slot_index (q, set, way));
   const uint64_t version =
     (atomic_load_explicit (&slot->tag, memory_order_relaxed) + 1)
     & VERSION_MASK;
 
   atomic_store_explicit (&slot->tag, version, memory_order_relaxed);
   atomic_thread_fence (memory_order_release);
-  for (unsigned i = 0; i < 1U << q->l2.slice_bits; ++i)
-    atomic_store_explicit (&e[i], buf[i], memory_order_relaxed);
+}
+
+static void
+end_change (struct l2_slot *slot, uint64_t slice)
+{
+  const uint64_t version =
+    atomic_load_explicit (&slot->tag, memory_order_relaxed);
+
   atomic_store_explicit (&slot->tag, (slice + 1) << VERSION_BITS | version,
                          memory_order_release);
+}
+
+/* With the set's lock held: put a slice into a slot. */
+static void
+fill (struct qcow2 *q, struct l2_set *set, unsigned way, uint64_t slice,
+      const uint64_t *buf)
+{
+  struct l2_slot *slot = &set->way[way];
+  _Atomic uint64_t *words = slot_words (q, slot_index (q, set, way));
+
+  begin_change (slot);
+  for (unsigned i = 0; i < words_in_slice (q); ++i)
+    atomic_store_explicit (&words[i], buf[i], memory_order_relaxed);
+  end_change (slot, slice);
   atomic_store_explicit (&slot->referenced, 1, memory_order_relaxed);
 }
 
@@ -218,12 +259,12 @@ slice_of (const struct qcow2 *q, uint64_t guest_cluster, unsigned *first)
 
 int
 l2_get (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
-        uint64_t *entries)
+        struct l2_entry *entries)
 {
   unsigned first;
   const uint64_t slice = slice_of (q, guest_cluster, &first);
   struct l2_set *set = set_of (q, slice);
-  uint64_t buf[L2_MAX_SLICE_ENTRIES];
+  uint64_t buf[MAX_SLICE_WORDS];
   int way;
 
   if (peek (q, set, slice, first, nr, entries))
@@ -240,19 +281,23 @@ l2_get (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
   way = find_victim (set);
   if (way >= 0)
     fill (q, set, way, slice, buf);
-  for (unsigned i = 0; i < nr; ++i)
-    entries[i] = be64toh (buf[first + i]);
+  for (unsigned i = 0; i < nr; ++i) {
+    const uint64_t *words = buf + ((first + i) << q->l2.entry_bits);
+
+    entries[i].descriptor = be64toh (words[0]);
+    entries[i].bitmap = q->extended_l2 ? be64toh (words[1]) : 0;
+  }
   return 0;
 }
 
 int
 l2_set (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
-        const uint64_t *entries)
+        const struct l2_entry *entries)
 {
   unsigned first;
   const uint64_t slice = slice_of (q, guest_cluster, &first);
   struct l2_set *set = set_of (q, slice);
-  uint64_t buf[L2_MAX_SLICE_ENTRIES];
+  uint64_t buf[MAX_SLICE_WORDS];
   int way;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->lock);
@@ -269,9 +314,20 @@ l2_set (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
   }
 
   struct l2_slot *slot = &set->way[way];
-  _Atomic uint64_t *e = slot_entries (q, slot_index (q, set, way)) + first;
-  for (unsigned i = 0; i < nr; ++i)
-    atomic_store_explicit (&e[i], htobe64 (entries[i]), memory_order_release);
+  _Atomic uint64_t *words = slot_words (q, slot_index (q, set, way));
+  if (q->extended_l2)
+    begin_change (slot);
+  for (unsigned i = 0; i < nr; ++i) {
+    _Atomic uint64_t *entry = words + ((first + i) << q->l2.entry_bits);
+
+    atomic_store_explicit (&entry[0], htobe64 (entries[i].descriptor),
+                           memory_order_release);
+    if (q->extended_l2)
+      atomic_store_explicit (&entry[1], htobe64 (entries[i].bitmap),
+                             memory_order_relaxed);
+  }
+  if (q->extended_l2)
+    end_change (slot, slice);
   if (!slot->dirty) {
     slot->dirty = true;
     atomic_fetch_add (&set->nr_dirty, 1);
@@ -290,9 +346,9 @@ copy_slot (struct qcow2 *q, struct l2_set *set, unsigned way,
   copy->slot = slot_index (q, set, way);
   copy->slice = (atomic_load_explicit (&slot->tag, memory_order_relaxed)
                  >> VERSION_BITS) - 1;
-  _Atomic uint64_t *e = slot_entries (q, copy->slot);
-  for (unsigned i = 0; i < 1U << q->l2.slice_bits; ++i)
-    data[i] = atomic_load_explicit (&e[i], memory_order_relaxed);
+  _Atomic uint64_t *words = slot_words (q, copy->slot);
+  for (unsigned i = 0; i < words_in_slice (q); ++i)
+    data[i] = atomic_load_explicit (&words[i], memory_order_relaxed);
   slot->dirty = false;
   slot->pinned = true;
   atomic_fetch_sub (&set->nr_dirty, 1);

@@ -93,28 +93,92 @@ mapping_free (struct qcow2 *q)
   free (q->dirty_l1);
 }
 
-void
-mapping_decode (const struct qcow2 *q, uint64_t entry, struct mapping *m)
+/* What a standard entry, or a descriptor with no regard to the bitmap,
+ * says.
+ */
+static enum mapping_kind
+descriptor_kind (const struct qcow2 *q, uint64_t descriptor)
 {
-  const uint64_t host = entry & ENTRY_OFFSET_MASK;
+  const uint64_t host = descriptor & ENTRY_OFFSET_MASK;
 
-  m->entry = entry;
-  m->copied = entry & OFLAG_COPIED;
-  m->host = host;
-  if (entry == 0)
-    m->kind = MAPPING_UNALLOCATED;
-  else if (entry & OFLAG_COMPRESSED)
-    m->kind = MAPPING_COMPRESSED;
-  else if ((entry & L2_RESERVED_MASK) != 0 || host % q->cluster_size != 0 ||
-           ((entry & OFLAG_ZERO) != 0 && q->header.version < 3))
-    m->kind = MAPPING_INVALID;
-  else if (entry & OFLAG_ZERO)
-    m->kind = host == 0 ? MAPPING_ZERO : MAPPING_ZERO_ALLOCATED;
-  else
-    m->kind = host == 0 ? MAPPING_UNALLOCATED : MAPPING_DATA;
+  if (descriptor & OFLAG_COMPRESSED)
+    return q->has_data_file ? MAPPING_INVALID : MAPPING_COMPRESSED;
+  if ((descriptor & L2_RESERVED_MASK) != 0 || host % q->cluster_size != 0)
+    return MAPPING_INVALID;
+  if (descriptor & OFLAG_ZERO) {
+    if (q->header.version < 3 || q->extended_l2)
+      return MAPPING_INVALID;
+    return host == 0 ? MAPPING_ZERO : MAPPING_ZERO_ALLOCATED;
+  }
+  /* A data file has guest data at offset 0, too. */
+  if (host == 0 && !(q->has_data_file && (descriptor & OFLAG_COPIED) != 0))
+    return MAPPING_UNALLOCATED;
+  return MAPPING_DATA;
 }
 
-/* May a cluster be added to a run of nr clusters? */
+bool
+mapping_owns_cluster (const struct qcow2 *q, uint64_t descriptor)
+{
+  const enum mapping_kind kind = descriptor_kind (q, descriptor);
+
+  return (descriptor & OFLAG_COPIED) != 0 &&
+    (kind == MAPPING_DATA || kind == MAPPING_ZERO_ALLOCATED);
+}
+
+/* The kind of the subclusters from one on, of a cluster with a
+ * descriptor of that kind; *nr is how many are alike.
+ */
+static enum mapping_kind
+subcluster_kind (enum mapping_kind cluster, uint64_t bitmap, unsigned first,
+                 unsigned *nr)
+{
+  const uint32_t allocated = bitmap >> first & UINT32_MAX >> first;
+  const uint32_t zero = bitmap >> 32 >> first;
+  const uint32_t neither = ~(allocated | zero);
+  const bool has_host = cluster == MAPPING_DATA;
+  enum mapping_kind kind;
+  uint32_t alike;
+
+  *nr = L2_SUBCLUSTERS - first;
+  if (cluster == MAPPING_COMPRESSED || cluster == MAPPING_INVALID)
+    return cluster;
+  if (((uint32_t) bitmap & bitmap >> 32) != 0 ||
+      (!has_host && (uint32_t) bitmap != 0))
+    return MAPPING_INVALID;
+  if (allocated & 1) {
+    kind = MAPPING_DATA;
+    alike = allocated;
+  }
+  else if (zero & 1) {
+    kind = has_host ? MAPPING_ZERO_ALLOCATED : MAPPING_ZERO;
+    alike = zero;
+  }
+  else {
+    kind = MAPPING_UNALLOCATED;
+    alike = neither;
+  }
+  if (~alike != 0)
+    *nr = min_u64 (*nr, __builtin_ctz (~alike));
+  return kind;
+}
+
+/* What an entry says of the units from one on, *nr of which are alike. */
+static void
+decode (const struct qcow2 *q, const struct l2_entry *entry, unsigned first,
+        struct mapping *m, unsigned *nr)
+{
+  m->descriptor = entry->descriptor;
+  m->copied = entry->descriptor & OFLAG_COPIED;
+  m->host = (entry->descriptor & ENTRY_OFFSET_MASK)
+    + ((uint64_t) first << q->unit_bits);
+  m->kind = descriptor_kind (q, entry->descriptor);
+  if (q->extended_l2)
+    m->kind = subcluster_kind (m->kind, entry->bitmap, first, nr);
+  else
+    *nr = 1;
+}
+
+/* May units be added to a run of nr units? */
 static bool
 continues (const struct qcow2 *q, const struct mapping *run, uint64_t nr,
            const struct mapping *next, bool with_host)
@@ -134,7 +198,7 @@ continues (const struct qcow2 *q, const struct mapping *run, uint64_t nr,
   if (run->kind != MAPPING_DATA)
     return true;
   return run->copied == next->copied &&
-    next->host == run->host + (nr << q->cluster_bits);
+    next->host == run->host + (nr << q->unit_bits);
 }
 
 uint64_t
@@ -151,7 +215,7 @@ mapping_slice_left (const struct qcow2 *q, uint64_t guest_cluster)
  */
 static int
 get_entries (struct qcow2 *q, uint64_t guest_cluster, uint64_t nr,
-             unsigned batch, uint64_t entries[BATCH], uint64_t *got,
+             unsigned batch, struct l2_entry entries[BATCH], uint64_t *got,
              bool *uniform)
 {
   const uint64_t in_l2 = UINT64_C (1) << q->l2_bits;
@@ -161,7 +225,7 @@ get_entries (struct qcow2 *q, uint64_t guest_cluster, uint64_t nr,
 
   *uniform = (l1_entry & ENTRY_OFFSET_MASK) == 0;
   if (*uniform) {
-    entries[0] = 0;
+    entries[0] = (struct l2_entry) { 0 };
     *got = min_u64 (nr, in_l2 - (guest_cluster & (in_l2 - 1)));
     return 0;
   }
@@ -169,35 +233,66 @@ get_entries (struct qcow2 *q, uint64_t guest_cluster, uint64_t nr,
   return l2_get (q, guest_cluster, *got, entries);
 }
 
-/* How many of got clusters continue the run of done clusters, which
- * begins with them if done is 0?
- */
-static uint64_t
-extend_run (const struct qcow2 *q, struct mapping *run, uint64_t done,
-            const uint64_t *entries, uint64_t got, bool uniform,
-            bool with_host)
-{
-  for (uint64_t i = 0; i < (uniform ? 1 : got); ++i) {
-    struct mapping next;
+/* A run that is being looked up. */
+struct run {
+  struct mapping *mapping;
+  uint64_t units;               /* found so far */
+  bool with_host;
+  bool ended;
+};
 
-    mapping_decode (q, entries[i], &next);
-    if (done + i == 0)
-      *run = next;
-    else if (!continues (q, run, done + i, &next, with_host))
-      return i;
+/* Add the units of one entry, from first on. */
+static void
+add_entry (const struct qcow2 *q, struct run *run,
+           const struct l2_entry *entry, unsigned first)
+{
+  const unsigned in_cluster = 1U << (q->cluster_bits - q->unit_bits);
+  struct mapping next;
+  unsigned nr;
+
+  for (; first < in_cluster; first += nr) {
+    decode (q, entry, first, &next, &nr);
+    if (run->units == 0)
+      *run->mapping = next;
+    else if (!continues (q, run->mapping, run->units, &next,
+                         run->with_host)) {
+      run->ended = true;
+      return;
+    }
+    run->units += nr;
   }
-  return got;
+}
+
+static int
+check_run (const struct qcow2 *q, const struct mapping *m, uint64_t offset)
+{
+  const char *why = "is invalid";
+
+  if (m->kind == MAPPING_DATA && q->has_data_file &&
+      m->host != round_down (offset, UINT64_C (1) << q->unit_bits))
+    why = "does not point to the same offset in the data file";
+  else if (m->kind != MAPPING_INVALID)
+    return 0;
+  report_error ("the image is corrupt: the L2 entry for guest offset %#"
+                PRIx64 ", %#" PRIx64 ", %s; see qemu-img check",
+                round_down (offset, q->cluster_size), m->descriptor, why);
+  errno = EIO;
+  return -1;
 }
 
 static int
 lookup (struct qcow2 *q, uint64_t offset, uint64_t count, bool with_host,
         struct mapping *m)
 {
+  const unsigned sub_bits = q->cluster_bits - q->unit_bits;
+  const uint64_t first_unit = offset >> q->unit_bits;
+  const uint64_t in_unit = offset & ((UINT64_C (1) << q->unit_bits) - 1);
   const uint64_t first = offset >> q->cluster_bits;
   const uint64_t nr = ((offset + count - 1) >> q->cluster_bits) - first + 1;
-  const uint64_t in_cluster = offset & (q->cluster_size - 1);
-  uint64_t done = 0, got, more, entries[BATCH];
-  unsigned batch = FIRST_BATCH;
+  struct run run = { .mapping = m, .with_host = with_host };
+  unsigned skip = first_unit & ((1U << sub_bits) - 1), batch = FIRST_BATCH;
+  struct l2_entry entries[BATCH];
+  uint64_t done = 0, got;
   bool uniform;
 
   do {
@@ -205,20 +300,19 @@ lookup (struct qcow2 *q, uint64_t offset, uint64_t count, bool with_host,
                      &uniform) == -1)
       return -1;
     batch = min_u64 (batch * 4, BATCH);
-    more = extend_run (q, m, done, entries, got, uniform, with_host);
-    done += more;
-  } while (more == got && done < nr);
+    for (uint64_t i = 0; i < (uniform ? 1 : got) && !run.ended; ++i) {
+      add_entry (q, &run, &entries[i], skip);
+      skip = 0;
+    }
+    if (uniform && !run.ended)
+      run.units += (got - 1) << sub_bits;
+    done += got;
+  } while (!run.ended && done < nr);
 
-  if (m->kind == MAPPING_INVALID) {
-    report_error ("the image is corrupt: the L2 entry for guest offset %#"
-                  PRIx64 ", %#" PRIx64 ", is invalid; see qemu-img check",
-                  round_down (offset, q->cluster_size), m->entry);
-    errno = EIO;
+  if (check_run (q, m, offset) == -1)
     return -1;
-  }
-  m->length = min_u64 (count, (done << q->cluster_bits) - in_cluster);
-  if (m->kind == MAPPING_DATA)
-    m->host += in_cluster;
+  m->length = min_u64 (count, (run.units << q->unit_bits) - in_unit);
+  m->host += in_unit;
   return 0;
 }
 
@@ -287,7 +381,7 @@ mapping_need_l2 (struct qcow2 *q, uint64_t guest_cluster)
 
 int
 mapping_set (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
-             const uint64_t *entries)
+             const struct l2_entry *entries)
 {
   while (l2_set (q, guest_cluster, nr, entries) == -1)
     if (errno != EAGAIN || flush_metadata (q) == -1)

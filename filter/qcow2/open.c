@@ -12,10 +12,30 @@
 
 #include "qcow2/internal.h"
 
+/* Where guest data are. */
 static int
-open_parts (struct qcow2 *q, uint64_t cache_size)
+data_file_open (struct qcow2 *q, const struct qcow2_options *options)
 {
-  if (header_read (q) == -1 || registry_init (q) == -1 ||
+  q->data = q->container;
+  if (!q->has_data_file)
+    return 0;
+  if (options->data_file == NULL) {
+    report_error ("the image has an external data file, which was not "
+                  "opened");
+    errno = EINVAL;
+    return -1;
+  }
+  q->data = options->data_file;
+  return 0;
+}
+
+static int
+open_parts (struct qcow2 *q, const struct qcow2_options *options)
+{
+  const uint64_t cache_size = options->cache_size;
+
+  if (header_read (q) == -1 || data_file_open (q, options) == -1 ||
+      layer_open (q, options) == -1 || registry_init (q) == -1 ||
       registry_set (q, QCOW2_HEADER, 0, 1) == -1)
     return -1;
   /* Whoever only reads has no use for refcounts. */
@@ -42,7 +62,7 @@ qcow2_open (struct container *c, const struct qcow2_options *options)
   pthread_mutex_init (&q->alloc_lock, NULL);
   pthread_mutex_init (&q->release_lock, NULL);
   pthread_mutex_init (&q->flush_lock, NULL);
-  if (open_parts (q, options->cache_size) == -1) {
+  if (open_parts (q, options) == -1) {
     const int err = errno;
 
     qcow2_close (q);

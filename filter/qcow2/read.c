@@ -28,7 +28,7 @@ read_compressed (struct qcow2 *q, const struct mapping *m, void *buf,
     report_error ("malloc: %m");
     return -1;
   }
-  if (compressed_read (q, m->entry, cluster) == -1)
+  if (compressed_read (q, m->descriptor, cluster) == -1)
     return -1;
   memcpy (buf, cluster + (offset & (q->cluster_size - 1)), count);
   return 0;
@@ -40,7 +40,7 @@ read_run (struct qcow2 *q, const struct mapping *m, void *buf,
 {
   switch (m->kind) {
   case MAPPING_DATA:
-    if (container_pread (q->container, buf, m->length, m->host) == -1) {
+    if (container_pread (q->data, buf, m->length, m->host) == -1) {
       report_error ("cannot read %" PRIu64 " bytes at host offset %#" PRIx64
                     ": %m", m->length, m->host);
       return -1;
@@ -48,6 +48,8 @@ read_run (struct qcow2 *q, const struct mapping *m, void *buf,
     return 0;
   case MAPPING_COMPRESSED:
     return read_compressed (q, m, buf, m->length, offset);
+  case MAPPING_UNALLOCATED:
+    return layer_read (q, buf, m->length, offset);
   default:
     memset (buf, 0, m->length);
     return 0;
@@ -55,26 +57,23 @@ read_run (struct qcow2 *q, const struct mapping *m, void *buf,
 }
 
 int
-read_cluster (struct qcow2 *q, const struct mapping *m, void *buf)
+read_range (struct qcow2 *q, void *buf, uint64_t count, uint64_t offset)
 {
-  struct mapping whole = *m;
+  uint8_t *p = buf;
 
-  whole.length = q->cluster_size;
-  if (whole.kind == MAPPING_DATA)
-    whole.host = round_down (whole.host, q->cluster_size);
-  return read_run (q, &whole, buf, 0);
-}
+  if (offset + count > q->size) {
+    const uint64_t inside = offset < q->size ? q->size - offset : 0;
 
-static int
-read_all (struct qcow2 *q, uint8_t *buf, uint64_t count, uint64_t offset)
-{
+    memset (p + inside, 0, count - inside);
+    count = inside;
+  }
   while (count > 0) {
     struct mapping m;
 
     if (mapping_lookup (q, offset, count, &m) == -1 ||
-        read_run (q, &m, buf, offset) == -1)
+        read_run (q, &m, p, offset) == -1)
       return -1;
-    buf += m.length;
+    p += m.length;
     offset += m.length;
     count -= m.length;
   }
@@ -85,7 +84,7 @@ int
 qcow2_read (struct qcow2 *q, void *buf, uint64_t count, uint64_t offset)
 {
   const grace_ticket ticket = grace_enter (&q->requests);
-  const int r = read_all (q, buf, count, offset);
+  const int r = read_range (q, buf, count, offset);
 
   grace_leave (&q->requests, ticket);
   return r;
@@ -97,10 +96,10 @@ cache_run (struct qcow2 *q, const struct mapping *m)
   uint64_t host = m->host, bytes = m->length;
 
   if (m->kind == MAPPING_COMPRESSED)
-    compressed_location (q, m->entry, &host, &bytes);
+    compressed_location (q, m->descriptor, &host, &bytes);
   else if (m->kind != MAPPING_DATA)
     return 0;
-  if (container_cache (q->container, bytes, host) == -1) {
+  if (container_cache (q->data, bytes, host) == -1) {
     report_error ("cannot cache %" PRIu64 " bytes at host offset %#" PRIx64
                   ": %m", bytes, host);
     return -1;
@@ -137,11 +136,10 @@ qcow2_extent (struct qcow2 *q, uint64_t offset, uint64_t limit,
   if (mapping_lookup_kind (q, offset, limit - offset, &m) == -1)
     return -1;
   *length = m.length;
-  *depth = m.kind != MAPPING_UNALLOCATED;
+  *depth = 1;
   switch (m.kind) {
   case MAPPING_UNALLOCATED:
-    *type = QCOW2_EXTENT_UNALLOCATED;
-    break;
+    return layer_extent (q, offset, offset + m.length, length, type, depth);
   case MAPPING_ZERO:
   case MAPPING_ZERO_ALLOCATED:
     *type = QCOW2_EXTENT_ZERO;

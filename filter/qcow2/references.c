@@ -64,9 +64,8 @@ copy_references (const struct qcow2 *q, struct qcow2_references *r)
 {
   struct header_text backing = { 0 };
 
-  r->has_data_file = q->header.incompatible & INCOMPAT_DATA_FILE;
-  r->data_file_raw = r->has_data_file &&
-    (q->header.autoclear & AUTOCLEAR_RAW_EXTERNAL) != 0;
+  r->has_data_file = q->has_data_file;
+  r->data_file_raw = q->data_file_raw;
   if (get_backing_name (q, &backing) == -1 ||
       copy_text ("backing file name", backing, &r->backing_name) == -1)
     return -1;

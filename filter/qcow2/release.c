@@ -111,6 +111,8 @@ release_check_entry (struct qcow2 *q, uint64_t entry)
 {
   uint64_t host = entry & ENTRY_OFFSET_MASK, bytes = q->cluster_size;
 
+  if (q->has_data_file)
+    return 0;                   /* what it refers to has no refcount */
   if (entry & OFLAG_COMPRESSED)
     compressed_location (q, entry, &host, &bytes);
   else if (host == 0)

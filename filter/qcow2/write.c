@@ -9,11 +9,17 @@
  * written where it is: no lock, one call to the container.
  *
  * Everything else goes to new clusters, under a range lock: what the
- * request does not cover of its first and last cluster is copied from
- * what was there, the new clusters are written, and only then do the L2
- * entries in RAM point to them.  The L2 entries reach the disk with the
- * next flush, after a barrier (flush.c).  New clusters that read as
- * zeroes need not be filled with any.
+ * request does not cover of its first and last cluster (or subcluster)
+ * is copied from what was there, here or in the backing file, the new
+ * clusters are written, and only then do the L2 entries in RAM point to
+ * them.  The L2 entries reach the disk with the next flush, after a
+ * barrier (flush.c).  New clusters that read as zeroes need not be
+ * filled with any.
+ *
+ * "New" are also clusters that the entry has already, for what it says
+ * is not in there: explicit zeroes, or subclusters that are not
+ * allocated; and any cluster of an external data file, where the place
+ * of guest data is always the same.
  */
 
 #include <config.h>
@@ -30,6 +36,8 @@ write_check_host (struct qcow2 *q, uint64_t host, uint64_t count)
   const uint64_t end = round_up (container_size (q->container),
                                  q->cluster_size);
 
+  if (q->has_data_file)
+    return 0;                   /* there is no metadata in there */
   if (range_exceeds (host, count, end)) {
     report_error ("the image is corrupt: an L2 entry points to %#" PRIx64
                   ", beyond the end of the file; see qemu-img check", host);
@@ -44,7 +52,7 @@ write_host (struct qcow2 *q, const void *buf, uint64_t count, uint64_t host)
 {
   if (write_check_host (q, host, count) == -1)
     return -1;
-  if (container_pwrite (q->container, buf, count, host) == -1) {
+  if (container_pwrite (q->data, buf, count, host) == -1) {
     report_error ("cannot write %" PRIu64 " bytes at host offset %#" PRIx64
                   ": %m", count, host);
     return -1;
@@ -57,102 +65,171 @@ struct new_clusters {
   uint64_t guest_cluster, nr;   /* what they are for */
   uint64_t host;
   bool zeroed;                  /* they read as zeroes */
-  bool reused;                  /* they were allocated before */
-  uint64_t old[L2_MAX_SLICE_ENTRIES];    /* the entries as they are */
+  bool reused;                  /* they are the guest clusters' already */
+  bool whole;                   /* all that was there moves with them */
+  struct l2_entry old[L2_MAX_SLICE_ENTRIES];     /* as they are */
 };
 
-/* Write one new cluster which the request covers in part. */
-static int
-write_part (struct qcow2 *q, const struct new_clusters *new, uint64_t i,
-            const void *buf, uint64_t count, uint64_t in_cluster)
+/* The host offset of a guest offset in them. */
+static uint64_t
+new_host (const struct qcow2 *q, const struct new_clusters *new,
+          uint64_t offset)
 {
-  CLEANUP_FREE uint8_t *cluster = malloc (q->cluster_size);
-  struct mapping old;
+  return new->host + offset - (new->guest_cluster << q->cluster_bits);
+}
 
-  if (cluster == NULL) {
+/* What the new clusters have to be filled up to multiples of. */
+static uint64_t
+fill_size (const struct qcow2 *q, const struct new_clusters *new)
+{
+  return new->whole ? q->cluster_size : UINT64_C (1) << q->unit_bits;
+}
+
+/* Write a part of a cluster or subcluster, and around it what was there. */
+static int
+write_part (struct qcow2 *q, const struct new_clusters *new,
+            const void *buf, uint64_t count, uint64_t offset)
+{
+  const uint64_t size = fill_size (q, new);
+  const uint64_t start = round_down (offset, size);
+  CLEANUP_FREE uint8_t *whole = malloc (size);
+
+  if (whole == NULL) {
     report_error ("malloc: %m");
     return -1;
   }
-  mapping_decode (q, new->old[i], &old);
-  if (read_cluster (q, &old, cluster) == -1)
+  if (read_range (q, whole, size, start) == -1)
     return -1;
-  memcpy (cluster + in_cluster, buf, count);
-  return write_host (q, cluster, q->cluster_size,
-                     new->host + (i << q->cluster_bits));
+  memcpy (whole + (offset - start), buf, count);
+  return write_host (q, whole, size, new_host (q, new, start));
 }
 
-static bool
-reads_as_zeroes (enum mapping_kind kind)
+bool
+reads_as_zeroes (const struct qcow2 *q, enum mapping_kind kind,
+                 uint64_t offset, uint64_t *length)
 {
-  return kind == MAPPING_UNALLOCATED || kind == MAPPING_ZERO ||
-    kind == MAPPING_ZERO_ALLOCATED;
+  if (kind == MAPPING_UNALLOCATED)
+    return layer_is_zero (q, offset, length);
+  return kind == MAPPING_ZERO || kind == MAPPING_ZERO_ALLOCATED;
 }
 
-/* Write the request into the new clusters, and around it what was there.
- * Everything in the run was of one kind.
- */
+/* Write the request into the new clusters, and around it what was there. */
 static int
 write_new (struct qcow2 *q, const struct new_clusters *new,
            enum mapping_kind kind, const uint8_t *buf, uint64_t count,
            uint64_t offset)
 {
-  uint64_t in_cluster = offset & (q->cluster_size - 1), i = 0;
+  const uint64_t size = fill_size (q, new);
+  uint64_t length = count;
 
-  if (new->zeroed && reads_as_zeroes (kind))
-    return write_host (q, buf, count, new->host + in_cluster);
+  if (new->zeroed && !new->whole &&
+      reads_as_zeroes (q, kind, round_down (offset, size), &length))
+    return write_host (q, buf, count, new_host (q, new, offset));
 
   while (count > 0) {
-    uint64_t n = round_down (count, q->cluster_size);
+    const uint64_t in_unit = offset & (size - 1);
+    uint64_t n = round_down (count, size);
 
-    if (in_cluster == 0 && n > 0) {
-      if (write_host (q, buf, n, new->host + (i << q->cluster_bits)) == -1)
+    if (in_unit == 0 && n > 0) {
+      if (write_host (q, buf, n, new_host (q, new, offset)) == -1)
         return -1;
     }
     else {
-      n = min_u64 (count, q->cluster_size - in_cluster);
-      if (write_part (q, new, i, buf, n, in_cluster) == -1)
+      n = min_u64 (count, size - in_unit);
+      if (write_part (q, new, buf, n, offset) == -1)
         return -1;
     }
-    i += (in_cluster + n) >> q->cluster_bits;
-    in_cluster = 0;
+    offset += n;
     buf += n;
     count -= n;
   }
   return 0;
 }
 
-/* Find host clusters for a run of guest clusters. */
-static int
-get_clusters (struct qcow2 *q, const struct mapping *m,
-              struct new_clusters *new)
+/* Has an entry a host cluster, this image's or not, or is it compressed? */
+static bool
+has_host (uint64_t descriptor)
 {
-  if (m->kind == MAPPING_ZERO_ALLOCATED && m->copied) {
-    new->host = m->host;
-    new->nr = 1;
-    new->zeroed = false;
-    new->reused = true;
-    return write_check_host (q, m->host, q->cluster_size);
+  return (descriptor & (OFLAG_COMPRESSED | OFLAG_COPIED)) != 0 ||
+    (descriptor & ENTRY_OFFSET_MASK) != 0;
+}
+
+/* Find host clusters for guest clusters, of which all begin as a run of
+ * one kind and have entries new->old.
+ */
+static int
+get_clusters (struct qcow2 *q, struct new_clusters *new)
+{
+  const uint64_t first = new->old[0].descriptor;
+
+  new->reused = q->has_data_file;
+  new->zeroed = false;
+  if (q->has_data_file) {
+    new->host = new->guest_cluster << q->cluster_bits;
+    return 0;
   }
-  new->reused = false;
+  if (mapping_owns_cluster (q, first)) {
+    new->host = first & ENTRY_OFFSET_MASK;
+    new->nr = 1;
+    new->reused = true;
+    return write_check_host (q, new->host, q->cluster_size);
+  }
+  if (q->extended_l2) {
+    /* Subclusters that the request does not touch move, too. */
+    new->whole = has_host (first);
+    for (uint64_t i = 1; i < new->nr; ++i)
+      if (new->whole || has_host (new->old[i].descriptor))
+        new->nr = i;
+  }
   return allocate_clusters (q, QCOW2_DATA, new->nr, &new->host, &new->nr,
                             &new->zeroed);
 }
 
-static int
-publish (struct qcow2 *q, const struct new_clusters *new)
+/* The subclusters of a new cluster that the request [offset, end) covers,
+ * as bits.
+ */
+static uint32_t
+covered (const struct qcow2 *q, const struct new_clusters *new,
+         uint64_t guest_cluster, uint64_t offset, uint64_t end)
 {
-  uint64_t entries[L2_MAX_SLICE_ENTRIES];
+  const uint64_t start = guest_cluster << q->cluster_bits;
+  const uint64_t from = offset > start ? (offset - start) >> q->unit_bits : 0;
+  const uint64_t to =
+    div_round_up (min_u64 (end - start, q->cluster_size),
+                  UINT64_C (1) << q->unit_bits);
 
-  for (uint64_t i = 0; i < new->nr; ++i)
-    if (release_check_entry (q, new->old[i]) == -1)
+  return new->whole ? UINT32_MAX
+    : (UINT32_MAX << from) & (UINT32_MAX >> (L2_SUBCLUSTERS - to));
+}
+
+/* Point the L2 entries at the new clusters, where [offset, end) has been
+ * written.
+ */
+static int
+publish (struct qcow2 *q, const struct new_clusters *new, uint64_t offset,
+         uint64_t end)
+{
+  struct l2_entry entries[L2_MAX_SLICE_ENTRIES];
+
+  for (uint64_t i = 0; i < new->nr; ++i) {
+    if (!new->reused && release_check_entry (q, new->old[i].descriptor) == -1)
       return -1;
-  for (uint64_t i = 0; i < new->nr; ++i)
-    entries[i] = (new->host + (i << q->cluster_bits)) | OFLAG_COPIED;
+    entries[i].descriptor =
+      (new->host + (i << q->cluster_bits)) | OFLAG_COPIED;
+    entries[i].bitmap = 0;
+    if (q->extended_l2) {
+      const uint32_t bits =
+        covered (q, new, new->guest_cluster + i, offset, end);
+
+      entries[i].bitmap = (new->old[i].bitmap & ~((uint64_t) bits << 32))
+        | bits;
+    }
+  }
   if (mapping_set (q, new->guest_cluster, new->nr, entries) == -1)
     return -1;
   if (!new->reused)
     for (uint64_t i = 0; i < new->nr; ++i)
-      release_entry (q, new->old[i]);
+      release_entry (q, new->old[i].descriptor);
   return 0;
 }
 
@@ -169,14 +246,15 @@ write_allocate (struct qcow2 *q, const struct mapping *m, const void *buf,
   new.guest_cluster = guest_cluster_of (q, offset);
   new.nr = min_u64 (mapping_slice_left (q, new.guest_cluster),
                     div_round_up (in_cluster + m->length, q->cluster_size));
+  new.whole = false;
   if (mapping_need_l2 (q, new.guest_cluster) == -1 ||
       l2_get (q, new.guest_cluster, new.nr, new.old) == -1 ||
-      get_clusters (q, m, &new) == -1)
+      get_clusters (q, &new) == -1)
     return -1;
 
   *done = min_u64 (m->length, (new.nr << q->cluster_bits) - in_cluster);
   if (write_new (q, &new, m->kind, buf, *done, offset) == -1 ||
-      publish (q, &new) == -1) {
+      publish (q, &new, offset, offset + *done) == -1) {
     const int err = errno;
 
     if (!new.reused)
