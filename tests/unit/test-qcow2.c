@@ -29,6 +29,7 @@
 #include "container/container.h"
 #include "image.h"
 #include "qcow2/qcow2.h"
+#include "random-requests.h"
 
 #define GIB (UINT64_C (1) << 30)
 
@@ -54,105 +55,22 @@ open_image (struct container *c, uint64_t cache)
   return q;
 }
 
-/* One random request to image and model, inside [low, high). */
-static int
-random_request (struct qcow2 *q, uint8_t *model, uint64_t low, uint64_t high,
-                uint64_t max, uint64_t *seed)
-{
-  const uint64_t r = random_next (seed);
-  const uint64_t align = (r >> 8) % 3 == 0 ? 1
-    : (r >> 8) % 3 == 1 ? 512 : qcow2_cluster_size (q);
-  uint64_t offset = low + random_next (seed) % (high - low);
-  uint64_t count = 1 + random_next (seed) % max;
-  const uint64_t cs = qcow2_cluster_size (q);
-  int ret;
-
-  offset = max_u64 (low, round_down (offset, align));
-  count = min_u64 (round_up (count, align), high - offset);
-  uint8_t *buf = malloc (count);
-  assert_non_null (buf);
-
-  switch (r % 10) {
-  case 0: case 1: case 2: case 3:
-    memset (buf, 1 + (r >> 16) % 255, count);
-    ret = qcow2_write (q, buf, count, offset);
-    if (ret == 0)
-      memcpy (model + offset, buf, count);
-    break;
-  case 4: case 5:
-    ret = qcow2_zero (q, count, offset, r >> 20 & 1 ? QCOW2_ZERO_KEEP : 0);
-    if (ret == 0)
-      memset (model + offset, 0, count);
-    break;
-  case 6: {
-    const uint64_t first = round_up (offset, cs);
-    const uint64_t end = offset + count == qcow2_size (q)
-      ? qcow2_size (q) : round_down (offset + count, cs);
-
-    ret = qcow2_trim (q, count, offset);
-    if (ret == 0 && first < end)
-      memset (model + first, 0, end - first);
-    break;
-  }
-  case 7:
-    ret = qcow2_flush (q, NULL);
-    break;
-  default:
-    ret = qcow2_read (q, buf, count, offset);
-    if (ret == 0)
-      assert_memory_equal (buf, model + offset, count);
-  }
-  free (buf);
-  return ret;
-}
-
-static void
-compare_all (struct qcow2 *q, const uint8_t *model)
-{
-  const uint64_t size = qcow2_size (q);
-  uint8_t *buf = malloc (size);
-
-  assert_non_null (buf);
-  assert_int_equal (qcow2_read (q, buf, size, 0), 0);
-  assert_memory_equal (buf, model, size);
-  free (buf);
-}
-
-/* QEMU's view of the data. */
-static void
-compare_with_qemu (struct container *c, const uint8_t *model, uint64_t size)
-{
-  char raw[512], file[512];
-  uint8_t *buf = malloc (size);
-  FILE *fp;
-
-  assert_non_null (buf);
-  snprintf (raw, sizeof raw, "%s", temp_file ("check.raw"));
-  snprintf (file, sizeof file, "%s", temp_file ("check.qcow2"));
-  image_check (c, 1);
-  assert_int_equal (run_command ("qemu-img convert -O raw '%s' '%s'",
-                                 file, raw), 0);
-  fp = fopen (raw, "re");
-  assert_non_null (fp);
-  assert_int_equal (fread (buf, 1, size, fp), size);
-  fclose (fp);
-  assert_memory_equal (buf, model, size);
-  free (buf);
-}
-
 static void
 random_run (const char *options, const char *size, uint64_t cache,
             unsigned requests, uint64_t max)
 {
-  uint64_t seed = first_seed++;
   struct container *c = image_create (options, size, 64 * GIB);
   struct qcow2 *q = open_image (c, cache);
   const uint64_t bytes = qcow2_size (q);
   uint8_t *model = calloc (1, bytes);
+  struct random_requests r = {
+    .model = model, .high = bytes, .max = max, .seed = first_seed++,
+  };
 
   assert_non_null (model);
   for (unsigned i = 0; i < requests; ++i) {
-    assert_int_equal (random_request (q, model, 0, bytes, max, &seed), 0);
+    r.q = q;
+    assert_int_equal (random_request (&r), 0);
     if (i % (requests / 3) == 0) {
       compare_all (q, model);
       assert_int_equal (qcow2_stop (q, NULL), 0);
@@ -197,9 +115,7 @@ test_random (void **state)
  * so that neighbours meet in one cluster.
  */
 struct worker {
-  struct qcow2 *q;
-  uint8_t *model;
-  uint64_t low, high, max, seed;
+  struct random_requests r;
   unsigned requests;
   pthread_t thread;
 };
@@ -210,8 +126,7 @@ work (void *arg)
   struct worker *w = arg;
 
   for (unsigned i = 0; i < w->requests; ++i)
-    assert_int_equal (random_request (w->q, w->model, w->low, w->high, w->max,
-                                      &w->seed), 0);
+    assert_int_equal (random_request (&w->r), 0);
   return NULL;
 }
 
@@ -232,9 +147,11 @@ threads_run (const char *options, const char *size, uint64_t cache,
      * neighbour's part: those are of whole clusters inside the range.
      */
     w[i] = (struct worker) {
-      .q = q, .model = model, .max = max, .seed = random_next (&seed),
-      .low = bytes / 6 * i + (i ? 77 : 0),
-      .high = i == 5 ? bytes : bytes / 6 * (i + 1) + 77,
+      .r = {
+        .q = q, .model = model, .max = max, .seed = random_next (&seed),
+        .low = bytes / 6 * i + (i ? 77 : 0),
+        .high = i == 5 ? bytes : bytes / 6 * (i + 1) + 77,
+      },
       .requests = requests,
     };
     assert_int_equal (pthread_create (&w[i].thread, NULL, work, &w[i]), 0);

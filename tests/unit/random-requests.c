@@ -1,0 +1,144 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#include <config.h>
+
+#include <inttypes.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "common/bytes.h"
+#include "image.h"
+#include "qcow2/qcow2.h"
+#include "random-requests.h"
+
+/* A trim makes whole clusters zero.  Of the rest each byte may be what
+ * it was or zero, and the model takes over what it is.
+ */
+static void
+check_trimmed (struct random_requests *r, uint64_t count, uint64_t offset,
+               uint8_t *buf)
+{
+  const uint64_t cs = qcow2_cluster_size (r->q), end = offset + count;
+  const uint64_t first = round_up (max_u64 (offset, r->trim_from), cs);
+  const uint64_t last = end == qcow2_size (r->q) ? end : round_down (end, cs);
+
+  assert_int_equal (qcow2_read (r->q, buf, count, offset), 0);
+  for (uint64_t i = 0; i < count; ++i) {
+    const uint64_t at = offset + i;
+
+    if (buf[i] != 0 && (buf[i] != r->model[at] || (at >= first && at < last)))
+      fail_msg ("byte %" PRIu64 " is %u after a trim of %" PRIu64 " bytes at %"
+                PRIu64 ", and was %u", at, buf[i], count, offset,
+                r->model[at]);
+    r->model[at] = buf[i];
+  }
+}
+
+int
+random_request (struct random_requests *r)
+{
+  const uint64_t dice = random_next (&r->seed);
+  const uint64_t align = (dice >> 8) % 3 == 0 ? 1
+    : (dice >> 8) % 3 == 1 ? 512 : qcow2_cluster_size (r->q);
+  uint64_t offset = r->low + random_next (&r->seed) % (r->high - r->low);
+  uint64_t count = 1 + random_next (&r->seed) % r->max;
+  int ret;
+
+  offset = max_u64 (r->low, round_down (offset, align));
+  count = min_u64 (round_up (count, align), r->high - offset);
+  uint8_t *buf = malloc (count);
+  assert_non_null (buf);
+
+  switch (dice % 10) {
+  case 0: case 1: case 2: case 3:
+    memset (buf, 1 + (dice >> 16) % 255, count);
+    ret = qcow2_write (r->q, buf, count, offset);
+    if (ret == 0)
+      memcpy (r->model + offset, buf, count);
+    break;
+  case 4: case 5:
+    ret = qcow2_zero (r->q, count, offset,
+                      dice >> 20 & 1 ? QCOW2_ZERO_KEEP : 0);
+    if (ret == 0)
+      memset (r->model + offset, 0, count);
+    break;
+  case 6:
+    ret = qcow2_trim (r->q, count, offset);
+    if (ret == 0)
+      check_trimmed (r, count, offset, buf);
+    break;
+  case 7:
+    ret = qcow2_flush (r->q, NULL);
+    break;
+  default:
+    ret = qcow2_read (r->q, buf, count, offset);
+    if (ret == 0)
+      assert_memory_equal (buf, r->model + offset, count);
+  }
+  free (buf);
+  return ret;
+}
+
+static void
+check_extents (struct qcow2 *q, const uint8_t *model)
+{
+  const uint64_t size = qcow2_size (q);
+  uint64_t length;
+
+  for (uint64_t at = 0; at < size; at += length) {
+    enum qcow2_extent_type type;
+    unsigned depth;
+
+    assert_int_equal (qcow2_extent (q, at, size, &length, &type, &depth), 0);
+    assert_true (length > 0 && length <= size - at);
+    if (type == QCOW2_EXTENT_DATA)
+      continue;
+    for (uint64_t i = at; i < at + length; ++i)
+      if (model[i] != 0)
+        fail_msg ("the extent at %" PRIu64 " hides the byte at %" PRIu64,
+                  at, i);
+  }
+}
+
+void
+compare_all (struct qcow2 *q, const uint8_t *model)
+{
+  const uint64_t size = qcow2_size (q);
+  uint8_t *buf = malloc (size);
+
+  assert_non_null (buf);
+  assert_int_equal (qcow2_read (q, buf, size, 0), 0);
+  assert_memory_equal (buf, model, size);
+  free (buf);
+  check_extents (q, model);
+}
+
+void
+compare_with_qemu (struct container *c, const uint8_t *model, uint64_t size)
+{
+  char raw[512], file[512];
+  uint8_t *buf = malloc (size);
+  FILE *fp;
+
+  assert_non_null (buf);
+  snprintf (raw, sizeof raw, "%s", temp_file ("check.raw"));
+  snprintf (file, sizeof file, "%s", temp_file ("check.qcow2"));
+  image_check (c, 1);
+  assert_int_equal (run_command ("qemu-img convert -O raw '%s' '%s'",
+                                 file, raw), 0);
+  fp = fopen (raw, "re");
+  assert_non_null (fp);
+  assert_int_equal (fread (buf, 1, size, fp), size);
+  fclose (fp);
+  assert_memory_equal (buf, model, size);
+  free (buf);
+}
