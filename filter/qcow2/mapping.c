@@ -269,7 +269,7 @@ check_run (const struct qcow2 *q, const struct mapping *m, uint64_t offset)
   const char *why = "is invalid";
 
   if (m->kind == MAPPING_DATA && q->has_data_file &&
-      m->host != round_down (offset, UINT64_C (1) << q->unit_bits))
+      m->host != offset)
     why = "does not point to the same offset in the data file";
   else if (m->kind != MAPPING_INVALID)
     return 0;
@@ -289,11 +289,21 @@ lookup (struct qcow2 *q, uint64_t offset, uint64_t count, bool with_host,
   const uint64_t in_unit = offset & ((UINT64_C (1) << q->unit_bits) - 1);
   const uint64_t first = offset >> q->cluster_bits;
   const uint64_t nr = ((offset + count - 1) >> q->cluster_bits) - first + 1;
-  struct run run = { .mapping = m, .with_host = with_host };
+  struct run run = { .mapping = m, .units = 0, .with_host = with_host };
   unsigned skip = first_unit & ((1U << sub_bits) - 1), batch = FIRST_BATCH;
   struct l2_entry entries[BATCH];
   uint64_t done = 0, got;
   bool uniform;
+
+  if (nr == 1 && sub_bits == 0) {
+    /* By far the most: no need to look for the end of the run. */
+    if (get_entries (q, first, 1, 1, entries, &got, &uniform) == -1)
+      return -1;
+    decode (q, &entries[0], 0, m, &batch);
+    m->host += in_unit;
+    m->length = count;
+    return check_run (q, m, offset);
+  }
 
   do {
     if (get_entries (q, first + done, nr - done, batch, entries, &got,
@@ -309,11 +319,9 @@ lookup (struct qcow2 *q, uint64_t offset, uint64_t count, bool with_host,
     done += got;
   } while (!run.ended && done < nr);
 
-  if (check_run (q, m, offset) == -1)
-    return -1;
-  m->length = min_u64 (count, (run.units << q->unit_bits) - in_unit);
   m->host += in_unit;
-  return 0;
+  m->length = min_u64 (count, (run.units << q->unit_bits) - in_unit);
+  return check_run (q, m, offset);
 }
 
 int
