@@ -64,7 +64,8 @@ raw_extent (struct qcow2 *q, uint64_t offset, uint64_t count,
                   "backing file: %m", offset);
     return -1;
   }
-  *type = hole ? QCOW2_EXTENT_UNALLOCATED : QCOW2_EXTENT_DATA;
+  /* As explicit zeroes are told, for it is there. */
+  *type = hole ? QCOW2_EXTENT_ZERO : QCOW2_EXTENT_DATA;
   return 0;
 }
 
