@@ -16,6 +16,7 @@
 #include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -414,6 +415,206 @@ test_depth (void **state)
   free_files (&f);
 }
 
+/* An image of subclusters of 2 KiB, whose first cluster is compressed. */
+static const struct kind subclusters = {
+  .options = "-o extended_l2=on", .size = "1M", .compress = true,
+};
+
+static void
+check_bytes (struct qcow2 *q, uint64_t offset, uint64_t count, uint8_t byte)
+{
+  uint8_t *buf = malloc (count);
+
+  assert_non_null (buf);
+  assert_int_equal (qcow2_read (q, buf, count, offset), 0);
+  for (uint64_t i = 0; i < count; ++i)
+    assert_int_equal (buf[i], byte);
+  free (buf);
+}
+
+/* Parts of compressed clusters, which have no subclusters to flag. */
+static void
+test_compressed_parts (void **state)
+{
+  struct files f;
+
+  (void) state;
+  make_files (&subclusters, &f);
+  open_files (&f);
+  /* The end of one, and the beginning of the next. */
+  assert_int_equal (qcow2_zero (f.q, 65536 + 4096, 61440, 0), 0);
+  check_bytes (f.q, 0, 61440, 50);
+  check_bytes (f.q, 61440, 65536 + 4096, 0);
+  assert_int_equal (qcow2_zero (f.q, 4096, 2 * 65536, 0), 0);
+  check_bytes (f.q, 2 * 65536, 4096, 0);
+  check_bytes (f.q, 2 * 65536 + 4096, 61440, 51);
+  assert_int_equal (qcow2_trim (f.q, 4096, 4 * 65536), 0);
+  check_bytes (f.q, 4 * 65536 + 4096, 61440, 52);
+  assert_int_equal (qcow2_stop (f.q, NULL), 0);
+  close_files (&f);
+  image_check (f.top, 1);
+  free_files (&f);
+}
+
+/* A cluster whose subclusters are zeroed one by one is given up with the
+ * last of them.
+ */
+static void
+test_last_subcluster (void **state)
+{
+  static uint8_t buf[65536] = { 1 };
+  struct files f;
+
+  (void) state;
+  make_files (&subclusters, &f);
+  open_files (&f);
+  assert_int_equal (qcow2_write (f.q, buf, sizeof buf, 9 * 65536), 0);
+  assert_int_equal (qcow2_stop (f.q, NULL), 0);
+  const uint64_t size = container_size (f.top);
+  for (unsigned i = 0; i < 32; ++i)
+    assert_int_equal ((i % 2 == 0 ? qcow2_trim (f.q, 2048, 9 * 65536 + i * 2048)
+                       : qcow2_zero (f.q, 2048, 9 * 65536 + i * 2048, 0)), 0);
+  check_bytes (f.q, 9 * 65536, 65536, 0);
+  assert_int_equal (qcow2_stop (f.q, NULL), 0);
+  assert_int_equal (container_size (f.top), size - 65536);
+  close_files (&f);
+  image_check (f.top, 1);
+  free_files (&f);
+}
+
+/* The two words of an entry are read as they were at one time. */
+struct toggle {
+  struct qcow2 *q;
+  atomic_bool stop;
+};
+
+static void *
+write_and_trim (void *arg)
+{
+  struct toggle *t = arg;
+  static uint8_t buf[65536];
+
+  memset (buf, 7, sizeof buf);
+  while (!atomic_load (&t->stop)) {
+    assert_int_equal (qcow2_write (t->q, buf, sizeof buf, 9 * 65536), 0);
+    assert_int_equal (qcow2_trim (t->q, sizeof buf, 9 * 65536), 0);
+  }
+  return NULL;
+}
+
+static void
+test_entry_at_once (void **state)
+{
+  struct files f;
+  struct toggle t = { 0 };
+  pthread_t thread;
+  uint8_t byte;
+
+  (void) state;
+  make_files (&subclusters, &f);
+  open_files (&f);
+  t.q = f.q;
+  assert_int_equal (pthread_create (&thread, NULL, write_and_trim, &t), 0);
+  for (unsigned i = 0; i < 200000; ++i) {
+    assert_int_equal (qcow2_read (f.q, &byte, 1, 9 * 65536 + i % 65536), 0);
+    assert_true (byte == 0 || byte == 7);
+  }
+  atomic_store (&t.stop, true);
+  pthread_join (thread, NULL);
+  close_files (&f);
+  free_files (&f);
+}
+
+static int
+count_flushes (void *opaque, const char *operation, uint64_t offset,
+               uint64_t count)
+{
+  unsigned *const nr = opaque;
+
+  (void) offset;
+  (void) count;
+  *nr += strcmp (operation, "flush") == 0;
+  return 0;
+}
+
+/* A flush is one of the data file, too, and a trim gives its storage
+ * back.
+ */
+static void
+test_data_file (void **state)
+{
+  const struct kind k = {
+    .options = "-o data_file=%s", .size = "1M", .data_file = true,
+  };
+  unsigned nr = 0;
+  const struct container_memory_hook hook = { count_flushes, &nr };
+  static uint8_t buf[3 * 65536], zeroes[3 * 65536];
+  struct files f;
+
+  (void) state;
+  make_files (&k, &f);
+  open_files (&f);
+  memset (buf, 5, sizeof buf);
+  container_memory_set_hook (f.data, &hook);
+  assert_int_equal (qcow2_write (f.q, buf, sizeof buf, 0), 0);
+  assert_int_equal (nr, 0);
+  assert_int_equal (qcow2_flush (f.q, NULL), 0);
+  assert_true (nr > 0);
+  nr = 0;
+  assert_int_equal (qcow2_write (f.q, buf, sizeof buf, 0), 0);
+  assert_int_equal (qcow2_flush (f.q, NULL), 0);
+  assert_true (nr > 0);
+  assert_int_equal (qcow2_trim (f.q, sizeof buf, 0), 0);
+  assert_int_equal (container_pread (f.data, buf, sizeof buf, 0), 0);
+  assert_memory_equal (buf, zeroes, sizeof buf);
+  assert_int_equal (qcow2_stop (f.q, NULL), 0);
+  close_files (&f);
+  free_files (&f);
+}
+
+/* Zeroes that have to have a place get one. */
+static void
+test_zero_keep (void **state)
+{
+  static const char *const options[] = {
+    "-o compat=0.10", "", "-o extended_l2=on", "-o data_file=%s",
+  };
+
+  (void) state;
+  for (unsigned i = 0; i < sizeof options / sizeof options[0]; ++i) {
+    const struct kind k = {
+      .options = options[i], .size = "1M", .data_file = i == 3,
+    };
+    enum qcow2_extent_type type;
+    struct files f;
+    uint64_t length;
+    unsigned depth;
+
+    make_files (&k, &f);
+    open_files (&f);
+    for (unsigned again = 0; again < 2; ++again) {
+      assert_int_equal (qcow2_zero (f.q, 4096, 512,
+                                    again ? QCOW2_ZERO_KEEP : 0), 0);
+      assert_int_equal (qcow2_zero (f.q, 65536, 5 * 65536,
+                                    again ? QCOW2_ZERO_KEEP : 0), 0);
+    }
+    assert_int_equal (qcow2_extent (f.q, 512, 4608, &length, &type, &depth),
+                      0);
+    assert_int_equal (type, QCOW2_EXTENT_DATA);
+    assert_int_equal (qcow2_stop (f.q, NULL), 0);
+    close_files (&f);
+    image_save (f.top, temp_file ("check.qcow2"));
+    if (k.data_file)
+      image_save (f.data, temp_file ("data.raw"));
+    /* QEMU tells the place of what has one. */
+    assert_int_equal
+      (run_command ("qemu-img map --output=json '%s' | grep -q "
+                    "'\"start\": 327680, .*\"offset\"'",
+                    temp_file ("check.qcow2")), 0);
+    free_files (&f);
+  }
+}
+
 int
 main (void)
 {
@@ -422,6 +623,11 @@ main (void)
     cmocka_unit_test (test_threads),
     cmocka_unit_test (test_not_opened),
     cmocka_unit_test (test_depth),
+    cmocka_unit_test (test_compressed_parts),
+    cmocka_unit_test (test_last_subcluster),
+    cmocka_unit_test (test_entry_at_once),
+    cmocka_unit_test (test_data_file),
+    cmocka_unit_test (test_zero_keep),
   };
 
   if (run_command ("qemu-img --version >/dev/null 2>&1") != 0)
