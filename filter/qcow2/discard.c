@@ -109,7 +109,8 @@ punch_data_file (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
 }
 
 /* Set entries and release what the old ones referred to, with the range
- * lock held.
+ * lock held.  Where nothing changes an L2 table in common with snapshots
+ * stays so.
  */
 static int
 replace_entries (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
@@ -117,6 +118,8 @@ replace_entries (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
 {
   if (memcmp (old, new, nr * sizeof old[0]) == 0)
     return 0;
+  if (mapping_need_l2 (q, guest_cluster) == -1)
+    return -1;
   for (unsigned i = 0; i < nr; ++i)
     if (release_check_entry (q, old[i].descriptor) == -1)
       return -1;
@@ -165,7 +168,7 @@ clear_slice (struct qcow2 *q, const struct units *u, uint64_t first,
 {
   struct l2_entry old[L2_MAX_SLICE_ENTRIES], new[L2_MAX_SLICE_ENTRIES];
 
-  if (mapping_need_l2 (q, first) == -1 || l2_get (q, first, nr, old) == -1)
+  if (l2_get (q, first, nr, old) == -1)
     return -1;
   for (unsigned i = 0; i < nr; ++i)
     if (q->extended_l2)
@@ -248,7 +251,7 @@ zero_keep_slice (struct qcow2 *q, const struct units *u, uint64_t first,
   struct l2_entry old[L2_MAX_SLICE_ENTRIES];
 
   (void) u;                     /* they are clusters */
-  if (mapping_need_l2 (q, first) == -1 || l2_get (q, first, nr, old) == -1)
+  if (l2_get (q, first, nr, old) == -1)
     return -1;
   for (unsigned i = 0, done; i < nr; i += done)
     if (keep_some (q, first + i, nr - i, old + i, &done) == -1)

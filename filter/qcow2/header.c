@@ -57,6 +57,7 @@ enum {                          /* offsets of fields */
   F_REFTABLE_OFFSET = 48,
   F_REFTABLE_CLUSTERS = 56,
   F_NR_SNAPSHOTS = 60,
+  F_SNAPSHOTS_OFFSET = 64,
   F_INCOMPATIBLE = 72,
   F_COMPATIBLE = 80,
   F_AUTOCLEAR = 88,
@@ -93,6 +94,7 @@ read_fields (struct qcow2 *q, const uint8_t *p)
   h->reftable_offset = get_be64 (p + F_REFTABLE_OFFSET);
   h->reftable_clusters = get_be32 (p + F_REFTABLE_CLUSTERS);
   h->nr_snapshots = get_be32 (p + F_NR_SNAPSHOTS);
+  h->snapshots_offset = get_be64 (p + F_SNAPSHOTS_OFFSET);
   h->refcount_order = 4;
   h->header_length = V2_HEADER_LENGTH;
   if (h->version == 2)
@@ -251,11 +253,6 @@ check_features (struct qcow2 *q)
   if (q->readonly)
     return 0;
 
-  if (h->nr_snapshots != 0) {
-    report_error ("the image has internal snapshots, and can only be served "
-                  "read-only (-r)");
-    return invalid (ENOTSUP);
-  }
   if (h->incompatible & INCOMPAT_CORRUPT) {
     report_error ("the image is marked corrupt and can only be served "
                   "read-only (-r); repair it with qemu-img check -r all");

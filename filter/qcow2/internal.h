@@ -20,6 +20,7 @@
  *   layer.c           the backing file
  *   read.c, write.c, discard.c
  *   flush.c           the order of writes
+ *   snapshots.c       internal snapshots
  *   open.c            putting it all together
  *
  * Locks, in the order in which they are taken:
@@ -81,6 +82,7 @@ struct header {
   uint64_t reftable_offset;
   uint32_t reftable_clusters;
   uint32_t nr_snapshots;
+  uint64_t snapshots_offset;
   uint64_t incompatible, compatible, autoclear;
   unsigned refcount_order;
   uint32_t header_length;
@@ -388,7 +390,9 @@ extern int mapping_lookup (struct qcow2 *, uint64_t offset, uint64_t count,
 /* The same without regard to host offsets. */
 extern int mapping_lookup_kind (struct qcow2 *, uint64_t offset,
                                 uint64_t count, struct mapping *);
-/* Make sure that there is an L2 table for a guest cluster. */
+/* Make sure that there is an L2 table for a guest cluster, and that it is
+ * the disk's alone: before an entry in it is changed.
+ */
 extern int mapping_need_l2 (struct qcow2 *, uint64_t guest_cluster);
 /* Set the entries of guest clusters that belong to one L2 slice. */
 extern int mapping_set (struct qcow2 *, uint64_t guest_cluster, unsigned nr,
@@ -454,6 +458,16 @@ extern bool reads_as_zeroes (const struct qcow2 *, enum mapping_kind,
  * can be tried once more; else report it if there was no space.
  */
 extern bool write_may_retry (struct qcow2 *, bool *retried);
+
+/* snapshots.c */
+/* Make a snapshot's L1 table and disk size those that are served, before
+ * mapping_open.  ENOENT if there is none of that ID or name.
+ */
+extern int snapshots_select (struct qcow2 *, const char *id_or_name);
+/* Before anything is written: see to it that nothing of the snapshots can
+ * be written or freed.  After mapping_open.
+ */
+extern int snapshots_register (struct qcow2 *);
 
 /* flush.c */
 extern int flush_metadata (struct qcow2 *);

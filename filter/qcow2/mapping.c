@@ -18,6 +18,13 @@
  * has been zeroed in the container by then; so whatever part of the new
  * L1 entry and the new L2 entries is on disk after a crash, it is
  * consistent.
+ *
+ * So it is where an L2 table is in common with snapshots (snapshots.c):
+ * the new table is a copy of the old one, in the container.  No entry is
+ * ever changed in a table that is not this disk's alone, hence the cache
+ * has nothing of it that is dirty, and what the container has is true.
+ * The refcount of the old table falls when no L1 entry on disk refers to
+ * it any more, and the snapshots' references remain.
  */
 
 #include <config.h>
@@ -33,6 +40,12 @@
  */
 #define FIRST_BATCH 4
 #define BATCH 64
+
+/* In RAM, in the place of COPIED, where the image has snapshots: the
+ * image says that this table is the disk's alone, and is believed when
+ * the refcount says so, too.
+ */
+#define L1_CLAIMS_COPIED UINT64_C (1)
 
 static int
 load_l1_entry (struct qcow2 *q, uint32_t i, uint64_t entry)
@@ -50,6 +63,8 @@ load_l1_entry (struct qcow2 *q, uint32_t i, uint64_t entry)
     errno = EIO;
     return -1;
   }
+  if (q->header.nr_snapshots != 0 && (entry & OFLAG_COPIED) != 0)
+    atomic_init (&q->l1[i], (entry & ~OFLAG_COPIED) | L1_CLAIMS_COPIED);
   return 0;
 }
 
@@ -356,35 +371,110 @@ note_dirty_l1 (struct qcow2 *q, uint32_t index)
   return 0;
 }
 
-int
-mapping_need_l2 (struct qcow2 *q, uint64_t guest_cluster)
+/* Is this the entry of an L2 table that is the disk's alone? */
+static bool
+has_own_l2 (uint64_t l1_entry)
 {
-  const uint64_t index = guest_cluster >> q->l2_bits;
+  return (l1_entry & OFLAG_COPIED) != 0 &&
+    (l1_entry & ENTRY_OFFSET_MASK) != 0;
+}
+
+static int
+count_references (struct qcow2 *q, uint64_t table, uint64_t *count)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  return refcount_get (q, table >> q->cluster_bits, count);
+}
+
+/* Put what is in the old table, or zeroes, into a new one. */
+static int
+fill_l2 (struct qcow2 *q, uint64_t old, uint64_t host, bool zeroed)
+{
+  CLEANUP_FREE void *table = NULL;
+
+  if (old == 0) {
+    if (zeroed ||
+        container_zero (q->container, q->cluster_size, host, false) == 0)
+      return 0;
+    report_error ("cannot write a new L2 table: %m");
+    return -1;
+  }
+  table = malloc (q->cluster_size);
+  if (table == NULL) {
+    report_error ("malloc: %m");
+    return -1;
+  }
+  if (qcow2_read_metadata (q, table, q->cluster_size, old) == -1)
+    return -1;
+  return qcow2_write_metadata (q, QCOW2_L2_TABLE, table, q->cluster_size,
+                               host);
+}
+
+static int
+make_l2 (struct qcow2 *q, uint32_t index, uint64_t old)
+{
   uint64_t host, got;
   bool zeroed;
 
-  if ((atomic_load_explicit (&q->l1[index], memory_order_acquire)
-       & ENTRY_OFFSET_MASK) != 0)
-    return 0;
-
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->l1_lock);
-  if ((atomic_load (&q->l1[index]) & ENTRY_OFFSET_MASK) != 0)
-    return 0;
   if (allocate_clusters (q, QCOW2_L2_TABLE, 1, &host, &got, &zeroed) == -1)
     return -1;
-  if (!zeroed &&
-      container_zero (q->container, q->cluster_size, host, false) == -1) {
-    report_error ("cannot write a new L2 table: %m");
+  if (fill_l2 (q, old, host, zeroed) == -1 || note_dirty_l1 (q, index) == -1) {
+    const int err = errno;
+
     allocate_undo (q, host, 1);
-    return -1;
-  }
-  if (note_dirty_l1 (q, index) == -1) {
-    allocate_undo (q, host, 1);
+    errno = err;
     return -1;
   }
   atomic_store_explicit (&q->l1[index], host | OFLAG_COPIED,
                          memory_order_release);
   return 0;
+}
+
+/* There is an L2 table, of which it is not known whether it is the disk's
+ * alone.
+ */
+static int
+make_own_l2 (struct qcow2 *q, uint32_t index, uint64_t l1_entry)
+{
+  const uint64_t table = l1_entry & ENTRY_OFFSET_MASK;
+  const bool claimed = l1_entry & L1_CLAIMS_COPIED;
+  uint64_t count;
+
+  if (count_references (q, table, &count) == -1)
+    return -1;
+  if (count == 1 && (claimed || q->header.nr_snapshots == 0)) {
+    if (!claimed && note_dirty_l1 (q, index) == -1)
+      return -1;
+    atomic_store_explicit (&q->l1[index], table | OFLAG_COPIED,
+                           memory_order_release);
+    return 0;
+  }
+  if (make_l2 (q, index, table) == -1)
+    return -1;
+  /* With a count of 1 the flag, or the count, is wrong.  If it is the
+   * count a snapshot has the table, which rather leaks than is freed.
+   */
+  if (count > 1)
+    release_clusters (q, table >> q->cluster_bits, 1);
+  return 0;
+}
+
+int
+mapping_need_l2 (struct qcow2 *q, uint64_t guest_cluster)
+{
+  const uint64_t index = guest_cluster >> q->l2_bits;
+  uint64_t l1_entry;
+
+  if (has_own_l2 (atomic_load_explicit (&q->l1[index],
+                                        memory_order_acquire)))
+    return 0;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->l1_lock);
+  l1_entry = atomic_load (&q->l1[index]);
+  if (has_own_l2 (l1_entry))
+    return 0;
+  return (l1_entry & ENTRY_OFFSET_MASK) == 0
+    ? make_l2 (q, index, 0) : make_own_l2 (q, index, l1_entry);
 }
 
 int

@@ -35,13 +35,16 @@ open_parts (struct qcow2 *q, const struct qcow2_options *options)
   const uint64_t cache_size = options->cache_size;
 
   if (header_read (q) == -1 || data_file_open (q, options) == -1 ||
+      (options->snapshot != NULL &&
+       snapshots_select (q, options->snapshot) == -1) ||
       layer_open (q, options) == -1 || registry_init (q) == -1 ||
       registry_set (q, QCOW2_HEADER, 0, 1) == -1)
     return -1;
   /* Whoever only reads has no use for refcounts. */
   if (!q->readonly && refcounts_open (q, cache_size / 5) == -1)
     return -1;
-  if (mapping_open (q) == -1)
+  if (mapping_open (q) == -1 ||
+      (!q->readonly && snapshots_register (q) == -1))
     return -1;
   return l2_cache_open (q, cache_size / 5 * 4);
 }
@@ -57,7 +60,7 @@ qcow2_open (struct container *c, const struct qcow2_options *options)
   }
   memset (q, 0, sizeof *q);
   q->container = c;
-  q->readonly = options->readonly;
+  q->readonly = options->readonly || options->snapshot != NULL;
   grace_init (&q->requests);
   pthread_mutex_init (&q->alloc_lock, NULL);
   pthread_mutex_init (&q->release_lock, NULL);

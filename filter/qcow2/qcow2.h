@@ -173,6 +173,7 @@ enum qcow2_class {
   QCOW2_BITMAP_DIRECTORY,
   QCOW2_BITMAP_TABLE,
   QCOW2_BITMAP_DATA,
+  QCOW2_SNAPSHOT_TABLE,
 };
 
 /* Register the clusters of [offset, offset + bytes), found in an image

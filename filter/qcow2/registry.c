@@ -163,6 +163,7 @@ registry_class_name (enum qcow2_class class)
     [QCOW2_BITMAP_DIRECTORY] = "the bitmap directory",
     [QCOW2_BITMAP_TABLE] = "a bitmap table",
     [QCOW2_BITMAP_DATA] = "a bitmap's data",
+    [QCOW2_SNAPSHOT_TABLE] = "the snapshot table",
   };
 
   return names[class];
