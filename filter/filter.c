@@ -121,7 +121,8 @@ dirty_bitmap_config_complete (nbdkit_next_config_complete *next,
                   "on the command line");
     return -1;
   }
-  parameters_complete (&parameters);
+  if (parameters_complete (&parameters) == -1)
+    return -1;
   return next (nxdata);
 }
 
@@ -129,7 +130,8 @@ static void
 get_disk_options (struct disk_options *o)
 {
   memset (o, 0, sizeof *o);
-  o->readonly = command_line.readonly;
+  o->readonly = command_line.readonly || parameters.snapshot != NULL;
+  o->snapshot = parameters.snapshot;
   o->cache_size = parameters.cache_size;
   o->granularity = parameters.granularity;
   o->require = (const char *const *) parameters.require.name;
@@ -202,7 +204,7 @@ open_disk (nbdkit_backend *backend)
 {
   const struct container_next_options next_options = {
     .backend = backend,
-    .readonly = command_line.readonly,
+    .readonly = command_line.readonly || parameters.snapshot != NULL,
     .serialize = serialize,
   };
   struct disk_options options;

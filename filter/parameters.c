@@ -39,6 +39,8 @@ const char parameters_help[] =
   "                               (default: cluster size, 4K to 64K).\n"
   "dirty-bitmap-expose=NAME       Offer only this bitmap to clients\n"
   "                               (may be repeated, default: all).\n"
+  "dirty-bitmap-snapshot=NAME_OR_ID\n"
+  "                               Serve this internal snapshot, read-only.\n"
   "dirty-bitmap-cache-size=SIZE   Memory for the image's tables (default: 40M).\n"
   "dirty-bitmap-server=auto|on|off\n"
   "                               Stand in for nbdkit's server, which cannot\n"
@@ -196,6 +198,23 @@ take_server (struct parameters *p, const char *key, const char *value)
 }
 
 static int
+take_snapshot (struct parameters *p, const char *key, const char *value)
+{
+  if (p->snapshot != NULL)
+    return repeated (key);
+  if (*value == '\0') {
+    report_error ("%s: the name or ID of a snapshot must not be empty", key);
+    return -1;
+  }
+  p->snapshot = strdup (value);
+  if (p->snapshot == NULL) {
+    report_error ("malloc: %m");
+    return -1;
+  }
+  return 1;
+}
+
+static int
 take_listen (struct parameters *p, const char *key, const char *value)
 {
   if (p->listens)
@@ -223,6 +242,7 @@ parameters_take (struct parameters *p, const char *key, const char *value)
     { "dirty-bitmap-granularity", take_granularity },
     { "dirty-bitmap-listen", take_listen },
     { "dirty-bitmap-server", take_server },
+    { "dirty-bitmap-snapshot", take_snapshot },
   };
   size_t i;
 
@@ -234,11 +254,18 @@ parameters_take (struct parameters *p, const char *key, const char *value)
   return 0;
 }
 
-void
+int
 parameters_complete (struct parameters *p)
 {
+  if (p->snapshot != NULL && (p->require.nr != 0 || p->expose.nr != 0)) {
+    report_error ("%s: the bitmaps of an image are not offered with a "
+                  "snapshot (dirty-bitmap-snapshot)",
+                  p->require.nr != 0 ? "dirty-bitmap" : "dirty-bitmap-expose");
+    return -1;
+  }
   if (!p->cache_size_given)
     p->cache_size = PARAMETERS_DEFAULT_CACHE_SIZE;
+  return 0;
 }
 
 static void
@@ -256,6 +283,7 @@ parameters_free (struct parameters *p)
 {
   free_names (&p->require);
   free_names (&p->expose);
+  free (p->snapshot);
   listen_address_free (&p->listen);
   memset (p, 0, sizeof *p);
 }

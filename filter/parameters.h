@@ -27,6 +27,7 @@ struct parameters {
   uint32_t granularity;         /* dirty-bitmap-granularity, or 0 */
   uint64_t cache_size;          /* dirty-bitmap-cache-size */
   enum server_mode server;      /* dirty-bitmap-server */
+  char *snapshot;               /* dirty-bitmap-snapshot, or NULL */
   bool listens;                 /* dirty-bitmap-listen */
   struct listen_address listen;
 
@@ -41,8 +42,10 @@ struct parameters {
 extern int parameters_take (struct parameters *,
                             const char *key, const char *value);
 
-/* All have been taken: fill in the defaults. */
-extern void parameters_complete (struct parameters *);
+/* All have been taken: fill in the defaults.  -1, with the reason
+ * reported, if they contradict each other.
+ */
+extern int parameters_complete (struct parameters *);
 extern void parameters_free (struct parameters *);
 
 extern const char parameters_help[];

@@ -58,14 +58,6 @@ for r in "" -r; do no 'data file' $r; done
 create -o data_file=data.raw,data_file_raw=on
 no 'data file'
 
-create
-qemu-io -f qcow2 -c 'write -q -P 1 0 1M' disk.qcow2
-qemu-img snapshot -c snap disk.qcow2
-no snapshot
-serve -r disk.qcow2
-shell 'assert h.pread(512, 0) == b"\1" * 512'
-stop_server
-
 create -o lazy_refcounts=on
 qemu-io -f qcow2 -c 'write -q -P 1 0 1M' disk.qcow2
 put incompatible_features 1

@@ -37,6 +37,7 @@ open_parts (struct disk *d, struct container *c,
   const struct qcow2_options image = {
     .readonly = options->readonly,
     .cache_size = options->cache_size,
+    .snapshot = options->snapshot,
   };
   const struct bitmap_options bitmaps = {
     .granularity = options->granularity,

@@ -29,6 +29,8 @@ struct disk;
 
 struct disk_options {
   bool readonly;                /* nothing is written, not even in_use */
+  const char *snapshot;         /* serve this one (an ID, or else a name),
+                                   read-only and without bitmaps, or NULL */
   uint64_t cache_size;          /* bytes for L2 and refcount tables */
   uint32_t granularity;         /* bytes, for a bitmap that is created;
                                    0 for QEMU's rule */

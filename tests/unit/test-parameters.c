@@ -187,14 +187,19 @@ test_good_parameters (void **state)
   assert_int_equal (p.server, SERVER_OFF);
   assert_int_equal (parameters_take (&p, "dirty-bitmap-listen", "a:5"), 1);
   assert_true (p.listens);
-  parameters_complete (&p);
+  assert_int_equal (parameters_complete (&p), 0);
   assert_int_equal (p.cache_size, PARAMETERS_DEFAULT_CACHE_SIZE);
+  parameters_free (&p);
+
+  assert_int_equal (parameters_take (&p, "dirty-bitmap-snapshot", "1"), 1);
+  assert_int_equal (parameters_complete (&p), 0);
+  assert_string_equal (p.snapshot, "1");
   parameters_free (&p);
 
   for (i = 0; i < sizeof sizes / sizeof sizes[0]; ++i) {
     assert_int_equal (parameters_take (&p, "dirty-bitmap-cache-size",
                                        sizes[i].value), 1);
-    parameters_complete (&p);
+    assert_int_equal (parameters_complete (&p), 0);
     assert_int_equal (p.cache_size, sizes[i].size);
     parameters_free (&p);
   }
@@ -227,6 +232,7 @@ test_bad_parameters (void **state)
     { "dirty-bitmap-cache-size", "" },
     { "dirty-bitmap-cache-size", "1048575" },
     { "dirty-bitmap-cache-size", "65G" },
+    { "dirty-bitmap-snapshot", "" },
     { "dirty-bitmap-server", "" },
     { "dirty-bitmap-server", "yes" },
     { "dirty-bitmap-server", "AUTO" },
@@ -240,6 +246,7 @@ test_bad_parameters (void **state)
     { "dirty-bitmap-cache-size", "1M" },
     { "dirty-bitmap-server", "auto" },
     { "dirty-bitmap-listen", "/s" },
+    { "dirty-bitmap-snapshot", "s" },
   };
   struct parameters p = { .granularity = 0 };
   char name[1025];
@@ -269,6 +276,25 @@ test_bad_parameters (void **state)
   parameters_free (&p);
 }
 
+/* The bitmaps are the disk's, and so are the parameters that name them. */
+static void
+test_contradiction (void **state)
+{
+  static const char *const keys[] = { "dirty-bitmap", "dirty-bitmap-expose" };
+  struct parameters p = { .granularity = 0 };
+
+  (void) state;
+  for (size_t i = 0; i < sizeof keys / sizeof keys[0]; ++i) {
+    nr_reports = 0;
+    assert_int_equal (parameters_take (&p, keys[i], "b"), 1);
+    assert_int_equal (parameters_take (&p, "dirty-bitmap-snapshot", "s"), 1);
+    assert_int_equal (parameters_complete (&p), -1);
+    assert_int_equal (nr_reports, 1);
+    assert_non_null (strstr (last_report, keys[i]));
+    parameters_free (&p);
+  }
+}
+
 #define TEST(f) cmocka_unit_test_setup (f, setup)
 
 int
@@ -279,6 +305,7 @@ main (void)
     TEST (test_listen_unix),
     TEST (test_good_parameters),
     TEST (test_bad_parameters),
+    TEST (test_contradiction),
   };
 
   return cmocka_run_group_tests (tests, NULL, NULL);
