@@ -125,6 +125,7 @@ struct subject {
   struct container *c;
   char file[512];
   uint64_t size;
+  bool subclusters;
   uint8_t *disk;
   uint8_t *snapshot[MAX_SNAPSHOTS]; /* NULL if deleted */
   unsigned nr_snapshots;
@@ -216,12 +217,40 @@ struct worker {
   unsigned nr_requests;
 };
 
+/* Whole clusters become zero; a whole subcluster may, but stays what it
+ * is in a compressed cluster.
+ */
+static int
+trim (struct worker *w, uint64_t offset, uint64_t count)
+{
+  const uint64_t cs = qcow2_cluster_size (w->q);
+  const uint64_t first = round_up (offset, cs);
+  const uint64_t end = offset + count == w->s->size ? w->s->size
+    : round_down (offset + count, cs);
+  uint8_t *disk = w->s->disk, *is;
+
+  if (first < end)
+    memset (disk + first, 0, end - first);
+  if (qcow2_trim (w->q, count, offset) == -1)
+    return -1;
+  if (!w->s->subclusters)
+    return 0;
+  is = malloc (count);
+  if (is == NULL || qcow2_read (w->q, is, count, offset) == -1) {
+    free (is);
+    return -1;
+  }
+  for (uint64_t i = 0; i < count; ++i)
+    if (is[i] == 0)
+      disk[offset + i] = 0;
+  free (is);
+  return 0;
+}
+
 static int
 random_change (struct worker *w, uint64_t r, uint64_t offset, uint64_t count)
 {
-  const uint64_t cs = qcow2_cluster_size (w->q);
   uint8_t *disk = w->s->disk;
-  uint64_t first, end;
 
   switch (r % 8) {
   case 0: case 1: case 2: case 3:
@@ -231,12 +260,7 @@ random_change (struct worker *w, uint64_t r, uint64_t offset, uint64_t count)
     memset (disk + offset, 0, count);
     return qcow2_zero (w->q, count, offset, r >> 20 & 1 ? QCOW2_ZERO_KEEP : 0);
   case 6:
-    first = round_up (offset, cs);
-    end = offset + count == w->s->size ? w->s->size
-      : round_down (offset + count, cs);
-    if (first < end)
-      memset (disk + first, 0, end - first);
-    return qcow2_trim (w->q, count, offset);
+    return trim (w, offset, count);
   default:
     return qcow2_flush (w->q, NULL);
   }
@@ -310,6 +334,7 @@ make_subject (struct subject *s, const char *options, uint64_t size,
 
   memset (s, 0, sizeof *s);
   s->size = size;
+  s->subclusters = strstr (options, "extended_l2") != NULL;
   s->disk = calloc (1, size);
   assert_non_null (s->disk);
   snprintf (s->file, sizeof s->file, "%s", temp_file ("subject.qcow2"));
@@ -389,6 +414,7 @@ test_random (void **state)
   /* Several slices of one L2 table. */
   random_run ("cluster_size=16k,refcount_bits=64", 20 * MIB, true, 200,
               100000);
+  random_run ("cluster_size=16k,extended_l2=on", 18 * MIB, true, 300, 60000);
 }
 
 /* A small image: one L2 table, 12 KiB of data, and perhaps a snapshot of
