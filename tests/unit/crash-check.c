@@ -9,7 +9,8 @@
  * counts against the refcounts.
  *
  *   - all that is referred to begins before the end of the file
- *   - no cluster is referred to twice
+ *   - no cluster is referred to twice, but by the disk and by snapshots,
+ *     each once, as the same thing
  *   - no refcount is less than the references, and that of a refcount
  *     block is 1
  *   - an L1 or L2 entry has COPIED exactly if the refcount is 1
@@ -34,6 +35,8 @@
 
 #define COPIED (UINT64_C (1) << 63)
 #define OFFSET_MASK UINT64_C (0x00fffffffffffe00)
+#define KIND_L2 1
+#define KIND_DATA 2
 #define BITMAPS_MAGIC 0x23852875U
 
 static bool wrong (struct checked *k, const char *fmt, ...)
@@ -74,6 +77,38 @@ refer (struct checked *k, const char *what, uint64_t offset, uint64_t bytes)
                     what, c);
   }
   return true;
+}
+
+/* What the disk and snapshots may have in common.  Tree 0 is the disk. */
+static bool
+refer_in_tree (struct checked *k, const char *what, uint8_t kind,
+               unsigned tree, uint64_t offset)
+{
+  const uint8_t mark = kind << 4 | (tree + 1);
+  const uint64_t c = offset >> k->cluster_bits;
+
+  if (offset == 0 || offset % (UINT64_C (1) << k->cluster_bits) != 0)
+    return wrong (k, "%s at %#" PRIx64 " is not aligned", what, offset);
+  if (offset >= k->image->size)
+    return wrong (k, "%s at %#" PRIx64 " is beyond the end, %#" PRIx64,
+                  what, offset, k->image->size);
+  if (k->references[c] != 0 &&
+      (k->marks[c] >> 4 != kind || k->marks[c] == mark))
+    return wrong (k, "%s at %#" PRIx64 " is used for something else, too",
+                  what, offset);
+  k->references[c]++;
+  k->marks[c] = mark;
+  return true;
+}
+
+static void
+hash_bytes (struct checked *k, uint64_t offset, uint64_t bytes)
+{
+  for (uint64_t i = 0; i + 8 <= bytes; i += 8) {
+    k->snapshots = (k->snapshots ^ get_be64 (k->image->bytes + offset + i))
+      * UINT64_C (0x9e3779b97f4a7c15);
+    k->snapshots ^= k->snapshots >> 29;
+  }
 }
 
 static uint64_t
@@ -136,7 +171,7 @@ check_copied (struct checked *k, const char *what, uint64_t entry)
 }
 
 static bool
-walk_l2 (struct checked *k, uint64_t table)
+walk_l2 (struct checked *k, uint64_t table, unsigned tree)
 {
   const uint64_t cluster_size = UINT64_C (1) << k->cluster_bits;
 
@@ -147,32 +182,68 @@ walk_l2 (struct checked *k, uint64_t table)
       return wrong (k, "L2 entry %#" PRIx64, entry);
     if ((entry & OFFSET_MASK) == 0)
       continue;
-    if (!refer (k, "a data cluster", entry & OFFSET_MASK, cluster_size) ||
-        !check_copied (k, "L2 entry", entry))
+    if (!refer_in_tree (k, "a data cluster", KIND_DATA, tree,
+                        entry & OFFSET_MASK) ||
+        (tree == 0 && !check_copied (k, "L2 entry", entry)))
       return false;
+    if (tree != 0)
+      hash_bytes (k, entry & OFFSET_MASK, cluster_size);
   }
   return true;
 }
 
 static bool
-walk_l1 (struct checked *k)
+walk_l1 (struct checked *k, uint64_t l1_offset, uint64_t l1_entries,
+         unsigned tree)
 {
-  if (!refer (k, "the L1 table", k->l1_offset, 8 * k->l1_entries))
+  if (!refer (k, "the L1 table", l1_offset, 8 * l1_entries))
     return false;
-  for (uint64_t i = 0; i < k->l1_entries; ++i) {
-    const uint64_t entry = get_be64 (k->image->bytes + k->l1_offset + 8 * i);
+  for (uint64_t i = 0; i < l1_entries; ++i) {
+    const uint64_t entry = get_be64 (k->image->bytes + l1_offset + 8 * i);
+    const uint64_t table = entry & OFFSET_MASK;
 
     if ((entry & ~(COPIED | OFFSET_MASK)) != 0)
       return wrong (k, "L1 entry %#" PRIx64, entry);
     if (entry == 0)
       continue;
-    if (!refer (k, "an L2 table", entry & OFFSET_MASK,
-                UINT64_C (1) << k->cluster_bits) ||
-        !check_copied (k, "L1 entry", entry) ||
-        !walk_l2 (k, entry & OFFSET_MASK))
+    if (!refer_in_tree (k, "an L2 table", KIND_L2, tree, table) ||
+        (tree == 0 && !check_copied (k, "L1 entry", entry)))
+      return false;
+    if (tree != 0)
+      hash_bytes (k, table, UINT64_C (1) << k->cluster_bits);
+    if (!walk_l2 (k, table, tree))
       return false;
   }
   return true;
+}
+
+/* All of it is in k->snapshots. */
+static bool
+walk_snapshots (struct checked *k)
+{
+  const uint8_t *p = k->image->bytes;
+  const uint32_t nr = get_be32 (p + 60);
+  const uint64_t table = get_be64 (p + 64);
+  uint64_t end = table;
+
+  if (nr > CHECKED_MAX_SNAPSHOTS)
+    return wrong (k, "there are %" PRIu32 " snapshots", nr);
+  k->snapshots = nr;
+  for (uint32_t i = 0; i < nr; ++i) {
+    const uint8_t *entry = p + round_up (end, 8);
+
+    if (at (k, round_up (end, 8), 40) == NULL)
+      return wrong (k, "the snapshot table leads nowhere");
+    end = round_up (end, 8) + 40 + get_be16 (entry + 12)
+      + get_be16 (entry + 14) + get_be32 (entry + 36);
+    if (at (k, get_be64 (entry), 8 * get_be32 (entry + 8)) == NULL)
+      return wrong (k, "the L1 table of a snapshot is nowhere");
+    hash_bytes (k, get_be64 (entry), 8 * get_be32 (entry + 8));
+    if (!walk_l1 (k, get_be64 (entry), get_be32 (entry + 8), i + 1))
+      return false;
+  }
+  hash_bytes (k, table, round_up (end, 8) - table);
+  return nr == 0 || refer (k, "the snapshot table", table, end - table);
 }
 
 /* Read the bits of one bitmap. */
@@ -287,7 +358,7 @@ read_header (struct checked *k)
   uint64_t tables;
 
   if (get_be32 (p) != 0x514649fb || get_be32 (p + 4) != 3 ||
-      get_be64 (p + 8) != 0 || get_be32 (p + 60) != 0 ||
+      get_be64 (p + 8) != 0 ||
       get_be64 (p + 72) != 0)
     return wrong (k, "the header is not what it was");
   k->cluster_bits = get_be32 (p + 20);
@@ -337,8 +408,12 @@ check_image (struct checked *k, const struct crash_image *image)
     return false;
   k->references = calloc ((image->room >> k->cluster_bits) + 1, 1);
   assert_non_null (k->references);
+  k->marks = calloc ((image->room >> k->cluster_bits) + 1, 1);
+  assert_non_null (k->marks);
   k->references[0] = 1;
-  return walk_refcounts (k) && walk_l1 (k) && walk_extensions (k) &&
+  return walk_refcounts (k) &&
+    walk_l1 (k, k->l1_offset, k->l1_entries, 0) && walk_snapshots (k) &&
+    walk_extensions (k) &&
     compare_refcounts (k);
 }
 
@@ -348,6 +423,7 @@ checked_free (struct checked *k)
   for (size_t i = 0; i < CHECKED_MAX_BITMAPS; ++i)
     free (k->bitmaps[i].bits);
   free (k->references);
+  free (k->marks);
 }
 
 struct checked_bitmap *

@@ -8,7 +8,7 @@
 
 /* A reader and checker of qcow2 images, flat in memory, that has nothing
  * in common with the code under test.  It knows what the tests make:
- * version 2 and 3, without snapshots, backing files and compression.
+ * version 2 and 3, without backing files and compression.
  */
 
 #include <stdbool.h>
@@ -18,6 +18,7 @@
 #include "crash-container.h"
 
 #define CHECKED_MAX_BITMAPS 8
+#define CHECKED_MAX_SNAPSHOTS 8
 
 struct checked_bitmap {
   char name[32];
@@ -37,6 +38,8 @@ struct checked {
   size_t nr_bitmaps;            /* 0 if they are not trusted */
   uint64_t nr_leaked;           /* clusters */
   uint8_t *references;          /* a counter a cluster */
+  uint8_t *marks;               /* what for, and of whom, in the trees */
+  uint64_t snapshots;           /* a hash of them, 0 without any */
   char error[256];              /* what is wrong, or empty */
 };
 

@@ -38,6 +38,11 @@ struct kind kinds[] = {
   { .options = "cluster_size=4k,refcount_bits=8",
     .disk_mib = 10, .room_mib = 4, .bare = true, .pad = 880,
     .windows = { 65536, MIB + 4096, 6, 10 * MIB } },
+  /* L2 tables and clusters in common with snapshots. */
+  { .options = "cluster_size=512", .disk_mib = 8, .room_mib = 8,
+    .snapshots = 2, .windows = { 65536, MIB + 512, 6, 8 * MIB } },
+  { .options = "cluster_size=4k", .disk_mib = 20, .room_mib = 8,
+    .snapshots = 3, .windows = { 65536, 3 * MIB, 6, 20 * MIB } },
   { .options = "cluster_size=64k", .disk_mib = 700, .room_mib = 16,
     .windows = { 262144, 100 * MIB, 6, 700 * MIB } },
 };
@@ -85,6 +90,19 @@ add_pad (struct crash_image *image, unsigned bytes)
   put_be32 (p + 4, bytes);
 }
 
+/* Data and zeroes in all windows, and a snapshot of that. */
+static void
+take_snapshot (const struct kind *kind, const char *file, unsigned i)
+{
+  for (unsigned w = 0; w < kind->windows.nr; ++w)
+    assert_int_equal (
+      run_command ("qemu-io -f qcow2 -c 'write -q -P %u %" PRIu64 " %u' "
+                   "-c 'write -q -z %" PRIu64 " 8k' '%s' >/dev/null",
+                   10 + i, w * kind->windows.apart + 12288 * i, 40000,
+                   w * kind->windows.apart + 49152, file), 0);
+  assert_int_equal (run_command ("qemu-img snapshot -c s%u '%s'", i, file), 0);
+}
+
 /* Data in a window, bitmaps, one of them disabled with something in it. */
 static void
 make_kind (struct kind *kind)
@@ -107,6 +125,8 @@ make_kind (struct kind *kind)
                  " $f; fi",
                  file, kind->options, kind->disk_mib, skip, skip, skip, skip,
                  skip, filler, kind->disk_mib * MIB - filler, filler), 0);
+  for (unsigned i = 0; i < kind->snapshots; ++i)
+    take_snapshot (kind, file, i);
   kind->image = crash_image_new (kind->room_mib * MIB);
   load_image (file, &kind->image);
   if (kind->pad != 0)

@@ -13,7 +13,8 @@
  * A bitmap that is not marked must have a bit for each granule of each
  * change that was acknowledged, and for each sector that is not what it
  * was in the beginning, whoever changed it (I3).  A disabled bitmap, or
- * one that was marked in the beginning, is as it was (I4).
+ * one that was marked in the beginning, is as it was (I4).  Snapshots are
+ * as they were, in any case.
  */
 
 #include <config.h>
@@ -126,6 +127,7 @@ model_new (struct checked *base, const struct model_windows *windows)
                        sizeof m->sectors[0]);
   assert_non_null (m->content);
   assert_non_null (m->sectors);
+  m->snapshots = base->snapshots;
   load_content (m, base);
 
   for (size_t i = 0; i < base->nr_bitmaps; ++i) {
@@ -490,6 +492,8 @@ model_check (struct model *m, struct checked *k)
     if (error != NULL)
       return error;
   }
+  if (k->snapshots != m->snapshots)
+    return "a snapshot is not what it was";
   if (k->nr_bitmaps > m->nr_bitmaps)
     return "there are more bitmaps than there should be";
   for (uint64_t at = 0; at < m->disk_size; at += cluster_size) {

@@ -55,6 +55,7 @@ struct model {
   uint64_t disk_size, active_size;
   uint64_t window_size, windows_apart;
   unsigned nr_windows;
+  uint64_t snapshots;           /* in the base (crash-check.h) */
   uint8_t *content;             /* of the windows */
   struct sector *sectors;
   struct model_bitmap bitmaps[CHECKED_MAX_BITMAPS];

@@ -28,6 +28,7 @@ struct kind {
                                    by which the next crosses a sector */
   uint64_t filler_kib;          /* data at the end of the disk, so that
                                    refcounts run out soon */
+  unsigned snapshots;           /* how many it has */
   struct model_windows windows;
   struct crash_image image;
   struct crash_image left;      /* by a crash, size 0 if none was yet */
