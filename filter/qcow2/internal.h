@@ -240,6 +240,8 @@ struct qcow2 {
   struct grace requests;        /* requests that use host offsets */
 
   _Atomic uint64_t *l1;
+  atomic_bool *l2_proven;       /* COPIED flags of l1 that are known to be
+                                   true, or NULL if all are believed */
   pthread_mutex_t l1_lock;      /* protects what follows */
   uint32_t *dirty_l1;
   size_t nr_dirty_l1, max_dirty_l1;

@@ -24,7 +24,9 @@
  * ever changed in a table that is not this disk's alone, hence the cache
  * has nothing of it that is dirty, and what the container has is true.
  * The refcount of the old table falls when no L1 entry on disk refers to
- * it any more, and the snapshots' references remain.
+ * it any more, and the snapshots' references remain.  In an image that has
+ * snapshots the flag COPIED of an L1 entry is believed only when the
+ * refcount of the table has been seen to be 1.
  */
 
 #include <config.h>
@@ -40,12 +42,6 @@
  */
 #define FIRST_BATCH 4
 #define BATCH 64
-
-/* In RAM, in the place of COPIED, where the image has snapshots: the
- * image says that this table is the disk's alone, and is believed when
- * the refcount says so, too.
- */
-#define L1_CLAIMS_COPIED UINT64_C (1)
 
 static int
 load_l1_entry (struct qcow2 *q, uint32_t i, uint64_t entry)
@@ -63,8 +59,6 @@ load_l1_entry (struct qcow2 *q, uint32_t i, uint64_t entry)
     errno = EIO;
     return -1;
   }
-  if (q->header.nr_snapshots != 0 && (entry & OFLAG_COPIED) != 0)
-    atomic_init (&q->l1[i], (entry & ~OFLAG_COPIED) | L1_CLAIMS_COPIED);
   return 0;
 }
 
@@ -81,6 +75,13 @@ mapping_open (struct qcow2 *q)
   if (raw == NULL || q->l1 == NULL) {
     report_error ("malloc: %m");
     return -1;
+  }
+  if (q->header.nr_snapshots != 0 && !q->readonly) {
+    q->l2_proven = calloc (nr + UINT64_C (1), sizeof q->l2_proven[0]);
+    if (q->l2_proven == NULL) {
+      report_error ("calloc: %m");
+      return -1;
+    }
   }
   if (nr == 0)
     return 0;
@@ -105,6 +106,7 @@ void
 mapping_free (struct qcow2 *q)
 {
   free (q->l1);
+  free (q->l2_proven);
   free (q->dirty_l1);
 }
 
@@ -371,12 +373,27 @@ note_dirty_l1 (struct qcow2 *q, uint32_t index)
   return 0;
 }
 
-/* Is this the entry of an L2 table that is the disk's alone? */
+/* Is there an L2 table, and is it the disk's alone?  It stays so. */
 static bool
-has_own_l2 (uint64_t l1_entry)
+has_own_l2 (struct qcow2 *q, uint32_t index)
 {
+  const uint64_t l1_entry =
+    atomic_load_explicit (&q->l1[index], memory_order_acquire);
+
   return (l1_entry & OFLAG_COPIED) != 0 &&
-    (l1_entry & ENTRY_OFFSET_MASK) != 0;
+    (l1_entry & ENTRY_OFFSET_MASK) != 0 &&
+    (q->l2_proven == NULL ||
+     atomic_load_explicit (&q->l2_proven[index], memory_order_acquire));
+}
+
+/* With l1_lock held: from here on it is this one. */
+static void
+set_own_l2 (struct qcow2 *q, uint32_t index, uint64_t table)
+{
+  atomic_store_explicit (&q->l1[index], table | OFLAG_COPIED,
+                         memory_order_release);
+  if (q->l2_proven != NULL)
+    atomic_store_explicit (&q->l2_proven[index], true, memory_order_release);
 }
 
 static int
@@ -425,8 +442,7 @@ make_l2 (struct qcow2 *q, uint32_t index, uint64_t old)
     errno = err;
     return -1;
   }
-  atomic_store_explicit (&q->l1[index], host | OFLAG_COPIED,
-                         memory_order_release);
+  set_own_l2 (q, index, host);
   return 0;
 }
 
@@ -437,7 +453,7 @@ static int
 make_own_l2 (struct qcow2 *q, uint32_t index, uint64_t l1_entry)
 {
   const uint64_t table = l1_entry & ENTRY_OFFSET_MASK;
-  const bool claimed = l1_entry & L1_CLAIMS_COPIED;
+  const bool claimed = l1_entry & OFLAG_COPIED;
   uint64_t count;
 
   if (count_references (q, table, &count) == -1)
@@ -445,8 +461,7 @@ make_own_l2 (struct qcow2 *q, uint32_t index, uint64_t l1_entry)
   if (count == 1 && (claimed || q->header.nr_snapshots == 0)) {
     if (!claimed && note_dirty_l1 (q, index) == -1)
       return -1;
-    atomic_store_explicit (&q->l1[index], table | OFLAG_COPIED,
-                           memory_order_release);
+    set_own_l2 (q, index, table);
     return 0;
   }
   if (make_l2 (q, index, table) == -1)
@@ -465,14 +480,13 @@ mapping_need_l2 (struct qcow2 *q, uint64_t guest_cluster)
   const uint64_t index = guest_cluster >> q->l2_bits;
   uint64_t l1_entry;
 
-  if (has_own_l2 (atomic_load_explicit (&q->l1[index],
-                                        memory_order_acquire)))
+  if (has_own_l2 (q, index))
     return 0;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->l1_lock);
-  l1_entry = atomic_load (&q->l1[index]);
-  if (has_own_l2 (l1_entry))
+  if (has_own_l2 (q, index))
     return 0;
+  l1_entry = atomic_load (&q->l1[index]);
   return (l1_entry & ENTRY_OFFSET_MASK) == 0
     ? make_l2 (q, index, 0) : make_own_l2 (q, index, l1_entry);
 }

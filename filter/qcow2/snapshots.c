@@ -369,8 +369,6 @@ snapshots_register (struct qcow2 *q)
 
   if (q->header.nr_snapshots == 0)
     return 0;
-  if (q->header.incompatible & INCOMPAT_DATA_FILE)
-    return damaged (q, "no image with an external data file can have any");
   if (check_table (q) == -1 || register_l1_tables (q, &end) == -1 ||
       register_clusters (q, QCOW2_SNAPSHOT_TABLE, "the snapshot table", 0,
                          table, end - table) == -1)
