@@ -10,8 +10,8 @@
  *
  * One table of operations, one file an implementation:
  *   next.c     over nbdkit's plugin (the only file here that knows nbdkit)
- *   file.c     over a file descriptor, read-only: looking at an image
- *              before nbdkit lets the plugin be opened
+ *   file.c     over a file descriptor: looking at an image before nbdkit
+ *              lets the plugin be opened, backing files, data files
  *   memory.c   in memory, for tests
  * The functions below are the door.  They deal with the end of the
  * container once for all implementations, so an implementation is only
@@ -113,8 +113,12 @@ extern int container_reserve (struct container *, uint64_t end);
 extern int container_truncate (struct container *, uint64_t size);
 extern void container_close (struct container *);
 
-/* A read-only container over fd, which stays the caller's. */
+/* A container over fd, of a file or a block device, which stays the
+ * caller's: read-only; or one that can be written, grows to just the
+ * size that is needed, and is never cut.  NULL with errno.
+ */
 extern struct container *container_open_file (int fd);
+extern struct container *container_open_file_writable (int fd);
 
 /* In memory, growing up to limit bytes (then ENOSPC), sparse.  A hook,
  * if set, is called before each operation that changes or flushes and

@@ -10,6 +10,7 @@
 #include <config.h>
 
 #include <errno.h>
+#include <fcntl.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -17,6 +18,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -282,6 +285,197 @@ test_file (void **state)
   assert_int_equal (errno, EBADF);
 }
 
+/* The same over a file that can be written. */
+static void
+test_file_writable (void **state)
+{
+  FILE *fp = tmpfile ();
+  const int fd = fileno (fp);
+  struct container *c;
+  struct stat statbuf;
+  int punch;
+
+  (void) state;
+  assert_non_null (fp);
+  c = container_open_file_writable (fd);
+  assert_non_null (c);
+  assert_false (c->readonly);
+  assert_int_equal (container_size (c), 0);
+
+  fill (c, 100, 50, 7);
+  assert_int_equal (container_size (c), 150);
+  assert_int_equal (fstat (fd, &statbuf), 0);
+  assert_int_equal (statbuf.st_size, 150);
+  assert_bytes (c, 0, 100, 0);
+  assert_bytes (c, 100, 50, 7);
+  assert_bytes (c, 150, 50, 0);
+
+  for (punch = 0; punch <= 1; ++punch) {
+    fill (c, 0, 3 * MiB + 1, 5);
+    assert_int_equal (container_zero (c, 2 * MiB + 77, 300, punch), 0);
+    assert_bytes (c, 0, 300, 5);
+    assert_bytes (c, 300, 2 * MiB + 77, 0);
+    assert_bytes (c, 2 * MiB + 377, MiB - 376, 5);
+    assert_int_equal (container_zero (c, UINT64_MAX, 3 * MiB, punch), 0);
+    assert_bytes (c, 3 * MiB, 1, 0);
+    assert_int_equal (container_size (c), 3 * MiB + 1);
+  }
+
+  /* Just as large as it must be, and never smaller. */
+  assert_int_equal (container_reserve (c, 5 * MiB + 3), 0);
+  assert_int_equal (fstat (fd, &statbuf), 0);
+  assert_int_equal (statbuf.st_size, 5 * MiB + 3);
+  assert_int_equal (container_truncate (c, MiB), 0);
+  assert_int_equal (container_size (c), 5 * MiB + 3);
+  assert_int_equal (ftruncate (fd, 8 * MiB), 0);
+  assert_int_equal (container_reserve (c, 6 * MiB), 0);
+  assert_int_equal (fstat (fd, &statbuf), 0);
+  assert_int_equal (statbuf.st_size, 8 * MiB);
+
+  assert_int_equal (container_cache (c, MiB, 0), 0);
+  assert_int_equal (container_flush (c), 0);
+  container_close (c);
+  fclose (fp);
+}
+
+/* Zeroes where the file system cannot make them: a range at a time, and
+ * at all.  The kernel's answer is played by fallocate, below.
+ */
+static int fallocate_errno, nr_fallocate;
+
+int
+fallocate (int fd, int mode, off_t offset, off_t count)
+{
+  (void) offset; (void) count; (void) mode; (void) fd;
+  nr_fallocate++;
+  if (fallocate_errno != 0) {
+    errno = fallocate_errno;
+    return -1;
+  }
+  return syscall (SYS_fallocate, fd, mode, offset, count);
+}
+
+static void
+test_file_zero_fallback (void **state)
+{
+  FILE *fp = tmpfile ();
+  struct container *c = container_open_file_writable (fileno (fp));
+  static const struct {
+    int err, result;
+    int again;                  /* fallocate is called the second time */
+  } rows[] = {
+    { EOPNOTSUPP, 0, 0 }, { EINVAL, 0, 1 }, { EIO, -1, 1 }, { ENOSPC, -1, 1 },
+  };
+
+  (void) state;
+  for (size_t i = 0; i < sizeof rows / sizeof rows[0]; ++i)
+    for (int punch = 0; punch <= 1; ++punch) {
+      container_close (c);
+      c = container_open_file_writable (fileno (fp));
+      fallocate_errno = rows[i].err;
+      fill (c, 0, 300000, 3);
+      errno = 0;
+      assert_int_equal (container_zero (c, 200001, 9, punch), rows[i].result);
+      if (rows[i].result == -1) {
+        assert_int_equal (errno, rows[i].err);
+        continue;
+      }
+      assert_bytes (c, 0, 9, 3);
+      assert_bytes (c, 9, 200001, 0);
+      assert_bytes (c, 200010, 300000 - 200010, 3);
+      nr_fallocate = 0;
+      assert_int_equal (container_zero (c, 1, 9, punch), 0);
+      assert_int_equal (nr_fallocate != 0, rows[i].again);
+    }
+  fallocate_errno = 0;
+  container_close (c);
+  fclose (fp);
+}
+
+/* Once a flush has failed it stays failed. */
+static int fdatasync_errno;
+
+int
+fdatasync (int fd)
+{
+  (void) fd;
+  if (fdatasync_errno == 0)
+    return 0;
+  errno = fdatasync_errno;
+  return -1;
+}
+
+static void
+test_file_flush_error (void **state)
+{
+  FILE *fp = tmpfile ();
+  struct container *c = container_open_file_writable (fileno (fp));
+
+  (void) state;
+  fill (c, 0, 10, 1);
+  assert_int_equal (container_flush (c), 0);
+  fdatasync_errno = EIO;
+  assert_int_equal (container_flush (c), -1);
+  assert_int_equal (errno, EIO);
+  fdatasync_errno = 0;
+  errno = 0;
+  assert_int_equal (container_flush (c), -1);
+  assert_int_equal (errno, EIO);
+  container_close (c);
+
+  /* Who only reads has nothing to flush. */
+  fdatasync_errno = EIO;
+  c = container_open_file (fileno (fp));
+  assert_int_equal (container_flush (c), 0);
+  fdatasync_errno = 0;
+  container_close (c);
+  fclose (fp);
+}
+
+static void
+test_file_extent (void **state)
+{
+  FILE *fp = tmpfile ();
+  struct container *c;
+  uint64_t length;
+  bool hole;
+
+  (void) state;
+  c = container_open_file_writable (fileno (fp));
+  fill (c, 4 * MiB, MiB, 1);
+  assert_int_equal (container_reserve (c, 16 * MiB), 0);
+  assert_int_equal (container_extent (c, 0, 16 * MiB, &length, &hole), 0);
+  if (!hole) {
+    print_message ("no holes in %s\n", P_tmpdir);
+    skip ();
+  }
+  assert_int_equal (length, 4 * MiB);
+  assert_int_equal (container_extent (c, 5, 100, &length, &hole), 0);
+  assert_true (hole);
+  assert_int_equal (length, 100);
+  assert_int_equal (container_extent (c, 4 * MiB + 9, 8 * MiB, &length, &hole),
+                    0);
+  assert_false (hole);
+  assert_int_equal (length, MiB - 9);
+  assert_int_equal (container_extent (c, 5 * MiB, 8 * MiB, &length, &hole), 0);
+  assert_true (hole);
+  assert_int_equal (length, 8 * MiB);
+  assert_int_equal (container_extent (c, 6 * MiB, 99 * MiB, &length, &hole),
+                    0);
+  assert_true (hole);
+  assert_int_equal (length, 10 * MiB);
+  assert_int_equal (container_extent (c, 16 * MiB, 9, &length, &hole), 0);
+  assert_true (hole);
+  assert_int_equal (length, 9);
+
+  /* Cut by somebody: what cannot be read is not a hole. */
+  assert_int_equal (ftruncate (fileno (fp), 4 * MiB), 0);
+  assert_int_equal (container_extent (c, 5 * MiB, 8 * MiB, &length, &hole), 0);
+  assert_false (hole);
+  container_close (c);
+  fclose (fp);
+}
+
 /* Many threads write and grow at once. */
 #define NR_THREADS 8
 #define NR_ROUNDS 200
@@ -349,6 +543,10 @@ main (void)
     cmocka_unit_test (test_truncate),
     cmocka_unit_test (test_hook),
     cmocka_unit_test (test_file),
+    cmocka_unit_test (test_file_writable),
+    cmocka_unit_test (test_file_zero_fallback),
+    cmocka_unit_test (test_file_flush_error),
+    cmocka_unit_test (test_file_extent),
     cmocka_unit_test (test_threads),
   };
 
