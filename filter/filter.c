@@ -11,7 +11,7 @@
  * config       parameters; file= is remembered as it passes by
  * get_ready    all that can go wrong is found out here, where an error
  *              is seen and nbdkit exits with it: the image is locked and
- *              checked, the listening address bound, and it is decided
+ *              checked, with the files that it refers to, the listening address bound, and it is decided
  *              who answers the clients
  * after_fork   the plugin and the disk are opened.  Either our server
  *              stands in for nbdkit's (sockets.c), or nbdkit's own one
@@ -39,6 +39,7 @@
 
 #include <nbdkit-filter.h>
 
+#include "chain.h"
 #include "clients.h"
 #include "command-line.h"
 #include "common/cleanup.h"
@@ -64,6 +65,7 @@ static struct image_file image_file = { .fd = -1 };
 static struct listen_sockets listen_sockets;
 static bool stands_in;
 static bool serialize;          /* the thread model is below parallel */
+static struct chain *chain;     /* what the image refers to */
 static struct disk *disk;
 static struct nbd_server *server;
 static bool failed;             /* to write at the end */
@@ -126,11 +128,17 @@ dirty_bitmap_config_complete (nbdkit_next_config_complete *next,
   return next (nxdata);
 }
 
+static bool
+is_readonly (void)
+{
+  return command_line.readonly || parameters.snapshot != NULL;
+}
+
 static void
 get_disk_options (struct disk_options *o)
 {
   memset (o, 0, sizeof *o);
-  o->readonly = command_line.readonly || parameters.snapshot != NULL;
+  o->readonly = is_readonly ();
   o->snapshot = parameters.snapshot;
   o->cache_size = parameters.cache_size;
   o->granularity = parameters.granularity;
@@ -138,6 +146,53 @@ get_disk_options (struct disk_options *o)
   o->nr_require = parameters.require.nr;
   o->expose = (const char *const *) parameters.expose.name;
   o->nr_expose = parameters.expose.nr;
+  if (chain != NULL)
+    chain_give (chain, o);
+}
+
+/* Open the files that the image refers to. */
+static int
+open_chain (struct container *image, bool readonly)
+{
+  const struct chain_options options = {
+    .readonly = readonly,
+    .holds_writes = filter_stack_holds_writes (&command_line),
+    .path = image_file.path,
+    .fd = image_file.fd,
+    .allowed = (const char *const *) parameters.allow.name,
+    .nr_allowed = parameters.allow.nr,
+    .cache_size = parameters.cache_size,
+  };
+
+  chain = chain_open (image, &options);
+  return chain == NULL ? -1 : 0;
+}
+
+/* If the bytes that are going to be served are those of the file: can
+ * they be?
+ */
+static int
+check_image (void)
+{
+  struct disk_options options;
+  struct container *image;
+  int r;
+
+  if (image_file.differs != NULL)
+    return 0;
+  image = container_open_file (image_file.fd);
+  if (image == NULL) {
+    nbdkit_error ("%s: %m", image_file.path);
+    return -1;
+  }
+  r = open_chain (image, image_file.readonly);
+  if (r == 0) {
+    get_disk_options (&options);
+    options.readonly = image_file.readonly;
+    r = disk_check (image, &options);
+  }
+  container_close (image);
+  return r;
 }
 
 /* nbdkit's own server answers, though nobody asked for that. */
@@ -174,8 +229,6 @@ decide_who_answers (void)
 static int
 dirty_bitmap_get_ready (int thread_model)
 {
-  struct disk_options options;
-
   serialize = thread_model < NBDKIT_THREAD_MODEL_PARALLEL;
   if (command_line_read (&command_line) == -1)
     return -1;
@@ -183,8 +236,8 @@ dirty_bitmap_get_ready (int thread_model)
     return -1;
   filter_stack_warn (&command_line);
 
-  get_disk_options (&options);
-  if (image_file_open (&image_file, &command_line, &options) == -1)
+  if (image_file_open (&image_file, &command_line, is_readonly ()) == -1 ||
+      check_image () == -1)
     return -1;
 
   /* Last, so that no error of ours leaves a Unix socket behind. */
@@ -204,7 +257,7 @@ open_disk (nbdkit_backend *backend)
 {
   const struct container_next_options next_options = {
     .backend = backend,
-    .readonly = command_line.readonly || parameters.snapshot != NULL,
+    .readonly = is_readonly (),
     .serialize = serialize,
   };
   struct disk_options options;
@@ -215,7 +268,8 @@ open_disk (nbdkit_backend *backend)
   if (container == NULL)
     return -1;
   is_rotational = container_next_is_rotational (container);
-  if (image_file_attach (&image_file, container) == -1) {
+  if (image_file_attach (&image_file, container) == -1 ||
+      (chain == NULL && open_chain (container, container->readonly) == -1)) {
     container_close (container);
     return -1;
   }
@@ -348,11 +402,14 @@ dirty_bitmap_cleanup (nbdkit_backend *backend)
     disk_close (disk);
     disk = NULL;
   }
+  chain_close (chain);
+  chain = NULL;
 }
 
 static void
 dirty_bitmap_unload (void)
 {
+  chain_close (chain);          /* if get_ready failed */
   image_file_close (&image_file);
   listen_close (&listen_sockets);
   sockets_free ();

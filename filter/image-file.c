@@ -13,7 +13,7 @@
  *
  * Only the file plugin's file= is taken to be the image.  It is locked
  * whatever filters stand between, for they write to it all the same
- * (unless one keeps the writes: then only as a reader does).  It is
+ * (unless one keeps the writes: then only as a reader does).  It can be
  * checked, and extended, only where all filters between pass bytes and
  * size through.  Before anything is served, both ways are seen to lead
  * to the same size and the same first bytes.
@@ -37,7 +37,6 @@
 #include "common/report.h"
 #include "container/container.h"
 #include "container/next.h"
-#include "disk/disk.h"
 #include "filter-stack.h"
 #include "image-file.h"
 #include "image-lock.h"
@@ -89,30 +88,16 @@ open_file (struct image_file *f)
   return 0;
 }
 
-static int
-check_image (struct image_file *f, const struct disk_options *options)
-{
-  struct disk_options o = *options;
-  struct container *c;
-  int r;
-
-  o.readonly = o.readonly || f->readonly;
-  c = container_open_file (f->fd);
-  if (c == NULL) {
-    report_error ("%s: %m", f->path);
-    return -1;
-  }
-  r = disk_check (c, &o);
-  container_close (c);
-  return r;
-}
-
 int
 image_file_open (struct image_file *f, const struct command_line *cl,
-                 const struct disk_options *options)
+                 bool readonly)
 {
-  f->readonly = options->readonly;
-  if (f->path == NULL || !filter_stack_is_file (cl)) {
+  f->readonly = readonly;
+  if (f->path != NULL && !filter_stack_is_file (cl)) {
+    free (f->path);
+    f->path = NULL;
+  }
+  if (f->path == NULL) {
     f->differs = "the plugin does not serve a local file";
     return 0;
   }
@@ -128,9 +113,8 @@ image_file_open (struct image_file *f, const struct command_line *cl,
     f->differs = "a filter between may change its bytes or its size";
     report_debug ("%s: --filter=%s may change its bytes or its size",
                   f->path, filter_stack_changes_bytes (cl));
-    return 0;
   }
-  return check_image (f, options);
+  return 0;
 }
 
 /* Do both ways lead to the same bytes?  If not, what we checked is not

@@ -12,10 +12,10 @@
 
 struct command_line;
 struct container;
-struct disk_options;
 
 struct image_file {
-  char *path;                   /* of file=, absolute; NULL if none */
+  char *path;                   /* absolute; NULL if there is none, once it
+                                   was to be opened */
   int fd;                       /* the file, open and locked, or -1 */
   bool readonly;
   bool is_block_device;
@@ -28,12 +28,11 @@ struct image_file {
 extern int image_file_remember (struct image_file *, const char *value);
 
 /* In get_ready: open and lock the file, and find out whether the bytes
- * that the plugin serves will be the file's; if so, check that the image
- * can be served.  0 with fd -1 if there is no such file.  -1, with the
- * reason reported, if the image must not be served.
+ * that the plugin serves will be the file's.  0 with fd -1 if there is no
+ * such file.  -1, with the reason reported, if it must not be served.
  */
 extern int image_file_open (struct image_file *, const struct command_line *,
-                            const struct disk_options *);
+                            bool readonly);
 
 /* In after_fork: make sure that the container has the same bytes, if it
  * should, and say whether it may grow by the file.  -1, with the reason

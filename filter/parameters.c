@@ -16,6 +16,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "common/bytes.h"
 #include "common/report.h"
@@ -39,6 +40,8 @@ const char parameters_help[] =
   "                               (default: cluster size, 4K to 64K).\n"
   "dirty-bitmap-expose=NAME       Offer only this bitmap to clients\n"
   "                               (may be repeated, default: all).\n"
+  "dirty-bitmap-allow-path=DIR    Folder that backing and data files may be in,\n"
+  "                               besides the image's own (may be repeated).\n"
   "dirty-bitmap-snapshot=NAME_OR_ID\n"
   "                               Serve this internal snapshot, read-only.\n"
   "dirty-bitmap-cache-size=SIZE   Memory for the image's tables (default: 40M).\n"
@@ -47,11 +50,35 @@ const char parameters_help[] =
   "                               show bitmaps to clients (default: auto).\n"
   "dirty-bitmap-listen=ADDRESS    Serve also on this Unix socket or HOST:PORT.";
 
+/* Add a string of which this takes care, and frees it if it is there
+ * already.
+ */
 static int
-take_name (struct names *names, const char *key, const char *value)
+add_name (struct names *names, char *name)
 {
   char **larger;
   size_t i;
+
+  for (i = 0; i < names->nr; ++i)
+    if (strcmp (names->name[i], name) == 0) {
+      free (name);
+      return 1;
+    }
+  larger = realloc (names->name, (names->nr + 1) * sizeof *larger);
+  if (larger == NULL) {
+    report_error ("malloc: %m");
+    free (name);
+    return -1;
+  }
+  names->name = larger;
+  names->name[names->nr++] = name;
+  return 1;
+}
+
+static int
+take_name (struct names *names, const char *key, const char *value)
+{
+  char *name;
 
   if (*value == '\0') {
     report_error ("%s: the name of a bitmap must not be empty", key);
@@ -62,23 +89,12 @@ take_name (struct names *names, const char *key, const char *value)
                   key, MAX_NAME_BYTES);
     return -1;
   }
-  for (i = 0; i < names->nr; ++i)
-    if (strcmp (names->name[i], value) == 0)
-      return 1;
-
-  larger = realloc (names->name, (names->nr + 1) * sizeof *larger);
-  if (larger == NULL) {
+  name = strdup (value);
+  if (name == NULL) {
     report_error ("malloc: %m");
     return -1;
   }
-  names->name = larger;
-  names->name[names->nr] = strdup (value);
-  if (names->name[names->nr] == NULL) {
-    report_error ("malloc: %m");
-    return -1;
-  }
-  names->nr++;
-  return 1;
+  return add_name (names, name);
 }
 
 static int
@@ -91,6 +107,33 @@ static int
 take_expose (struct parameters *p, const char *key, const char *value)
 {
   return take_name (&p->expose, key, value);
+}
+
+/* Keep the true path, as of now: what a symbolic link points to later
+ * was not allowed.
+ */
+static int
+take_allow (struct parameters *p, const char *key, const char *value)
+{
+  struct stat statbuf;
+  char *path;
+
+  if (*value == '\0') {
+    report_error ("%s: the name of a folder must not be empty", key);
+    return -1;
+  }
+  path = realpath (value, NULL);
+  if (path == NULL || stat (path, &statbuf) == -1) {
+    report_error ("%s: %s: %m", key, value);
+    free (path);
+    return -1;
+  }
+  if (!S_ISDIR (statbuf.st_mode)) {
+    report_error ("%s: %s: is not a folder", key, value);
+    free (path);
+    return -1;
+  }
+  return add_name (&p->allow, path);
 }
 
 static int
@@ -237,6 +280,7 @@ parameters_take (struct parameters *p, const char *key, const char *value)
     int (*take) (struct parameters *, const char *key, const char *value);
   } table[] = {
     { "dirty-bitmap", take_require },
+    { "dirty-bitmap-allow-path", take_allow },
     { "dirty-bitmap-cache-size", take_cache_size },
     { "dirty-bitmap-expose", take_expose },
     { "dirty-bitmap-granularity", take_granularity },
@@ -283,6 +327,7 @@ parameters_free (struct parameters *p)
 {
   free_names (&p->require);
   free_names (&p->expose);
+  free_names (&p->allow);
   free (p->snapshot);
   listen_address_free (&p->listen);
   memset (p, 0, sizeof *p);

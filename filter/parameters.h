@@ -24,6 +24,7 @@ struct names {
 struct parameters {
   struct names require;         /* dirty-bitmap */
   struct names expose;          /* dirty-bitmap-expose */
+  struct names allow;           /* dirty-bitmap-allow-path, true paths */
   uint32_t granularity;         /* dirty-bitmap-granularity, or 0 */
   uint64_t cache_size;          /* dirty-bitmap-cache-size */
   enum server_mode server;      /* dirty-bitmap-server */

@@ -29,6 +29,20 @@ struct bitmap_options {
   const char *const *expose;    /* offered to clients; all if none */
   size_t nr_expose;
   bool check_only;              /* write nothing, read no bits */
+
+  /* If there are backing files: bitmaps that are named in expose and
+   * that the image does not have may be theirs.
+   */
+  bool has_backing;
+
+  /* If this is a backing file, which is open read-only: its path, for
+   * messages, and the sets of all images above it.  Of their bitmaps'
+   * names it offers none, nor anything if the bitmaps of one of them
+   * cannot be used.
+   */
+  const char *backing_path;
+  const struct bitmap_set *const *above;
+  size_t nr_above;
 };
 
 /* Load the image's bitmaps, create those that are required and absent
@@ -66,6 +80,11 @@ extern const struct bitmap *bitmap_set_exposed (const struct bitmap_set *,
                                                 size_t i);
 extern const char *bitmap_name (const struct bitmap *);
 extern uint64_t bitmap_granularity (const struct bitmap *);
+
+/* Has the set a bitmap of this name that clients are, or (after a check)
+ * would be offered?
+ */
+extern bool bitmap_set_offers (const struct bitmap_set *, const char *name);
 
 /* The runs of equally dirty or clean bytes from offset on, up to max of
  * them (at least 1), clipped to limit (offset < limit <= the disk's

@@ -132,6 +132,9 @@ struct bitmap_set {
 
   enum bitmap_store store;
   struct bitmap_damage damage;  /* if STORE_DAMAGED or STORE_STALE */
+  uint64_t bits_bytes;          /* what the bits that are loaded take */
+  bool is_backing;              /* of a backing file */
+  char *prefix;                 /* of messages, names the backing file */
 
   /* In the order of the directory.  Fixed when bitmap_set_open returns,
    * as are the two lists that follow.
@@ -191,8 +194,14 @@ extern struct bitmap *bitmap_set_find (const struct bitmap_set *,
 extern uint64_t bitmap_set_nr_bits (const struct bitmap_set *,
                                     unsigned granularity_bits);
 
+/* Will clients be offered the bitmap of this name, if it is consistent?
+ * If not, and the set is read-only, nobody needs its bits.
+ */
+extern bool bitmap_is_wanted (const struct bitmap_options *,
+                              const char *name);
+
 /* load.c: fill the set from the image, as far as it is sound. */
-extern void bitmap_load (struct bitmap_set *, bool check_only);
+extern void bitmap_load (struct bitmap_set *, const struct bitmap_options *);
 
 /* create.c: what is required and absent.  The first says whether it can
  * be created.

@@ -175,23 +175,39 @@ unregister_all (struct bitmap_set *set, const struct registered *registered)
   }
 }
 
-/* All bits that are not zero, of all bitmaps, may take half of the
- * machine's memory.
+/* Does anybody need the bits of a bitmap? */
+static bool
+has_bits (const struct bitmap_set *set, const struct bitmap_options *options,
+          const char *name, uint32_t flags)
+{
+  return !(flags & BITMAP_FLAG_IN_USE) &&
+    (!set->readonly || bitmap_is_wanted (options, name));
+}
+
+/* All bits that are not zero, of all bitmaps, those of the images above
+ * included, may take half of the machine's memory.
  */
 static int
-check_memory (const struct bitmap_set *set, struct bitmap_damage *damage)
+check_memory (struct bitmap_set *set, const struct bitmap_options *options,
+              struct bitmap_damage *damage)
 {
-  uint64_t pages = sysconf (_SC_PHYS_PAGES), bytes = 0;
+  uint64_t pages = sysconf (_SC_PHYS_PAGES), bytes = 0, others = 0;
   uint64_t limit = pages * sysconf (_SC_PAGESIZE) / 2;
+
+  for (size_t i = 0; i < options->nr_above; ++i)
+    others += options->above[i]->bits_bytes;
 
   for (size_t i = 0; i < set->nr_bitmaps; ++i) {
     const struct bitmap *b = set->bitmaps[i];
 
-    for (uint32_t j = 0; !b->inconsistent && j < b->table_entries; ++j)
+    if (!has_bits (set, options, b->name, b->flags))
+      continue;
+    for (uint32_t j = 0; j < b->table_entries; ++j)
       if (b->table[j] != BITMAP_TABLE_ALL_ZEROES)
         bytes += set->geometry.cluster_size_bytes;
   }
-  if (bytes > limit)
+  set->bits_bytes = bytes;
+  if (bytes + others > limit)
     return bitmap_damage (damage, "their bits would take more than half of "
                           "the memory of this machine");
   return 0;
@@ -282,7 +298,7 @@ load_directory (struct bitmap_set *set,
 static int
 load_bitmaps (struct bitmap_set *set,
               const struct bitmap_directory_entry *entries,
-              uint32_t nr_entries, bool check_only,
+              uint32_t nr_entries, const struct bitmap_options *options,
               struct registered *registered, struct bitmap_damage *damage)
 {
   if (bitmap_set_reserve (set, nr_entries) == -1)
@@ -290,11 +306,13 @@ load_bitmaps (struct bitmap_set *set,
 
   for (uint32_t i = 0; i < nr_entries; ++i) {
     const struct bitmap_directory_entry *e = &entries[i];
-    bool bits = !check_only && !(e->flags & BITMAP_FLAG_IN_USE);
-    struct bitmap *b =
-      bitmap_new (e, bits ? bitmap_set_nr_bits (set, e->granularity_bits)
-                  : 0);
+    CLEANUP_FREE char *name = strndup (e->name, e->name_bytes);
+    struct bitmap *b = NULL;
 
+    if (name != NULL)
+      b = bitmap_new (e, !options->check_only &&
+                      has_bits (set, options, name, e->flags)
+                      ? bitmap_set_nr_bits (set, e->granularity_bits) : 0);
     if (b == NULL)
       return bitmap_damage (damage, "they do not fit into memory");
     set->bitmaps[set->nr_bitmaps++] = b;
@@ -307,10 +325,11 @@ load_bitmaps (struct bitmap_set *set,
     if (!set->bitmaps[i]->inconsistent &&
         load_table (set, set->bitmaps[i], registered, damage) == -1)
       return -1;
-  if (check_memory (set, damage) == -1)
+  if (check_memory (set, options, damage) == -1)
     return -1;
-  for (size_t i = 0; !check_only && i < set->nr_bitmaps; ++i)
-    if (!set->bitmaps[i]->inconsistent &&
+  for (size_t i = 0; !options->check_only && i < set->nr_bitmaps; ++i)
+    if (has_bits (set, options, set->bitmaps[i]->name,
+                  set->bitmaps[i]->flags) &&
         load_bits (set, set->bitmaps[i], damage) == -1)
       return -1;
 
@@ -329,14 +348,15 @@ load_stale (struct bitmap_set *set, bool check_only)
                  : "the image was changed by a program that does not know "
                  "them");
   if (!check_only)
-    report_warning ("the image's bitmaps are not offered: %s; their clusters "
-                    "may be leaked, qemu-img check -r leaks frees them",
-                    set->damage.what);
+    report_warning ("%sthe image's bitmaps are not offered: %s; their "
+                    "clusters may be leaked, qemu-img check -r leaks frees "
+                    "them", set->prefix, set->damage.what);
 }
 
 void
-bitmap_load (struct bitmap_set *set, bool check_only)
+bitmap_load (struct bitmap_set *set, const struct bitmap_options *options)
 {
+  const bool check_only = options->check_only;
   CLEANUP_FREE struct bitmap_directory_entry *entries = NULL;
   struct registered registered = { 0 };
   struct qcow2_bitmaps_extension ext;
@@ -352,7 +372,7 @@ bitmap_load (struct bitmap_set *set, bool check_only)
 
   parsed = load_directory (set, &ext, &entries, &registered,
                            &set->damage) == 0;
-  if (parsed && load_bitmaps (set, entries, ext.nr_bitmaps, check_only,
+  if (parsed && load_bitmaps (set, entries, ext.nr_bitmaps, options,
                               &registered, &set->damage) == 0) {
     set->store = STORE_GOOD;
     return;
@@ -367,8 +387,8 @@ bitmap_load (struct bitmap_set *set, bool check_only)
     may_be_auto |= entries[i].flags == BITMAP_FLAG_AUTO;
   if (check_only)
     return;
-  report_warning ("the image's bitmaps cannot be used and none is offered: "
-                  "%s", set->damage.what);
+  report_warning ("%sthe image's bitmaps cannot be used and none is offered: "
+                  "%s", set->prefix, set->damage.what);
   if (!set->readonly && (!parsed || may_be_auto))
     qcow2_distrust_bitmaps (set->image);
 }

@@ -19,6 +19,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -143,6 +144,34 @@ check_required (const struct bitmap_set *set,
   return bitmap_create_check (set, options);
 }
 
+static bool
+is_unusable (const struct bitmap_set *set)
+{
+  return set->store == STORE_DAMAGED || set->store == STORE_STALE;
+}
+
+/* Is a bitmap of a backing file hidden by what is above it?  Whoever
+ * asks for the name means the bitmap that was kept last, even if that
+ * is of no use any more.
+ */
+static bool
+is_hidden (const struct bitmap_options *options, const char *name)
+{
+  for (size_t i = 0; i < options->nr_above; ++i)
+    if (is_unusable (options->above[i]) ||
+        bitmap_set_find (options->above[i], name) != NULL)
+      return true;
+  return false;
+}
+
+bool
+bitmap_is_wanted (const struct bitmap_options *options, const char *name)
+{
+  return !is_hidden (options, name) &&
+    (options->nr_expose == 0 ||
+     is_named (options->expose, options->nr_expose, name));
+}
+
 static int
 check_exposed (const struct bitmap_set *set,
                const struct bitmap_options *options)
@@ -151,9 +180,13 @@ check_exposed (const struct bitmap_set *set,
     const char *name = options->expose[i];
     const struct bitmap *b = bitmap_set_find (set, name);
 
+    if (is_hidden (options, name))
+      continue;
     if (b != NULL && b->inconsistent)
       return refuse_inconsistent (name);
     if (b != NULL || is_named (options->require, options->nr_require, name))
+      continue;
+    if ((set->is_backing || options->has_backing) && !is_unusable (set))
       continue;
     if (set->store == STORE_DAMAGED || set->store == STORE_STALE)
       report_error ("bitmap '%s' cannot be offered, the image's bitmaps "
@@ -168,16 +201,18 @@ check_exposed (const struct bitmap_set *set,
 }
 
 static void
-warn_of_inconsistent (const struct bitmap_set *set)
+warn_of_inconsistent (const struct bitmap_set *set,
+                      const struct bitmap_options *options)
 {
   for (size_t i = 0; i < set->nr_bitmaps; ++i) {
     const char *name = set->bitmaps[i]->name;
     struct bitmap_shown_name shown = bitmap_show_name (name, strlen (name));
 
-    if (set->bitmaps[i]->inconsistent)
-      report_warning ("bitmap '%s' is inconsistent and not offered: it was "
+    if (set->bitmaps[i]->inconsistent && !is_hidden (options, name))
+      report_warning ("%sbitmap '%s' is inconsistent and not offered: it was "
                       "in use when the image was last closed uncleanly; "
-                      "qemu-img bitmap --remove removes it", shown.text);
+                      "qemu-img bitmap --remove removes it",
+                      set->prefix, shown.text);
   }
 }
 
@@ -204,8 +239,7 @@ make_lists (struct bitmap_set *set, const struct bitmap_options *options)
       if (b->shift < min_shift)
         min_shift = b->shift;
     }
-    if (options->nr_expose == 0 ||
-        is_named (options->expose, options->nr_expose, b->name))
+    if (bitmap_is_wanted (options, b->name))
       set->exposed[set->nr_exposed++] = b;
   }
   set->mark_bytes = MARK_BITS << min_shift;
@@ -213,7 +247,8 @@ make_lists (struct bitmap_set *set, const struct bitmap_options *options)
 }
 
 static int
-set_init (struct bitmap_set *set, struct qcow2 *image)
+set_init (struct bitmap_set *set, struct qcow2 *image,
+          const char *backing_path)
 {
   memset (set, 0, sizeof *set);
   grace_init (&set->grace);
@@ -226,8 +261,13 @@ set_init (struct bitmap_set *set, struct qcow2 *image)
   set->geometry.cluster_size_bytes = qcow2_cluster_size (image);
   set->hooks = bitmap_sync_hooks;
   set->hooks.opaque = set;
+  set->is_backing = backing_path != NULL;
+  if (!set->is_backing)
+    set->prefix = strdup ("");
+  else if (asprintf (&set->prefix, "backing file '%s': ", backing_path) == -1)
+    set->prefix = NULL;
   set->buffer = malloc (SYNC_BUFFER_BYTES);
-  if (set->buffer == NULL) {
+  if (set->prefix == NULL || set->buffer == NULL) {
     report_error ("malloc: %m");
     return -1;
   }
@@ -237,9 +277,9 @@ set_init (struct bitmap_set *set, struct qcow2 *image)
 static int
 set_fill (struct bitmap_set *set, const struct bitmap_options *options)
 {
-  bitmap_load (set, options->check_only);
+  bitmap_load (set, options);
   if (!options->check_only)
-    warn_of_inconsistent (set);
+    warn_of_inconsistent (set, options);
   if (check_required (set, options) == -1 ||
       check_exposed (set, options) == -1)
     return -1;
@@ -263,7 +303,7 @@ bitmap_set_open (struct qcow2 *image, const struct bitmap_options *options)
     report_error ("aligned_alloc: %m");
     return NULL;
   }
-  if (set_init (set, image) == -1 || set_fill (set, options) == -1) {
+  if (set_init (set, image, options->backing_path) == -1 || set_fill (set, options) == -1) {
     int saved_errno = errno;
 
     bitmap_set_close (set);
@@ -278,6 +318,8 @@ bitmap_set_close (struct bitmap_set *set)
 {
   if (set == NULL)
     return;
+  if (set->is_backing)
+    qcow2_unregister_bitmaps (set->image);
   for (size_t i = 0; i < set->nr_bitmaps; ++i)
     bitmap_free (set->bitmaps[i]);
   free (set->bitmaps);
@@ -285,6 +327,7 @@ bitmap_set_close (struct bitmap_set *set)
   free (set->exposed);
   free (set->directory);
   free (set->buffer);
+  free (set->prefix);
   pthread_mutex_destroy (&set->state_lock);
   free (set);
 }
@@ -305,6 +348,15 @@ const struct bitmap *
 bitmap_set_exposed (const struct bitmap_set *set, size_t i)
 {
   return set->exposed[i];
+}
+
+bool
+bitmap_set_offers (const struct bitmap_set *set, const char *name)
+{
+  for (size_t i = 0; i < set->nr_exposed; ++i)
+    if (strcmp (set->exposed[i]->name, name) == 0)
+      return true;
+  return false;
 }
 
 const char *

@@ -8,6 +8,10 @@
  * Every change goes through mark, and only then to the image.  That is
  * the whole of it: a flush that begins after a request was answered
  * finds its granules set, whether the request succeeded or not.
+ *
+ * Clients are offered the bitmaps of the image, which record, and then
+ * those of its backing files, which are read-only: sets[0] has the
+ * former, and each backing file that is a qcow2 image has the next.
  */
 
 #include <config.h>
@@ -15,6 +19,7 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "bitmap/bitmap.h"
 #include "common/bytes.h"
@@ -23,12 +28,123 @@
 #include "disk/disk.h"
 #include "qcow2/qcow2.h"
 
+/* A bitmap that clients are offered. */
+struct offered {
+  const struct bitmap *bitmap;
+  uint64_t size;                /* it knows this much of the disk */
+};
+
 struct disk {
   struct container *container;
   struct qcow2 *qcow2;
-  struct bitmap_set *bitmaps;
+  struct bitmap_set *bitmaps;   /* the image's, sets[0] */
+  struct bitmap_set **sets;
+  size_t nr_sets;
+  struct offered *offered;
+  size_t nr_offered;
   uint64_t size;
 };
+
+/* Open the set of bitmaps of an image: the next one downward. */
+static int
+open_set (struct disk *d, struct qcow2 *image,
+          const struct bitmap_options *options)
+{
+  struct bitmap_set *set = bitmap_set_open (image, options);
+
+  if (set == NULL)
+    return -1;
+  d->sets[d->nr_sets++] = set;
+  return 0;
+}
+
+static bool
+is_named (const char *const *names, size_t nr, const char *name)
+{
+  for (size_t i = 0; i < nr; ++i)
+    if (strcmp (names[i], name) == 0)
+      return true;
+  return false;
+}
+
+/* What was asked for has been found, in one image or another. */
+static int
+check_expose (const struct disk *d, const struct disk_options *o)
+{
+  for (size_t i = 0; i < o->nr_expose; ++i) {
+    bool found = is_named (o->require, o->nr_require, o->expose[i]);
+
+    for (size_t j = 0; !found && j < d->nr_sets; ++j)
+      found = bitmap_set_offers (d->sets[j], o->expose[i]);
+    if (!found) {
+      report_error ("bitmap '%s' cannot be offered, neither the image nor its "
+                    "backing files have a bitmap of this name", o->expose[i]);
+      errno = ENOENT;
+      return -1;
+    }
+  }
+  return 0;
+}
+
+static int
+open_sets (struct disk *d, const struct disk_options *o, bool check_only)
+{
+  /* A snapshot's bitmaps are not offered, nor are those below. */
+  const size_t nr_backing = o->snapshot != NULL ? 0 : o->nr_backing;
+  const struct bitmap_options top = {
+    .granularity = o->granularity,
+    .require = o->require, .nr_require = o->nr_require,
+    .expose = o->expose, .nr_expose = o->nr_expose,
+    .check_only = check_only,
+    .has_backing = nr_backing > 0,
+  };
+
+  d->sets = calloc (1 + nr_backing, sizeof *d->sets);
+  if (d->sets == NULL) {
+    report_error ("calloc: %m");
+    return -1;
+  }
+  if (open_set (d, d->qcow2, &top) == -1)
+    return -1;
+  d->bitmaps = d->sets[0];
+  for (size_t i = 0; i < nr_backing; ++i) {
+    const struct bitmap_options below = {
+      .expose = o->expose, .nr_expose = o->nr_expose,
+      .check_only = check_only,
+      .backing_path = o->backing[i].path,
+      .above = (const struct bitmap_set *const *) d->sets,
+      .nr_above = d->nr_sets,
+    };
+
+    if (open_set (d, o->backing[i].image, &below) == -1)
+      return -1;
+  }
+  return check_expose (d, o);
+}
+
+static int
+make_offers (struct disk *d, const struct disk_options *o)
+{
+  size_t nr = 0;
+
+  for (size_t i = 0; i < d->nr_sets; ++i)
+    nr += bitmap_set_nr_exposed (d->sets[i]);
+  d->offered = calloc (nr + 1, sizeof *d->offered);
+  if (d->offered == NULL) {
+    report_error ("calloc: %m");
+    return -1;
+  }
+  for (size_t i = 0; i < d->nr_sets; ++i) {
+    const uint64_t size =
+      i == 0 ? d->size
+      : min_u64 (d->size, qcow2_size (o->backing[i - 1].image));
+
+    for (size_t j = 0; j < bitmap_set_nr_exposed (d->sets[i]); ++j)
+      d->offered[d->nr_offered++] =
+        (struct offered) { bitmap_set_exposed (d->sets[i], j), size };
+  }
+  return 0;
+}
 
 static int
 open_parts (struct disk *d, struct container *c,
@@ -38,20 +154,17 @@ open_parts (struct disk *d, struct container *c,
     .readonly = options->readonly,
     .cache_size = options->cache_size,
     .snapshot = options->snapshot,
-  };
-  const struct bitmap_options bitmaps = {
-    .granularity = options->granularity,
-    .require = options->require, .nr_require = options->nr_require,
-    .expose = options->expose, .nr_expose = options->nr_expose,
-    .check_only = check_only,
+    .backing = options->below,
+    .data_file = options->data_file,
   };
 
   d->qcow2 = qcow2_open (c, &image);
   if (d->qcow2 == NULL)
     return -1;
   d->size = qcow2_size (d->qcow2);
-  d->bitmaps = bitmap_set_open (d->qcow2, &bitmaps);
-  return d->bitmaps == NULL ? -1 : 0;
+  if (open_sets (d, options, check_only) == -1)
+    return -1;
+  return check_only ? 0 : make_offers (d, options);
 }
 
 static void
@@ -59,8 +172,10 @@ close_parts (struct disk *d)
 {
   const int err = errno;
 
-  if (d->bitmaps != NULL)
-    bitmap_set_close (d->bitmaps);
+  for (size_t i = 0; i < d->nr_sets; ++i)
+    bitmap_set_close (d->sets[i]);
+  free (d->sets);
+  free (d->offered);
   qcow2_close (d->qcow2);
   errno = err;
 }
@@ -217,6 +332,17 @@ disk_cache (struct disk *d, uint64_t count, uint64_t offset)
   return qcow2_cache (d->qcow2, count, offset);
 }
 
+static int
+get_extent (struct disk *d, uint64_t offset, uint64_t limit,
+            uint64_t *length, enum qcow2_extent_type *type, unsigned *depth)
+{
+  if (limit <= offset || check_range (d, limit - offset, offset) == -1) {
+    errno = EINVAL;
+    return -1;
+  }
+  return qcow2_extent (d->qcow2, offset, limit, length, type, depth);
+}
+
 int
 disk_extent (struct disk *d, uint64_t offset, uint64_t limit,
              uint64_t *length, uint32_t *flags)
@@ -224,11 +350,7 @@ disk_extent (struct disk *d, uint64_t offset, uint64_t limit,
   enum qcow2_extent_type type;
   unsigned depth;
 
-  if (limit <= offset || check_range (d, limit - offset, offset) == -1) {
-    errno = EINVAL;
-    return -1;
-  }
-  if (qcow2_extent (d->qcow2, offset, limit, length, &type, &depth) == -1)
+  if (get_extent (d, offset, limit, length, &type, &depth) == -1)
     return -1;
   switch (type) {
   case QCOW2_EXTENT_ZERO:
@@ -243,28 +365,58 @@ disk_extent (struct disk *d, uint64_t offset, uint64_t limit,
   return 0;
 }
 
+int
+disk_extent_depth (struct disk *d, uint64_t offset, uint64_t limit,
+                   uint64_t *length, uint32_t *depth)
+{
+  enum qcow2_extent_type type;
+  unsigned n;
+
+  if (get_extent (d, offset, limit, length, &type, &n) == -1)
+    return -1;
+  *depth = n;
+  return 0;
+}
+
 size_t
 disk_nr_bitmaps (const struct disk *d)
 {
-  return bitmap_set_nr_exposed (d->bitmaps);
+  return d->nr_offered;
 }
 
 const char *
 disk_bitmap_name (const struct disk *d, size_t i)
 {
-  return bitmap_name (bitmap_set_exposed (d->bitmaps, i));
+  return bitmap_name (d->offered[i].bitmap);
 }
 
 uint64_t
 disk_bitmap_granularity (const struct disk *d, size_t i)
 {
-  return bitmap_granularity (bitmap_set_exposed (d->bitmaps, i));
+  return bitmap_granularity (d->offered[i].bitmap);
 }
 
 size_t
 disk_bitmap_runs (const struct disk *d, size_t i, uint64_t offset,
                   uint64_t limit, uint64_t *ends, size_t max, bool *dirty)
 {
-  return bitmap_runs (bitmap_set_exposed (d->bitmaps, i), offset, limit,
-                      ends, max, dirty);
+  const struct offered *o = &d->offered[i];
+  size_t nr;
+
+  if (offset >= o->size) {
+    *dirty = true;
+    ends[0] = limit;
+    return 1;
+  }
+  nr = bitmap_runs (o->bitmap, offset, min_u64 (limit, o->size), ends, max,
+                    dirty);
+  if (limit <= o->size || ends[nr - 1] < o->size)
+    return nr;
+
+  /* The last run is dirty too, or is followed by one that is. */
+  if (*dirty == (nr % 2 == 1))
+    ends[nr - 1] = limit;
+  else if (nr < max)
+    ends[nr++] = limit;
+  return nr;
 }

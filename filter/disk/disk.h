@@ -24,8 +24,16 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "qcow2/qcow2.h"
+
 struct container;
 struct disk;
+
+/* A backing file that is a qcow2 image, open read-only. */
+struct disk_backing {
+  struct qcow2 *image;
+  const char *path;             /* for messages */
+};
 
 struct disk_options {
   bool readonly;                /* nothing is written, not even in_use */
@@ -39,6 +47,16 @@ struct disk_options {
   size_t nr_require;
   const char *const *expose;    /* bitmaps that clients are offered */
   size_t nr_expose;             /* 0: all */
+
+  /* What the image refers to, which is the caller's and outlives the
+   * disk: what lies right below it, its external data file or NULL, and
+   * the qcow2 images of its whole chain from the top down, whose bitmaps
+   * clients are offered where no image above has one of the same name.
+   */
+  struct qcow2_layer below;
+  struct container *data_file;
+  const struct disk_backing *backing;
+  size_t nr_backing;
 };
 
 /* Check that the image can be served with these options, without
@@ -97,8 +115,16 @@ enum {
 extern int disk_extent (struct disk *, uint64_t offset, uint64_t limit,
                         uint64_t *length, uint32_t *flags);
 
+/* Which image of the chain the run at offset comes from (as qemu-nbd
+ * tells it in qemu:allocation-depth): 0 if none has it, 1 for the image
+ * itself, 2 for its backing file and so on.  The rest as above.
+ */
+extern int disk_extent_depth (struct disk *, uint64_t offset, uint64_t limit,
+                              uint64_t *length, uint32_t *depth);
+
 /* Bitmaps that clients are offered, 0 to disk_nr_bitmaps - 1, in the
- * order of the image's directory.  The set is fixed once the disk is
+ * order of the image's directory, then those of its backing files.  What
+ * is written to the disk changes only the image's own.  The set is fixed once the disk is
  * open.  Names are not NUL-terminated text to the format, but those with
  * a NUL inside are not offered, so these are C strings.
  */
@@ -110,6 +136,8 @@ extern uint64_t disk_bitmap_granularity (const struct disk *, size_t i);
  * them (at least 1), clipped to limit: run k ends at guest offset
  * ends[k].  Returns how many there are; the last of all ends at limit.
  * *dirty says what the first is; the next are of the other kind in turn.
+ * What lies beyond the end of the backing file that the bitmap is in is
+ * dirty: it does not know.
  */
 extern size_t disk_bitmap_runs (const struct disk *, size_t i,
                                 uint64_t offset, uint64_t limit,

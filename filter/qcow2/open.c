@@ -118,3 +118,9 @@ qcow2_container (const struct qcow2 *q)
 {
   return q->container;
 }
+
+uint64_t
+qcow2_tables_bytes (const struct qcow2 *q)
+{
+  return q->header.l1_entries * UINT64_C (8);
+}

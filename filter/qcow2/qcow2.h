@@ -82,6 +82,11 @@ extern unsigned qcow2_version (const struct qcow2 *);
 extern bool qcow2_is_readonly (const struct qcow2 *);
 extern struct container *qcow2_container (const struct qcow2 *);
 
+/* Of an image that was opened read-only: how much memory its tables
+ * take besides the cache.
+ */
+extern uint64_t qcow2_tables_bytes (const struct qcow2 *);
+
 /* Guest data.  Ranges lie inside qcow2_size. */
 extern int qcow2_read (struct qcow2 *, void *buf, uint64_t count,
                        uint64_t offset);
@@ -190,6 +195,11 @@ extern int qcow2_register (struct qcow2 *, enum qcow2_class,
  */
 extern void qcow2_unregister (struct qcow2 *, uint64_t offset,
                               uint64_t bytes);
+
+/* Forget all that is registered as bitmaps, of an image that is open
+ * read-only, so that they can be loaded anew.
+ */
+extern void qcow2_unregister_bitmaps (struct qcow2 *);
 
 /* Allocate contiguous clusters, registered with the class, refcount 1.
  * Their bytes are whatever they were; *zeroed (if not NULL) says whether

@@ -222,3 +222,22 @@ qcow2_unregister (struct qcow2 *q, uint64_t offset, uint64_t bytes)
   registry_set (q, QCOW2_DATA, offset >> q->cluster_bits,
                 div_round_up (bytes, q->cluster_size));
 }
+
+void
+qcow2_unregister_bitmaps (struct qcow2 *q)
+{
+  struct registry_table *t;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->registry.lock);
+  t = atomic_load (&q->registry.table);
+  for (size_t i = 0; i <= t->mask; ++i) {
+    const uint64_t value = atomic_load (&t->slot[i]);
+
+    switch (value & 0xff) {
+    case QCOW2_BITMAP_DIRECTORY:
+    case QCOW2_BITMAP_TABLE:
+    case QCOW2_BITMAP_DATA:
+      atomic_store (&t->slot[i], (value & ~UINT64_C (0xff)) | QCOW2_DATA);
+    }
+  }
+}

@@ -1,0 +1,717 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* How this works
+ *
+ * From the image downward, the names in the headers are followed, each
+ * file is opened, locked, and its format found out; then, from the last
+ * one upward, the images are opened, since each wants the one below.
+ *
+ * The names may have been written by a stranger, who must not get to
+ * read, or write, or as much as open, what is not the image's:
+ *
+ * - A file is first opened without using it in any way (O_PATH); what
+ *   was opened is asked for its true path, with all symbolic links
+ *   resolved, and for its kind; and only if both are fine the very same
+ *   file is opened for use, through /proc/self/fd.  So nothing that
+ *   happens to the path in between makes a difference.
+ * - The true path has to be in the image's own folder (that of the path
+ *   which the user gave) or below, or in a folder that the user allowed.
+ *   For a block device only the latter counts: an image in /dev would
+ *   otherwise have every disk of the machine in its own folder.
+ * - No file is used twice, which also ends every cycle.
+ * - json: and names with a protocol are not followed at all.
+ *
+ * Relative names are meant as QEMU means them.  Those of backing files
+ * are relative to the folder of the file that names them.  Those of data
+ * files, and those after "file:", are relative to the current folder of
+ * whoever opens the image, of all things.  It would be another file
+ * every time, and for a server it is hardly ever what was meant.  So
+ * these are taken from the image's folder too, but if the current folder
+ * has another file of that name the image is refused: we would write to
+ * one data file and QEMU to the other.
+ *
+ * Where the header does not say which format a backing file has, QEMU
+ * looks at its first bytes.  These may be what a guest wrote into a raw
+ * file that was once its disk: it then looks like an image with names of
+ * the guest's choice.  QEMU creates no such images any more.  So this is
+ * good enough for looking at one (-r), as QEMU would, but not for
+ * writing.  What looks like any format that QEMU would find, but is not
+ * served here, is never taken for raw.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "chain.h"
+#include "common/bytes.h"
+#include "common/cleanup.h"
+#include "common/report.h"
+#include "container/container.h"
+#include "disk/disk.h"
+#include "image-lock.h"
+#include "probe.h"
+#include "qcow2/bitmap-directory.h"
+#include "qcow2/qcow2.h"
+
+/* Bounds for what a stranger can make us open, and keep in memory. */
+#define MAX_BACKING_FILES 200
+#define MAX_TABLES_BYTES (UINT64_C (512) << 20)
+
+/* An open file. */
+struct chain_file {
+  char *path;                   /* absolute, as it was named */
+  int fd;
+  dev_t dev;
+  ino_t ino;
+  struct container *container;
+};
+
+/* A backing file, and what is kept of the image itself. */
+struct chain_image {
+  struct chain_file file;       /* of the image itself: the path alone */
+  bool is_raw;
+  struct qcow2_references references;
+  struct chain_file data;       /* if the references have one */
+  struct qcow2 *qcow2;          /* not of the image itself, nor if raw */
+};
+
+struct chain {
+  const struct chain_options *options; /* while it is being opened */
+  struct stat top;              /* of the image's file, if it is known */
+  char *own_folder;             /* the true path of its folder, or NULL */
+  struct chain_image *image;    /* the image itself, then its backing file
+                                   and so on */
+  size_t nr_images;
+  struct disk_backing *backing; /* those of them that are qcow2 */
+  size_t nr_backing;
+};
+
+/* What the image itself is called in messages. */
+static const char *
+name_of (const struct chain_image *i)
+{
+  return i->file.path != NULL ? i->file.path : "the image";
+}
+
+static int
+invalid (int err)
+{
+  errno = err;
+  return -1;
+}
+
+/* Does a name begin with a protocol, as QEMU understands names?  The
+ * length of the protocol, or 0.
+ */
+static size_t
+protocol_length (const char *name)
+{
+  const size_t n = strcspn (name, ":/");
+
+  return name[n] == ':' ? n : 0;
+}
+
+static char *
+join (const char *folder, size_t folder_length, const char *name)
+{
+  char *path = NULL;
+
+  if (asprintf (&path, "%.*s/%s", (int) folder_length, folder, name) == -1) {
+    report_error ("asprintf: %m");
+    return NULL;
+  }
+  return path;
+}
+
+/* Is there a file of this name in the current folder, which is not the
+ * one at path?
+ */
+static bool
+is_ambiguous (const char *name, const char *path)
+{
+  struct stat here, there;
+
+  return stat (name, &here) == 0 &&
+    (stat (path, &there) == -1 ||
+     here.st_dev != there.st_dev || here.st_ino != there.st_ino);
+}
+
+/* Can a name be that of a file at all?  It goes into messages from here
+ * on.
+ */
+static int
+check_name (const struct chain_image *of, const char *name, const char *role)
+{
+  if (strlen (name) >= PATH_MAX) {
+    report_error ("%s: the name of the %s is too long", name_of (of), role);
+    return invalid (ENAMETOOLONG);
+  }
+  for (const unsigned char *p = (const unsigned char *) name; *p; ++p)
+    if (*p < ' ' || *p == 0x7f) {
+      report_error ("%s: the name of the %s contains the control character "
+                    "0x%02x", name_of (of), role, *p);
+      return invalid (EINVAL);
+    }
+  return 0;
+}
+
+/* The absolute path that is meant by a name in the header of an image.
+ * role is "backing file" or "data file".
+ */
+static char *
+resolve (const struct chain_image *of, const char *name, const char *role,
+         bool from_current_folder)
+{
+  const size_t protocol = protocol_length (name);
+  char *path;
+
+  if (check_name (of, name, role) == -1)
+    return NULL;
+  if (protocol != 0) {
+    if (strncmp (name, "file:", 5) != 0) {
+      report_error ("%s: the %s is named by '%s': names that begin with "
+                    "'%.*s:' are not supported", name_of (of), role, name,
+                    (int) protocol, name);
+      errno = ENOTSUP;
+      return NULL;
+    }
+    name += 5;
+    from_current_folder = true;
+  }
+  if (*name == '\0') {
+    report_error ("%s: the name of the %s is empty", name_of (of), role);
+    errno = EINVAL;
+    return NULL;
+  }
+  if (*name == '/') {
+    path = strdup (name);
+    if (path == NULL)
+      report_error ("strdup: %m");
+    return path;
+  }
+
+  if (of->file.path == NULL) {
+    report_error ("the %s of the image, '%s', is named relative to the "
+                  "image's folder, which is not known, because the plugin "
+                  "does not serve a local file", role, name);
+    errno = EINVAL;
+    return NULL;
+  }
+  path = join (of->file.path, strrchr (of->file.path, '/') - of->file.path,
+               name);
+  if (path != NULL && from_current_folder && is_ambiguous (name, path)) {
+    report_error ("%s: the %s is named '%s', which QEMU looks for in the "
+                  "current folder, where it is another file than '%s': "
+                  "it needs an absolute name", name_of (of), role, name, path);
+    free (path);
+    errno = EINVAL;
+    return NULL;
+  }
+  return path;
+}
+
+/* Is a true path that of something in a folder or below? */
+static bool
+is_below (const char *path, const char *folder)
+{
+  const size_t n = strlen (folder);
+
+  if (strcmp (folder, "/") == 0)
+    return *path == '/';
+  return strncmp (path, folder, n) == 0 && path[n] == '/';
+}
+
+static bool
+is_allowed (const struct chain *chain, const char *true_path,
+            bool is_block_device)
+{
+  const struct chain_options *o = chain->options;
+
+  if (!is_block_device && chain->own_folder != NULL &&
+      is_below (true_path, chain->own_folder))
+    return true;
+  for (size_t i = 0; i < o->nr_allowed; ++i)
+    if (is_below (true_path, o->allowed[i]))
+      return true;
+  return false;
+}
+
+/* The true path of what is open at fd. */
+static int
+true_path (int fd, const char *path, char result[PATH_MAX])
+{
+  char link[64];
+  ssize_t n;
+
+  snprintf (link, sizeof link, "/proc/self/fd/%d", fd);
+  n = readlink (link, result, PATH_MAX - 1);
+  if (n == -1) {
+    report_error ("%s: cannot find out where it is: readlink: %s: %m",
+                  path, link);
+    return -1;
+  }
+  if (n == PATH_MAX - 1) {
+    report_error ("%s: its true path is too long", path);
+    return invalid (ENAMETOOLONG);
+  }
+  result[n] = '\0';
+  return 0;
+}
+
+/* Judge what is open at fd, of which nothing was used yet. */
+static int
+check_place (const struct chain *chain, int fd, const char *path,
+             const char *role, const struct stat *statbuf)
+{
+  const bool is_block_device = S_ISBLK (statbuf->st_mode);
+  char place[PATH_MAX];
+
+  if (true_path (fd, path, place) == -1)
+    return -1;
+  if (!is_allowed (chain, place, is_block_device)) {
+    report_error ("the %s '%s' is not opened, because it is %s: "
+                  "dirty-bitmap-allow-path=DIR allows what is in the "
+                  "folder DIR", role, path,
+                  is_block_device ? "a block device"
+                  : chain->own_folder != NULL
+                  ? "not in the image's folder or below"
+                  : "not known to be in the image's folder");
+    if (strcmp (place, path) != 0)
+      report_error ("'%s' is '%s' in truth", path, place);
+    return invalid (EACCES);
+  }
+  if (!is_block_device && !S_ISREG (statbuf->st_mode)) {
+    report_error ("the %s '%s' is neither a file nor a block device",
+                  role, path);
+    return invalid (EINVAL);
+  }
+  return 0;
+}
+
+static bool
+same_file (const struct stat *s, dev_t dev, ino_t ino)
+{
+  return s->st_dev == dev && s->st_ino == ino;
+}
+
+/* Which image uses the file already?  NULL if none. */
+static const struct chain_image *
+find_user (const struct chain *chain, const struct stat *s)
+{
+  for (size_t i = 0; i < chain->nr_images; ++i) {
+    const struct chain_image *image = &chain->image[i];
+
+    if (i == 0 ? chain->options->fd != -1 &&
+        same_file (s, chain->top.st_dev, chain->top.st_ino)
+        : same_file (s, image->file.dev, image->file.ino))
+      return image;
+    if (image->data.fd != -1 &&
+        same_file (s, image->data.dev, image->data.ino))
+      return image;
+  }
+  return NULL;
+}
+
+static void
+close_file (struct chain_file *f)
+{
+  container_close (f->container);
+  if (f->fd != -1)
+    close (f->fd);
+  free (f->path);
+}
+
+/* Open the file at path, which becomes f's whatever is returned. */
+static int
+open_file (const struct chain *chain, const struct chain_image *of,
+           char *path, const char *role, bool writable,
+           struct chain_file *f)
+{
+  const int flags = O_CLOEXEC | O_NOCTTY | O_NONBLOCK;
+  CLEANUP_CLOSE int place = open (path, O_PATH | O_CLOEXEC);
+  const struct chain_image *user;
+  struct stat statbuf;
+  char link[64];
+
+  *f = (struct chain_file) { .path = path, .fd = -1 };
+  if (place == -1 || fstat (place, &statbuf) == -1) {
+    report_error ("%s: cannot open the %s '%s': %m",
+                  name_of (of), role, path);
+    return -1;
+  }
+  if (check_place (chain, place, path, role, &statbuf) == -1)
+    return -1;
+  user = find_user (chain, &statbuf);
+  if (user != NULL) {
+    report_error ("%s: the %s '%s' is in use already, by or as '%s' of the "
+                  "same chain", name_of (of), role, path, name_of (user));
+    return invalid (ELOOP);
+  }
+  f->dev = statbuf.st_dev;
+  f->ino = statbuf.st_ino;
+
+  snprintf (link, sizeof link, "/proc/self/fd/%d", place);
+  f->fd = open (link, (writable ? O_RDWR : O_RDONLY) | flags);
+  if (f->fd == -1) {
+    report_error ("cannot open the %s '%s'%s: %m", role, path,
+                  writable ? " for writing" : "");
+    return -1;
+  }
+  if (image_lock (f->fd, path, !writable) == -1)
+    return -1;
+  f->container = writable ? container_open_file_writable (f->fd)
+                          : container_open_file (f->fd);
+  if (f->container == NULL) {
+    report_error ("%s: %m", path);
+    return -1;
+  }
+  return 0;
+}
+
+/* Only done if there is something to be opened. */
+static int
+find_own_folder (struct chain *chain)
+{
+  const char *path = chain->options->path;
+  CLEANUP_FREE char *folder = NULL;
+
+  if (path == NULL || chain->own_folder != NULL)
+    return 0;
+  folder = join (path, strrchr (path, '/') - path, ".");
+  if (folder == NULL)
+    return -1;
+  chain->own_folder = realpath (folder, NULL);
+  if (chain->own_folder == NULL) {
+    report_error ("realpath: %s: %m", folder);
+    return -1;
+  }
+  return 0;
+}
+
+/* Open the external data file of the image that was added last. */
+static int
+open_data_file (struct chain *chain)
+{
+  struct chain_image *image = &chain->image[chain->nr_images - 1];
+  const struct qcow2_references *r = &image->references;
+  const bool is_top = chain->nr_images == 1;
+  const bool writable = is_top && !chain->options->readonly;
+  char *path;
+
+  if (!r->has_data_file)
+    return 0;
+  if (r->data_file_name == NULL) {
+    report_error ("%s: the image has an external data file, but its header "
+                  "does not name it", name_of (image));
+    return invalid (EINVAL);
+  }
+  /* Else there would be guest data that the image does not refer to,
+   * in place of those that it does.
+   */
+  if (writable && chain->options->holds_writes) {
+    report_error ("%s: the image has an external data file, which would be "
+                  "written, while a filter keeps what is written to the "
+                  "image: serve it read-only (-r)", name_of (image));
+    return invalid (EINVAL);
+  }
+  path = resolve (image, r->data_file_name, "data file", true);
+  if (path == NULL || find_own_folder (chain) == -1) {
+    free (path);
+    return -1;
+  }
+  return open_file (chain, image, path, "data file", writable, &image->data);
+}
+
+/* What is known of the format of a backing file, from its first bytes. */
+static const char *
+probe (const struct chain_file *f, const char *role)
+{
+  uint8_t first[PROBE_BYTES];
+
+  if (container_pread (f->container, first, sizeof first, 0) == -1) {
+    report_error ("%s '%s': %m", role, f->path);
+    return NULL;
+  }
+  return probe_format (first, container_size (f->container), f->path);
+}
+
+/* The format is not given.  -1, with the reason reported, if that must
+ * not be.
+ */
+static int
+guess_format (const struct chain *chain, const struct chain_image *of,
+              const struct chain_file *f, const char **format)
+{
+  const char *name = of->references.backing_name;
+
+  *format = probe (f, "backing file");
+  if (*format == NULL)
+    return -1;
+  if (strcmp (*format, "raw") != 0 && strcmp (*format, "qcow2") != 0) {
+    report_error ("%s: the header does not say which format the backing file "
+                  "'%s' has, and it looks like %s, which is not supported",
+                  name_of (of), f->path, *format);
+    return invalid (ENOTSUP);
+  }
+  if (!chain->options->readonly) {
+    report_error ("%s: the header does not say which format the backing file "
+                  "'%s' has (it looks like %s), so the image can only be "
+                  "served read-only (-r); if that is its format, "
+                  "qemu-img rebase -u -b '%s' -F %s '%s' says so",
+                  name_of (of), f->path, *format, name, *format,
+                  of->file.path != NULL ? of->file.path : "IMAGE");
+    return invalid (EPERM);
+  }
+  report_warning ("%s: the header does not say which format the backing file "
+                  "'%s' has, and it is taken for %s", name_of (of), f->path,
+                  *format);
+  return 0;
+}
+
+static int
+find_format (const struct chain *chain, const struct chain_image *of,
+             const struct chain_file *f, bool *is_raw)
+{
+  const char *format = of->references.backing_format;
+
+  if (format == NULL && guess_format (chain, of, f, &format) == -1)
+    return -1;
+  *is_raw = strcmp (format, "raw") == 0;
+  if (!*is_raw && strcmp (format, "qcow2") != 0) {
+    report_error ("%s: the backing file '%s' has the format '%s', which is "
+                  "not supported", name_of (of), f->path,
+                  bitmap_show_name (format, strlen (format)).text);
+    return invalid (ENOTSUP);
+  }
+  return 0;
+}
+
+/* Make room for another image, which is all empty. */
+static struct chain_image *
+add_image (struct chain *chain)
+{
+  struct chain_image *images =
+    reallocarray (chain->image, chain->nr_images + 1, sizeof *images);
+
+  if (images == NULL) {
+    report_error ("realloc: %m");
+    return NULL;
+  }
+  chain->image = images;
+  images += chain->nr_images;
+  memset (images, 0, sizeof *images);
+  images->file.fd = images->data.fd = -1;
+  return images;
+}
+
+/* Add the backing file of the image that was added last. */
+static int
+open_backing_file (struct chain *chain)
+{
+  struct chain_image *image = add_image (chain), *of;
+  struct chain_file f;
+  bool is_raw = false;
+  char *path;
+  int r;
+
+  if (image == NULL)
+    return -1;
+  of = image - 1;
+  if (chain->nr_images > MAX_BACKING_FILES) {
+    report_error ("%s: the chain has more than %d backing files",
+                  name_of (&chain->image[0]), MAX_BACKING_FILES);
+    return invalid (EMLINK);
+  }
+  path = resolve (of, of->references.backing_name, "backing file", false);
+  if (path == NULL || find_own_folder (chain) == -1) {
+    free (path);
+    return -1;
+  }
+  r = open_file (chain, of, path, "backing file", false, &f);
+  if (r == 0)
+    r = find_format (chain, of, &f, &is_raw);
+  if (r == -1) {
+    close_file (&f);
+    return -1;
+  }
+  image->file = f;
+  image->is_raw = is_raw;
+  chain->nr_images++;
+  return 0;
+}
+
+/* Follow the references of the image that was added last, until there
+ * are no more.
+ */
+static int
+follow (struct chain *chain, struct container *c)
+{
+  for (;;) {
+    struct chain_image *image = &chain->image[chain->nr_images - 1];
+
+    if (image->is_raw)
+      return 0;
+    if (qcow2_read_references (c, &image->references) == -1) {
+      if (chain->nr_images > 1)
+        report_error ("the backing file '%s' cannot be opened",
+                      image->file.path);
+      return -1;
+    }
+    if (open_data_file (chain) == -1)
+      return -1;
+    if (image->references.backing_name == NULL)
+      return 0;
+    if (open_backing_file (chain) == -1)
+      return -1;
+    c = chain->image[chain->nr_images - 1].file.container;
+  }
+}
+
+/* What provides what image i does not have. */
+static struct qcow2_layer
+layer_below (const struct chain *chain, size_t i)
+{
+  struct qcow2_layer layer = { 0 };
+
+  if (i + 1 < chain->nr_images) {
+    const struct chain_image *below = &chain->image[i + 1];
+
+    if (below->is_raw)
+      layer.raw = below->file.container;
+    else
+      layer.image = below->qcow2;
+  }
+  return layer;
+}
+
+/* Open the images, the last one first.  All backing files together have
+ * half as much memory for their tables as the image itself: what they
+ * map is never more than what it maps, but none of it is ever dirty.
+ */
+static int
+open_images (struct chain *chain)
+{
+  const uint64_t cache_size = chain->options->cache_size / 2;
+  uint64_t tables_bytes = 0;
+
+  chain->backing = calloc (chain->nr_images, sizeof *chain->backing);
+  if (chain->backing == NULL) {
+    report_error ("calloc: %m");
+    return -1;
+  }
+  for (size_t i = chain->nr_images - 1; i > 0; --i) {
+    struct chain_image *image = &chain->image[i];
+    const struct qcow2_options options = {
+      .readonly = true,
+      .cache_size = cache_size / (chain->nr_images - 1),
+      .backing = layer_below (chain, i),
+      .data_file = image->data.container,
+    };
+
+    if (image->is_raw)
+      continue;
+    image->qcow2 = qcow2_open (image->file.container, &options);
+    if (image->qcow2 == NULL) {
+      report_error ("the backing file '%s' cannot be opened",
+                    image->file.path);
+      return -1;
+    }
+    tables_bytes += qcow2_tables_bytes (image->qcow2);
+    if (tables_bytes > MAX_TABLES_BYTES) {
+      report_error ("the L1 tables of the backing files are too large");
+      return invalid (EFBIG);
+    }
+  }
+  for (size_t i = 1; i < chain->nr_images; ++i)
+    if (!chain->image[i].is_raw)
+      chain->backing[chain->nr_backing++] = (struct disk_backing) {
+        chain->image[i].qcow2, chain->image[i].file.path
+      };
+  return 0;
+}
+
+static int
+init (struct chain *chain, const struct chain_options *options)
+{
+  struct chain_image *top = add_image (chain);
+
+  if (top == NULL)
+    return -1;
+  chain->options = options;
+  chain->nr_images = 1;
+  if (options->fd != -1 && fstat (options->fd, &chain->top) == -1) {
+    report_error ("fstat: %m");
+    return -1;
+  }
+  if (options->path == NULL)
+    return 0;
+
+  top->file.path = strdup (options->path);
+  if (top->file.path == NULL) {
+    report_error ("strdup: %m");
+    return -1;
+  }
+  return 0;
+}
+
+struct chain *
+chain_open (struct container *image, const struct chain_options *options)
+{
+  struct chain *chain = calloc (1, sizeof *chain);
+
+  if (chain == NULL) {
+    report_error ("calloc: %m");
+    return NULL;
+  }
+  if (init (chain, options) == -1 || follow (chain, image) == -1 ||
+      open_images (chain) == -1) {
+    const int err = errno;
+
+    chain_close (chain);
+    errno = err;
+    return NULL;
+  }
+  chain->options = NULL;
+  return chain;
+}
+
+void
+chain_close (struct chain *chain)
+{
+  if (chain == NULL)
+    return;
+  /* From the top: no image outlives the one below it. */
+  for (size_t i = 0; i < chain->nr_images; ++i) {
+    struct chain_image *image = &chain->image[i];
+
+    qcow2_close (image->qcow2);
+    qcow2_free_references (&image->references);
+    close_file (&image->data);
+    close_file (&image->file);
+  }
+  free (chain->image);
+  free (chain->backing);
+  free (chain->own_folder);
+  free (chain);
+}
+
+void
+chain_give (const struct chain *chain, struct disk_options *o)
+{
+  o->below = layer_below (chain, 0);
+  o->data_file = chain->image[0].data.container;
+  o->backing = chain->backing;
+  o->nr_backing = chain->nr_backing;
+}

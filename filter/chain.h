@@ -1,0 +1,51 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_CHAIN_H
+#define DIRTY_BITMAP_CHAIN_H
+
+/* The files that an image refers to: its backing file, the backing file
+ * of that and so on, and the external data files of all of them.
+ */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+struct chain;
+struct container;
+struct disk_options;
+
+struct chain_options {
+  bool readonly;                /* the image is served so */
+  bool holds_writes;            /* what is written to it is kept elsewhere */
+  const char *path;             /* of the image, absolute; NULL if it is not
+                                   a local file */
+  int fd;                       /* of the image, or -1 */
+
+  /* Folders that the files may be in, besides the image's own: true
+   * paths, as of realpath.
+   */
+  const char *const *allowed;
+  size_t nr_allowed;
+
+  uint64_t cache_size;          /* of the image, bytes */
+};
+
+/* Open and lock what the image in the container refers to.  Backing
+ * files are opened read-only, and so is the external data file unless
+ * the image is served for writing.  NULL, with the reason reported, if
+ * the image must not be served: chain.c says what is refused.
+ */
+extern struct chain *chain_open (struct container *image,
+                                 const struct chain_options *);
+
+/* Close all of it, after what used it. */
+extern void chain_close (struct chain *);
+
+/* Fill in what the disk has to know of it.  The chain keeps it. */
+extern void chain_give (const struct chain *, struct disk_options *);
+
+#endif /* DIRTY_BITMAP_CHAIN_H */
