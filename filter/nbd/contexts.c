@@ -3,12 +3,13 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* Metadata contexts: base:allocation, and qemu:dirty-bitmap:NAME for
- * every bitmap that clients are offered.
+/* Metadata contexts: base:allocation, qemu:allocation-depth, and
+ * qemu:dirty-bitmap:NAME for every bitmap that clients are offered.
  *
- * The names and ids are qemu-nbd's (base:allocation is 0, 1 is left for
- * qemu:allocation-depth, the bitmaps begin at 2), and so is what the
- * queries match.  LIST takes "base:", "qemu:" and "qemu:dirty-bitmap:"
+ * The names and ids are qemu-nbd's (base:allocation is 0,
+ * qemu:allocation-depth is 1, the bitmaps begin at 2), and so is what the
+ * queries match; but qemu-nbd offers qemu:allocation-depth only when told
+ * to.  LIST takes "base:", "qemu:" and "qemu:dirty-bitmap:"
  * as prefixes, SET exact names only; what we do not know matches
  * nothing, without an error.
  *
@@ -29,6 +30,7 @@
 #define BASE_NAMESPACE "base:"
 #define BASE_ALLOCATION "base:allocation"
 #define QEMU_NAMESPACE "qemu:"
+#define ALLOCATION_DEPTH "qemu:allocation-depth"
 #define DIRTY_BITMAP "qemu:dirty-bitmap:"
 
 static int
@@ -56,24 +58,31 @@ contexts_index (struct nbd_server *server)
   return 0;
 }
 
-/* A set of contexts: base:allocation at 0, bitmap i at 1 + i. */
+/* A set of contexts, by their ids. */
 struct matches {
   uint8_t *bit;
   bool all_bitmaps;
 };
 
-#define MATCHES_SIZE(server) (((server)->nr_bitmaps + 8) / 8)
+static size_t
+nr_contexts (const struct nbd_server *server)
+{
+  return CONTEXT_FIRST_BITMAP + server->nr_bitmaps;
+}
+
+#define MATCHES_SIZE(server) (nr_contexts (server) / 8 + 1)
 
 static void
-match (struct matches *m, size_t i)
+match (struct matches *m, size_t id)
 {
-  m->bit[i / 8] |= 1 << i % 8;
+  m->bit[id / 8] |= 1 << id % 8;
 }
 
 static bool
-matched (const struct matches *m, size_t i)
+matched (const struct matches *m, size_t id)
 {
-  return (m->bit[i / 8] & 1 << i % 8) != 0 || (i > 0 && m->all_bitmaps);
+  return (m->bit[id / 8] & 1 << id % 8) != 0 ||
+    (id >= CONTEXT_FIRST_BITMAP && m->all_bitmaps);
 }
 
 /* Note what one query matches. */
@@ -83,9 +92,14 @@ match_query (const struct nbd_server *server, const char *query,
 {
   if (strcmp (query, BASE_ALLOCATION) == 0 ||
       (list && strcmp (query, BASE_NAMESPACE) == 0))
-    match (m, 0);
-  else if (list && (strcmp (query, QEMU_NAMESPACE) == 0 ||
-                    strcmp (query, DIRTY_BITMAP) == 0))
+    match (m, CONTEXT_BASE_ALLOCATION);
+  else if (strcmp (query, ALLOCATION_DEPTH) == 0)
+    match (m, CONTEXT_ALLOCATION_DEPTH);
+  else if (list && strcmp (query, QEMU_NAMESPACE) == 0) {
+    match (m, CONTEXT_ALLOCATION_DEPTH);
+    m->all_bitmaps = true;
+  }
+  else if (list && strcmp (query, DIRTY_BITMAP) == 0)
     m->all_bitmaps = true;
   else if (strncmp (query, DIRTY_BITMAP, strlen (DIRTY_BITMAP)) == 0) {
     const struct context_name key = { .name = query + strlen (DIRTY_BITMAP) };
@@ -94,7 +108,7 @@ match_query (const struct nbd_server *server, const char *query,
                compare_names);
 
     if (found != NULL)
-      match (m, 1 + found->bitmap);
+      match (m, CONTEXT_FIRST_BITMAP + found->bitmap);
   }
 }
 
@@ -138,7 +152,8 @@ read_queries (struct option *o, bool list, struct matches *m)
   if (r == 0) {
     nr = be32toh (nr);
     if (nr == 0 && list) {
-      match (m, 0);
+      match (m, CONTEXT_BASE_ALLOCATION);
+      match (m, CONTEXT_ALLOCATION_DEPTH);
       m->all_bitmaps = true;
     }
     for (uint32_t i = 0; r == 0 && i < nr; ++i)
@@ -155,26 +170,22 @@ read_queries (struct option *o, bool list, struct matches *m)
   return 1;
 }
 
-/* Which id context i of struct matches has. */
-static uint32_t
-context_id (size_t i)
-{
-  return i == 0 ? CONTEXT_BASE_ALLOCATION : CONTEXT_FIRST_BITMAP + (i - 1);
-}
-
 static int
-reply_context (struct option *o, size_t i, bool list)
+reply_context (struct option *o, size_t context, bool list)
 {
   const struct nbd_server *server = o->worker->connection->server;
   CLEANUP_FREE char *buf = NULL;
-  uint32_t id = htobe32 (list ? 0 : context_id (i));
+  uint32_t id = htobe32 (list ? 0 : context);
   const char *name;
   size_t length;
 
-  if (i == 0)
+  if (context < CONTEXT_FIRST_BITMAP) {
+    name = context == CONTEXT_BASE_ALLOCATION ? BASE_ALLOCATION
+                                              : ALLOCATION_DEPTH;
     return option_reply2 (o, NBD_REP_META_CONTEXT, &id, sizeof id,
-                          BASE_ALLOCATION, strlen (BASE_ALLOCATION));
-  name = disk_bitmap_name (server->disk, i - 1);
+                          name, strlen (name));
+  }
+  name = disk_bitmap_name (server->disk, context - CONTEXT_FIRST_BITMAP);
   length = strlen (DIRTY_BITMAP) + strlen (name);
   buf = malloc (length + 1);
   if (buf == NULL)
@@ -189,7 +200,7 @@ reply_contexts (struct option *o, const struct matches *m, bool list)
 {
   const struct nbd_server *server = o->worker->connection->server;
 
-  for (size_t i = 0; i <= server->nr_bitmaps; ++i)
+  for (size_t i = 0; i < nr_contexts (server); ++i)
     if (matched (m, i) && reply_context (o, i, list) == -1)
       return -1;
   return option_reply (o, NBD_REP_ACK, NULL, 0);
@@ -228,16 +239,16 @@ select_contexts (struct connection *c, const struct matches *m)
 {
   size_t nr = 0;
 
-  for (size_t i = 0; i <= c->server->nr_bitmaps; ++i)
+  for (size_t i = 0; i < nr_contexts (c->server); ++i)
     nr += matched (m, i);
   if (nr == 0)
     return 0;
   c->contexts = malloc (nr * sizeof c->contexts[0]);
   if (c->contexts == NULL)
     return -1;
-  for (size_t i = 0; i <= c->server->nr_bitmaps; ++i)
+  for (size_t i = 0; i < nr_contexts (c->server); ++i)
     if (matched (m, i))
-      c->contexts[c->nr_contexts++] = context_id (i);
+      c->contexts[c->nr_contexts++] = i;
   return 0;
 }
 

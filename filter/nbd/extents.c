@@ -13,7 +13,10 @@
  *
  * Where a range has more, it is told coarser, over its whole length and
  * by one measure: a run shorter than the minimum run length is told as
- * what is safe to believe, dirty for a bitmap, data for base:allocation.
+ * what is safe to believe, dirty for a bitmap, data for base:allocation,
+ * and for qemu:allocation-depth that the image has it itself: whoever
+ * copies an image without its backing files copies such a run too, and
+ * nobody takes it for one that may be left out.
  * The minimum begins at the granularity and doubles until the extents
  * fit, and what was built before is coarsened in place, so no part of
  * the disk is walked twice.  With a minimum above the length of the
@@ -36,6 +39,9 @@ size_t extents_max = (1 << 20) - 1;
 
 /* Flags of the bitmaps' contexts. */
 #define STATE_DIRTY 1
+
+/* A depth: the run is in the image itself. */
+#define DEPTH_LOCAL 1
 
 struct builder {
   struct extents *extents;
@@ -118,16 +124,27 @@ base_extent (struct disk *disk, uint64_t offset, uint64_t limit,
   return 0;
 }
 
-/* base:allocation, all of it or the first run. */
+/* 0 or an errno. */
 static int
-build_base (struct builder *b, struct disk *disk,
-            uint64_t offset, uint64_t limit, bool req_one)
+depth_extent (struct disk *disk, uint64_t offset, uint64_t limit,
+              uint64_t *length, uint32_t *flags)
+{
+  return disk_extent_depth (disk, offset, limit, length, flags) == -1
+    ? errno : 0;
+}
+
+/* What get tells, all of it or the first run. */
+static int
+build_allocation (struct builder *b, struct disk *disk,
+                  int (*get) (struct disk *, uint64_t offset, uint64_t limit,
+                              uint64_t *length, uint32_t *flags),
+                  uint64_t offset, uint64_t limit, bool req_one)
 {
   uint64_t length = 0, n;
   uint32_t flags = 0, f;
 
   while (offset < limit) {
-    int err = base_extent (disk, offset, limit, &n, &f);
+    int err = get (disk, offset, limit, &n, &f);
 
     if (err != 0)
       return err;
@@ -178,24 +195,30 @@ extents_build (struct worker *w, uint32_t id,
                uint64_t offset, uint32_t length, bool req_one)
 {
   struct disk *disk = w->connection->server->disk;
-  bool base = id == CONTEXT_BASE_ALLOCATION;
-  struct builder b = {
-    .extents = &w->extents,
-    .granularity = base ? disk_preferred_block_size (disk)
-                        : disk_bitmap_granularity (disk,
-                                                   id - CONTEXT_FIRST_BITMAP),
-    .safe = base ? 0 : STATE_DIRTY,
-  };
+  const uint64_t limit = offset + length;
+  const size_t bitmap = id - CONTEXT_FIRST_BITMAP;
+  struct builder b = { .extents = &w->extents };
   int err = 0;
 
   w->extents.nr = 0;
   if (w->extents.capacity == 0 && !grow (&w->extents))
     return ENOMEM;
-  if (base)
-    err = build_base (&b, disk, offset, offset + length, req_one);
-  else
-    build_bitmap (&b, disk, id - CONTEXT_FIRST_BITMAP,
-                  offset, offset + length, req_one);
+  switch (id) {
+  case CONTEXT_BASE_ALLOCATION:
+    b.granularity = disk_preferred_block_size (disk);
+    b.safe = 0;
+    err = build_allocation (&b, disk, base_extent, offset, limit, req_one);
+    break;
+  case CONTEXT_ALLOCATION_DEPTH:
+    b.granularity = disk_preferred_block_size (disk);
+    b.safe = DEPTH_LOCAL;
+    err = build_allocation (&b, disk, depth_extent, offset, limit, req_one);
+    break;
+  default:
+    b.granularity = disk_bitmap_granularity (disk, bitmap);
+    b.safe = STATE_DIRTY;
+    build_bitmap (&b, disk, bitmap, offset, limit, req_one);
+  }
   to_wire (&w->extents);
   return err;
 }

@@ -347,6 +347,7 @@ extern void contexts_bind (struct connection *, const struct selection *,
                            const char *name, uint32_t length);
 
 #define CONTEXT_BASE_ALLOCATION 0
+#define CONTEXT_ALLOCATION_DEPTH 1
 #define CONTEXT_FIRST_BITMAP 2
 
 /* request.c */
@@ -361,8 +362,8 @@ extern size_t extents_max;
 
 /* What context id has to say of [offset, offset + length), in
  * w->extents.  With req_one the first extent alone, in its own length
- * (R13).  Returns 0; or an errno, for base:allocation or the first call
- * of a reply only.
+ * (R13).  Returns 0; or an errno, for the two contexts of allocation or
+ * the first call of a reply only.
  */
 extern int extents_build (struct worker *, uint32_t id,
                           uint64_t offset, uint32_t length, bool req_one);

@@ -7,7 +7,8 @@
 #define DIRTY_BITMAP_NBD_H
 
 /* An NBD server over a disk: fixed newstyle, structured replies, and
- * the metadata contexts base:allocation and qemu:dirty-bitmap:NAME.
+ * the metadata contexts base:allocation, qemu:allocation-depth and
+ * qemu:dirty-bitmap:NAME.
  *
  * It serves listening sockets that it is given and owns from then on.
  * Nothing that a client sends ends more than its own connection.

@@ -300,8 +300,9 @@ execute_read (struct worker *w, struct disk *disk)
   return disk_read (disk, data, r->length, r->offset);
 }
 
-/* The first context is base:allocation if that was selected at all, and
- * only it can fail: so an error is alone in its reply.
+/* The contexts of allocation come first, and only they can fail.  If the
+ * second of them does, the first one's chunk stands before the error,
+ * which is the last chunk and the whole request's result.
  */
 static int
 execute_block_status (struct worker *w)

@@ -39,6 +39,7 @@ fake_disk_free (struct disk *d)
     free (d->bitmaps[i].dirty);
   free (d->bitmaps);
   free (d->flags);
+  free (d->depths);
   munmap (d->data, d->size);
   pthread_mutex_destroy (&d->lock);
   free (d);
@@ -174,6 +175,17 @@ disk_extent (struct disk *d, uint64_t offset, uint64_t limit,
     return -1;
   *length = min_u64 (d->block_size - offset % d->block_size, limit - offset);
   *flags = d->flags == NULL ? 0 : d->flags[offset / d->block_size];
+  return end (d);
+}
+
+int
+disk_extent_depth (struct disk *d, uint64_t offset, uint64_t limit,
+                   uint64_t *length, uint32_t *depth)
+{
+  if (begin (d, FAKE_DEPTH, offset, 0) == -1)
+    return -1;
+  *length = min_u64 (d->block_size - offset % d->block_size, limit - offset);
+  *depth = d->depths == NULL ? 1 : d->depths[offset / d->block_size];
   return end (d);
 }
 

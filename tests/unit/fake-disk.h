@@ -19,7 +19,7 @@
 
 enum fake_op {
   FAKE_READ, FAKE_WRITE, FAKE_ZERO, FAKE_TRIM, FAKE_FLUSH, FAKE_CACHE,
-  FAKE_EXTENT, FAKE_NR_OPS,
+  FAKE_EXTENT, FAKE_DEPTH, FAKE_NR_OPS,
 };
 
 struct fake_bitmap {
@@ -34,6 +34,7 @@ struct disk {
   uint32_t block_size;          /* what it prefers, and a unit of flags */
   uint8_t *data;
   uint8_t *flags;               /* a byte a block, or NULL: all data */
+  uint8_t *depths;              /* the same, or NULL: all 1 */
   struct fake_bitmap *bitmaps;
   size_t nr_bitmaps;
 

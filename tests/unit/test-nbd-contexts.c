@@ -82,6 +82,7 @@ check_query (int fd, uint32_t option, const char *const *queries,
 #define LIST(...) ((const char *const[]) { __VA_ARGS__ __VA_OPT__ (,) NULL })
 #define IDS(...) ((const uint32_t[]) { __VA_ARGS__ })
 #define BASE "base:allocation"
+#define DEPTH "qemu:allocation-depth"
 #define TUESDAY "qemu:dirty-bitmap:tuesday"
 #define MONDAY "qemu:dirty-bitmap:monday"
 #define MON "qemu:dirty-bitmap:mon"
@@ -91,7 +92,7 @@ test_queries (void **state)
 {
   static const struct {
     const char *query;
-    const char *list[5], *set[5];
+    const char *list[6], *set[6];
     uint32_t ids[4];
   } rows[] = {
     { "", { NULL }, { NULL }, { 0 } },
@@ -100,7 +101,7 @@ test_queries (void **state)
     { "base:foo", { NULL }, { NULL }, { 0 } },
     { "base", { NULL }, { NULL }, { 0 } },
     { "base:allocation2", { NULL }, { NULL }, { 0 } },
-    { "qemu:", { TUESDAY, MONDAY, MON }, { NULL }, { 0 } },
+    { "qemu:", { DEPTH, TUESDAY, MONDAY, MON }, { NULL }, { 0 } },
     { "qemu:dirty-bitmap:", { TUESDAY, MONDAY, MON }, { NULL }, { 0 } },
     { MONDAY, { MONDAY }, { MONDAY }, { 3 } },
     { MON, { MON }, { MON }, { 4 } },
@@ -109,8 +110,9 @@ test_queries (void **state)
     { "qemu:dirty-bitmap:mondays", { NULL }, { NULL }, { 0 } },
     { "qemu:dirty-bitmap", { NULL }, { NULL }, { 0 } },
     { "qemu", { NULL }, { NULL }, { 0 } },
-    { "qemu:allocation-depth", { NULL }, { NULL }, { 0 } },
+    { DEPTH, { DEPTH }, { DEPTH }, { 1 } },
     { "qemu:allocation-depth:", { NULL }, { NULL }, { 0 } },
+    { "qemu:allocation", { NULL }, { NULL }, { 0 } },
     { "x-other:thing", { NULL }, { NULL }, { 0 } },
   };
   int fd = greeted ();
@@ -124,15 +126,18 @@ test_queries (void **state)
                  rows[i].set, rows[i].ids);
   }
   check_query (fd, NBD_OPT_LIST_META_CONTEXT, LIST (),
-               LIST (BASE, TUESDAY, MONDAY, MON), NULL);
+               LIST (BASE, DEPTH, TUESDAY, MONDAY, MON), NULL);
   check_query (fd, NBD_OPT_SET_META_CONTEXT, LIST (), LIST (), NULL);
   /* In the order of ids, whatever the order of queries; no duplicates. */
   check_query (fd, NBD_OPT_SET_META_CONTEXT,
                LIST (MON, BASE, "y:", MONDAY, BASE, MON),
                LIST (BASE, MONDAY, MON), IDS (0, 3, 4));
+  check_query (fd, NBD_OPT_SET_META_CONTEXT,
+               LIST (MON, DEPTH, BASE, DEPTH, TUESDAY),
+               LIST (BASE, DEPTH, TUESDAY, MON), IDS (0, 1, 2, 4));
   check_query (fd, NBD_OPT_LIST_META_CONTEXT,
                LIST (MON, "qemu:", "base:", MONDAY, BASE, MON),
-               LIST (BASE, TUESDAY, MONDAY, MON), NULL);
+               LIST (BASE, DEPTH, TUESDAY, MONDAY, MON), NULL);
   finish (fd);
 }
 

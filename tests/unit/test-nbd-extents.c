@@ -34,6 +34,7 @@ setup (void **state)
   fixture_init (&f, SIZE);
   f.disk->block_size = BLOCK;
   f.disk->flags = calloc (NR_BLOCKS, 1);
+  f.disk->depths = calloc (NR_BLOCKS, 1);
   fake_disk_add_bitmap (f.disk, "fine", 512);
   fake_disk_add_bitmap (f.disk, "coarse", 65536);
   fine = f.disk->bitmaps[0].dirty;
@@ -52,10 +53,13 @@ teardown (void **state)
 }
 
 #define BASE "base:allocation"
+#define DEPTH "qemu:allocation-depth"
 #define FINE "qemu:dirty-bitmap:fine"
 #define COARSE "qemu:dirty-bitmap:coarse"
 
-static const char *const all[] = { BASE, FINE, COARSE, NULL };
+static const char *const all[] = { BASE, DEPTH, FINE, COARSE, NULL };
+
+#define MAX_DEPTH 255
 
 /* The truth: what context id says of a byte. */
 static uint32_t
@@ -67,6 +71,8 @@ truth (uint32_t id, uint64_t offset)
   case 0:
     flags = f.disk->flags[offset / BLOCK];
     return flags == DISK_EXTENT_HOLE ? 0 : flags;
+  case 1:
+    return f.disk->depths[offset / BLOCK];
   case 2:
     return fine[offset / 512];
   default:
@@ -120,7 +126,8 @@ recv_status (int fd, uint32_t id, bool last, uint32_t length)
     chunk.extent[i].length = get_be32 (reply.data + 4 + 8 * i);
     chunk.extent[i].flags = get_be32 (reply.data + 8 + 8 * i);
     assert_int_not_equal (chunk.extent[i].length, 0);
-    assert_in_range (chunk.extent[i].flags, 0, id == 0 ? 3 : 1);
+    assert_in_range (chunk.extent[i].flags, 0,
+                     id == 0 ? 3 : id == 1 ? MAX_DEPTH : 1);
     assert_true (i == 0 ||
                  chunk.extent[i].flags != chunk.extent[i - 1].flags);
     sum += chunk.extent[i].length;
@@ -164,6 +171,8 @@ ask_all (int fd, uint64_t offset, uint32_t length,
   send_request (fd, 0, NBD_CMD_BLOCK_STATUS, 42, offset, length);
   recv_status (fd, 0, false, length);
   check (offset);
+  recv_status (fd, 1, false, length);
+  check (offset);
   recv_status (fd, 2, false, length);
   check (offset);
   recv_status (fd, 3, true, length);
@@ -173,8 +182,11 @@ ask_all (int fd, uint64_t offset, uint32_t length,
 static void
 randomize (void)
 {
-  for (size_t i = 0; i < NR_BLOCKS; ++i)
+  for (size_t i = 0; i < NR_BLOCKS; ++i) {
     f.disk->flags[i] = (const uint8_t[]) { 0, 2, 3, 1 }[random () % 4];
+    f.disk->depths[i] = (const uint8_t[]) { 0, 1, 2, 3, MAX_DEPTH }
+      [random () % 5];
+  }
   for (size_t i = 0; i < SIZE / 512; ++i)
     fine[i] = random () % 2;
   for (size_t i = 0; i < SIZE / 65536; ++i)
@@ -230,6 +242,7 @@ test_req_one (void **state)
   (void) state;
   for (size_t i = 0; i < 10; ++i)
     f.disk->flags[i] = 3;
+  memset (f.disk->depths, 7, 5);
   fine[2] = 1;
   coarse[1] = 1;
   send_request (fd, NBD_CMD_FLAG_REQ_ONE, NBD_CMD_BLOCK_STATUS,
@@ -238,6 +251,10 @@ test_req_one (void **state)
   assert_int_equal (chunk.nr, 1);
   assert_int_equal (chunk.extent[0].length, 10 * BLOCK - 100);
   assert_int_equal (chunk.extent[0].flags, 3);
+  recv_status (fd, 1, false, 0);
+  assert_int_equal (chunk.nr, 1);
+  assert_int_equal (chunk.extent[0].length, 5 * BLOCK - 100);
+  assert_int_equal (chunk.extent[0].flags, 7);
   recv_status (fd, 2, false, 0);
   assert_int_equal (chunk.nr, 1);
   assert_int_equal (chunk.extent[0].length, 1024 - 100);
@@ -249,6 +266,7 @@ test_req_one (void **state)
   send_request (fd, NBD_CMD_FLAG_REQ_ONE, NBD_CMD_BLOCK_STATUS,
                 42, 65536, 300);
   recv_status (fd, 0, false, 300);
+  recv_status (fd, 1, false, 300);
   recv_status (fd, 2, false, 300);
   recv_status (fd, 3, true, 300);
   assert_int_equal (chunk.extent[0].flags, 1);
@@ -266,6 +284,7 @@ test_coarse (void **state)
   randomize ();
   /* Something that is worth telling even coarsely. */
   memset (f.disk->flags + 1000, 3, 1000);
+  memset (f.disk->depths + 1000, 2, 1000);
   memset (fine + 8000, 0, 8000);
   memset (coarse + 100, 0, 60);
   for (size_t i = 0; i < sizeof bounds / sizeof bounds[0]; ++i) {
@@ -277,8 +296,8 @@ test_coarse (void **state)
   /* The long runs survive coarsening. */
   extents_max = 100;
   send_request (fd, 0, NBD_CMD_BLOCK_STATUS, 42, 0, SIZE);
-  for (uint32_t id = 0; id <= 3; id += 1 + (id == 0)) {
-    const uint64_t at = id == 0 ? UINT64_C (1500) * BLOCK
+  for (uint32_t id = 0; id <= 3; ++id) {
+    const uint64_t at = id <= 1 ? UINT64_C (1500) * BLOCK
       : id == 2 ? UINT64_C (12000) * 512 : UINT64_C (130) * 65536;
     uint64_t offset = 0;
     size_t i;
@@ -286,7 +305,8 @@ test_coarse (void **state)
     recv_status (fd, id, id == 3, SIZE);
     for (i = 0; offset + chunk.extent[i].length <= at; ++i)
       offset += chunk.extent[i].length;
-    assert_int_equal (chunk.extent[i].flags, id == 0 ? 3 : 0);
+    assert_int_equal (chunk.extent[i].flags,
+                      id == 0 ? 3 : id == 1 ? 2 : 0);
     assert_true (chunk.nr > 2);
   }
   close (fd);
@@ -327,6 +347,7 @@ test_large_replies (void **state)
     send_request (fd, 0, NBD_CMD_FLUSH, FLUSH_COOKIE, 0, 0);
     send_request (fd, 0, NBD_CMD_BLOCK_STATUS, 42, 0, SIZE);
     recv_status (fd, 0, false, SIZE);
+    recv_status (fd, 1, false, SIZE);
     recv_status (fd, 2, false, SIZE);
     assert_int_equal (chunk.nr, SIZE / 512);
     recv_status (fd, 3, true, SIZE);
@@ -346,8 +367,17 @@ fail_at (struct disk *d, enum fake_op op, uint64_t offset, uint64_t count)
   return op == FAKE_EXTENT && offset >= 10 * BLOCK ? EIO : 0;
 }
 
+static int
+fail_depth_at (struct disk *d, enum fake_op op, uint64_t offset,
+               uint64_t count)
+{
+  (void) d;
+  (void) count;
+  return op == FAKE_DEPTH && offset >= 10 * BLOCK ? EIO : 0;
+}
+
 static void
-test_error_is_alone (void **state)
+test_error_is_last (void **state)
 {
   int fd = client_open (&f, all);
 
@@ -355,6 +385,10 @@ test_error_is_alone (void **state)
   f.disk->hook = fail_at;
   send_request (fd, 0, NBD_CMD_BLOCK_STATUS, 1, 0, SIZE);
   expect_error (fd, 1, NBD_EIO);
+  f.disk->hook = fail_depth_at;
+  send_request (fd, 0, NBD_CMD_BLOCK_STATUS, 42, 0, SIZE);
+  recv_status (fd, 0, false, SIZE);
+  expect_error (fd, 42, NBD_EIO);
   f.disk->hook = NULL;
   ask_all (fd, 0, SIZE, check_exact);
   close (fd);
@@ -398,7 +432,7 @@ main (void)
     TEST (test_coarse),
     TEST (test_bound_is_exact),
     TEST (test_large_replies),
-    TEST (test_error_is_alone),
+    TEST (test_error_is_last),
     cmocka_unit_test_setup_teardown (test_4g, setup_large, teardown),
   };
 
