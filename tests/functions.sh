@@ -163,7 +163,7 @@ start_qemu_nbd ()
   done
   for name in $(bitmap_names "$disk"); do opts+=(-B "$name"); done
   rm -f "$d/pid" "$sock"
-  qemu-nbd -t -e 0 -f qcow2 --discard=unmap -k "$sock" \
+  qemu-nbd -t -e 0 -f qcow2 -A --discard=unmap -k "$sock" \
            --pid-file="$d/pid" "${opts[@]}" "$disk" 2>"$log" &
   server_pid=$!
   wait_until test -s "$d/pid"

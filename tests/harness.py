@@ -170,7 +170,7 @@ class Server:
         pidfile = self.socket + ".pid"
         if SERVER == "qemu-nbd" and args is None:
             info = json.loads(run("qemu-img", "info", "--output=json", disk))
-            command = ["qemu-nbd", "-t", "-e", "0", "-f", "qcow2",
+            command = ["qemu-nbd", "-t", "-e", "0", "-f", "qcow2", "-A",
                        "--discard=unmap", "-k", self.socket,
                        "--pid-file=" + pidfile]
             for b in info["format-specific"]["data"].get("bitmaps", []):

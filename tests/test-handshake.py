@@ -107,6 +107,7 @@ def contexts(replies):
 
 
 ONE, TWO = (CONTEXT + n for n in ("one", "two"))
+DEPTH = "qemu:allocation-depth"
 NO_NAME = struct.pack(">IH", 0, 0)
 
 c = Client()
@@ -117,20 +118,20 @@ assert c.option(11)[0][0] == UNSUP              # EXTENDED_HEADERS
 assert c.option(LIST)[0] == (REP_SERVER, struct.pack(">I", 0))
 assert c.option(LIST, b"junk")[0][0] == INVALID
 assert c.option(SET_META, query(b"base:allocation"))[0][0] == INVALID
-assert len(contexts(c.option(LIST_META, query()))) == 3
+assert len(contexts(c.option(LIST_META, query()))) == 4
 assert c.option(STRUCTURED, b"junk")[0][0] == INVALID
 assert c.option(STRUCTURED) == [(ACK, b"")]
 got = contexts(c.option(LIST_META, query()))
 assert all(number == 0 for number, _ in got)
 order = [name for _, name in got]
-assert order[0] == "base:allocation" and sorted(order[1:]) == [ONE, TWO]
+assert order[:2] == ["base:allocation", DEPTH]
+assert sorted(order[2:]) == [ONE, TWO]
 if OURS:
-    assert order[1:] == [ONE, TWO]
-ids = {name: i + 2 for i, name in enumerate(order[1:])}
-ids["base:allocation"] = 0
+    assert order[2:] == [ONE, TWO]
+ids = {name: i for i, name in enumerate(order)}
 # In the order of the ids, whatever that of the queries; each once.
 got = contexts(c.option(SET_META, query(*[n.encode() for n in (
-    TWO, "base:allocation", ONE, TWO, "x:y")])))
+    TWO, DEPTH, "base:allocation", ONE, TWO, "x:y")])))
 assert got == sorted((ids[n], n) for n in ids), got
 for bad in (query(b"a\0b"), b"", b"\0\0\0\x09name", query(b"x")[:-1],
             struct.pack(">II", 0, 3)):

@@ -14,6 +14,7 @@ OURS = harness.SERVER == "nbdkit"
 harness.create("disk.qcow2", 10 << 20, "one", "two")
 server = Server("disk.qcow2")
 BASE, ONE, TWO = "base:allocation", CONTEXT + "one", CONTEXT + "two"
+DEPTH = "qemu:allocation-depth"
 
 
 def listed(*queries):
@@ -35,7 +36,7 @@ def granted(*queries):
     for q in queries:
         h.add_meta_context(q)
     h.opt_go()
-    names = [c for c in (BASE, ONE, TWO) if h.can_meta_context(c)]
+    names = [c for c in (BASE, DEPTH, ONE, TWO) if h.can_meta_context(c)]
     h.shutdown()
     return names
 
@@ -47,23 +48,25 @@ TABLE = [
     (BASE, [BASE], [BASE]),
     ("base:foo", [], []),
     ("base", [], []),
-    ("qemu:", [ONE, TWO], []),
+    ("qemu:", [DEPTH, ONE, TWO], []),
     (CONTEXT, [ONE, TWO], []),
     (ONE, [ONE], [ONE]),
     (CONTEXT + "on", [], []),
     (CONTEXT + "ones", [], []),
     ("qemu:dirty-bitmap", [], []),
     ("qemu", [], []),
-    ("qemu:allocation-depth", [], []),
+    (DEPTH, [DEPTH], [DEPTH]),
+    ("qemu:allocation", [], []),
     ("qemu:allocation-depth:", [], []),
     ("unknown:thing", [], []),
 ]
 for query, list_answer, set_answer in TABLE:
     assert sorted(listed(query)) == list_answer, (query, listed(query))
     assert granted(query) == set_answer, (query, granted(query))
-assert sorted(listed()) == [BASE, ONE, TWO]
+assert sorted(listed()) == [BASE, DEPTH, ONE, TWO]
 assert granted() == []
 assert granted(TWO, BASE, TWO, "nonsense", BASE) == [BASE, TWO]
+assert granted(TWO, DEPTH, BASE) == [BASE, DEPTH, TWO]
 assert sorted(listed(TWO, BASE, TWO)) == [BASE, TWO]
 if OURS:
     assert listed(TWO, ONE, BASE) == [BASE, ONE, TWO]

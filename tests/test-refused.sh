@@ -39,24 +39,12 @@ from qcow2image import Image
 Image ("disk.qcow2").put (sys.argv[1], int (sys.argv[2], 0))' "$@"
 }
 
-qemu-img create -q -f qcow2 base.qcow2 10M
-create -b base.qcow2 -F qcow2
-for r in "" -r; do no backing $r; done
-
-create -o extended_l2=on,cluster_size=128k
-for r in "" -r; do no 'extended L2|extended_l2|subcluster' $r; done
-
 create --object secret,id=s,data=secret \
        -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10
 for r in "" -r; do no 'encrypt|LUKS' $r; done
 create --object secret,id=s,data=secret \
        -o encrypt.format=aes,encrypt.key-secret=s
 for r in "" -r; do no 'encrypt|AES' $r; done
-
-create -o data_file=data.raw
-for r in "" -r; do no 'data file' $r; done
-create -o data_file=data.raw,data_file_raw=on
-no 'data file'
 
 create -o lazy_refcounts=on
 qemu-io -f qcow2 -c 'write -q -P 1 0 1M' disk.qcow2
