@@ -12,6 +12,7 @@ import struct
 
 MAGIC_BITMAPS = 0x23852875
 MAGIC_FEATURES = 0x6803f857
+MAGIC_BACKING_FORMAT = 0xe2792aca
 
 IN_USE = 1
 AUTO = 2
@@ -115,6 +116,20 @@ class Image:
             if magic == wanted:
                 return offset
         return None
+
+    def set_backing_name(self, name):
+        """QEMU's tools would look for the file, or refuse the name."""
+        data = name if isinstance(name, bytes) else name.encode()
+        at = self.get("backing_file_offset") or self.end_of_extensions() + 8
+        assert at + len(data) <= self.cluster_size
+        self.put("backing_file_offset", at)
+        self.put("backing_file_size", len(data))
+        self.write(at, data)
+
+    def forget_backing_format(self):
+        """Images that QEMU made up to 6.0 may not say it."""
+        at = self.extension_offset(MAGIC_BACKING_FORMAT)
+        self.write(at - 8, struct.pack(">I", 0x12345678))
 
     def get_ext(self, name):
         return self._get(self.extension_offset(), EXTENSION, name)
