@@ -36,6 +36,9 @@ for parameter in dirty-bitmap-granularity=64k dirty-bitmap-cache-size=8M \
 done
 no 'name|empty' dirty-bitmap=
 no 'expose.*empty|name' dirty-bitmap-expose=
+for dir in "" nosuch disk.qcow2; do
+  no allow-path dirty-bitmap-allow-path="$dir"
+done
 no dirty-bitmap-nonsense dirty-bitmap-nonsense=1
 same "the file" "$before" "$(checksum disk.qcow2)"
 

@@ -207,6 +207,35 @@ test_good_parameters (void **state)
   assert_int_equal (nr_reports, 0);
 }
 
+/* Folders are kept by their true paths, each once. */
+static void
+test_allowed_folders (void **state)
+{
+  struct parameters p = { .granularity = 0 };
+  char dir[] = "/tmp/dirty-bitmap.XXXXXX", link[100], *path;
+
+  (void) state;
+  assert_non_null (mkdtemp (dir));
+  snprintf (link, sizeof link, "%s/link", dir);
+  assert_int_equal (symlink ("..", link), 0);
+  path = realpath (link, NULL);
+  assert_non_null (path);
+
+  assert_int_equal (parameters_take (&p, "dirty-bitmap-allow-path", "/"), 1);
+  assert_int_equal (parameters_take (&p, "dirty-bitmap-allow-path", link), 1);
+  assert_int_equal (parameters_take (&p, "dirty-bitmap-allow-path", path), 1);
+  assert_int_equal (parameters_take (&p, "dirty-bitmap-allow-path", "/."), 1);
+  assert_int_equal (nr_reports, 0);
+  assert_int_equal (p.allow.nr, 2);
+  assert_string_equal (p.allow.name[0], "/");
+  assert_string_equal (p.allow.name[1], path);
+
+  free (path);
+  parameters_free (&p);
+  assert_int_equal (unlink (link), 0);
+  assert_int_equal (rmdir (dir), 0);
+}
+
 static void
 test_bad_parameters (void **state)
 {
@@ -215,6 +244,9 @@ test_bad_parameters (void **state)
   } bad[] = {
     { "dirty-bitmap", "" },
     { "dirty-bitmap-expose", "" },
+    { "dirty-bitmap-allow-path", "" },
+    { "dirty-bitmap-allow-path", "/nonexistent/folder" },
+    { "dirty-bitmap-allow-path", "/dev/null" },
     { "dirty-bitmap-granularity", "" },
     { "dirty-bitmap-granularity", "0" },
     { "dirty-bitmap-granularity", "256" },
@@ -304,6 +336,7 @@ main (void)
     TEST (test_listen_addresses),
     TEST (test_listen_unix),
     TEST (test_good_parameters),
+    TEST (test_allowed_folders),
     TEST (test_bad_parameters),
     TEST (test_contradiction),
   };
