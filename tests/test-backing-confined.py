@@ -11,7 +11,6 @@ links and protocols; and nobody else may be writing it.
 import os
 import shutil
 import subprocess
-import threading
 import time
 
 import harness
@@ -288,33 +287,3 @@ h = server.connect()
 assert h.pread(512, 0) == b"\1" * 512
 h.shutdown()
 server.stop()
-
-# A name that changes all the time is refused, or leads inside.
-path = image("swap.raw")
-stop = threading.Event()
-
-
-def swap():
-    while not stop.is_set():
-        for target in ("../other/base.raw", "base.raw"):
-            os.symlink(target, "img/swap.new")
-            os.rename("img/swap.new", "img/swap.raw")
-
-
-thread = threading.Thread(target=swap)
-thread.start()
-try:
-
-    for _ in range(12):
-        p = subprocess.run(
-            ["nbdkit", "-r", "-U", "-", "--filter=" + FILTER, "file", path,
-             "--run", "/usr/bin/python3 -m nbd -u \"$uri\" "
-                      "-c 'print(h.pread(1, 0))'"],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=harness.environment(), timeout=20)
-        out = p.stdout.decode()
-        assert OUT in out or "No such file" in out or "\\x01" in out, out
-        assert "\\x04" not in out, out
-finally:
-    stop.set()
-    thread.join()
