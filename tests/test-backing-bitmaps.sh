@@ -134,3 +134,18 @@ grep "backing file '.*middle.qcow2': the image's bitmaps cannot be used" "$log"
 stop_server
 refused "cannot be offered" -r --filter="$FILTER" file disk.qcow2 \
         dirty-bitmap-expose=low
+
+# A snapshot comes without bitmaps, also without those below.
+qemu-img create -q -f qcow2 below.qcow2 1M
+qemu-img bitmap --add below.qcow2 b
+qemu-io -f qcow2 -c 'write -q -P 5 0 64k' below.qcow2
+qemu-img create -q -f qcow2 -b below.qcow2 -F qcow2 snap.qcow2
+qemu-img snapshot -c s snap.qcow2
+serve snap.qcow2
+same "the disk's" "b" "$(listed)"
+shell 'h.pwrite(b"x" * 65536, 0)'
+stop_server
+serve snap.qcow2 dirty-bitmap-snapshot=s
+same "the snapshot's" "" "$(listed)"
+shell 'assert h.pread(65536, 0) == b"\5" * 65536'
+stop_server
