@@ -19,8 +19,8 @@
  *   happens to the path in between makes a difference.
  * - The true path has to be in the image's own folder (that of the path
  *   which the user gave) or below, or in a folder that the user allowed.
- *   For a block device only the latter counts: an image in /dev would
- *   otherwise have every disk of the machine in its own folder.
+ *   For a block device only the latter counts, and so it does for an
+ *   image on one: every disk of the machine is in its folder.
  * - No file is used twice, which also ends every cycle.
  * - json: and names with a protocol are not followed at all.
  *
@@ -287,7 +287,7 @@ check_place (const struct chain *chain, int fd, const char *path,
                   is_block_device ? "a block device"
                   : chain->own_folder != NULL
                   ? "not in the image's folder or below"
-                  : "not known to be in the image's folder");
+                  : "in no folder that is allowed");
     if (strcmp (place, path) != 0)
       report_error ("'%s' is '%s' in truth", path, place);
     return invalid (EACCES);
@@ -384,10 +384,12 @@ open_file (const struct chain *chain, const struct chain_image *of,
 static int
 find_own_folder (struct chain *chain)
 {
-  const char *path = chain->options->path;
+  const struct chain_options *o = chain->options;
+  const char *path = o->path;
   CLEANUP_FREE char *folder = NULL;
 
-  if (path == NULL || chain->own_folder != NULL)
+  if (path == NULL || chain->own_folder != NULL ||
+      (o->fd != -1 && S_ISBLK (chain->top.st_mode)))
     return 0;
   folder = join (path, strrchr (path, '/') - path, ".");
   if (folder == NULL)

@@ -139,7 +139,7 @@ def listed(server):
     names = []
     h.opt_list_meta_context(names.append)
     h.opt_abort()
-    return [n for n in names if n.startswith("qemu:")]
+    return [n for n in names if n.startswith(harness.CONTEXT)]
 
 
 def stale(path):
