@@ -9,29 +9,11 @@
  * file is opened, locked, and its format found out; then, from the last
  * one upward, the images are opened, since each wants the one below.
  *
- * The names may have been written by a stranger, who must not get to
- * read, or write, or as much as open, what is not the image's:
- *
- * - A file is first opened without using it in any way (O_PATH); what
- *   was opened is asked for its true path, with all symbolic links
- *   resolved, and for its kind; and only if both are fine the very same
- *   file is opened for use, through /proc/self/fd.  So nothing that
- *   happens to the path in between makes a difference.
- * - The true path has to be in the image's own folder (that of the path
- *   which the user gave) or below, or in a folder that the user allowed.
- *   For a block device only the latter counts, and so it does for an
- *   image on one: every disk of the machine is in its folder.
- * - No file is used twice, which also ends every cycle.
- * - json: and names with a protocol are not followed at all.
- *
- * Relative names are meant as QEMU means them.  Those of backing files
- * are relative to the folder of the file that names them.  Those of data
- * files, and those after "file:", are relative to the current folder of
- * whoever opens the image, of all things.  It would be another file
- * every time, and for a server it is hardly ever what was meant.  So
- * these are taken from the image's folder too, but if the current folder
- * has another file of that name the image is refused: we would write to
- * one data file and QEMU to the other.
+ * Names are followed only to where they may lead (reference.c): to the
+ * image's own folder (that of the path which the user gave), or where
+ * the user allowed.  An image on a block device has no folder of its own:
+ * every disk of the machine would be in it.  No file is used twice, which
+ * also ends every cycle.
  *
  * Where the header does not say which format a backing file has, QEMU
  * looks at its first bytes.  These may be what a guest wrote into a raw
@@ -45,9 +27,7 @@
 #include <config.h>
 
 #include <errno.h>
-#include <fcntl.h>
 #include <inttypes.h>
-#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -64,6 +44,7 @@
 #include "probe.h"
 #include "qcow2/bitmap-directory.h"
 #include "qcow2/qcow2.h"
+#include "reference.h"
 
 /* Bounds for what a stranger can make us open, and keep in memory. */
 #define MAX_BACKING_FILES 200
@@ -102,7 +83,7 @@ struct chain {
 static const char *
 name_of (const struct chain_image *i)
 {
-  return i->file.path != NULL ? i->file.path : "the image";
+  return reference_name (i->file.path);
 }
 
 static int
@@ -110,194 +91,6 @@ invalid (int err)
 {
   errno = err;
   return -1;
-}
-
-/* Does a name begin with a protocol, as QEMU understands names?  The
- * length of the protocol, or 0.
- */
-static size_t
-protocol_length (const char *name)
-{
-  const size_t n = strcspn (name, ":/");
-
-  return name[n] == ':' ? n : 0;
-}
-
-static char *
-join (const char *folder, size_t folder_length, const char *name)
-{
-  char *path = NULL;
-
-  if (asprintf (&path, "%.*s/%s", (int) folder_length, folder, name) == -1) {
-    report_error ("asprintf: %m");
-    return NULL;
-  }
-  return path;
-}
-
-/* Is there a file of this name in the current folder, which is not the
- * one at path?
- */
-static bool
-is_ambiguous (const char *name, const char *path)
-{
-  struct stat here, there;
-
-  return stat (name, &here) == 0 &&
-    (stat (path, &there) == -1 ||
-     here.st_dev != there.st_dev || here.st_ino != there.st_ino);
-}
-
-/* Can a name be that of a file at all?  It goes into messages from here
- * on.
- */
-static int
-check_name (const struct chain_image *of, const char *name, const char *role)
-{
-  if (strlen (name) >= PATH_MAX) {
-    report_error ("%s: the name of the %s is too long", name_of (of), role);
-    return invalid (ENAMETOOLONG);
-  }
-  for (const unsigned char *p = (const unsigned char *) name; *p; ++p)
-    if (*p < ' ' || *p == 0x7f) {
-      report_error ("%s: the name of the %s contains the control character "
-                    "0x%02x", name_of (of), role, *p);
-      return invalid (EINVAL);
-    }
-  return 0;
-}
-
-/* The absolute path that is meant by a name in the header of an image.
- * role is "backing file" or "data file".
- */
-static char *
-resolve (const struct chain_image *of, const char *name, const char *role,
-         bool from_current_folder)
-{
-  const size_t protocol = protocol_length (name);
-  char *path;
-
-  if (check_name (of, name, role) == -1)
-    return NULL;
-  if (protocol != 0) {
-    if (strncmp (name, "file:", 5) != 0) {
-      report_error ("%s: the %s is named by '%s': names that begin with "
-                    "'%.*s:' are not supported", name_of (of), role, name,
-                    (int) protocol, name);
-      errno = ENOTSUP;
-      return NULL;
-    }
-    name += 5;
-    from_current_folder = true;
-  }
-  if (*name == '\0') {
-    report_error ("%s: the name of the %s is empty", name_of (of), role);
-    errno = EINVAL;
-    return NULL;
-  }
-  if (*name == '/') {
-    path = strdup (name);
-    if (path == NULL)
-      report_error ("strdup: %m");
-    return path;
-  }
-
-  if (of->file.path == NULL) {
-    report_error ("the %s of the image, '%s', is named relative to the "
-                  "image's folder, which is not known, because the plugin "
-                  "does not serve a local file", role, name);
-    errno = EINVAL;
-    return NULL;
-  }
-  path = join (of->file.path, strrchr (of->file.path, '/') - of->file.path,
-               name);
-  if (path != NULL && from_current_folder && is_ambiguous (name, path)) {
-    report_error ("%s: the %s is named '%s', which QEMU looks for in the "
-                  "current folder, where it is another file than '%s': "
-                  "it needs an absolute name", name_of (of), role, name, path);
-    free (path);
-    errno = EINVAL;
-    return NULL;
-  }
-  return path;
-}
-
-/* Is a true path that of something in a folder or below? */
-static bool
-is_below (const char *path, const char *folder)
-{
-  const size_t n = strlen (folder);
-
-  if (strcmp (folder, "/") == 0)
-    return *path == '/';
-  return strncmp (path, folder, n) == 0 && path[n] == '/';
-}
-
-static bool
-is_allowed (const struct chain *chain, const char *true_path,
-            bool is_block_device)
-{
-  const struct chain_options *o = chain->options;
-
-  if (!is_block_device && chain->own_folder != NULL &&
-      is_below (true_path, chain->own_folder))
-    return true;
-  for (size_t i = 0; i < o->nr_allowed; ++i)
-    if (is_below (true_path, o->allowed[i]))
-      return true;
-  return false;
-}
-
-/* The true path of what is open at fd. */
-static int
-true_path (int fd, const char *path, char result[PATH_MAX])
-{
-  char link[64];
-  ssize_t n;
-
-  snprintf (link, sizeof link, "/proc/self/fd/%d", fd);
-  n = readlink (link, result, PATH_MAX - 1);
-  if (n == -1) {
-    report_error ("%s: cannot find out where it is: readlink: %s: %m",
-                  path, link);
-    return -1;
-  }
-  if (n == PATH_MAX - 1) {
-    report_error ("%s: its true path is too long", path);
-    return invalid (ENAMETOOLONG);
-  }
-  result[n] = '\0';
-  return 0;
-}
-
-/* Judge what is open at fd, of which nothing was used yet. */
-static int
-check_place (const struct chain *chain, int fd, const char *path,
-             const char *role, const struct stat *statbuf)
-{
-  const bool is_block_device = S_ISBLK (statbuf->st_mode);
-  char place[PATH_MAX];
-
-  if (true_path (fd, path, place) == -1)
-    return -1;
-  if (!is_allowed (chain, place, is_block_device)) {
-    report_error ("the %s '%s' is not opened, because it is %s: "
-                  "dirty-bitmap-allow-path=DIR allows what is in the "
-                  "folder DIR", role, path,
-                  is_block_device ? "a block device"
-                  : chain->own_folder != NULL
-                  ? "not in the image's folder or below"
-                  : "in no folder that is allowed");
-    if (strcmp (place, path) != 0)
-      report_error ("'%s' is '%s' in truth", path, place);
-    return invalid (EACCES);
-  }
-  if (!is_block_device && !S_ISREG (statbuf->st_mode)) {
-    report_error ("the %s '%s' is neither a file nor a block device",
-                  role, path);
-    return invalid (EINVAL);
-  }
-  return 0;
 }
 
 static bool
@@ -339,19 +132,18 @@ open_file (const struct chain *chain, const struct chain_image *of,
            char *path, const char *role, bool writable,
            struct chain_file *f)
 {
-  const int flags = O_CLOEXEC | O_NOCTTY | O_NONBLOCK;
-  CLEANUP_CLOSE int place = open (path, O_PATH | O_CLOEXEC);
-  const struct chain_image *user;
+  const struct reference_rules rules = {
+    .own_folder = chain->own_folder,
+    .allowed = chain->options->allowed,
+    .nr_allowed = chain->options->nr_allowed,
+  };
   struct stat statbuf;
-  char link[64];
+  CLEANUP_CLOSE int place = reference_find (&rules, of->file.path, path, role,
+                                            &statbuf);
+  const struct chain_image *user;
 
   *f = (struct chain_file) { .path = path, .fd = -1 };
-  if (place == -1 || fstat (place, &statbuf) == -1) {
-    report_error ("%s: cannot open the %s '%s': %m",
-                  name_of (of), role, path);
-    return -1;
-  }
-  if (check_place (chain, place, path, role, &statbuf) == -1)
+  if (place == -1)
     return -1;
   user = find_user (chain, &statbuf);
   if (user != NULL) {
@@ -362,13 +154,9 @@ open_file (const struct chain *chain, const struct chain_image *of,
   f->dev = statbuf.st_dev;
   f->ino = statbuf.st_ino;
 
-  snprintf (link, sizeof link, "/proc/self/fd/%d", place);
-  f->fd = open (link, (writable ? O_RDWR : O_RDONLY) | flags);
-  if (f->fd == -1) {
-    report_error ("cannot open the %s '%s'%s: %m", role, path,
-                  writable ? " for writing" : "");
+  f->fd = reference_open (place, path, role, writable);
+  if (f->fd == -1)
     return -1;
-  }
   if (image_lock (f->fd, path, !writable) == -1)
     return -1;
   f->container = writable ? container_open_file_writable (f->fd)
@@ -391,9 +179,12 @@ find_own_folder (struct chain *chain)
   if (path == NULL || chain->own_folder != NULL ||
       (o->fd != -1 && S_ISBLK (chain->top.st_mode)))
     return 0;
-  folder = join (path, strrchr (path, '/') - path, ".");
-  if (folder == NULL)
+  if (asprintf (&folder, "%.*s/.", (int) (strrchr (path, '/') - path),
+                path) == -1) {
+    folder = NULL;
+    report_error ("asprintf: %m");
     return -1;
+  }
   chain->own_folder = realpath (folder, NULL);
   if (chain->own_folder == NULL) {
     report_error ("realpath: %s: %m", folder);
@@ -428,7 +219,8 @@ open_data_file (struct chain *chain)
                   "image: serve it read-only (-r)", name_of (image));
     return invalid (EINVAL);
   }
-  path = resolve (image, r->data_file_name, "data file", true);
+  path = reference_resolve (image->file.path, r->data_file_name, "data file",
+                            true);
   if (path == NULL || find_own_folder (chain) == -1) {
     free (path);
     return -1;
@@ -536,7 +328,8 @@ open_backing_file (struct chain *chain)
                   name_of (&chain->image[0]), MAX_BACKING_FILES);
     return invalid (EMLINK);
   }
-  path = resolve (of, of->references.backing_name, "backing file", false);
+  path = reference_resolve (of->file.path, of->references.backing_name,
+                            "backing file", false);
   if (path == NULL || find_own_folder (chain) == -1) {
     free (path);
     return -1;

@@ -11,8 +11,8 @@
  * config       parameters; file= is remembered as it passes by
  * get_ready    all that can go wrong is found out here, where an error
  *              is seen and nbdkit exits with it: the image is locked and
- *              checked, with the files that it refers to, the listening address bound, and it is decided
- *              who answers the clients
+ *              checked, with the files that it refers to, the listening
+ *              address bound, and it is decided who answers the clients
  * after_fork   the plugin and the disk are opened.  Either our server
  *              stands in for nbdkit's (sockets.c), or nbdkit's own one
  *              answers (clients.c) and a thread makes it end when it

@@ -303,7 +303,8 @@ bitmap_set_open (struct qcow2 *image, const struct bitmap_options *options)
     report_error ("aligned_alloc: %m");
     return NULL;
   }
-  if (set_init (set, image, options->backing_path) == -1 || set_fill (set, options) == -1) {
+  if (set_init (set, image, options->backing_path) == -1 ||
+      set_fill (set, options) == -1) {
     int saved_errno = errno;
 
     bitmap_set_close (set);

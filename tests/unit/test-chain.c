@@ -4,7 +4,7 @@
  */
 
 /* Files that change their place while the chain is opened: what is used
- * is what was judged.  (What is judged how, test-backing-confined.py
+ * is what was judged.  (How it is judged, test-backing-confined.py
  * shows.)
  */
 
