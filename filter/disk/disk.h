@@ -125,8 +125,9 @@ extern int disk_extent_depth (struct disk *, uint64_t offset, uint64_t limit,
 /* Bitmaps that clients are offered, 0 to disk_nr_bitmaps - 1, in the
  * order of the image's directory, then those of its backing files.  What
  * is written to the disk changes only the image's own.  The set is fixed
- * once the disk is open.  Names are not NUL-terminated text to the format, but those with
- * a NUL inside are not offered, so these are C strings.
+ * once the disk is open.  Names are not NUL-terminated text to the
+ * format, but those with a NUL inside are not offered, so these are C
+ * strings.
  */
 extern size_t disk_nr_bitmaps (const struct disk *);
 extern const char *disk_bitmap_name (const struct disk *, size_t i);

@@ -4,8 +4,7 @@
  */
 
 /* Files that change their place while the chain is opened: what is used
- * is what was judged.  (How it is judged, test-backing-confined.py
- * shows.)
+ * is what was judged.  How it is judged, test-backing-confined.py shows.
  */
 
 #include <config.h>
