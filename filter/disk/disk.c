@@ -152,6 +152,7 @@ open_parts (struct disk *d, struct container *c,
 {
   const struct qcow2_options image = {
     .readonly = options->readonly,
+    .check_only = check_only,
     .cache_size = options->cache_size,
     .snapshot = options->snapshot,
     .backing = options->below,

@@ -400,6 +400,19 @@ allocate_undo (struct qcow2 *q, uint64_t host_offset, uint64_t nr)
 }
 
 int
+allocate_block_at (struct qcow2 *q, uint64_t block_index, uint64_t cluster)
+{
+  return make_block (q, block_index, cluster);
+}
+
+int
+allocate_larger_table (struct qcow2 *q, uint64_t block_index, uint64_t cluster)
+{
+  q->rc.cursor = cluster;
+  return grow_table (q, block_index);
+}
+
+int
 allocate_used_end (struct qcow2 *q, uint64_t *end)
 {
   uint64_t c = div_round_up (container_size (q->container), q->cluster_size);

@@ -184,6 +184,8 @@ read_extensions (struct qcow2 *q)
         hs->bitmaps.directory_offset = get_be64 (p + 16);
       }
     }
+    else if (magic != EXT_CRYPTO)
+      hs->unknown_extension = true;
     pos += 8 + round_up (len, 8);
   }
   /* No END marker: the end of the room is the end of the list. */
@@ -257,12 +259,6 @@ check_features (struct qcow2 *q)
     report_error ("the image is marked corrupt and can only be served "
                   "read-only (-r); repair it with qemu-img check -r all");
     return invalid (EIO);
-  }
-  if (h->incompatible & INCOMPAT_DIRTY) {
-    report_error ("the image is marked dirty (its refcounts may be wrong), "
-                  "and can only be served read-only (-r); "
-                  "repair it with qemu-img check -r all");
-    return invalid (ENOTSUP);
   }
   return 0;
 }
@@ -421,6 +417,28 @@ set_autoclear (struct qcow2 *q, uint64_t bits)
   return 0;
 }
 
+/* With hs.lock held: clear autoclear bits of what we do not know. */
+static int
+clear_unknown (struct qcow2 *q)
+{
+  uint64_t bits = q->header.autoclear &
+    (AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_EXTERNAL);
+
+  if (q->hs.distrust_bitmaps)
+    bits &= ~AUTOCLEAR_BITMAPS;
+  return q->header.version < 3 ? 0 : set_autoclear (q, bits);
+}
+
+static int
+begin_writing (struct qcow2 *q)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->hs.lock);
+  if (clear_unknown (q) == -1)
+    return -1;
+  atomic_store_explicit (&q->writing, true, memory_order_release);
+  return 0;
+}
+
 int
 header_begin_writing (struct qcow2 *q)
 {
@@ -435,18 +453,26 @@ header_begin_writing (struct qcow2 *q)
     return -1;
   }
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->hs.lock);
-  if (q->header.version >= 3) {
-    uint64_t bits = q->header.autoclear &
-      (AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_EXTERNAL);
-
-    if (q->hs.distrust_bitmaps)
-      bits &= ~AUTOCLEAR_BITMAPS;
-    if (set_autoclear (q, bits) == -1)
-      return -1;
-  }
-  atomic_store_explicit (&q->writing, true, memory_order_release);
+  if (begin_writing (q) == -1)
+    return -1;
+  leaks_release (q);
   return 0;
+}
+
+int
+header_begin_repair (struct qcow2 *q)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->hs.lock);
+  return clear_unknown (q);
+}
+
+int
+header_end_repair (struct qcow2 *q)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->hs.lock);
+  q->header.incompatible &= ~INCOMPAT_DIRTY;
+  put_be64 (q->hs.cluster + F_INCOMPATIBLE, q->header.incompatible);
+  return write_header (q, F_INCOMPATIBLE, 8) == -1 ? -1 : qcow2_barrier (q);
 }
 
 void

@@ -18,6 +18,9 @@
  *   mapping.c         guest offset to host offset, L1 and L2 entries
  *   compressed.c      compressed clusters
  *   layer.c           the backing file
+ *   scan.c            what refers to each cluster
+ *   leaks.c           leaks that a crash has left
+ *   repair.c          images that are marked dirty
  *   read.c, write.c, discard.c
  *   flush.c           the order of writes
  *   snapshots.c       internal snapshots
@@ -65,6 +68,7 @@
 #define INCOMPAT_DATA_FILE UINT64_C (4)
 #define INCOMPAT_COMPRESSION UINT64_C (8)
 #define INCOMPAT_EXTENDED_L2 UINT64_C (16)
+#define COMPAT_LAZY_REFCOUNTS UINT64_C (1)
 #define AUTOCLEAR_BITMAPS UINT64_C (1)
 #define AUTOCLEAR_RAW_EXTERNAL UINT64_C (2)
 
@@ -98,6 +102,7 @@ struct header_text {
 /* Offsets of fields that others than header.c look at. */
 #define HEADER_BACKING_OFFSET 8
 #define HEADER_BACKING_SIZE 16
+#define HEADER_SNAPSHOTS_OFFSET 64
 
 /* header.c.  The raw first cluster is kept as it is on disk, and every
  * change goes through it.
@@ -111,6 +116,7 @@ struct header_state {
   uint64_t bitmaps_offset;      /* of the extension's data, or 0 */
   struct qcow2_bitmaps_extension bitmaps;
   struct header_text feature_names, backing_format, data_file;
+  bool unknown_extension;       /* there is one */
   bool distrust_bitmaps;
 };
 
@@ -197,6 +203,15 @@ struct l2_cache {
   atomic_size_t nr_dirty;
 };
 
+/* leaks.c */
+struct leak;
+struct leaks {
+  struct leak *ranges;
+  size_t nr;
+  bool corrupt;                 /* refcounts are too low: nothing leaks */
+  atomic_bool released;
+};
+
 /* A change of mapping under way (mapping.c). */
 struct range_lock {
   uint64_t first, last;         /* guest clusters */
@@ -239,6 +254,8 @@ struct qcow2 {
   _Atomic uint64_t pending_clusters;
   struct grace requests;        /* requests that use host offsets */
 
+  struct leaks leaks;
+
   _Atomic uint64_t *l1;
   atomic_bool *l2_proven;       /* COPIED flags of l1 that are known to be
                                    true, or NULL if all are believed */
@@ -266,6 +283,11 @@ extern void header_free (struct qcow2 *);
 extern int header_begin_writing (struct qcow2 *);
 extern int header_set_reftable (struct qcow2 *, uint64_t offset,
                                 uint32_t clusters);
+/* A dirty image: before its repair, which is no change of the disk, and
+ * durably when it is done.
+ */
+extern int header_begin_repair (struct qcow2 *);
+extern int header_end_repair (struct qcow2 *);
 /* The image is found or about to be damaged: take no more writes. */
 extern void header_set_corrupt (struct qcow2 *);
 
@@ -300,6 +322,12 @@ extern int refcount_set_table_entry (struct qcow2 *, uint64_t block_index,
 /* Write all dirty slices.  Nothing is pinned. */
 extern int refcounts_write_all (struct qcow2 *);
 
+/* The highest that there can be. */
+extern uint64_t refcount_max (const struct qcow2 *);
+/* An entry of a refcount block as it is on disk. */
+extern uint64_t refcount_entry (const struct qcow2 *, const uint8_t *block,
+                                uint64_t i);
+
 /* refcount.c: without alloc_lock, under flush_lock. */
 extern int refcounts_flush (struct qcow2 *);
 
@@ -311,6 +339,14 @@ extern int allocate_clusters (struct qcow2 *, enum qcow2_class, uint64_t nr,
                               bool *zeroed);
 /* Undo it: nothing ever referred to them. */
 extern void allocate_undo (struct qcow2 *, uint64_t host_offset, uint64_t nr);
+/* With alloc_lock held: make a refcount block in a cluster that nothing
+ * uses; make the refcount table larger, with an entry for block_index,
+ * in a place from cluster on, where everything with no refcount is free.
+ */
+extern int allocate_block_at (struct qcow2 *, uint64_t block_index,
+                              uint64_t cluster);
+extern int allocate_larger_table (struct qcow2 *, uint64_t block_index,
+                                  uint64_t cluster);
 /* The end of the last cluster in use, in bytes. */
 extern int allocate_used_end (struct qcow2 *, uint64_t *end);
 
@@ -421,6 +457,66 @@ extern void mapping_l1_done (struct qcow2 *, struct l1_copies *,
 extern int compressed_read (struct qcow2 *, uint64_t descriptor, void *buf);
 extern void compressed_location (const struct qcow2 *, uint64_t descriptor,
                                  uint64_t *host, uint64_t *bytes);
+
+/* scan.c: of an image that is being opened, with its tables loaded and
+ * nothing changed yet.
+ */
+struct scan_limits {
+  uint64_t bytes;               /* of metadata to be read */
+  uint64_t clusters;            /* of the container */
+  unsigned ms;                  /* to take, 0 if that does not matter */
+};
+
+enum scan_result {
+  SCAN_DONE, SCAN_TOO_MUCH, SCAN_INCONSISTENT, SCAN_FAILED,
+};
+
+struct scan {
+  uint32_t *references;         /* by cluster */
+  uint64_t nr;                  /* clusters of the container */
+  uint64_t end;                 /* after the last that is referred to */
+  bool complete;                /* nothing else can refer to a cluster */
+  bool crashed;                 /* a bitmap is in use */
+  char why[600];                /* not done, or not complete */
+
+  struct scan_limits limits;
+  uint64_t spent, reads, began;
+  uint64_t nr_trees, nr_blocks, max_count;
+};
+
+/* First all but the L2 tables and the snapshots; then these, perhaps with
+ * other limits.  scan_free whatever they return.
+ */
+extern enum scan_result scan_begin (struct qcow2 *, struct scan *,
+                                    struct scan_limits);
+extern enum scan_result scan_finish (struct qcow2 *, struct scan *);
+extern void scan_free (struct scan *);
+extern uint64_t scan_count (const struct scan *, uint64_t cluster);
+/* Is it an L2 table or data of the disk, whose entry has the COPIED flag
+ * if its refcount is 1?
+ */
+extern bool scan_wants_copied (const struct scan *, uint64_t cluster);
+/* The bytes of an L2 entry. */
+extern unsigned scan_entry_bytes (const struct qcow2 *);
+/* Call differs for each cluster whose refcount on disk is not what was
+ * counted, in ascending order.  It returns 0, or -1 with errno to end.
+ */
+typedef int (*scan_differs) (void *opaque, uint64_t cluster,
+                             uint64_t stored, uint64_t counted);
+extern enum scan_result scan_compare (struct qcow2 *, struct scan *,
+                                      scan_differs, void *opaque);
+
+/* leaks.c: look for them, before anything is changed; and give them to
+ * release.c, at the first change.
+ */
+extern void leaks_find (struct qcow2 *);
+extern void leaks_release (struct qcow2 *);
+extern void leaks_free (struct qcow2 *);
+
+/* repair.c: if the image is marked dirty, repair it, or if check_only see
+ * whether that can be done.
+ */
+extern int repair_dirty (struct qcow2 *, bool check_only);
 
 /* layer.c: what provides the bytes that the image does not have.
  * Everything beyond its end is zeroes.

@@ -29,6 +29,17 @@ data_file_open (struct qcow2 *q, const struct qcow2_options *options)
   return 0;
 }
 
+/* See to what a crash may have left. */
+static int
+mend (struct qcow2 *q, bool check_only)
+{
+  if (q->header.incompatible & INCOMPAT_DIRTY)
+    return repair_dirty (q, check_only);
+  if (!check_only)
+    leaks_find (q);
+  return 0;
+}
+
 static int
 open_parts (struct qcow2 *q, const struct qcow2_options *options)
 {
@@ -46,7 +57,9 @@ open_parts (struct qcow2 *q, const struct qcow2_options *options)
   if (mapping_open (q) == -1 ||
       (!q->readonly && snapshots_register (q) == -1))
     return -1;
-  return l2_cache_open (q, cache_size / 5 * 4);
+  if (l2_cache_open (q, cache_size / 5 * 4) == -1)
+    return -1;
+  return q->readonly ? 0 : mend (q, options->check_only);
 }
 
 struct qcow2 *
@@ -84,6 +97,7 @@ qcow2_close (struct qcow2 *q)
   mapping_free (q);
   refcounts_free (q);
   release_free (q);
+  leaks_free (q);
   registry_free (q);
   header_free (q);
   free (q);

@@ -51,6 +51,8 @@ struct qcow2_layer {
 
 struct qcow2_options {
   bool readonly;
+  bool check_only;              /* see whether it could be opened: an image
+                                   that has to be repaired is not */
   uint64_t cache_size;          /* bytes for L2 and refcount tables */
 
   /* The backing file and the external data file, opened by the caller
@@ -65,9 +67,10 @@ struct qcow2_options {
   const char *snapshot;
 };
 
-/* Open an image: check every field of the header, load the L1 and
- * refcount tables, and write nothing.  The container stays the
- * caller's.
+/* Open an image: check every field of the header, and load the L1 and
+ * refcount tables.  Nothing is written, unless the image is marked dirty
+ * and opened for writing: then its refcounts are repaired, or it is
+ * refused.  The container stays the caller's.
  */
 extern struct qcow2 *qcow2_open (struct container *,
                                  const struct qcow2_options *);

@@ -61,8 +61,14 @@ entry_set (uint8_t *data, unsigned order, uint64_t i, uint64_t v)
   }
 }
 
-static uint64_t
-max_count (const struct qcow2 *q)
+uint64_t
+refcount_entry (const struct qcow2 *q, const uint8_t *block, uint64_t i)
+{
+  return entry_get (block, q->header.refcount_order, i);
+}
+
+uint64_t
+refcount_max (const struct qcow2 *q)
 {
   const unsigned bits = 1U << q->header.refcount_order;
 
@@ -309,7 +315,7 @@ refcount_set (struct qcow2 *q, uint64_t cluster, uint64_t count)
 
   if (s == NULL)
     return -1;
-  if (count > max_count (q)) {
+  if (count > refcount_max (q)) {
     report_error ("the refcount of a cluster would exceed its maximum");
     errno = EINVAL;
     return -1;
