@@ -340,6 +340,7 @@ walk_extensions (struct checked *k)
 
     if (magic == 0)
       break;
+    k->has_extension |= magic == BITMAPS_MAGIC;
     if (magic == BITMAPS_MAGIC && k->trusted) {
       if (bytes != 24)
         return wrong (k, "the bitmaps extension has %" PRIu32 " bytes", bytes);

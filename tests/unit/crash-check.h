@@ -34,6 +34,7 @@ struct checked {
   uint64_t disk_size;
   uint64_t l1_offset, l1_entries;
   bool trusted;                 /* the autoclear bit of the bitmaps */
+  bool has_extension;           /* there are some, trusted or not */
   struct checked_bitmap bitmaps[CHECKED_MAX_BITMAPS];
   size_t nr_bitmaps;            /* 0 if they are not trusted */
   uint64_t nr_leaked;           /* clusters */
