@@ -157,12 +157,13 @@ make_image (const char *options, const char *more)
   assert_true (i < 63);
   made[i][0] = options;
   made[i][1] = more;
-  assert_int_equal (run_command ("rm -f '%s' '%s'; qemu-img create -q -f raw "
-                                 "'%s' 8M && qemu-io -f raw -c "
-                                 "'write -q -P 3 1M 700k' '%s' >/dev/null && "
-                                 "qemu-img convert -t unsafe -c -f raw -O qcow2 %s "
-                                 "'%s' '%s'", raw, file, raw, raw, options,
-                                 raw, file), 0);
+  assert_int_equal (run_command ("rm -f '%s' && truncate -s 8M '%s' && "
+                                 "seq 100000 200000 | head -c 700000 | "
+                                 "dd of='%s' bs=1M seek=1 conv=notrunc "
+                                 "2>/dev/null", raw, raw, raw), 0);
+  assert_int_equal (run_command ("qemu-img convert -t unsafe -c -f raw "
+                                 "-O qcow2 %s '%s' '%s'", options, raw, file),
+                    0);
   assert_int_equal (run_command ("qemu-io -t unsafe -f qcow2 "
                                  "-c 'write -q -P 1 2M 900k' "
                                  "-c 'write -q -P 2 1200k 10k' "
