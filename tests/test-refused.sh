@@ -46,14 +46,6 @@ create --object secret,id=s,data=secret \
        -o encrypt.format=aes,encrypt.key-secret=s
 for r in "" -r; do no 'encrypt|AES' $r; done
 
-create -o lazy_refcounts=on
-qemu-io -f qcow2 -c 'write -q -P 1 0 1M' disk.qcow2
-put incompatible_features 1
-no dirty
-serve -r disk.qcow2
-shell 'assert h.pread(512, 0) == b"\1" * 512'
-stop_server
-
 create
 put incompatible_features 2
 no corrupt
