@@ -102,7 +102,6 @@ struct header_text {
 /* Offsets of fields that others than header.c look at. */
 #define HEADER_BACKING_OFFSET 8
 #define HEADER_BACKING_SIZE 16
-#define HEADER_SNAPSHOTS_OFFSET 64
 
 /* header.c.  The raw first cluster is kept as it is on disk, and every
  * change goes through it.
@@ -484,8 +483,8 @@ struct scan {
   uint64_t nr_trees, nr_blocks, max_count;
 };
 
-/* First all but the L2 tables and the snapshots; then these, perhaps with
- * other limits.  scan_free whatever they return.
+/* First what is not a mapping; then the mappings of the disk and of its
+ * snapshots, perhaps with other limits.  scan_free whatever they return.
  */
 extern enum scan_result scan_begin (struct qcow2 *, struct scan *,
                                     struct scan_limits);
@@ -566,6 +565,11 @@ extern int snapshots_select (struct qcow2 *, const char *id_or_name);
  * be written or freed.  After mapping_open.
  */
 extern int snapshots_register (struct qcow2 *);
+/* Read the entry of snapshot i at *offset, and move on to the next: where
+ * its L1 table is.
+ */
+extern int snapshots_next (struct qcow2 *, uint32_t i, uint64_t *offset,
+                           uint64_t *l1_offset, uint32_t *l1_entries);
 
 /* flush.c */
 extern int flush_metadata (struct qcow2 *);

@@ -293,33 +293,46 @@ mend_l2_table (struct repair *r, uint64_t table, uint8_t *buf)
                                        end - first, table + first);
 }
 
+/* One entry of the L1 table, and the L2 table that it refers to. */
+static int
+mend_l1_entry (struct repair *r, uint32_t i, uint64_t entry, uint8_t *buf)
+{
+  struct qcow2 *q = r->q;
+  uint64_t be;
+  int changed;
+
+  if ((entry & ENTRY_OFFSET_MASK) == 0)
+    return 0;
+  if ((changed = mend_flag (r, &entry, false)) == -1 ||
+      mend_l2_table (r, entry & ENTRY_OFFSET_MASK, buf) == -1)
+    return -1;
+  if (!changed)
+    return 0;
+  put_be64 (&be, entry);
+  if (write_entries (q, QCOW2_L1_TABLE, &be, sizeof be,
+                     q->header.l1_offset + i * UINT64_C (8)) == -1)
+    return -1;
+  atomic_store (&q->l1[i], entry);
+  return 0;
+}
+
 static int
 mend_flags (struct repair *r)
 {
   struct qcow2 *q = r->q;
+  const uint64_t l1_bytes = q->header.l1_entries * UINT64_C (8);
   CLEANUP_FREE uint8_t *buf = malloc (q->cluster_size);
+  CLEANUP_FREE uint64_t *l1 = malloc (l1_bytes + 1);
 
-  if (buf == NULL) {
+  if (buf == NULL || l1 == NULL) {
     report_error ("malloc: %m");
     return -1;
   }
-  for (uint32_t i = 0; i < q->header.l1_entries; ++i) {
-    uint64_t entry = atomic_load (&q->l1[i]), be;
-    int changed;
-
-    if ((entry & ENTRY_OFFSET_MASK) == 0)
-      continue;
-    if ((changed = mend_flag (r, &entry, false)) == -1 ||
-        mend_l2_table (r, entry & ENTRY_OFFSET_MASK, buf) == -1)
+  if (qcow2_read_metadata (q, l1, l1_bytes, q->header.l1_offset) == -1)
+    return -1;
+  for (uint32_t i = 0; i < q->header.l1_entries; ++i)
+    if (mend_l1_entry (r, i, be64toh (l1[i]), buf) == -1)
       return -1;
-    if (!changed)
-      continue;
-    put_be64 (&be, entry);
-    if (write_entries (q, QCOW2_L1_TABLE, &be, sizeof be,
-                       q->header.l1_offset + i * UINT64_C (8)) == -1)
-      return -1;
-    atomic_store (&q->l1[i], entry);
-  }
   return 0;
 }
 

@@ -65,13 +65,6 @@ enum kind {
 #define MAX_READ (UINT64_C (1) << 20)
 #define FREE_READS 16
 
-/* QEMU's limits. */
-#define MAX_SNAPSHOTS 65536
-#define MAX_SNAPSHOT_TABLE_BYTES (UINT64_C (64) << 20)
-#define MAX_SNAPSHOT_EXTRA_BYTES 1024
-
-#define SNAPSHOT_FIXED_BYTES 40
-
 /* Say why the scan ends here. */
 static enum scan_result end (struct scan *s, enum scan_result result,
                              const char *fmt, ...)
@@ -183,7 +176,7 @@ refer_metadata (struct qcow2 *q, struct scan *s, const char *what,
   return r;
 }
 
-/* The header, the refcount table and blocks, the L1 table. */
+/* The header, the refcount table and blocks. */
 static enum scan_result
 walk_fixed (struct qcow2 *q, struct scan *s)
 {
@@ -199,9 +192,6 @@ walk_fixed (struct qcow2 *q, struct scan *s)
                           q->cluster_size);
       s->nr_blocks++;
     }
-  if (r == SCAN_DONE)
-    r = refer_metadata (q, s, "the L1 table", q->header.l1_offset,
-                        q->header.l1_entries * UINT64_C (8));
   return r;
 }
 
@@ -389,36 +379,18 @@ walk_l1 (struct qcow2 *q, struct scan *s, uint64_t *l1, uint64_t nr_entries,
   return walk_tables (q, s, l1, nr, active);
 }
 
+/* The L1 table of the disk, or of a snapshot. */
 static enum scan_result
-walk_active (struct qcow2 *q, struct scan *s)
-{
-  const uint32_t nr = q->header.l1_entries;
-  CLEANUP_FREE void *p = NULL;
-  enum scan_result r = allocate (s, &p, nr * UINT64_C (8));
-  uint64_t *l1 = p;
-
-  if (r != SCAN_DONE)
-    return r;
-  for (uint32_t i = 0; i < nr; ++i)
-    l1[i] = atomic_load (&q->l1[i]);
-  return walk_l1 (q, s, l1, nr, true);
-}
-
-/* The L1 table of a snapshot. */
-static enum scan_result
-walk_snapshot (struct qcow2 *q, struct scan *s, uint64_t l1_offset,
-               uint32_t l1_entries)
+walk_tree (struct qcow2 *q, struct scan *s, uint64_t l1_offset,
+           uint32_t l1_entries, bool active)
 {
   const uint64_t bytes = l1_entries * UINT64_C (8);
   CLEANUP_FREE void *p = NULL;
   uint64_t *l1;
   enum scan_result r;
 
-  if (bytes > MAX_L1_BYTES)
-    return end (s, SCAN_INCONSISTENT, "the L1 table of a snapshot is too "
-                "large");
-  if ((r = refer_metadata (q, s, "the L1 table of a snapshot", l1_offset,
-                           bytes)) != SCAN_DONE ||
+  if ((r = refer_metadata (q, s, "an L1 table", l1_offset, bytes))
+      != SCAN_DONE ||
       (r = spend (s, bytes)) != SCAN_DONE ||
       (r = allocate (s, &p, bytes)) != SCAN_DONE ||
       (r = read_bytes (q, s, p, bytes, l1_offset)) != SCAN_DONE)
@@ -426,43 +398,26 @@ walk_snapshot (struct qcow2 *q, struct scan *s, uint64_t l1_offset,
   l1 = p;
   for (uint32_t i = 0; i < l1_entries; ++i)
     l1[i] = be64toh (l1[i]);
-  return walk_l1 (q, s, l1, l1_entries, false);
+  return walk_l1 (q, s, l1, l1_entries, active);
 }
 
-/* The snapshot table, whose entries differ in length, and which says
- * nowhere how long it is.
- */
 static enum scan_result
 walk_snapshots (struct qcow2 *q, struct scan *s)
 {
-  const uint64_t offset = get_be64 (q->hs.cluster + HEADER_SNAPSHOTS_OFFSET);
-  uint64_t at = 0;
+  uint64_t offset = q->header.snapshots_offset;
   enum scan_result r = SCAN_DONE;
 
-  if (q->header.nr_snapshots == 0)
-    return SCAN_DONE;
-  if (q->header.nr_snapshots > MAX_SNAPSHOTS)
-    return end (s, SCAN_INCONSISTENT, "it has %" PRIu32 " snapshots",
-                q->header.nr_snapshots);
-  if (range_exceeds (offset, 1, container_size (q->container)))
-    return end (s, SCAN_INCONSISTENT, "the snapshot table lies beyond the end "
-                "of the file");
   for (uint32_t i = 0; i < q->header.nr_snapshots && r == SCAN_DONE; ++i) {
-    uint8_t p[SNAPSHOT_FIXED_BYTES];
+    uint64_t l1_offset;
+    uint32_t l1_entries;
 
-    if ((r = spend (s, sizeof p)) != SCAN_DONE ||
-        (r = read_bytes (q, s, p, sizeof p, offset + at)) != SCAN_DONE)
-      return r;
-    if (get_be32 (p + 36) > MAX_SNAPSHOT_EXTRA_BYTES)
+    if (snapshots_next (q, i, &offset, &l1_offset, &l1_entries) == -1)
       return end (s, SCAN_INCONSISTENT, "the snapshot table is damaged");
-    at = round_up (at + sizeof p + get_be32 (p + 36) + get_be16 (p + 12) +
-                   get_be16 (p + 14), 8);
-    if (at > MAX_SNAPSHOT_TABLE_BYTES)
-      return end (s, SCAN_INCONSISTENT, "the snapshot table is too large");
-    r = walk_snapshot (q, s, get_be64 (p), get_be32 (p + 8));
+    r = walk_tree (q, s, l1_offset, l1_entries, false);
   }
   return r == SCAN_DONE
-    ? refer_metadata (q, s, "the snapshot table", offset, at) : r;
+    ? refer_metadata (q, s, "the snapshot table", q->header.snapshots_offset,
+                      offset - q->header.snapshots_offset) : r;
 }
 
 /* Features whose clusters we would not know. */
@@ -509,7 +464,7 @@ scan_finish (struct qcow2 *q, struct scan *s)
   enum scan_result r = spend (s, s->nr_blocks * q->cluster_size);
 
   if (r == SCAN_DONE)
-    r = walk_active (q, s);
+    r = walk_tree (q, s, q->header.l1_offset, q->header.l1_entries, true);
   return r == SCAN_DONE ? walk_snapshots (q, s) : r;
 }
 

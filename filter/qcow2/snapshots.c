@@ -164,6 +164,19 @@ check_l1 (const struct qcow2 *q, uint32_t i, const struct snapshot *s)
   return 0;
 }
 
+int
+snapshots_next (struct qcow2 *q, uint32_t i, uint64_t *offset,
+                uint64_t *l1_offset, uint32_t *l1_entries)
+{
+  struct snapshot s;
+
+  if (read_entry (q, i, offset, &s) == -1 || check_l1 (q, i, &s) == -1)
+    return -1;
+  *l1_offset = s.l1_offset;
+  *l1_entries = s.l1_entries;
+  return 0;
+}
+
 /* Is the text at offset this one?  1, 0, or -1. */
 static int
 text_is (struct qcow2 *q, uint64_t offset, uint16_t bytes, const char *text)
@@ -266,7 +279,8 @@ register_clusters (struct qcow2 *q, enum qcow2_class class,
 
     if (refcount_get (q, c, &count) == -1)
       return -1;
-    if (count == 0)
+    /* In a dirty image it may be wrong, and will be right (repair.c). */
+    if (count == 0 && !(q->header.incompatible & INCOMPAT_DIRTY))
       return damaged (q, "%s (of snapshot %" PRIu32 "), at %#" PRIx64
                       ", has the refcount 0", what, i, offset);
   }
