@@ -27,25 +27,28 @@ create ()
            disk.raw disk.qcow2
 }
 
-# crash COMMAND...: qemu-io, killed after these.
+# crash COMMAND...: qemu-io, killed after these and a flush, which writes
+# L2 tables, but no refcounts.
 crash ()
 {
   local opts=() command
 
   for command in "$@"; do opts+=(-c "$command"); done
-  { qemu-io -t unsafe -f qcow2 "${opts[@]}" -c 'sigraise 9' disk.qcow2 \
+  { qemu-io -t unsafe -f qcow2 "${opts[@]}" -c flush -c 'sigraise 9' disk.qcow2 \
       >/dev/null 2>&1 && fail "qemu-io lives"; } 2>/dev/null || :
   is_dirty disk.qcow2 || fail "not dirty"
-  if qemu-img check -q disk.qcow2 >/dev/null 2>&1; then
-    fail "there is nothing to repair"
+  # Now and then QEMU has written its refcounts by then.
+  if ! qemu-img check -q disk.qcow2 >/dev/null 2>&1; then
+    wrong=$((wrong + 1))
   fi
 }
+wrong=0
 
 contents ()
 {
-  qemu-img convert -U --image-opts -O raw \
-           driver=qcow2,file.driver=file,file.filename="$1" /dev/stdout |
-    sha256sum
+  qemu-img convert -U --image-opts -t unsafe -O raw \
+           driver=qcow2,file.driver=file,file.filename="$1" contents.raw
+  checksum contents.raw
 }
 
 # What QEMU has left is served as it is with -r, repaired without, and the
@@ -94,7 +97,7 @@ for options in "" ,cluster_size=512 ,cluster_size=4k,refcount_bits=1 \
   crash 'write -P 2 1100k 300k' 'discard 4M 1M' 'write -P 3 6M 3M'
   repairs
   # The bitmaps are where they were, as QEMU has left them.
-  same "flags" "auto in-use" "$(flags disk.qcow2 b)"
+  same "flags" "auto in-use" "$(bitmap_flags disk.qcow2 b)"
   qemu-img bitmap --remove disk.qcow2 b
   qemu-img bitmap --remove disk.qcow2 c
   check_image disk.qcow2
@@ -105,12 +108,9 @@ create ""
 qemu-io -t unsafe -f qcow2 -c 'write -q -P 1 2M 1M' disk.qcow2
 qemu-img snapshot -c s disk.qcow2
 crash 'write -P 2 1100k 300k' 'write -P 3 6M 3M'
-if nbdkit -U - --filter="$FILTER" file disk.qcow2 --run : 2>"$log"; then
-  check_image disk.qcow2
-  if is_dirty disk.qcow2; then fail "still dirty"; fi
-else
-  grep -q 'internal snapshots' "$log" || fail "a snapshot is in the way"
-fi
+repairs
+
+[ $wrong -ge 5 ] || fail "only $wrong images had wrong refcounts"
 
 # A server of ours, killed: the mark is not there, whatever the image asks
 # for, and no refcount is too low.

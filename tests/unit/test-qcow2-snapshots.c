@@ -534,13 +534,17 @@ test_contradictions (void **state)
   contradict ("s", false, 2, false, 1);
   contradict ("s", true, 2, false, 1);
   contradict ("s", false, 1, false, 1);
-  contradict ("s", true, 3, false, 2);
+  /* Once too often is a leak, which is reclaimed. */
+  contradict ("s", true, 3, false, 1);
   contradict ("", true, 1, true, 1);
   contradict ("", false, 1, true, 1);
   contradict ("", false, 2, false, 1);
 }
 
-/* A table in common that counts as free is not handed out. */
+/* A table in common that counts as free is not handed out.  (With a
+ * compatible feature that is unknown refcounts are not seen to be too
+ * low.)
+ */
 static void
 test_table_not_counted (void **state)
 {
@@ -551,6 +555,7 @@ test_table_not_counted (void **state)
 
   (void) state;
   put_bytes (c, refcount_at (c, table), 2, 0);
+  put_bytes (c, 80, 8, 2);
   assert_int_equal (container_pread (c, before, sizeof before, table), 0);
   struct qcow2 *q = open_image (c, false, NULL);
   assert_int_equal (qcow2_write (q, data, sizeof data, 8192), -1);
