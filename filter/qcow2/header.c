@@ -49,6 +49,7 @@
 enum {                          /* offsets of fields */
   F_VERSION = 4,
   F_BACKING_OFFSET = HEADER_BACKING_OFFSET,
+  F_BACKING_SIZE = HEADER_BACKING_SIZE,
   F_CLUSTER_BITS = 20,
   F_SIZE = 24,
   F_CRYPT = 32,
@@ -533,13 +534,73 @@ qcow2_distrust_bitmaps (struct qcow2 *q)
   q->hs.distrust_bitmaps = true;
 }
 
+/* The room that the bitmaps extension and the END marker take. */
+#define BITMAPS_EXTENSION_ROOM 40
+
+/* The backing file's name usually follows upon the extensions, and then
+ * has to give way to a new one.  Where to: behind itself, so that the
+ * name is whole in one of the two places whenever we crash.  0 if it
+ * cannot, or is not what stands in the way.
+ */
+static uint64_t
+backing_name_can_move (const struct qcow2 *q)
+{
+  const struct header_state *hs = &q->hs;
+  const uint64_t name = get_be64 (hs->cluster + F_BACKING_OFFSET);
+  const uint64_t size = get_be32 (hs->cluster + F_BACKING_SIZE);
+  uint64_t to;
+
+  if (name == 0 || name != hs->extensions_limit ||
+      hs->extensions_end > name || size > q->cluster_size - name)
+    return 0;
+  to = round_up (max_u64 (name + size,
+                          hs->extensions_end + BITMAPS_EXTENSION_ROOM), 8);
+  return to <= q->cluster_size && size <= q->cluster_size - to ? to : 0;
+}
+
+/* With hs.lock held: is there room for another extension, or could there
+ * be?
+ */
+static bool
+has_room (const struct qcow2 *q)
+{
+  const struct header_state *hs = &q->hs;
+
+  return hs->extensions_end <= hs->extensions_limit &&
+    hs->extensions_limit - hs->extensions_end >= 32;
+}
+
+static int
+move_backing_name (struct qcow2 *q)
+{
+  struct header_state *hs = &q->hs;
+  const uint64_t name = hs->extensions_limit, to = backing_name_can_move (q);
+  const uint32_t size = get_be32 (hs->cluster + F_BACKING_SIZE);
+
+  memcpy (hs->cluster + to, hs->cluster + name, size);
+  if (write_header (q, to, size) == -1 || qcow2_barrier (q) == -1)
+    return -1;
+  put_be64 (hs->cluster + F_BACKING_OFFSET, to);
+  if (write_header (q, F_BACKING_OFFSET, 8) == -1 || qcow2_barrier (q) == -1) {
+    /* On disk it is one or the other, and both are good. */
+    put_be64 (hs->cluster + F_BACKING_OFFSET, name);
+    return -1;
+  }
+  hs->extensions_limit = to;
+  return 0;
+}
+
 /* Put an extension where the END marker is. */
 static int
 append_extension (struct qcow2 *q, const uint8_t data[24])
 {
   struct header_state *hs = &q->hs;
   const uint64_t at = hs->extensions_end;
-  const bool room_for_end = hs->extensions_limit - at >= 40;
+  bool room_for_end;
+
+  if (!has_room (q) && move_backing_name (q) == -1)
+    return -1;
+  room_for_end = hs->extensions_limit - at >= BITMAPS_EXTENSION_ROOM;
 
   /* Not yet trusted by anyone. */
   if (set_autoclear (q, q->header.autoclear & ~AUTOCLEAR_BITMAPS) == -1)
@@ -597,9 +658,8 @@ qcow2_check_bitmaps_extension (struct qcow2 *q)
     report_error ("the bitmaps extension of the image is damaged");
     return invalid (EINVAL);
   }
-  if (hs->bitmaps.count == 0 &&
-      (hs->extensions_end > hs->extensions_limit ||
-       hs->extensions_limit - hs->extensions_end < 32)) {
+  if (hs->bitmaps.count == 0 && !has_room (q) &&
+      backing_name_can_move (q) == 0) {
     report_error ("the header of the image has no room for the bitmaps "
                   "extension");
     return invalid (ENOSPC);
