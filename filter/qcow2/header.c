@@ -535,12 +535,14 @@ qcow2_distrust_bitmaps (struct qcow2 *q)
 }
 
 /* The room that the bitmaps extension and the END marker take. */
-#define BITMAPS_EXTENSION_ROOM 40
+#define END_MARKER_SIZE 8
+#define BITMAPS_EXTENSION_ROOM (32 + END_MARKER_SIZE)
 
 /* The backing file's name usually follows upon the extensions, and then
  * has to give way to a new one.  Where to: behind itself, so that the
- * name is whole in one of the two places whenever we crash.  0 if it
- * cannot, or is not what stands in the way.
+ * name is whole in one of the two places whenever we crash.  What it
+ * leaves behind lies behind the END marker.  0 if it cannot, or is not
+ * what stands in the way.
  */
 static uint64_t
 backing_name_can_move (const struct qcow2 *q)
@@ -551,7 +553,8 @@ backing_name_can_move (const struct qcow2 *q)
   uint64_t to;
 
   if (name == 0 || name != hs->extensions_limit ||
-      hs->extensions_end > name || size > q->cluster_size - name)
+      hs->extensions_end + END_MARKER_SIZE > name ||
+      size > q->cluster_size - name)
     return 0;
   to = round_up (max_u64 (name + size,
                           hs->extensions_end + BITMAPS_EXTENSION_ROOM), 8);
