@@ -157,24 +157,27 @@ class Server:
 
     Server(disk, "param=value", options=["-r"]) is
     nbdkit -r --filter=dirty-bitmap file disk param=value;
-    Server(args=[...]) is nbdkit with these arguments.
+    Server(args=[...]) is nbdkit with these arguments;
+    Server(disk, kind="qemu-nbd") is QEMU's server with all usable bitmaps.
     """
 
     count = 0
 
-    def __init__(self, disk=None, *params, options=(), args=None):
+    def __init__(self, disk=None, *params, options=(), args=None,
+                 kind=SERVER):
         Server.count += 1
         self.socket = os.path.join(tmp, "sock%d" % Server.count)
         self.log = os.path.join(tmp, "log%d" % Server.count)
         self.uri = "nbd+unix:///?socket=" + self.socket
         pidfile = self.socket + ".pid"
-        if SERVER == "qemu-nbd" and args is None:
+        if kind == "qemu-nbd" and args is None:
             info = json.loads(run("qemu-img", "info", "--output=json", disk))
             command = ["qemu-nbd", "-t", "-e", "0", "-f", "qcow2", "-A",
                        "--discard=unmap", "-k", self.socket,
                        "--pid-file=" + pidfile]
             for b in info["format-specific"]["data"].get("bitmaps", []):
-                command += ["-B", b["name"]]
+                if "in-use" not in b["flags"]:
+                    command += ["-B", b["name"]]
             command += list(options) + [disk]
         else:
             if args is None:
@@ -183,7 +186,9 @@ class Server:
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL,
                                             stdout=log, stderr=log,
-                                            env=environment())
+                                            env=environment()
+                                            if command[0] == "nbdkit"
+                                            else None)
         servers.append(self)
         self.pid = self.process.pid
         deadline = time.monotonic() + PATIENCE
@@ -286,6 +291,7 @@ def extents(h, context, step=1 << 31):
     offset = 0
     while offset < size:
         got = block_status(h, context, min(step, size - offset), offset)
+        assert got, "no %s" % context
         result += got
         offset += sum(length for length, _ in got)
     assert offset == size
