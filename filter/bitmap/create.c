@@ -28,6 +28,7 @@
 #include "bitmap/internal.h"
 #include "common/bytes.h"
 #include "common/cleanup.h"
+#include "common/order.h"
 #include "common/report.h"
 
 /* What is about to be in the image. */
@@ -237,7 +238,7 @@ store (struct creation *c)
   if (write_clusters (set, QCOW2_BITMAP_DIRECTORY, c->directory,
                       c->directory_bytes, offset) == -1)
     return -1;
-  return qcow2_flush (set->image, NULL);
+  return ORDER (DIRECTORY_BEFORE_HEADER) ? qcow2_flush (set->image, NULL) : 0;
 }
 
 static void

@@ -35,6 +35,7 @@
 #include "bitmap/internal.h"
 #include "common/bytes.h"
 #include "common/cleanup.h"
+#include "common/order.h"
 #include "common/report.h"
 
 void
@@ -131,7 +132,7 @@ make_in_use (struct bitmap_set *set, uint64_t offset, uint64_t count)
       return -1;
   }
 
-  if (qcow2_barrier (set->image) == -1)
+  if (ORDER (IN_USE_BEFORE_CHANGE) && qcow2_barrier (set->image) == -1)
     return -1;
 
   for (size_t i = 0; i < set->nr_recording; ++i) {

@@ -58,6 +58,7 @@
 #include "bitmap/internal.h"
 #include "common/bytes.h"
 #include "common/cleanup.h"
+#include "common/order.h"
 #include "common/report.h"
 
 /* Change a table entry.  Room in pending was made. */
@@ -252,7 +253,8 @@ begin_closing (struct bitmap_set *set, bool settling)
   for (size_t i = 0; i < set->nr_recording; ++i) {
     struct bitmap *b = set->recording[i];
 
-    if (b->settling == settling && b->nr_pending == 0 &&
+    if (((b->settling == settling && b->nr_pending == 0) ||
+         !ORDER (ENTRIES_BEFORE_CLEARED)) &&
         atomic_load (&b->state) == IN_USE && !changes_any (&b->changes)) {
       bitmap_set_state (set, b, CLOSING);
       any = true;

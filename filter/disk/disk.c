@@ -23,6 +23,7 @@
 
 #include "bitmap/bitmap.h"
 #include "common/bytes.h"
+#include "common/order.h"
 #include "common/report.h"
 #include "container/container.h"
 #include "disk/disk.h"
@@ -281,13 +282,15 @@ begin_change (struct disk *d, uint64_t count, uint64_t offset)
   }
   if (check_range (d, count, offset) == -1)
     return -1;
-  return count == 0 ? 0 : bitmap_set_mark (d->bitmaps, offset, count);
+  if (count == 0 || !ORDER (MARK_BEFORE_CHANGE))
+    return 0;
+  return bitmap_set_mark (d->bitmaps, offset, count);
 }
 
 static int
 end_change (struct disk *d, int r, bool fua)
 {
-  return r == -1 || !fua ? r : disk_flush (d);
+  return r == 0 && fua && ORDER (FUA_BEFORE_RETURN) ? disk_flush (d) : r;
 }
 
 int

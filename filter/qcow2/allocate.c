@@ -219,7 +219,8 @@ write_table (struct qcow2 *q, uint64_t first)
     return -1;
   if (container_pwrite (q->container, be, bytes,
                         first << q->cluster_bits) == -1 ||
-      container_flush (q->container) == -1) {
+      (ORDER (TABLE_BEFORE_HEADER) &&
+       container_flush (q->container) == -1)) {
     report_error ("cannot write a larger refcount table: %m");
     return -1;
   }

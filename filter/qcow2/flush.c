@@ -170,8 +170,10 @@ run_rounds (struct qcow2 *q, struct flush *f)
 
   do {
     n = copy_slices (q, f);
-    if (n == -1 || refcounts_flush (q) == -1 || data_barrier (q) == -1 ||
-        qcow2_barrier (q) == -1)
+    if (n == -1 ||
+        (ORDER (REFCOUNTS_BEFORE_REFERENCES) && refcounts_flush (q) == -1) ||
+        (ORDER (DATA_BEFORE_REFERENCES) &&
+         (data_barrier (q) == -1 || qcow2_barrier (q) == -1)))
       return -1;
     if (first && f->hooks != NULL) {
       const int r = hook (f, f->hooks->references);
@@ -184,7 +186,7 @@ run_rounds (struct qcow2 *q, struct flush *f)
     if (write_slices (q, f, n) == -1)
       return -1;
   } while (n > 0 && f->next_set < q->l2.nr_sets);
-  return 0;
+  return ORDER (REFCOUNTS_BEFORE_REFERENCES) ? 0 : refcounts_flush (q);
 }
 
 static int
@@ -196,12 +198,14 @@ run_steps (struct qcow2 *q, struct flush *f)
   if (run_rounds (q, f) == -1 || mapping_write_l1 (q, &f->l1) == -1)
     return -1;
   f->references |= f->l1.nr != 0;
-  if (f->references && qcow2_barrier (q) == -1)
+  if (f->references && ORDER (REFERENCES_BEFORE_RETURN) &&
+      qcow2_barrier (q) == -1)
     return -1;
   if (f->hooks != NULL) {
     const int r = hook (f, f->hooks->settle);
 
-    if (r == -1 || (r == 1 && qcow2_barrier (q) == -1))
+    if (r == -1 || (r == 1 && ORDER (SETTLED_BEFORE_RETURN) &&
+                    qcow2_barrier (q) == -1))
       return -1;
   }
   return 0;
@@ -216,6 +220,10 @@ flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
   int r, err;
 
   release_flush_begins (q);
+  if (!ORDER (REFERENCES_BEFORE_FREE)) {
+    release_flush_ends (q, true);
+    release_retire (q, true);
+  }
   r = run_steps (q, &f);
   err = errno;
   mapping_l1_done (q, &f.l1, r == 0);

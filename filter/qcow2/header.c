@@ -434,7 +434,7 @@ static int
 begin_writing (struct qcow2 *q)
 {
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->hs.lock);
-  if (clear_unknown (q) == -1)
+  if (ORDER (AUTOCLEAR_BEFORE_CHANGE) && clear_unknown (q) == -1)
     return -1;
   atomic_store_explicit (&q->writing, true, memory_order_release);
   return 0;
@@ -613,11 +613,12 @@ append_extension (struct qcow2 *q, const uint8_t data[24])
   if (room_for_end)
     memset (hs->cluster + at + 32, 0, 8);
   if (write_header (q, at + 8, room_for_end ? 32 : 24) == -1 ||
-      qcow2_barrier (q) == -1)
+      (ORDER (EXTENSION_BEFORE_MAGIC) && qcow2_barrier (q) == -1))
     return -1;
   put_be32 (hs->cluster + at, EXT_BITMAPS);
   put_be32 (hs->cluster + at + 4, 24);
-  if (write_header (q, at, 8) == -1 || qcow2_barrier (q) == -1) {
+  if (write_header (q, at, 8) == -1 ||
+      (ORDER (EXTENSION_BEFORE_AUTOCLEAR) && qcow2_barrier (q) == -1)) {
     /* The marker may or may not be gone; a second try must put the
      * extension in the same place.
      */
@@ -636,11 +637,12 @@ patch_extension (struct qcow2 *q, const uint8_t data[24])
   const uint64_t at = q->hs.bitmaps_offset;
   const bool crosses = at / SECTOR != (at + 23) / SECTOR;
 
-  if (crosses &&
+  if (crosses && ORDER (DISTRUST_WHILE_PATCHING) &&
       set_autoclear (q, q->header.autoclear & ~AUTOCLEAR_BITMAPS) == -1)
     return -1;
   memcpy (q->hs.cluster + at, data, 24);
-  if (write_header (q, at, 24) == -1 || qcow2_barrier (q) == -1)
+  if (write_header (q, at, 24) == -1 ||
+      (ORDER (EXTENSION_BEFORE_AUTOCLEAR) && qcow2_barrier (q) == -1))
     return -1;
   return 0;
 }

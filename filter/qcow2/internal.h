@@ -48,6 +48,7 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/grace.h"
+#include "common/order.h"
 #include "common/report.h"
 #include "container/container.h"
 #include "qcow2/qcow2.h"

@@ -534,7 +534,8 @@ flush_table (struct qcow2 *q, size_t nr, unsigned long tables)
   if (rc->tables != tables)
     return 0;
   for (size_t i = 0; i < nr; ++i) {
-    if (is_counted_by_one_of (q, since_barrier, i)) {
+    if (ORDER (COUNTING_ENTRY_FIRST) &&
+        is_counted_by_one_of (q, since_barrier, i)) {
       if (qcow2_barrier (q) == -1)
         return -1;
       since_barrier = i;
@@ -564,5 +565,7 @@ refcounts_flush (struct qcow2 *q)
     return -1;
   if (nr == 0)
     return 0;
-  return qcow2_barrier (q) == -1 ? -1 : flush_table (q, nr, tables);
+  if (ORDER (BLOCK_BEFORE_TABLE_ENTRY) && qcow2_barrier (q) == -1)
+    return -1;
+  return flush_table (q, nr, tables);
 }

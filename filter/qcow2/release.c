@@ -96,8 +96,11 @@ list_move (struct release_list *to, struct release_list *from)
 void
 release_clusters (struct qcow2 *q, uint64_t cluster, uint64_t nr)
 {
+  struct release_list *list =
+    ORDER (RELEASED_BEFORE_FLUSH) ? &q->released : &q->flushing;
+
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->release_lock);
-  if (list_add (q, &q->released, cluster, nr) == -1) {
+  if (list_add (q, list, cluster, nr) == -1) {
     report_warning ("out of memory: %" PRIu64 " clusters are leaked at host "
                     "offset %#" PRIx64, nr, cluster << q->cluster_bits);
     return;

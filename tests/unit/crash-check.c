@@ -330,26 +330,32 @@ walk_directory (struct checked *k, const uint8_t *extension)
 static bool
 walk_extensions (struct checked *k)
 {
-  const uint8_t *header = k->image->bytes;
+  const uint8_t *header = k->image->bytes, *bitmaps = NULL;
   uint64_t pos = get_be32 (header + 100);
 
   k->trusted = get_be64 (header + 88) & 1;
+  k->stale = header[88] & UNKNOWN_AUTOCLEAR;
   while (pos + 8 <= UINT64_C (1) << k->cluster_bits) {
     const uint32_t magic = get_be32 (header + pos);
     const uint32_t bytes = get_be32 (header + pos + 4);
 
     if (magic == 0)
       break;
+    if (bytes > (UINT64_C (1) << k->cluster_bits) - pos - 8)
+      return wrong (k, "a header extension of %" PRIu32 " bytes", bytes);
     k->has_extension |= magic == BITMAPS_MAGIC;
-    if (magic == BITMAPS_MAGIC && k->trusted) {
+    if (magic == BITMAPS_MAGIC) {
       if (bytes != 24)
         return wrong (k, "the bitmaps extension has %" PRIu32 " bytes", bytes);
-      return walk_directory (k, header + pos + 8);
+      bitmaps = header + pos + 8;
     }
     pos += 8 + round_up (bytes, 8);
   }
-  return k->trusted
-    ? wrong (k, "the autoclear bit is set but there are no bitmaps") : true;
+  if (!k->trusted)
+    return true;
+  return bitmaps == NULL
+    ? wrong (k, "the autoclear bit is set but there are no bitmaps")
+    : walk_directory (k, bitmaps);
 }
 
 static bool

@@ -20,6 +20,9 @@
 #define CHECKED_MAX_BITMAPS 8
 #define CHECKED_MAX_SNAPSHOTS 8
 
+/* In the first byte of the autoclear bits: one that nobody knows. */
+#define UNKNOWN_AUTOCLEAR 0x20
+
 struct checked_bitmap {
   char name[32];
   uint32_t flags;               /* 1 in use, 2 records */
@@ -35,6 +38,7 @@ struct checked {
   uint64_t l1_offset, l1_entries;
   bool trusted;                 /* the autoclear bit of the bitmaps */
   bool has_extension;           /* there are some, trusted or not */
+  bool stale;                   /* the unknown autoclear bit is set */
   struct checked_bitmap bitmaps[CHECKED_MAX_BITMAPS];
   size_t nr_bitmaps;            /* 0 if they are not trusted */
   uint64_t nr_leaked;           /* clusters */

@@ -90,8 +90,8 @@ resize (struct crash_image *image, uint64_t size)
   image->size = size;
 }
 
-static void
-copy_image (struct crash_image *to, const struct crash_image *from)
+void
+crash_image_copy (struct crash_image *to, const struct crash_image *from)
 {
   resize (to, from->size);
   memcpy (to->bytes, from->bytes, from->size);
@@ -106,8 +106,8 @@ crash_log_new (const struct crash_image *base, uint64_t seed)
   pthread_mutex_init (&log->lock, NULL);
   log->base = crash_image_new (base->room);
   log->live = crash_image_new (base->room);
-  copy_image (&log->base, base);
-  copy_image (&log->live, base);
+  crash_image_copy (&log->base, base);
+  crash_image_copy (&log->live, base);
   log->limit = base->room;
   log->seed = seed;
   return log;
@@ -370,7 +370,7 @@ crash_replay_new (struct crash_log *log)
   assert_non_null (r);
   r->log = log;
   r->durable = crash_image_new (log->base.room);
-  copy_image (&r->durable, &log->base);
+  crash_image_copy (&r->durable, &log->base);
   return r;
 }
 
@@ -424,7 +424,7 @@ crash_replay_advance (struct crash_replay *r, size_t point)
 void
 crash_replay_kill (const struct crash_replay *r, struct crash_image *image)
 {
-  copy_image (image, &r->durable);
+  crash_image_copy (image, &r->durable);
   for (size_t i = r->covered; i < r->point; ++i)
     apply_whole (image, &r->log->entries[i]);
 }
@@ -505,7 +505,7 @@ crash_replay_state (const struct crash_replay *r, struct crash_image *image,
     d.to = d.from + r->log->entries[chosen].count
       + (random_next (seed) % 4 << 12);
   }
-  copy_image (image, &r->durable);
+  crash_image_copy (image, &r->durable);
   for (size_t i = r->covered; i < r->point; ++i) {
     const struct entry *e = &r->log->entries[i];
 

@@ -24,6 +24,9 @@ struct crash_image {
 };
 extern struct crash_image crash_image_new (uint64_t room);
 extern void crash_image_free (struct crash_image *);
+/* Both have the same room. */
+extern void crash_image_copy (struct crash_image *to,
+                              const struct crash_image *from);
 
 /* Record what is done from now on.  The base is copied, and an image
  * can grow to its room.

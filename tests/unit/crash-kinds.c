@@ -33,10 +33,15 @@ struct kind kinds[] = {
     .disk_mib = 96, .room_mib = 8, .filler_kib = 1300,
     .windows = { 65536, 15 * MIB, 6, 90 * MIB } },
   { .options = "cluster_size=4k,refcount_bits=1",
-    .disk_mib = 45, .room_mib = 6,
+    .disk_mib = 45, .room_mib = 6, .unknown_autoclear = true,
     .windows = { 65536, 7 * MIB, 6, 45 * MIB } },
+  /* The bitmaps extension lies across two sectors. */
   { .options = "cluster_size=4k,refcount_bits=8",
     .disk_mib = 10, .room_mib = 4, .bare = true, .pad = 880,
+    .windows = { 65536, MIB + 4096, 6, 10 * MIB } },
+  /* The same, with bitmaps. */
+  { .options = "cluster_size=4k,refcount_bits=32",
+    .disk_mib = 10, .room_mib = 4, .pad = 880,
     .windows = { 65536, MIB + 4096, 6, 10 * MIB } },
   /* L2 tables and clusters in common with snapshots. */
   { .options = "cluster_size=512", .disk_mib = 8, .room_mib = 8,
@@ -78,16 +83,25 @@ add_garbage (struct crash_image *image)
   checked_free (&k);
 }
 
-/* Add a header extension. */
+/* Add a header extension, before that of the bitmaps, which is the last,
+ * if there is one, and garbage behind the END marker.
+ */
 static void
 add_pad (struct crash_image *image, unsigned bytes)
 {
   uint8_t *p = image->bytes + get_be32 (image->bytes + 100);
+  uint8_t *end = image->bytes
+    + (UINT64_C (1) << get_be32 (image->bytes + 20));
 
-  while (get_be32 (p) != 0)
+  while (get_be32 (p) != 0 && get_be32 (p) != 0x23852875)
     p += 8 + round_up (get_be32 (p + 4), 8);
+  memmove (p + 8 + bytes, p, 32);
+  memset (p, 0, 8 + bytes);
   put_be32 (p, 0x70616464);
   put_be32 (p + 4, bytes);
+  p += 8 + bytes;
+  p += get_be32 (p) != 0 ? 40 : 8;
+  memset (p, 0xaa, end - p);
 }
 
 /* Data and zeroes in all windows, and a snapshot of that. */
@@ -131,6 +145,8 @@ make_kind (struct kind *kind)
   load_image (file, &kind->image);
   if (kind->pad != 0)
     add_pad (&kind->image, kind->pad);
+  if (kind->unknown_autoclear)
+    kind->image.bytes[88] |= UNKNOWN_AUTOCLEAR;
   add_garbage (&kind->image);
   kind->left = crash_image_new (kind->image.room);
 }

@@ -112,6 +112,7 @@ load_content (struct model *m, const struct checked *base)
 struct model *
 model_new (struct checked *base, const struct model_windows *windows)
 {
+  static const uint8_t zeroes[SECTOR];
   struct model *m = calloc (1, sizeof *m);
 
   assert_non_null (m);
@@ -128,6 +129,7 @@ model_new (struct checked *base, const struct model_windows *windows)
   assert_non_null (m->content);
   assert_non_null (m->sectors);
   m->snapshots = base->snapshots;
+  m->hash_of_zeroes = hash_sector (zeroes);
   load_content (m, base);
 
   for (size_t i = 0; i < base->nr_bitmaps; ++i) {
@@ -418,12 +420,13 @@ sector_may_be (const struct model *m, const struct sector *s, uint64_t hash)
   return false;
 }
 
+/* Without data it is zeroes. */
 static const char *
-check_sector (struct model *m, uint64_t offset, const uint8_t *data,
-              struct checked_bitmap **unmarked)
+check_sector (struct model *m, const struct checked *k, uint64_t offset,
+              const uint8_t *data, struct checked_bitmap **unmarked)
 {
   const struct sector *s = sector_at (m, model_content (m, offset));
-  const uint64_t hash = hash_sector (data);
+  const uint64_t hash = data == NULL ? m->hash_of_zeroes : hash_sector (data);
 
   if (!sector_may_be (m, s, hash)) {
     snprintf (message, sizeof message, "the data at guest offset %#llx is "
@@ -432,6 +435,12 @@ check_sector (struct model *m, uint64_t offset, const uint8_t *data,
   }
   if (hash == s->versions[0].hash)
     return NULL;
+  if (k->stale) {
+    snprintf (message, sizeof message, "an unknown autoclear bit is set, "
+              "though guest offset %#llx has changed",
+              (unsigned long long) offset);
+    return message;
+  }
   for (size_t i = 0; i < m->nr_bitmaps; ++i) {
     const uint64_t bit = offset >> m->bitmaps[i].granularity_bits;
 
@@ -464,15 +473,14 @@ static const char *
 check_cluster (struct model *m, const struct checked *k, uint64_t offset,
                struct checked_bitmap **unmarked)
 {
-  static const uint8_t zeroes[SECTOR];
   const uint8_t *p = checked_cluster (k, offset >> m->cluster_bits);
   const uint64_t cluster_size = UINT64_C (1) << m->cluster_bits;
 
   if (model_content (m, offset) == NULL)
     return p == NULL ? NULL : check_outside (m, offset, p);
   for (uint64_t i = 0; i < cluster_size; i += SECTOR) {
-    const char *error = check_sector (m, offset + i,
-                                      p == NULL ? zeroes : p + i, unmarked);
+    const char *error = check_sector (m, k, offset + i,
+                                      p == NULL ? NULL : p + i, unmarked);
 
     if (error != NULL)
       return error;

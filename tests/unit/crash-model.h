@@ -58,6 +58,7 @@ struct model {
   uint64_t snapshots;           /* in the base (crash-check.h) */
   uint8_t *content;             /* of the windows */
   struct sector *sectors;
+  uint64_t hash_of_zeroes;      /* of a sector of them */
   struct model_bitmap bitmaps[CHECKED_MAX_BITMAPS];
   size_t nr_bitmaps;
 

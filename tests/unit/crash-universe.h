@@ -25,7 +25,9 @@ struct kind {
   uint64_t room_mib;            /* that the image can grow to */
   bool bare;                    /* it has no bitmaps */
   unsigned pad;                 /* bytes of a header extension nobody knows,
-                                   by which the next crosses a sector */
+                                   by which the next crosses a sector; and
+                                   garbage behind the last one */
+  bool unknown_autoclear;       /* a bit that nobody knows is set */
   uint64_t filler_kib;          /* data at the end of the disk, so that
                                    refcounts run out soon */
   unsigned snapshots;           /* how many it has */
@@ -47,6 +49,7 @@ struct universe {
   struct crash_log *log;
   struct model *model;
   struct disk *disk;
+  const char *create;           /* a bitmap to be created, or NULL */
   unsigned nr_threads;
   unsigned nr_requests;         /* by each thread */
   uint64_t unit;                /* how threads share a window, bytes */
@@ -62,15 +65,48 @@ extern void give_up (const struct universe *, const char *fmt, ...)
 /* A random number. */
 extern uint64_t any (uint64_t *seed, uint64_t below);
 
-/* Open the disk, run all requests, and stop or just close it.  If create
- * is not NULL it is a bitmap to be created.
+/* Make the log and the model of a universe that begins with an image, and
+ * free them.  A bitmap that is in the image is not created.
  */
-extern void run_workload (struct universe *, const char *create);
+extern void universe_begin (struct universe *, const struct crash_image *,
+                            const char *create);
+extern void universe_end (struct universe *);
+
+/* Open the disk, run all requests, and stop or just close it. */
+extern void run_workload (struct universe *);
+
+/* What is wrong with what a crash, or a clean stop, has left; NULL if
+ * nothing is.
+ */
+extern const char *state_error (struct universe *, struct checked *,
+                                const struct crash_image *);
+extern const char *stopped_error (struct universe *, struct checked *,
+                                  const struct crash_image *);
+
+/* Does the next open know all that the clusters of an image are used
+ * for, so that leaks can be proven?
+ */
+extern bool leaks_are_provable (const struct universe *,
+                                const struct checked *);
+
+/* After run_workload: visit nr states in which a crash may leave the
+ * image, and some after a clean stop, if there was one, and a power cut.
+ * It ends where visit returns false.
+ */
+typedef bool visit_fn (struct universe *, const struct crash_image *state,
+                       bool stopped, void *opaque);
+extern void visit_states (struct universe *, size_t nr, visit_fn *,
+                          void *opaque);
 
 /* Compare the windows as the disk serves them with the image, or, if
  * that is NULL, with the model.
  */
 extern void compare_served (const struct universe *, struct disk *,
                             const struct checked *);
+
+/* Make many refcount blocks that count each other, and crash everywhere.
+ * NULL, or what is wrong with the last of nr_states.
+ */
+extern const char *crash_refcount_blocks (unsigned *nr_states);
 
 #endif /* DIRTY_BITMAP_TEST_CRASH_UNIVERSE_H */

@@ -248,11 +248,11 @@ work (void *opaque)
 }
 
 static void
-open_disk (struct universe *u, const char *create)
+open_disk (struct universe *u)
 {
   const struct disk_options options = {
     .cache_size = 1, .granularity = 1024,
-    .require = &create, .nr_require = create != NULL ? 1 : 0,
+    .require = &u->create, .nr_require = u->create != NULL ? 1 : 0,
   };
   struct container *c = crash_container_open (u->log);
 
@@ -263,7 +263,7 @@ open_disk (struct universe *u, const char *create)
   if (!u->may_fail)
     give_up (u, "the disk cannot be opened: %s", strerror (errno));
 
-  u->model->may_lose = create != NULL && u->kind->pad != 0;
+  u->model->may_lose = u->create != NULL && u->kind->pad != 0;
   crash_log_set_faults (u->log, 0);
   crash_log_set_limit (u->log, UINT64_MAX);
   c = crash_container_open (u->log);
@@ -311,7 +311,7 @@ run_alone (struct universe *u)
     /* After a failed stop a bitmap is marked for good. */
     if (any (&u->seed, 64) == 0 && !u->may_fail) {
       stop_disk (u);
-      open_disk (u, NULL);
+      open_disk (u);
     }
   }
 }
@@ -339,9 +339,9 @@ compare_served (const struct universe *u, struct disk *d,
 }
 
 void
-run_workload (struct universe *u, const char *create)
+run_workload (struct universe *u)
 {
-  open_disk (u, create);
+  open_disk (u);
   u->model->opened = crash_log_note (u->log);
   if (u->nr_threads > 1)
     run_threads (u);
