@@ -34,6 +34,8 @@
 #include "crash-check.h"
 
 #define COPIED (UINT64_C (1) << 63)
+#define COMPRESSED (UINT64_C (1) << 62)
+#define COMPRESSED_REFERENCE 0x80
 #define OFFSET_MASK UINT64_C (0x00fffffffffffe00)
 #define KIND_L2 1
 #define KIND_DATA 2
@@ -170,6 +172,27 @@ check_copied (struct checked *k, const char *what, uint64_t entry)
   return true;
 }
 
+/* Compressed clusters may share host clusters, with each other only. */
+static bool
+refer_compressed (struct checked *k, uint64_t entry)
+{
+  const unsigned x = 62 - (k->cluster_bits - 8);
+  const uint64_t sectors = ((entry & ~(UINT64_C (3) << 62)) >> x) + 1;
+  const uint64_t offset = entry & ((UINT64_C (1) << x) - 1);
+  const uint64_t first = offset >> k->cluster_bits;
+  const uint64_t last =
+    (round_down (offset, 512) + 512 * sectors - 1) >> k->cluster_bits;
+
+  for (uint64_t c = first; c <= last; ++c) {
+    if (c << k->cluster_bits >= k->image->size)
+      return wrong (k, "L2 entry %#" PRIx64 " leads beyond the end", entry);
+    if (k->references[c] != 0 && !(k->references[c] & COMPRESSED_REFERENCE))
+      return wrong (k, "L2 entry %#" PRIx64 " leads to something else", entry);
+    k->references[c] = (k->references[c] + 1) | COMPRESSED_REFERENCE;
+  }
+  return true;
+}
+
 static bool
 walk_l2 (struct checked *k, uint64_t table, unsigned tree)
 {
@@ -178,6 +201,11 @@ walk_l2 (struct checked *k, uint64_t table, unsigned tree)
   for (uint64_t i = 0; i < cluster_size; i += 8) {
     const uint64_t entry = get_be64 (k->image->bytes + table + i);
 
+    if ((entry & COMPRESSED) != 0) {
+      if (!refer_compressed (k, entry))
+        return false;
+      continue;
+    }
     if ((entry & UINT64_C (0x7f000000000001fe)) != 0)
       return wrong (k, "L2 entry %#" PRIx64, entry);
     if ((entry & OFFSET_MASK) == 0)
@@ -391,10 +419,12 @@ compare_refcounts (struct checked *k)
   for (uint64_t c = 0; c < nr; ++c) {
     const uint64_t count = refcount (k, c);
 
-    if (count < k->references[c])
+    const unsigned references = k->references[c] & ~COMPRESSED_REFERENCE;
+
+    if (count < references)
       return wrong (k, "cluster %#" PRIx64 " has the refcount %" PRIu64
                     " and is used", c << k->cluster_bits, count);
-    k->nr_leaked += count > k->references[c];
+    k->nr_leaked += count > references;
   }
   for (uint64_t i = 0; i < entries; ++i) {
     const uint64_t block = get_be64 (header + table + 8 * i);

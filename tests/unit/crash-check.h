@@ -8,7 +8,8 @@
 
 /* A reader and checker of qcow2 images, flat in memory, that has nothing
  * in common with the code under test.  It knows what the tests make:
- * version 2 and 3, without backing files and compression.
+ * version 3, without backing files; of compressed clusters it knows only
+ * where they are.
  */
 
 #include <stdbool.h>
