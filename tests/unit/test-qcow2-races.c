@@ -43,6 +43,7 @@
 #define ROOM (UINT64_C (4) << 20) /* of images, at most */
 #define MAX_STEPS 6
 #define CRASHES 3
+#define BEFORE_GROWTH 4         /* clusters that can still be counted */
 
 enum state {
   UNALLOCATED, ZERO, ZERO_ALLOCATED, DATA, COMPRESSED, SHARED,
@@ -62,8 +63,10 @@ static const char *const state_names[] = {
 static const unsigned sizes[] = { 512, 65536 };
 #define NR_SIZES 2
 
-/* 1 for really all ways (RACES_ALL in the environment). */
-static unsigned stride = 5;
+/* Of large images, and of small ones: RACES_STRIDE in the environment, 1
+ * for really all ways.
+ */
+static unsigned stride = 5, small_stride = 1;
 
 /* An image for each size and state, and its guest's bytes. */
 static struct crash_image images[NR_SIZES][NR_STATES];
@@ -442,7 +445,7 @@ run_scene (unsigned cluster_size, enum state state,
     memset (s.initial, INITIAL, USED * cluster_size);
   /* Large images take long, and differ little. */
   n = meet_in_all_ways (&m, cluster_size == sizes[0] &&
-                        state != NO_REFCOUNTS ? 1 : stride);
+                        state != NO_REFCOUNTS ? small_stride : stride);
   free (s.initial);
   free (s.now);
   free (s.reads[0]);
@@ -559,11 +562,11 @@ test_flush_against_allocation (void **unused)
 
 /* What may be under way while something grows. */
 static const struct sequence growing = {
-  "a write that makes it grow", { { WRITE, 32, 48 }, FLUSHED }
+  "a write that makes it grow", { { WRITE, 32, 60 }, FLUSHED }
 };
 static const struct sequence others_work[] = {
   { "a write in place", { { WRITE, 10, 12 }, { READ, 0, 32 } } },
-  { "a write that allocates", { { WRITE, 52, 64 }, { READ, 32, 64 } } },
+  { "a write that allocates, flushed", { { WRITE, 60, 64 }, FLUSHED } },
   { "a flush", { { WRITE, 4, 5 }, FLUSHED } },
   { "a discard, and a use of what it frees",
     { { TRIM, 0, 32 }, FLUSHED, FLUSHED, { WRITE, 48, 60 }, FLUSHED } },
@@ -618,7 +621,9 @@ share (struct crash_image *image)
   }
 }
 
-/* Write until the refcount table grows, and take what was before that. */
+/* Write until the refcount table grows, and take what was a few clusters
+ * before that.
+ */
 static void
 use_refcounts_up (struct crash_image *image)
 {
@@ -628,18 +633,27 @@ use_refcounts_up (struct crash_image *image)
   struct qcow2 *q = qcow2_open (c, &options);
   const struct crash_image *live = crash_log_live (log);
   static const uint8_t buf[1700 << 10] = { 1 };
-  uint64_t at = 65536;
+  struct crash_image before[BEFORE_GROWTH];
+  uint64_t at = 65536, n = 0;
 
   assert_non_null (q);
+  for (unsigned i = 0; i < BEFORE_GROWTH; ++i)
+    before[i] = crash_image_new (image->room);
   assert_int_equal (qcow2_write (q, buf, sizeof buf, at), 0);
   assert_int_equal (qcow2_flush (q, NULL), 0);
   at += sizeof buf;
   do {
-    crash_image_copy (image, live);
+    crash_image_copy (&before[n % BEFORE_GROWTH], live);
     assert_int_equal (qcow2_write (q, buf, 512, at), 0);
     assert_int_equal (qcow2_flush (q, NULL), 0);
     at += 512;
-  } while (memcmp (image->bytes + 48, live->bytes + 48, 8) == 0);
+    n++;
+  } while (memcmp (image->bytes + 48, live->bytes + 48, 8) == 0 ||
+           n < BEFORE_GROWTH);
+  /* The one that is the next to be replaced is the oldest. */
+  crash_image_copy (image, &before[n % BEFORE_GROWTH]);
+  for (unsigned i = 0; i < BEFORE_GROWTH; ++i)
+    crash_image_free (&before[i]);
   qcow2_close (q);
   container_close (c);
   crash_log_free (log);
@@ -742,8 +756,8 @@ main (int argc, char *argv[])
   if (run_command ("qemu-img --version >/dev/null 2>&1 && "
                    "qemu-io --version >/dev/null 2>&1") != 0)
     return 77;
-  if (getenv ("RACES_ALL") != NULL)
-    stride = 1;
+  if (getenv ("RACES_STRIDE") != NULL)
+    stride = small_stride = max_u64 (atoi (getenv ("RACES_STRIDE")), 1);
   if (argc > 1)
     cmocka_set_test_filter (argv[1]);
   report_sink = quiet;
@@ -751,6 +765,6 @@ main (int argc, char *argv[])
   mallopt (M_MMAP_THRESHOLD, 64 << 20);
   mallopt (M_TRIM_THRESHOLD, 256 << 20);
   /* Two that wait for each other would wait for ever. */
-  alarm (250);
+  alarm (getenv ("RACES_STRIDE") != NULL ? 3600 : 250);
   return cmocka_run_group_tests (tests, make_images, free_images);
 }
