@@ -400,6 +400,47 @@ allocate_undo (struct qcow2 *q, uint64_t host_offset, uint64_t nr)
   q->rc.cursor = min_u64 (q->rc.cursor, first);
 }
 
+/* What may be read at the end of an image to see that it is zeroes. */
+#define MAX_LOOKED_AT (UINT64_C (64) << 20)
+
+/* The end of the last piece of [from, to) that is not known to read as
+ * zeroes, or from if all of it does.
+ */
+static int
+end_of_data (struct qcow2 *q, uint64_t from, uint64_t to, uint64_t *end)
+{
+  CLEANUP_FREE uint8_t *bytes = malloc (65536);
+  uint64_t looked_at = 0, length;
+  bool hole;
+
+  if (bytes == NULL) {
+    report_error ("malloc: %m");
+    return -1;
+  }
+  *end = from;
+  for (; from < to; from += length) {
+    if (container_extent (q->container, from, to - from, &length,
+                          &hole) == -1) {
+      report_error ("cannot tell where the data in the image end: %m");
+      return -1;
+    }
+    if (hole)
+      continue;
+    length = min_u64 (length, 65536);
+    if ((looked_at += length) > MAX_LOOKED_AT) {
+      *end = to;
+      return 0;
+    }
+    if (container_pread (q->container, bytes, length, from) == -1) {
+      report_error ("cannot read the end of the image: %m");
+      return -1;
+    }
+    if (bytes[0] != 0 || memcmp (bytes, bytes + 1, length - 1) != 0)
+      *end = from + length;
+  }
+  return 0;
+}
+
 int
 allocate_block_at (struct qcow2 *q, uint64_t block_index, uint64_t cluster)
 {
@@ -413,24 +454,31 @@ allocate_larger_table (struct qcow2 *q, uint64_t block_index, uint64_t cluster)
   return grow_table (q, block_index);
 }
 
+/* If the refcounts of an image are wrong, a cluster that they call free
+ * may be all that there is of something.  What was in the container when
+ * it was opened is cut off only if it is no metadata and reads as zeroes,
+ * as all does that we free.
+ */
 int
 allocate_used_end (struct qcow2 *q, uint64_t *end)
 {
+  const uint64_t opened = q->rc.opened << q->cluster_bits;
   uint64_t c = div_round_up (container_size (q->container), q->cluster_size);
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
-  for (; c > 0; --c) {
+  for (; c > 0 && registry_class (q, c - 1) == QCOW2_DATA; --c) {
     uint64_t count;
 
-    if (!refcount_block_exists (q, block_of (q, c - 1))) {
-      c = (block_of (q, c - 1) << q->rc.block_entries_bits) + 1;
-      continue;
-    }
     if (refcount_get (q, c - 1, &count) == -1)
       return -1;
     if (count != 0)
       break;
   }
   *end = c << q->cluster_bits;
+  if (*end < opened) {
+    if (end_of_data (q, *end, opened, end) == -1)
+      return -1;
+    *end = round_up (*end, q->cluster_size);
+  }
   return 0;
 }

@@ -336,6 +336,9 @@ qcow2_stop (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
     release_retire (q, true);
   } while (!all_clean (q));
 
+  /* Nothing that is known of a corrupt image is to be relied on. */
+  if (atomic_load (&q->corrupt))
+    return 0;
   if (allocate_used_end (q, &end) == -1)
     return -1;
   if (end < container_size (q->container) &&

@@ -153,6 +153,7 @@ struct refcounts {
   struct refcount_slice **hash;
   size_t hash_mask;
   uint64_t cursor;              /* no cluster below this is free */
+  uint64_t opened;              /* clusters when the image was opened */
   uint64_t fresh;               /* clusters from here on were never used,
                                    and read as zeroes */
 };
@@ -347,7 +348,9 @@ extern int allocate_block_at (struct qcow2 *, uint64_t block_index,
                               uint64_t cluster);
 extern int allocate_larger_table (struct qcow2 *, uint64_t block_index,
                                   uint64_t cluster);
-/* The end of the last cluster in use, in bytes. */
+/* Where the container may be cut: the end of the last cluster in use, or
+ * of what else is not to be lost, in bytes.
+ */
 extern int allocate_used_end (struct qcow2 *, uint64_t *end);
 
 /* release.c */

@@ -129,7 +129,8 @@ refcounts_open (struct qcow2 *q, uint64_t cache_bytes)
   rc->slice_entries_bits =
     __builtin_ctz (rc->slice_bytes) + 3 - q->header.refcount_order;
   rc->block_entries_bits = q->cluster_bits + 3 - q->header.refcount_order;
-  rc->fresh = div_round_up (container_size (q->container), q->cluster_size);
+  rc->opened = div_round_up (container_size (q->container), q->cluster_size);
+  rc->fresh = rc->opened;
 
   rc->nr_slices = max_u64 (cache_bytes / rc->slice_bytes, 16);
   while (hash_size < rc->nr_slices * 2)

@@ -271,6 +271,64 @@ test_space_for_bitmap (void **state)
   check_space_for_bitmap (disk_stop);
 }
 
+/* Make the refcounts of an image wrong: of all clusters from the one at
+ * offset on it says that they are free.
+ */
+static void
+forget_refcounts (struct container *c, uint64_t offset)
+{
+  static const uint8_t zeroes[CLUSTER];
+  const uint64_t block = read_be64 (c, read_be64 (c, 48)) & OFFSET_MASK;
+  const uint64_t i = offset / CLUSTER;
+
+  assert_int_equal (container_pwrite (c, zeroes, CLUSTER - 2 * i,
+                                      block + 2 * i), 0);
+}
+
+/* A clean stop cuts nothing off that is in use, or may be, whatever the
+ * refcounts say: neither metadata, in an image that is found corrupt, nor
+ * guest data, in one where nobody noticed.
+ */
+static void
+test_stop_with_wrong_refcounts (void **state)
+{
+  static uint8_t data[CLUSTER], read[CLUSTER];
+  struct container *c = image_create ("", "64M", GIB);
+  struct qcow2 *q = open_image (c);
+  uint64_t size, last, l2_offset;
+
+  (void) state;
+  memset (data, 7, sizeof data);
+  assert_int_equal (qcow2_write (q, data, CLUSTER, 0), 0);
+  assert_int_equal (qcow2_write (q, data, CLUSTER, CLUSTER), 0);
+  assert_int_equal (qcow2_stop (q, NULL), 0);
+  qcow2_close (q);
+  size = container_size (c);
+  l2_offset = read_be64 (c, read_be64 (c, 40)) & OFFSET_MASK;
+  last = read_be64 (c, l2_offset + 8) & OFFSET_MASK;
+  assert_int_equal (last, size - CLUSTER);
+
+  forget_refcounts (c, last);
+  q = open_image (c);
+  assert_int_equal (qcow2_trim (q, CLUSTER, 0), 0);
+  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (container_size (c), size);
+  assert_int_equal (qcow2_read (q, read, CLUSTER, CLUSTER), 0);
+  assert_memory_equal (read, data, CLUSTER);
+  qcow2_close (q);
+
+  forget_refcounts (c, 0);
+  q = open_image (c);
+  assert_int_equal (qcow2_write (q, data, CLUSTER, 9 * CLUSTER), -1);
+  assert_int_equal (errno, EIO);
+  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (container_size (c), size);
+  assert_int_equal (qcow2_read (q, read, CLUSTER, CLUSTER), 0);
+  assert_memory_equal (read, data, CLUSTER);
+  qcow2_close (q);
+  container_close (c);
+}
+
 int
 main (void)
 {
@@ -278,6 +336,7 @@ main (void)
     cmocka_unit_test (test_entries_into_metadata),
     cmocka_unit_test (test_entries_not_aligned),
     cmocka_unit_test (test_refcount_table_faults),
+    cmocka_unit_test (test_stop_with_wrong_refcounts),
     cmocka_unit_test (test_space_for_bitmap),
   };
 
