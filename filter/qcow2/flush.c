@@ -142,12 +142,15 @@ copy_slices (struct qcow2 *q, struct flush *f)
 static int
 write_slices (struct qcow2 *q, struct flush *f, size_t n)
 {
-  const struct l2_copy *copies = f->copies + f->nr_copies - n;
+  const struct l2_copy *copies;
 
+  if (n == 0)
+    return 0;
+  copies = f->copies + f->nr_copies - n;
   for (size_t i = 0; i < n; ++i)
     if (l2_write_copy (q, &copies[i], f->data + i * l2_slice_bytes (q)) == -1)
       return -1;
-  f->references |= n != 0;
+  f->references = true;
   return 0;
 }
 
