@@ -11,6 +11,7 @@ set -eu
 #   c:PROGRAM  in PATH    p:MODULE  known to pkg-config
 #   y:MODULE   importable by /usr/bin/python3
 #   h:HEADER   in /usr/include
+#   f:COMPILER links fuzz targets with the sanitizers
 table='
 build  c:gcc                gcc
 build  h:stdio.h            libc6-dev
@@ -45,6 +46,8 @@ test   c:nm                 binutils
 test   c:systemd-socket-activate systemd
 test   c:git                git
 test   c:xz                 xz-utils
+test   c:clang              clang
+test   f:clang              libclang-rt-dev
 bench  c:nbdkit             nbdkit
 bench  c:qemu-nbd           qemu-utils
 bench  c:fio                fio
@@ -58,6 +61,9 @@ is_there ()
         p:*) pkg-config --exists "${1#p:}" 2>/dev/null ;;
         y:*) /usr/bin/python3 -c "import ${1#y:}" >/dev/null 2>&1 ;;
         h:*) test -f "/usr/include/${1#h:}" ;;
+        f:*) echo 'int LLVMFuzzerTestOneInput (void) { return 0; }' |
+                 "${1#f:}" -fsanitize=fuzzer,address,undefined -x c - \
+                     -o /dev/null 2>/dev/null ;;
     esac
 }
 
