@@ -12,12 +12,19 @@
 
 report_sink_fn report_sink;
 
+static _Thread_local struct report_hold *held;
+
 static void
 report (enum report_level level, const char *fmt, va_list args)
 {
   int saved_errno = errno;
 
-  if (report_sink != NULL)
+  if (level == REPORT_ERROR && held != NULL) {
+    if (!held->any)
+      vsnprintf (held->text, sizeof held->text, fmt, args);
+    held->any = true;
+  }
+  else if (report_sink != NULL)
     report_sink (level, fmt, args);
   else if (level != REPORT_DEBUG) {
     if (level == REPORT_WARNING)
@@ -51,4 +58,25 @@ void
 report_debug (const char *fmt, ...)
 {
   REPORT_AT (REPORT_DEBUG);
+}
+
+void
+report_hold_begin (struct report_hold *hold)
+{
+  hold->outer = held;
+  hold->any = false;
+  held = hold;
+}
+
+void
+report_hold_end (struct report_hold *hold)
+{
+  held = hold->outer;
+}
+
+void
+report_held (const struct report_hold *hold)
+{
+  if (hold->any)
+    report_error ("%s", hold->text);
 }

@@ -14,6 +14,7 @@
  */
 
 #include <stdarg.h>
+#include <stdbool.h>
 
 enum report_level { REPORT_ERROR, REPORT_WARNING, REPORT_DEBUG };
 
@@ -33,5 +34,21 @@ extern void report_warning (const char *fmt, ...)
 
 extern void report_debug (const char *fmt, ...)
   __attribute__ ((format (printf, 1, 2)));
+
+/* Where a failure may not be the last word, because there is another
+ * way: keep the errors of this thread back from begin to end.  The first
+ * of them, which is the cause of the others, is in text then; nothing
+ * has been said.  Holds may nest.
+ */
+struct report_hold {
+  struct report_hold *outer;
+  bool any;
+  char text[512];               /* if any */
+};
+extern void report_hold_begin (struct report_hold *);
+extern void report_hold_end (struct report_hold *);
+
+/* After the end: say it after all. */
+extern void report_held (const struct report_hold *);
 
 #endif /* DIRTY_BITMAP_REPORT_H */
