@@ -106,7 +106,7 @@ watch (void *unused)
   do {
     if (!is_written && clients_in_flight () == 0) {
       /* If it fails, cleanup tries again and its failure counts. */
-      disk_flush (watched);
+      disk_sync (watched);
       is_written = true;
     }
     elapsed = now_ms () - began;

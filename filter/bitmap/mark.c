@@ -124,6 +124,8 @@ mark_in_section (struct bitmap_set *set, uint64_t offset, uint64_t count)
 static int
 make_in_use (struct bitmap_set *set, uint64_t offset, uint64_t count)
 {
+  const unsigned long lost = qcow2_lost (set->image);
+
   for (size_t i = 0; i < set->nr_recording; ++i) {
     struct bitmap *b = set->recording[i];
 
@@ -132,7 +134,8 @@ make_in_use (struct bitmap_set *set, uint64_t offset, uint64_t count)
       return -1;
   }
 
-  if (ORDER (IN_USE_BEFORE_CHANGE) && qcow2_barrier (set->image) == -1)
+  if (ORDER (IN_USE_BEFORE_CHANGE) &&
+      qcow2_barrier_since (set->image, lost) == -1)
     return -1;
 
   for (size_t i = 0; i < set->nr_recording; ++i) {

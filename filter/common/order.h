@@ -27,6 +27,11 @@ enum order_rule {
    */
   ORDER_AUTOCLEAR_BEFORE_CHANGE,
 
+  /* The backing file's name is durable in its new place before the header
+   * refers to that: it is whole in one place or the other.
+   */
+  ORDER_NAME_BEFORE_OFFSET,
+
   /* A header extension is durable, with the END marker behind it, before
    * the eight bytes that replace the END marker before it: nobody parses
    * what is not one.

@@ -210,6 +210,22 @@ disk_open (struct container *c, const struct disk_options *options)
   return d;
 }
 
+/* After a flush with result r that a client hears of. */
+static int
+tell_lost (struct disk *d, int r)
+{
+  const int err = errno;
+
+  if (qcow2_was_lost (d->qcow2) && r == 0) {
+    report_error ("a flush of the image has failed before, and what was "
+                  "written until then may be lost");
+    errno = EIO;
+    return -1;
+  }
+  errno = err;
+  return r;
+}
+
 int
 disk_stop (struct disk *d)
 {
@@ -218,9 +234,9 @@ disk_stop (struct disk *d)
   if (qcow2_stop (d->qcow2, bitmap_set_hooks (d->bitmaps)) == -1) {
     /* This says which bitmaps are the worse for it. */
     bitmap_set_all_stored (d->bitmaps);
-    return -1;
+    return tell_lost (d, -1);
   }
-  return bitmap_set_all_stored (d->bitmaps) ? 0 : -1;
+  return tell_lost (d, bitmap_set_all_stored (d->bitmaps) ? 0 : -1);
 }
 
 void
@@ -290,7 +306,7 @@ begin_change (struct disk *d, uint64_t count, uint64_t offset)
 static int
 end_change (struct disk *d, int r, bool fua)
 {
-  return r == 0 && fua && ORDER (FUA_BEFORE_RETURN) ? disk_flush (d) : r;
+  return r == 0 && fua && ORDER (FUA_BEFORE_RETURN) ? disk_sync (d) : r;
 }
 
 int
@@ -323,9 +339,15 @@ disk_trim (struct disk *d, uint64_t count, uint64_t offset, bool fua)
 }
 
 int
-disk_flush (struct disk *d)
+disk_sync (struct disk *d)
 {
   return qcow2_flush (d->qcow2, bitmap_set_hooks (d->bitmaps));
+}
+
+int
+disk_flush (struct disk *d)
+{
+  return tell_lost (d, disk_sync (d));
 }
 
 int

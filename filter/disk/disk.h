@@ -72,7 +72,8 @@ extern struct disk *disk_open (struct container *,
 
 /* Write all that is in RAM and cut the container to what is used.  No
  * request may be under way.  -1 if something could not be written: the
- * image is consistent, and the bitmaps concerned stay in_use.
+ * image is consistent, and the bitmaps concerned stay in_use.  Or if a
+ * flush has failed before that no client's flush has told of.
  */
 extern int disk_stop (struct disk *);
 
@@ -99,7 +100,17 @@ extern int disk_zero (struct disk *, uint64_t count, uint64_t offset,
                       bool no_hole, bool fast, bool fua);
 extern int disk_trim (struct disk *, uint64_t count, uint64_t offset,
                       bool fua);
+
+/* A client's flush.  It fails, too, if a flush below has failed before
+ * and no client's flush has failed since: what was written until then
+ * may be lost, though it reads back, and this flush is the last that can
+ * tell him.  He has to write it again.
+ */
 extern int disk_flush (struct disk *);
+
+/* The same for our own ends: it tells of itself only. */
+extern int disk_sync (struct disk *);
+
 extern int disk_cache (struct disk *, uint64_t count, uint64_t offset);
 
 /* What base:allocation says of a run of bytes (NBD's flag values). */

@@ -70,9 +70,7 @@ reserve (struct qcow2 *q, uint64_t end_cluster)
     return -1;
   }
   if (container_reserve (q->container, end_cluster << q->cluster_bits) == -1) {
-    /* Without space the request may be tried again (write.c). */
-    if (errno != ENOSPC)
-      report_error ("cannot make room for new clusters in the image: %m");
+    report_error ("cannot make room for new clusters in the image: %m");
     return -1;
   }
   return 0;
@@ -83,6 +81,7 @@ static int
 make_block (struct qcow2 *q, uint64_t block_index, uint64_t at)
 {
   struct refcounts *rc = &q->rc;
+  const unsigned long lost = qcow2_lost (q);
 
   if (check_free (q, at, 1) == -1 || reserve (q, at + 1) == -1)
     return -1;
@@ -92,6 +91,11 @@ make_block (struct qcow2 *q, uint64_t block_index, uint64_t at)
     report_error ("cannot write a refcount block: %m");
     return -1;
   }
+  /* Nothing else would write those of its slices again, if the zeroes
+   * were lost, that are not in use.
+   */
+  if (at < rc->fresh && qcow2_barrier_since (q, lost) == -1)
+    return -1;
   if (registry_set (q, QCOW2_REFCOUNT_BLOCK, at, 1) == -1)
     return -1;
   if (refcount_set_table_entry (q, block_index, at << q->cluster_bits) == -1) {
@@ -204,6 +208,7 @@ write_table (struct qcow2 *q, uint64_t first)
 {
   struct refcounts *rc = &q->rc;
   const size_t bytes = rc->table_entries * 8;
+  const unsigned long lost = qcow2_lost (q);
   CLEANUP_FREE uint64_t *be = malloc (bytes);
 
   if (be == NULL) {
@@ -218,12 +223,12 @@ write_table (struct qcow2 *q, uint64_t first)
                       bytes) == -1)
     return -1;
   if (container_pwrite (q->container, be, bytes,
-                        first << q->cluster_bits) == -1 ||
-      (ORDER (TABLE_BEFORE_HEADER) &&
-       container_flush (q->container) == -1)) {
+                        first << q->cluster_bits) == -1) {
     report_error ("cannot write a larger refcount table: %m");
     return -1;
   }
+  if (ORDER (TABLE_BEFORE_HEADER) && qcow2_barrier_since (q, lost) == -1)
+    return -1;
   return header_set_reftable (q, first << q->cluster_bits,
                               bytes >> q->cluster_bits);
 }
@@ -253,6 +258,25 @@ give_up_run (struct qcow2 *q, uint64_t first, uint64_t nr)
   for (uint64_t c = first; c < first + nr; ++c)
     if (refcount_block_exists (q, block_of (q, c)))
       refcount_set (q, c, 0);
+}
+
+/* While the header may point to it (header.c) it stays as it is. */
+static void
+forget_abandoned (struct qcow2 *q)
+{
+  struct refcounts *rc = &q->rc;
+
+  if (rc->nr_abandoned == 0 || atomic_load (&q->reftable_unknown))
+    return;
+  give_up_run (q, rc->abandoned, rc->nr_abandoned);
+  rc->nr_abandoned = 0;
+}
+
+void
+allocate_forget_abandoned (struct qcow2 *q)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  forget_abandoned (q);
 }
 
 static int
@@ -320,15 +344,15 @@ grow_table (struct qcow2 *q, uint64_t block_index)
   rc->growing = false;
   if (write_table (q, first) == -1) {
     shrink_table (q, old_entries);
-    /* If the header may point to it (header.c) it stays as it is. */
-    if (!atomic_load (&q->corrupt))
-      give_up_run (q, first, nr);
+    rc->abandoned = first;
+    rc->nr_abandoned = nr;
+    forget_abandoned (q);
     return -1;
   }
 
   rc->table_offset = first << q->cluster_bits;
   rc->tables++;
-  rc->nr_dirty_table = 0;
+  rc->nr_dirty_table = rc->nr_written_table = 0;
   nr = old_entries * 8 >> q->cluster_bits;
   registry_set (q, QCOW2_DATA, old_first, nr);
   release_clusters (q, old_first, nr);
@@ -346,6 +370,7 @@ allocate_run (struct qcow2 *q, enum qcow2_class class, uint64_t min,
     return -1;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  forget_abandoned (q);
   cluster = rc->cursor;
   if (refcount_find_free (q, &cluster) == -1)
     return -1;
@@ -376,14 +401,8 @@ qcow2_alloc (struct qcow2 *q, enum qcow2_class class, uint64_t nr_clusters,
   uint64_t got;
   bool unwanted;
 
-  if (allocate_run (q, class, nr_clusters, nr_clusters, host_offset, &got,
-                    zeroed != NULL ? zeroed : &unwanted) == -1) {
-    if (errno == ENOSPC)
-      report_error ("no space is left in the image for %s",
-                    registry_class_name (class));
-    return -1;
-  }
-  return 0;
+  return allocate_run (q, class, nr_clusters, nr_clusters, host_offset, &got,
+                       zeroed != NULL ? zeroed : &unwanted);
 }
 
 void

@@ -273,16 +273,19 @@ for_each_slice (struct qcow2 *q, const struct units *u, slice_function *fn)
 
   while (first < end) {
     const unsigned nr = min_u64 (end - first, mapping_slice_left (q, first));
+    struct report_hold hold;
     struct range_lock range;
     int r;
 
     if (release_wants_reclaim (q))
-      qcow2_reclaim (q);
+      reclaim_quietly (q);
+    report_hold_begin (&hold);
     range_lock_take (q, &range, first, first + nr - 1);
     r = fn (q, u, first, nr);
     range_lock_drop (q, &range);
+    report_hold_end (&hold);
     if (r == -1) {
-      if (write_may_retry (q, &retried))
+      if (write_may_retry (q, &hold, &retried))
         continue;
       return -1;
     }

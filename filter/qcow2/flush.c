@@ -30,8 +30,30 @@
  * at a time, the steps from copy to the writing of L2 slices are repeated;
  * the barrier of a round covers the L2 slices of the one before.
  *
+ * The L1 entries are taken after the slices are copied: so a slice that
+ * is written has its L1 entry written by the same flush, or one before.
+ *
  * A flush that fails leaves everything dirty that it has not made
  * durable, and the next one begins anew.
+ *
+ * When a barrier fails, in a flush or elsewhere, it is unknown what of
+ * the writes before it is on disk, and no later barrier will tell:
+ * Linux drops a page that it could not write, and reports it once.  So
+ * barriers that fail are counted (q->lost), and what is done about it is
+ *
+ *   metadata     all that RAM has and no barrier has covered is written
+ *                again by the next flush: L2 slices and L1 entries, which
+ *                are dirty until their flush succeeds; refcounts, which
+ *                stay in RAM until a barrier has covered them; bitmaps
+ *                (bitmap/sync.c); new L2 tables, which are zeroed again.
+ *                A barrier of which others failed while it was waited for
+ *                counts as failed.  So I1 and I3 hold all the while
+ *   guest data   are not in RAM.  What was written since the last flush
+ *                that succeeded may be lost, with the rest of clusters
+ *                that were allocated for it.  The client is told: the
+ *                flush that he asks for fails, or the next one if it was
+ *                not a flush of his for which the barrier was
+ *                (qcow2_was_lost).  Then he has to write it again
  */
 
 #include <config.h>
@@ -56,16 +78,45 @@ struct flush {
   size_t round;                 /* how many fit into data */
   size_t next_set;
   bool references;              /* some were written */
+  unsigned long lost;           /* barriers, before this began */
 };
 
 int
 qcow2_barrier (struct qcow2 *q)
 {
   if (container_flush (q->container) == -1) {
+    atomic_fetch_add (&q->lost, 1);
     report_error ("cannot flush the image: %m");
     return -1;
   }
   return 0;
+}
+
+unsigned long
+qcow2_lost (struct qcow2 *q)
+{
+  return atomic_load (&q->lost);
+}
+
+int
+qcow2_barrier_since (struct qcow2 *q, unsigned long lost)
+{
+  if (qcow2_barrier (q) == -1)
+    return -1;
+  if (qcow2_lost (q) == lost)
+    return 0;
+  report_error ("cannot flush the image: another flush of it has failed, "
+                "and what was written before may be lost");
+  errno = EIO;
+  return -1;
+}
+
+bool
+qcow2_was_lost (struct qcow2 *q)
+{
+  const unsigned long lost = qcow2_lost (q);
+
+  return atomic_exchange (&q->lost_told, lost) != lost;
 }
 
 int
@@ -159,6 +210,7 @@ static int
 data_barrier (struct qcow2 *q)
 {
   if (q->has_data_file && container_flush (q->data) == -1) {
+    atomic_fetch_add (&q->lost, 1);
     report_error ("cannot flush the external data file: %m");
     return -1;
   }
@@ -169,15 +221,21 @@ static int
 run_rounds (struct qcow2 *q, struct flush *f)
 {
   bool first = true;
+  unsigned long epoch;
   ssize_t n;
 
   do {
     n = copy_slices (q, f);
-    if (n == -1 ||
-        (ORDER (REFCOUNTS_BEFORE_REFERENCES) && refcounts_flush (q) == -1) ||
-        (ORDER (DATA_BEFORE_REFERENCES) &&
-         (data_barrier (q) == -1 || qcow2_barrier (q) == -1)))
+    if (n == -1 || mapping_take_dirty_l1 (q, &f->l1) == -1 ||
+        (ORDER (REFCOUNTS_BEFORE_REFERENCES) &&
+         refcounts_flush (q, f->lost) == -1) ||
+        (ORDER (DATA_BEFORE_REFERENCES) && data_barrier (q) == -1))
       return -1;
+    epoch = refcounts_barrier_begins (q);
+    if (ORDER (DATA_BEFORE_REFERENCES) &&
+        qcow2_barrier_since (q, f->lost) == -1)
+      return -1;
+    refcounts_barrier_done (q, epoch);
     if (first && f->hooks != NULL) {
       const int r = hook (f, f->hooks->references);
 
@@ -189,26 +247,32 @@ run_rounds (struct qcow2 *q, struct flush *f)
     if (write_slices (q, f, n) == -1)
       return -1;
   } while (n > 0 && f->next_set < q->l2.nr_sets);
-  return ORDER (REFCOUNTS_BEFORE_REFERENCES) ? 0 : refcounts_flush (q);
+  return ORDER (REFCOUNTS_BEFORE_REFERENCES)
+    ? 0 : refcounts_flush (q, f->lost);
 }
 
 static int
 run_steps (struct qcow2 *q, struct flush *f)
 {
+  if (f->lost != q->lost_redone) {
+    refcounts_redo_lost (q);
+    if (mapping_zero_again (q) == -1)
+      return -1;
+    q->lost_redone = f->lost;
+  }
   if (f->hooks != NULL && hook (f, f->hooks->data) == -1)
     return -1;
-  mapping_take_dirty_l1 (q, &f->l1);
   if (run_rounds (q, f) == -1 || mapping_write_l1 (q, &f->l1) == -1)
     return -1;
   f->references |= f->l1.nr != 0;
   if (f->references && ORDER (REFERENCES_BEFORE_RETURN) &&
-      qcow2_barrier (q) == -1)
+      qcow2_barrier_since (q, f->lost) == -1)
     return -1;
   if (f->hooks != NULL) {
     const int r = hook (f, f->hooks->settle);
 
     if (r == -1 || (r == 1 && ORDER (SETTLED_BEFORE_RETURN) &&
-                    qcow2_barrier (q) == -1))
+                    qcow2_barrier_since (q, f->lost) == -1))
       return -1;
   }
   return 0;
@@ -219,7 +283,7 @@ static int
 flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
 {
   const unsigned long number = atomic_fetch_add (&q->flushes_begun, 1) + 1;
-  struct flush f = { .hooks = hooks };
+  struct flush f = { .hooks = hooks, .lost = qcow2_lost (q) };
   int r, err;
 
   release_flush_begins (q);
@@ -266,16 +330,23 @@ int
 qcow2_flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
 {
   const unsigned long number = atomic_load (&q->flushes_begun);
+  struct report_hold hold;
+  int r, err;
 
   if (q->readonly)
     return 0;
-  if (flush_since (q, hooks, number) == 0)
-    return 0;
+  report_hold_begin (&hold);
+  r = flush_since (q, hooks, number);
   /* A hook needs space, which only a flush can bring home. */
-  if (errno != ENOSPC || hooks == NULL || release_is_empty (q) ||
-      qcow2_reclaim (q) == -1)
-    return -1;
-  return flush_since (q, hooks, number);
+  if (r == -1 && errno == ENOSPC && hooks != NULL && !release_is_empty (q) &&
+      reclaim_quietly (q) == 0)
+    r = flush_since (q, hooks, number);
+  err = errno;
+  report_hold_end (&hold);
+  errno = err;
+  if (r == -1)
+    report_held (&hold);
+  return r;
 }
 
 int
@@ -302,14 +373,32 @@ qcow2_reclaim (struct qcow2 *q)
 
   for (unsigned tries = 0; tries < 10000; ++tries) {
     pthread_mutex_lock (&q->flush_lock);
-    release_retire (q, false);
-    done = !q->grace_under_way && q->durable.nr == 0;
+    const bool failed = release_retire (q, false) == -1;
+    done = failed || (!q->grace_under_way && q->durable.nr == 0);
     pthread_mutex_unlock (&q->flush_lock);
     if (done)
       break;
     nanosleep (&ts, NULL);
   }
   return 0;
+}
+
+int
+reclaim_quietly (struct qcow2 *q)
+{
+  const int err = errno;
+  struct report_hold hold;
+  int r;
+
+  report_hold_begin (&hold);
+  r = qcow2_reclaim (q);
+  report_hold_end (&hold);
+  if (r == -1) {
+    report_debug ("no clusters could be reclaimed: %s",
+                  hold.any ? hold.text : "no reason");
+    errno = err;
+  }
+  return r;
 }
 
 static bool
@@ -319,24 +408,50 @@ all_clean (struct qcow2 *q)
     atomic_load (&q->l2.nr_dirty) == 0 && q->nr_dirty_l1 == 0;
 }
 
+/* Free all that was released.  No request is under way. */
+static void
+retire_all (struct qcow2 *q)
+{
+  if (release_retire (q, true) == -1 && release_retire (q, true) == -1)
+    release_forget (q);
+}
+
+/* Flush; where a hook needs space that only a flush brings home, again. */
+static int
+flush_to_stop (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
+{
+  struct report_hold hold;
+  int r;
+
+  report_hold_begin (&hold);
+  r = flush (q, hooks);
+  if (r == -1 && errno == ENOSPC && !release_is_empty (q) &&
+      flush (q, NULL) == 0) {
+    retire_all (q);
+    r = flush (q, hooks);
+  }
+  report_hold_end (&hold);
+  if (r == -1)
+    report_held (&hold);
+  return r;
+}
+
 int
 qcow2_stop (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
 {
   uint64_t end;
 
-  if (!atomic_load (&q->writing))
+  if (!atomic_load (&q->writing) && !atomic_load (&q->reftable_unknown))
     return 0;
+  if (atomic_load (&q->reftable_unknown) && header_begin_writing (q) == -1)
+    return -1;
+  allocate_forget_abandoned (q);
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->flush_lock);
   /* Freeing clusters changes refcounts, which are flushed again. */
   do {
-    if (flush (q, hooks) == -1) {
-      if (errno != ENOSPC || release_is_empty (q) || flush (q, NULL) == -1)
-        return -1;
-      release_retire (q, true);
-      if (flush (q, hooks) == -1)
-        return -1;
-    }
-    release_retire (q, true);
+    if (flush_to_stop (q, hooks) == -1)
+      return -1;
+    retire_all (q);
   } while (!all_clean (q));
 
   /* Nothing that is known of a corrupt image is to be relied on. */

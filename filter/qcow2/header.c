@@ -401,6 +401,15 @@ write_header (struct qcow2 *q, uint64_t offset, size_t count)
   return 0;
 }
 
+static int
+write_durably (struct qcow2 *q, uint64_t offset, size_t count)
+{
+  const unsigned long lost = qcow2_lost (q);
+
+  return write_header (q, offset, count) == -1 ? -1
+    : qcow2_barrier_since (q, lost);
+}
+
 /* Set the autoclear bits, if they are not so, durably. */
 static int
 set_autoclear (struct qcow2 *q, uint64_t bits)
@@ -408,7 +417,7 @@ set_autoclear (struct qcow2 *q, uint64_t bits)
   if (q->header.autoclear == bits)
     return 0;
   put_be64 (q->hs.cluster + F_AUTOCLEAR, bits);
-  if (write_header (q, F_AUTOCLEAR, 8) == -1 || qcow2_barrier (q) == -1) {
+  if (write_durably (q, F_AUTOCLEAR, 8) == -1) {
     /* Whether it is on disk is unknown: the next try writes again. */
     put_be64 (q->hs.cluster + F_AUTOCLEAR, q->header.autoclear);
     return -1;
@@ -430,11 +439,26 @@ clear_unknown (struct qcow2 *q)
   return q->header.version < 3 ? 0 : set_autoclear (q, bits);
 }
 
+/* With hs.lock held: see to it that the header on disk points to the
+ * refcount table that we have (header_set_reftable).
+ */
+static int
+restore_reftable (struct qcow2 *q)
+{
+  if (!atomic_load (&q->reftable_unknown))
+    return 0;
+  if (write_durably (q, F_REFTABLE_OFFSET, 12) == -1)
+    return -1;
+  atomic_store (&q->reftable_unknown, false);
+  return 0;
+}
+
 static int
 begin_writing (struct qcow2 *q)
 {
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->hs.lock);
-  if (ORDER (AUTOCLEAR_BEFORE_CHANGE) && clear_unknown (q) == -1)
+  if (restore_reftable (q) == -1 ||
+      (ORDER (AUTOCLEAR_BEFORE_CHANGE) && clear_unknown (q) == -1))
     return -1;
   atomic_store_explicit (&q->writing, true, memory_order_release);
   return 0;
@@ -444,6 +468,7 @@ int
 header_begin_writing (struct qcow2 *q)
 {
   if (atomic_load_explicit (&q->corrupt, memory_order_relaxed)) {
+    report_error ("the image is corrupt and takes no more writes");
     errno = EIO;
     return -1;
   }
@@ -473,7 +498,7 @@ header_end_repair (struct qcow2 *q)
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->hs.lock);
   q->header.incompatible &= ~INCOMPAT_DIRTY;
   put_be64 (q->hs.cluster + F_INCOMPATIBLE, q->header.incompatible);
-  return write_header (q, F_INCOMPATIBLE, 8) == -1 ? -1 : qcow2_barrier (q);
+  return write_durably (q, F_INCOMPATIBLE, 8);
 }
 
 void
@@ -486,10 +511,13 @@ header_set_corrupt (struct qcow2 *q)
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->hs.lock);
   q->header.incompatible |= INCOMPAT_CORRUPT;
   put_be64 (q->hs.cluster + F_INCOMPATIBLE, q->header.incompatible);
-  if (write_header (q, F_INCOMPATIBLE, 8) == 0)
-    qcow2_barrier (q);
+  write_durably (q, F_INCOMPATIBLE, 8);
 }
 
+/* If it fails nobody knows which table the header on disk points to, and
+ * what changes from now on would be in one of them only.  So it is set
+ * back, at the latest before the next change.
+ */
 int
 header_set_reftable (struct qcow2 *q, uint64_t offset, uint32_t clusters)
 {
@@ -499,18 +527,17 @@ header_set_reftable (struct qcow2 *q, uint64_t offset, uint32_t clusters)
   memcpy (old, q->hs.cluster + F_REFTABLE_OFFSET, sizeof old);
   put_be64 (q->hs.cluster + F_REFTABLE_OFFSET, offset);
   put_be32 (q->hs.cluster + F_REFTABLE_CLUSTERS, clusters);
-  if (write_header (q, F_REFTABLE_OFFSET, 12) == -1 || qcow2_barrier (q) == -1) {
+  if (write_durably (q, F_REFTABLE_OFFSET, 12) == -1) {
     const int err = errno;
+    struct report_hold hold;
 
-    /* The header on disk may point to either table, and what changes
-     * from now on would be in one of them only.
-     */
     memcpy (q->hs.cluster + F_REFTABLE_OFFSET, old, sizeof old);
-    if (write_header (q, F_REFTABLE_OFFSET, 12) == -1 || qcow2_barrier (q) == -1) {
-      report_error ("it is unknown which refcount table the image has, "
-                    "and it takes no more writes until it is opened anew");
-      atomic_store (&q->corrupt, true);
+    report_hold_begin (&hold);
+    if (write_durably (q, F_REFTABLE_OFFSET, 12) == -1) {
+      atomic_store (&q->reftable_unknown, true);
+      atomic_store (&q->writing, false);
     }
+    report_hold_end (&hold);
     errno = err;
     return -1;
   }
@@ -581,10 +608,11 @@ move_backing_name (struct qcow2 *q)
   const uint32_t size = get_be32 (hs->cluster + F_BACKING_SIZE);
 
   memcpy (hs->cluster + to, hs->cluster + name, size);
-  if (write_header (q, to, size) == -1 || qcow2_barrier (q) == -1)
+  if ((ORDER (NAME_BEFORE_OFFSET) ? write_durably : write_header)
+      (q, to, size) == -1)
     return -1;
   put_be64 (hs->cluster + F_BACKING_OFFSET, to);
-  if (write_header (q, F_BACKING_OFFSET, 8) == -1 || qcow2_barrier (q) == -1) {
+  if (write_durably (q, F_BACKING_OFFSET, 8) == -1) {
     /* On disk it is one or the other, and both are good. */
     put_be64 (hs->cluster + F_BACKING_OFFSET, name);
     return -1;
@@ -612,13 +640,13 @@ append_extension (struct qcow2 *q, const uint8_t data[24])
   memcpy (hs->cluster + at + 8, data, 24);
   if (room_for_end)
     memset (hs->cluster + at + 32, 0, 8);
-  if (write_header (q, at + 8, room_for_end ? 32 : 24) == -1 ||
-      (ORDER (EXTENSION_BEFORE_MAGIC) && qcow2_barrier (q) == -1))
+  if ((ORDER (EXTENSION_BEFORE_MAGIC) ? write_durably : write_header)
+      (q, at + 8, room_for_end ? 32 : 24) == -1)
     return -1;
   put_be32 (hs->cluster + at, EXT_BITMAPS);
   put_be32 (hs->cluster + at + 4, 24);
-  if (write_header (q, at, 8) == -1 ||
-      (ORDER (EXTENSION_BEFORE_AUTOCLEAR) && qcow2_barrier (q) == -1)) {
+  if ((ORDER (EXTENSION_BEFORE_AUTOCLEAR) ? write_durably : write_header)
+      (q, at, 8) == -1) {
     /* The marker may or may not be gone; a second try must put the
      * extension in the same place.
      */
@@ -641,8 +669,8 @@ patch_extension (struct qcow2 *q, const uint8_t data[24])
       set_autoclear (q, q->header.autoclear & ~AUTOCLEAR_BITMAPS) == -1)
     return -1;
   memcpy (q->hs.cluster + at, data, 24);
-  if (write_header (q, at, 24) == -1 ||
-      (ORDER (EXTENSION_BEFORE_AUTOCLEAR) && qcow2_barrier (q) == -1))
+  if ((ORDER (EXTENSION_BEFORE_AUTOCLEAR) ? write_durably : write_header)
+      (q, at, 24) == -1)
     return -1;
   return 0;
 }

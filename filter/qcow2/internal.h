@@ -132,6 +132,7 @@ struct refcount_slice {
   uint64_t index;               /* UINT64_MAX if unused */
   uint8_t *data;
   bool dirty, pinned, referenced;
+  unsigned long written;        /* in which epoch, 0 if it is durable */
   struct refcount_slice *next;  /* in its hash chain */
 };
 
@@ -143,9 +144,14 @@ struct refcounts {
   uint64_t table_entries;
   uint64_t table_offset;        /* on disk */
   bool growing;                 /* a larger table is being made */
+  uint64_t abandoned, nr_abandoned; /* clusters of one that was made in
+                                       vain, while reftable_unknown */
   unsigned long tables;         /* how often the table was replaced */
   uint64_t *dirty_table;        /* indices of entries to write */
   size_t nr_dirty_table, max_dirty_table;
+  size_t nr_written_table;      /* of those, the first are written */
+  unsigned long epoch;          /* counts barriers, from 1 on */
+  unsigned long lost;           /* as q->lost when it was last looked at */
   struct refcount_slice *slices;
   size_t nr_slices, hand, nr_pinned;
   atomic_size_t nr_dirty;       /* changed under alloc_lock */
@@ -270,7 +276,12 @@ struct qcow2 {
   pthread_cond_t range_cond;
   struct range_lock *ranges;
 
-  pthread_mutex_t flush_lock;   /* one flush at a time */
+  atomic_ulong lost;            /* barriers that have failed (flush.c) */
+  atomic_ulong lost_told;       /* as it was when a client was told */
+  atomic_bool reftable_unknown; /* see header_set_reftable */
+
+  pthread_mutex_t flush_lock;   /* protects what follows */
+  unsigned long lost_redone;    /* as lost was when that was made good */
   atomic_ulong flushes_begun;
   unsigned long flush_succeeded[2]; /* without, with hooks */
 };
@@ -320,7 +331,7 @@ extern void refcount_forget (struct qcow2 *, uint64_t block_index);
 /* Set an entry of the refcount table, to be written by the next flush. */
 extern int refcount_set_table_entry (struct qcow2 *, uint64_t block_index,
                                      uint64_t host_offset);
-/* Write all dirty slices.  Nothing is pinned. */
+/* Write all dirty slices but pinned ones. */
 extern int refcounts_write_all (struct qcow2 *);
 
 /* The highest that there can be. */
@@ -328,9 +339,16 @@ extern uint64_t refcount_max (const struct qcow2 *);
 /* An entry of a refcount block as it is on disk. */
 extern uint64_t refcount_entry (const struct qcow2 *, const uint8_t *block,
                                 uint64_t i);
+/* Write all that is dirty, and make it durable. */
+extern int refcounts_write_durably (struct qcow2 *);
 
 /* refcount.c: without alloc_lock, under flush_lock. */
-extern int refcounts_flush (struct qcow2 *);
+extern int refcounts_flush (struct qcow2 *, unsigned long lost);
+/* Around a barrier that comes after it, and succeeds. */
+extern unsigned long refcounts_barrier_begins (struct qcow2 *);
+extern void refcounts_barrier_done (struct qcow2 *, unsigned long epoch);
+/* What a failed barrier may have lost is dirty again. */
+extern void refcounts_redo_lost (struct qcow2 *);
 
 /* allocate.c.  Without alloc_lock.  At least one and at most nr
  * contiguous clusters, *got of them; *zeroed if they read as zeroes.
@@ -348,6 +366,8 @@ extern int allocate_block_at (struct qcow2 *, uint64_t block_index,
                               uint64_t cluster);
 extern int allocate_larger_table (struct qcow2 *, uint64_t block_index,
                                   uint64_t cluster);
+/* Give back the clusters of an abandoned table, if they can be. */
+extern void allocate_forget_abandoned (struct qcow2 *);
 /* Where the container may be cut: the end of the last cluster in use, or
  * of what else is not to be lost, in bytes.
  */
@@ -363,8 +383,13 @@ extern int release_check_entry (struct qcow2 *, uint64_t entry);
 extern void release_entry (struct qcow2 *, uint64_t entry);
 extern void release_flush_begins (struct qcow2 *);
 extern void release_flush_ends (struct qcow2 *, bool success);
-/* Free what can be freed now.  Under flush_lock. */
-extern void release_retire (struct qcow2 *, bool wait);
+/* Free what can be freed now, or once the requests that might use it are
+ * done.  -1, with a warning, if there is something that could not be
+ * freed: it is kept.  Under flush_lock.
+ */
+extern int release_retire (struct qcow2 *, bool wait);
+/* Forget what could not be freed. */
+extern void release_forget (struct qcow2 *);
 /* Should the caller, outside of any section, call qcow2_reclaim? */
 extern bool release_wants_reclaim (struct qcow2 *);
 extern bool release_is_empty (struct qcow2 *);
@@ -397,6 +422,10 @@ extern int l2_write_copy (struct qcow2 *, const struct l2_copy *,
 extern void l2_copies_done (struct qcow2 *, const struct l2_copy *copies,
                             size_t nr, bool written);
 extern unsigned l2_slice_bytes (const struct qcow2 *);
+/* Zero those slices of an L2 table on disk that were never set, under
+ * flush_lock.  The table is new: no flush has written its L1 entry.
+ */
+extern int l2_zero_again (struct qcow2 *, uint32_t l1_index);
 
 /* mapping.c.  A unit is what has a kind of its own: a cluster, or with
  * extended L2 entries a subcluster.
@@ -444,17 +473,19 @@ extern uint64_t mapping_slice_left (const struct qcow2 *,
 extern void range_lock_take (struct qcow2 *, struct range_lock *,
                              uint64_t first, uint64_t last);
 extern void range_lock_drop (struct qcow2 *, struct range_lock *);
-/* The L1 entries that are dirty, taken over by the flush: write them,
- * then free (indices), or give them back.
+/* The L1 entries that are dirty, added to those that the flush has taken
+ * over: write them, then be done with them.
  */
 struct l1_copies {
   uint32_t *indices;
   size_t nr;
 };
-extern void mapping_take_dirty_l1 (struct qcow2 *, struct l1_copies *);
+extern int mapping_take_dirty_l1 (struct qcow2 *, struct l1_copies *);
 extern int mapping_write_l1 (struct qcow2 *, const struct l1_copies *);
 extern void mapping_l1_done (struct qcow2 *, struct l1_copies *,
                              bool written);
+/* Zero the new L2 tables once more, as far as nothing was set in them. */
+extern int mapping_zero_again (struct qcow2 *);
 
 /* compressed.c: read a compressed cluster whole into buf. */
 extern int compressed_read (struct qcow2 *, uint64_t descriptor, void *buf);
@@ -556,9 +587,10 @@ extern int write_check_host (struct qcow2 *, uint64_t host, uint64_t count);
 extern bool reads_as_zeroes (const struct qcow2 *, enum mapping_kind,
                              uint64_t offset, uint64_t *length);
 /* After a request failed: free what can be freed and return true if it
- * can be tried once more; else report it if there was no space.
+ * can be tried once more; else report why it failed.
  */
-extern bool write_may_retry (struct qcow2 *, bool *retried);
+extern bool write_may_retry (struct qcow2 *, const struct report_hold *,
+                             bool *retried);
 
 /* snapshots.c */
 /* Make a snapshot's L1 table and disk size those that are served, before
@@ -581,6 +613,10 @@ extern int flush_metadata (struct qcow2 *);
  * with no range lock held.
  */
 extern int qcow2_reclaim (struct qcow2 *);
+/* The same as a means to an end: if it fails, whoever needs the space
+ * says so.
+ */
+extern int reclaim_quietly (struct qcow2 *);
 
 static inline uint64_t
 guest_cluster_of (const struct qcow2 *q, uint64_t offset)

@@ -411,3 +411,41 @@ l2_copies_done (struct qcow2 *q, const struct l2_copy *copies, size_t nr,
     }
   }
 }
+
+/* With the set's lock held: zero a slice on disk, unless it is to be
+ * written.
+ */
+static int
+zero_slice (struct qcow2 *q, struct l2_set *set, uint64_t slice)
+{
+  const int way = find_way (set, slice);
+  uint64_t location;
+
+  if (way >= 0 && (set->way[way].dirty || set->way[way].pinned))
+    return 0;
+  if (slice_location (q, slice, &location) == -1)
+    return -1;
+  if (container_zero (q->container, l2_slice_bytes (q), location,
+                      false) == -1) {
+    report_error ("cannot write a new L2 table: %m");
+    return -1;
+  }
+  return 0;
+}
+
+int
+l2_zero_again (struct qcow2 *q, uint32_t l1_index)
+{
+  const unsigned bits = q->l2_bits - q->l2.slice_bits;
+  const uint64_t first = (uint64_t) l1_index << bits;
+
+  for (uint64_t slice = first; slice < first + (UINT64_C (1) << bits);
+       ++slice) {
+    struct l2_set *set = set_of (q, slice);
+
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->lock);
+    if (zero_slice (q, set, slice) == -1)
+      return -1;
+  }
+  return 0;
+}

@@ -43,6 +43,11 @@
 #define FIRST_BATCH 4
 #define BATCH 64
 
+/* In the list of dirty L1 entries (of which there are at most 2^22): the
+ * table has begun as zeroes.
+ */
+#define L1_NEW_TABLE (UINT32_C (1) << 31)
+
 static int
 load_l1_entry (struct qcow2 *q, uint32_t i, uint64_t entry)
 {
@@ -407,6 +412,7 @@ count_references (struct qcow2 *q, uint64_t table, uint64_t *count)
 static int
 fill_l2 (struct qcow2 *q, uint64_t old, uint64_t host, bool zeroed)
 {
+  const unsigned long lost = qcow2_lost (q);
   CLEANUP_FREE void *table = NULL;
 
   if (old == 0) {
@@ -421,10 +427,12 @@ fill_l2 (struct qcow2 *q, uint64_t old, uint64_t host, bool zeroed)
     report_error ("malloc: %m");
     return -1;
   }
-  if (qcow2_read_metadata (q, table, q->cluster_size, old) == -1)
+  if (qcow2_read_metadata (q, table, q->cluster_size, old) == -1 ||
+      qcow2_write_metadata (q, QCOW2_L2_TABLE, table, q->cluster_size,
+                            host) == -1)
     return -1;
-  return qcow2_write_metadata (q, QCOW2_L2_TABLE, table, q->cluster_size,
-                               host);
+  /* If it were lost (flush.c) nobody could write it again. */
+  return qcow2_barrier_since (q, lost);
 }
 
 static int
@@ -435,7 +443,8 @@ make_l2 (struct qcow2 *q, uint32_t index, uint64_t old)
 
   if (allocate_clusters (q, QCOW2_L2_TABLE, 1, &host, &got, &zeroed) == -1)
     return -1;
-  if (fill_l2 (q, old, host, zeroed) == -1 || note_dirty_l1 (q, index) == -1) {
+  if (fill_l2 (q, old, host, zeroed) == -1 ||
+      note_dirty_l1 (q, index | (old == 0 ? L1_NEW_TABLE : 0)) == -1) {
     const int err = errno;
 
     allocate_undo (q, host, 1);
@@ -501,21 +510,54 @@ mapping_set (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
   return 0;
 }
 
-void
+int
 mapping_take_dirty_l1 (struct qcow2 *q, struct l1_copies *copies)
 {
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->l1_lock);
-  copies->indices = q->dirty_l1;
-  copies->nr = q->nr_dirty_l1;
-  q->dirty_l1 = NULL;
-  q->nr_dirty_l1 = q->max_dirty_l1 = 0;
+  if (q->nr_dirty_l1 == 0)
+    return 0;
+
+  uint32_t *p = realloc (copies->indices,
+                         (copies->nr + q->nr_dirty_l1) * sizeof p[0]);
+  if (p == NULL) {
+    report_error ("realloc: %m");
+    return -1;
+  }
+  memcpy (p + copies->nr, q->dirty_l1, q->nr_dirty_l1 * sizeof p[0]);
+  copies->indices = p;
+  copies->nr += q->nr_dirty_l1;
+  q->nr_dirty_l1 = 0;
+  return 0;
+}
+
+int
+mapping_zero_again (struct qcow2 *q)
+{
+  CLEANUP_FREE uint32_t *indices = NULL;
+  size_t nr;
+
+  pthread_mutex_lock (&q->l1_lock);
+  nr = q->nr_dirty_l1;
+  indices = malloc (nr * sizeof indices[0] + 1);
+  if (indices != NULL && nr > 0)
+    memcpy (indices, q->dirty_l1, nr * sizeof indices[0]);
+  pthread_mutex_unlock (&q->l1_lock);
+  if (indices == NULL) {
+    report_error ("malloc: %m");
+    return -1;
+  }
+  for (size_t i = 0; i < nr; ++i)
+    if ((indices[i] & L1_NEW_TABLE) != 0 &&
+        l2_zero_again (q, indices[i] & ~L1_NEW_TABLE) == -1)
+      return -1;
+  return 0;
 }
 
 int
 mapping_write_l1 (struct qcow2 *q, const struct l1_copies *copies)
 {
   for (size_t i = 0; i < copies->nr; ++i) {
-    const uint32_t index = copies->indices[i];
+    const uint32_t index = copies->indices[i] & ~L1_NEW_TABLE;
     uint64_t entry;
 
     put_be64 (&entry, atomic_load (&q->l1[index]));

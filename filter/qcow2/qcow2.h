@@ -235,6 +235,19 @@ extern int qcow2_write_metadata (struct qcow2 *, enum qcow2_class,
  */
 extern int qcow2_barrier (struct qcow2 *);
 
+/* A barrier that fails, whoever asked for it, may lose for ever what was
+ * written before it: the next says nothing about that.  So whoever writes
+ * and then orders compares: qcow2_lost, the writes, and a barrier that
+ * fails if another has failed since.
+ */
+extern unsigned long qcow2_lost (struct qcow2 *);
+extern int qcow2_barrier_since (struct qcow2 *, unsigned long lost);
+
+/* Has a barrier failed since this was last asked, or since the flush that
+ * failed last?  A client who flushes has to be told once.
+ */
+extern bool qcow2_was_lost (struct qcow2 *);
+
 /* The bitmaps extension of the header. */
 struct qcow2_bitmaps_extension {
   unsigned count;               /* how often it stands in the header */

@@ -15,6 +15,11 @@
  * dirty slice may be written at any time: at worst it leaks.  What may
  * not be written at any time is an entry of the refcount table: the
  * block it points to, with its count of itself, is durable first.
+ *
+ * A barrier that fails may lose what was written before it (flush.c), so
+ * what was written stays in the cache until a barrier has covered it: a
+ * slice, and an entry of the table.  Where all slices wait for that, a
+ * new one has to, too.
  */
 
 #include <config.h>
@@ -128,6 +133,7 @@ refcounts_open (struct qcow2 *q, uint64_t cache_bytes)
   rc->slice_bytes = min_u64 (q->cluster_size, 4096);
   rc->slice_entries_bits =
     __builtin_ctz (rc->slice_bytes) + 3 - q->header.refcount_order;
+  rc->epoch = 1;
   rc->block_entries_bits = q->cluster_bits + 3 - q->header.refcount_order;
   rc->opened = div_round_up (container_size (q->container), q->cluster_size);
   rc->fresh = rc->opened;
@@ -204,6 +210,13 @@ set_clean (struct refcounts *rc, struct refcount_slice *s)
   rc->nr_dirty--;
 }
 
+/* It is written, but not durable. */
+static void
+set_written (struct refcounts *rc, struct refcount_slice *s)
+{
+  s->written = rc->epoch;
+}
+
 static void
 set_dirty (struct refcounts *rc, struct refcount_slice *s)
 {
@@ -221,36 +234,120 @@ unhash (struct refcounts *rc, struct refcount_slice *s)
     p = &(*p)->next;
   *p = s->next;
   s->index = UNUSED;
+  s->written = 0;
 }
 
-/* A slice to put something else into.  At most half of them are pinned,
- * so there always is one.
+/* With alloc_lock held: if barriers have failed since this was called,
+ * all that was written and not durable is dirty again.
  */
-static struct refcount_slice *
-find_victim (struct qcow2 *q)
+static void
+redo_lost (struct qcow2 *q)
+{
+  struct refcounts *rc = &q->rc;
+  const unsigned long lost = qcow2_lost (q);
+
+  if (lost == rc->lost)
+    return;
+  rc->lost = lost;
+  rc->nr_written_table = 0;
+  for (size_t i = 0; i < rc->nr_slices; ++i) {
+    struct refcount_slice *s = &rc->slices[i];
+
+    if (s->written != 0)
+      set_dirty (rc, s);
+    s->written = 0;
+  }
+}
+
+void
+refcounts_redo_lost (struct qcow2 *q)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  redo_lost (q);
+}
+
+/* With alloc_lock held: what was written up to an epoch is durable. */
+static void
+settle (struct qcow2 *q, unsigned long epoch)
 {
   struct refcounts *rc = &q->rc;
 
-  for (;;) {
+  for (size_t i = 0; i < rc->nr_slices; ++i)
+    if (rc->slices[i].written <= epoch)
+      rc->slices[i].written = 0;
+}
+
+unsigned long
+refcounts_barrier_begins (struct qcow2 *q)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  return q->rc.epoch++;
+}
+
+void
+refcounts_barrier_done (struct qcow2 *q, unsigned long epoch)
+{
+  struct refcounts *rc = &q->rc;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  redo_lost (q);
+  settle (q, epoch);
+  rc->nr_dirty_table -= rc->nr_written_table;
+  memmove (rc->dirty_table, rc->dirty_table + rc->nr_written_table,
+           rc->nr_dirty_table * sizeof rc->dirty_table[0]);
+  rc->nr_written_table = 0;
+}
+
+int
+refcounts_write_durably (struct qcow2 *q)
+{
+  unsigned long epoch;
+
+  redo_lost (q);
+  if (refcounts_write_all (q) == -1)
+    return -1;
+  epoch = q->rc.epoch++;
+  if (qcow2_barrier (q) == -1)
+    return -1;
+  redo_lost (q);
+  settle (q, epoch);
+  return 0;
+}
+
+/* A slice to put something else into, or NULL if there is none which is
+ * durable.
+ */
+static struct refcount_slice *
+find_durable (struct refcounts *rc)
+{
+  for (size_t tries = 0; tries < 2 * rc->nr_slices; ++tries) {
     struct refcount_slice *s = &rc->slices[rc->hand];
 
     rc->hand = (rc->hand + 1) % rc->nr_slices;
-    if (s->pinned)
-      continue;
     if (s->index == UNUSED)
       return s;
+    if (s->pinned || s->dirty || s->written != 0)
+      continue;
     if (s->referenced) {
       s->referenced = false;
       continue;
     }
-    if (s->dirty) {
-      if (write_slice (q, s->index, s->data) == -1)
-        return NULL;
-      set_clean (rc, s);
-    }
     unhash (rc, s);
     return s;
   }
+  return NULL;
+}
+
+/* At most half of the slices are pinned, so one is found in the end. */
+static struct refcount_slice *
+find_victim (struct qcow2 *q)
+{
+  struct refcount_slice *s;
+
+  while ((s = find_durable (&q->rc)) == NULL)
+    if (refcounts_write_durably (q) == -1)
+      return NULL;
+  return s;
 }
 
 /* The slice that holds a cluster's count; its refcount block exists. */
@@ -399,11 +496,12 @@ refcounts_write_all (struct qcow2 *q)
   for (size_t i = 0; rc->nr_dirty != 0 && i < rc->nr_slices; ++i) {
     struct refcount_slice *s = &rc->slices[i];
 
-    if (!s->dirty)
+    if (!s->dirty || s->pinned)
       continue;
     if (write_slice (q, s->index, s->data) == -1)
       return -1;
     set_clean (rc, s);
+    set_written (rc, s);
   }
   return 0;
 }
@@ -439,7 +537,7 @@ take_batch (struct qcow2 *q, size_t *next, size_t picked[BATCH],
 
 static void
 drop_batch (struct qcow2 *q, const size_t picked[BATCH], size_t n,
-            size_t written)
+            size_t written, unsigned long lost)
 {
   struct refcounts *rc = &q->rc;
 
@@ -448,8 +546,10 @@ drop_batch (struct qcow2 *q, const size_t picked[BATCH], size_t n,
     struct refcount_slice *s = &rc->slices[picked[i]];
 
     s->pinned = false;
-    if (i >= written)
+    if (i >= written || lost != qcow2_lost (q))
       set_dirty (rc, s);
+    else
+      set_written (rc, s);
   }
   rc->nr_pinned = 0;
   pthread_cond_broadcast (&rc->unpinned);
@@ -473,13 +573,14 @@ flush_slices (struct qcow2 *q)
     return -1;
   }
   while ((n = take_batch (q, &next, picked, index, copies)) != 0) {
+    const unsigned long lost = qcow2_lost (q);
     size_t written = 0;
 
     while (written < n &&
            write_slice (q, index[written],
                         copies + written * q->rc.slice_bytes) == 0)
       written++;
-    drop_batch (q, picked, n, written);
+    drop_batch (q, picked, n, written, lost);
     if (written < n)
       return -1;
   }
@@ -521,52 +622,55 @@ is_counted_by_one_of (const struct qcow2 *q, size_t first, size_t i)
   return false;
 }
 
-/* Write the first nr dirty entries of the refcount table, with a barrier
- * before one whose block is counted by another new block.  If the table
- * has been replaced in the meantime they are in the new one, durably.
+/* Write the first nr dirty entries of the refcount table that are not
+ * written yet, with a barrier before one whose block is counted by
+ * another new block.  If the table has been replaced in the meantime they
+ * are in the new one, durably.
  */
 static int
-flush_table (struct qcow2 *q, size_t nr, unsigned long tables)
+flush_table (struct qcow2 *q, size_t nr, unsigned long tables,
+             unsigned long lost)
 {
   struct refcounts *rc = &q->rc;
-  size_t since_barrier = 0;
+  size_t since_barrier;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
   if (rc->tables != tables)
     return 0;
-  for (size_t i = 0; i < nr; ++i) {
+  since_barrier = rc->nr_written_table;
+  for (size_t i = since_barrier; i < nr; ++i) {
     if (ORDER (COUNTING_ENTRY_FIRST) &&
         is_counted_by_one_of (q, since_barrier, i)) {
-      if (qcow2_barrier (q) == -1)
+      if (qcow2_barrier_since (q, lost) == -1)
         return -1;
       since_barrier = i;
     }
     if (write_table_entry (q, rc->dirty_table[i]) == -1)
       return -1;
   }
-  rc->nr_dirty_table -= nr;
-  memmove (rc->dirty_table, rc->dirty_table + nr,
-           rc->nr_dirty_table * sizeof rc->dirty_table[0]);
+  rc->nr_written_table = max_u64 (rc->nr_written_table, nr);
   return 0;
 }
 
 int
-refcounts_flush (struct qcow2 *q)
+refcounts_flush (struct qcow2 *q, unsigned long lost)
 {
   unsigned long tables;
-  size_t nr;
+  size_t nr, done;
 
   /* What becomes dirty from here on is the next flush's. */
   pthread_mutex_lock (&q->alloc_lock);
   nr = q->rc.nr_dirty_table;
+  done = q->rc.nr_written_table;
   tables = q->rc.tables;
   pthread_mutex_unlock (&q->alloc_lock);
 
   if (flush_slices (q) == -1)
     return -1;
-  if (nr == 0)
+  if (nr == done)
     return 0;
-  if (ORDER (BLOCK_BEFORE_TABLE_ENTRY) && qcow2_barrier (q) == -1)
+  if (ORDER (BLOCK_BEFORE_TABLE_ENTRY) &&
+      qcow2_barrier_since (q, lost) == -1)
     return -1;
-  return flush_table (q, nr, tables);
+  return flush_table (q, nr, tables, lost);
 }

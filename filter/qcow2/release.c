@@ -17,7 +17,8 @@
  *   waiting    a grace period for such requests is under way
  *
  * After that the storage is given back, the refcount is lowered, and
- * the cluster may be used anew.  A crash on the way leaks it.
+ * the cluster may be used anew.  A crash on the way leaks it; where the
+ * refcount cannot be read or written it keeps waiting.
  */
 
 #include <config.h>
@@ -166,80 +167,118 @@ release_flush_ends (struct qcow2 *q, bool success)
   list_move (success ? &q->durable : &q->released, &q->flushing);
 }
 
-/* Lower the counts of up to CHUNK clusters.  Those that are to become 0
- * are left at 1 for now, and noted in zero[].
- */
+/* Read the counts of up to nr clusters.  Returns how many. */
 static unsigned
-lower_counts (struct qcow2 *q, uint64_t cluster, unsigned nr, bool zero[])
+read_counts (struct qcow2 *q, uint64_t cluster, unsigned nr,
+             uint64_t counts[CHUNK])
 {
-  unsigned found = 0;
-
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
-  for (unsigned i = 0; i < nr; ++i) {
-    uint64_t count;
+  for (unsigned i = 0; i < nr; ++i)
+    if (refcount_get (q, cluster + i, &counts[i]) == -1)
+      return i;
+  return nr;
+}
 
-    zero[i] = false;
-    if (refcount_get (q, cluster + i, &count) == -1) {
-      report_warning ("a cluster is leaked at host offset %#" PRIx64,
-                      (cluster + i) << q->cluster_bits);
-      continue;
-    }
-    if (count == 0)
-      report_warning ("the cluster at host offset %#" PRIx64 " was in use "
-                      "with refcount 0; see qemu-img check",
-                      (cluster + i) << q->cluster_bits);
-    else if (count == 1) {
-      zero[i] = true;
-      found++;
-    }
-    else
-      refcount_set (q, cluster + i, count - 1);
+/* Give up a reference which is not the last. */
+static bool
+lower_count (struct qcow2 *q, uint64_t cluster, uint64_t count)
+{
+  if (count == 0) {
+    report_warning ("the cluster at host offset %#" PRIx64 " was in use "
+                    "with refcount 0; see qemu-img check",
+                    cluster << q->cluster_bits);
+    return true;
   }
-  return found;
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  return refcount_set (q, cluster, count - 1) == 0;
 }
 
 /* Give the storage of a run back, then the clusters.  In this order, as
- * they may be taken the moment their count is 0.
+ * they may be taken the moment their count is 0.  Returns how many.
  */
-static void
+static uint64_t
 free_run (struct qcow2 *q, uint64_t cluster, uint64_t nr)
 {
+  uint64_t c = cluster;
+
   container_zero (q->container, nr << q->cluster_bits,
                   cluster << q->cluster_bits, true);
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
-  for (uint64_t c = cluster; c < cluster + nr; ++c)
-    refcount_set (q, c, 0);
+  while (c < cluster + nr && refcount_set (q, c, 0) == 0)
+    c++;
   q->rc.cursor = min_u64 (q->rc.cursor, cluster);
+  return c - cluster;
 }
 
-static void
-free_range (struct qcow2 *q, uint64_t cluster, uint64_t nr)
+/* Free the clusters of a range, and take them out of it. */
+static int
+free_range (struct qcow2 *q, struct release_range *r)
 {
-  bool zero[CHUNK];
+  uint64_t counts[CHUNK];
 
-  while (nr > 0) {
-    const unsigned n = min_u64 (nr, CHUNK);
+  while (r->nr > 0) {
+    const unsigned want = min_u64 (r->nr, CHUNK);
+    const unsigned n = read_counts (q, r->cluster, want, counts);
+    unsigned i = 0, run, done;
 
-    if (lower_counts (q, cluster, n, zero) == n)
-      free_run (q, cluster, n);
-    else
-      for (unsigned i = 0; i < n; ++i)
-        if (zero[i])
-          free_run (q, cluster + i, 1);
-    cluster += n;
-    nr -= n;
+    for (; i < n; i += done) {
+      for (run = 0; i + run < n && counts[i + run] == 1; ++run)
+        ;
+      if (run > 0)
+        done = free_run (q, r->cluster, run);
+      else {
+        run = 1;
+        done = lower_count (q, r->cluster, counts[i]);
+      }
+      r->cluster += done;
+      r->nr -= done;
+      if (done < run)
+        return -1;
+    }
+    if (n < want)
+      return -1;
   }
+  return 0;
 }
 
-static void
-free_list (struct qcow2 *q, struct release_list *list)
+/* Free the waiting clusters.  Those whose refcounts cannot be had stay. */
+static int
+free_waiting (struct qcow2 *q)
 {
-  for (size_t i = 0; i < list->nr; ++i)
-    free_range (q, list->ranges[i].cluster, list->ranges[i].nr);
-  atomic_fetch_sub (&q->pending_ranges, list->nr);
-  atomic_fetch_sub (&q->pending_clusters, list->nr_clusters);
-  list->nr = list->nr_clusters = 0;
+  struct release_list *list = &q->waiting;
+  const size_t nr = list->nr;
+  const uint64_t nr_clusters = list->nr_clusters;
+  struct report_hold hold;
+  size_t kept = 0;
+
+  list->nr_clusters = 0;
+  report_hold_begin (&hold);
+  for (size_t i = 0; i < nr; ++i)
+    if (free_range (q, &list->ranges[i]) == -1) {
+      list->nr_clusters += list->ranges[i].nr;
+      list->ranges[kept++] = list->ranges[i];
+    }
+  report_hold_end (&hold);
+  list->nr = kept;
+  atomic_fetch_sub (&q->pending_ranges, nr - kept);
+  atomic_fetch_sub (&q->pending_clusters, nr_clusters - list->nr_clusters);
+  if (kept == 0)
+    return 0;
+  report_warning ("%" PRIu64 " clusters could not be freed: %s",
+                  list->nr_clusters, hold.any ? hold.text : "no reason");
+  return -1;
+}
+
+void
+release_forget (struct qcow2 *q)
+{
+  report_warning ("%" PRIu64 " clusters are leaked; qemu-img check -r leaks "
+                  "frees them", q->waiting.nr_clusters);
+  atomic_fetch_sub (&q->pending_ranges, q->waiting.nr);
+  atomic_fetch_sub (&q->pending_clusters, q->waiting.nr_clusters);
+  q->waiting.nr = q->waiting.nr_clusters = 0;
+  q->grace_under_way = false;
 }
 
 /* Has the grace period of the waiting list ended? */
@@ -257,16 +296,28 @@ grace_is_over (struct qcow2 *q, bool wait)
   return true;
 }
 
-void
+/* End the grace period under way, if it can be, and free what waits for
+ * it.
+ */
+static int
+end_grace (struct qcow2 *q, bool wait)
+{
+  if (!q->grace_under_way || !grace_is_over (q, wait))
+    return 0;
+  if (free_waiting (q) == -1)
+    return -1;
+  q->grace_under_way = false;
+  return 0;
+}
+
+int
 release_retire (struct qcow2 *q, bool wait)
 {
-  /* Only the flush, of which there is one, touches these two. */
-  if (q->grace_under_way) {
-    if (!grace_is_over (q, wait))
-      return;
-    q->grace_under_way = false;
-    free_list (q, &q->waiting);
-  }
+  /* Only the flush, of which there is one, touches these two lists. */
+  if (end_grace (q, wait) == -1)
+    return -1;
+  if (q->grace_under_way)
+    return 0;
   pthread_mutex_lock (&q->release_lock);
   if (q->durable.nr != 0) {
     list_move (&q->waiting, &q->durable);
@@ -274,11 +325,7 @@ release_retire (struct qcow2 *q, bool wait)
     grace_begin (&q->requests);
   }
   pthread_mutex_unlock (&q->release_lock);
-
-  if (q->grace_under_way && grace_is_over (q, wait)) {
-    q->grace_under_way = false;
-    free_list (q, &q->waiting);
-  }
+  return end_grace (q, wait);
 }
 
 bool

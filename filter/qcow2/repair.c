@@ -185,15 +185,24 @@ raise_count (void *opaque, uint64_t cluster, uint64_t stored,
 static int
 settle (struct qcow2 *q)
 {
+  const unsigned long lost = qcow2_lost (q);
+  unsigned long epoch;
+
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->flush_lock);
   release_flush_begins (q);
-  if (refcounts_flush (q) == -1 || qcow2_barrier (q) == -1) {
+  if (refcounts_flush (q, lost) == -1) {
     release_flush_ends (q, false);
     return -1;
   }
+  epoch = refcounts_barrier_begins (q);
+  if (qcow2_barrier_since (q, lost) == -1) {
+    release_flush_ends (q, false);
+    return -1;
+  }
+  refcounts_barrier_done (q, epoch);
   release_flush_ends (q, true);
   release_retire (q, true);
-  return refcounts_flush (q);
+  return refcounts_flush (q, lost);
 }
 
 static int

@@ -295,22 +295,22 @@ write_some (struct qcow2 *q, const void *buf, uint64_t count, uint64_t offset,
 }
 
 /* After a failure: was it for want of space that freed clusters, which
- * are kept back for the next flush, can give?
+ * are kept back for the next flush, can give?  If so nothing need be
+ * said about it.
  */
 bool
-write_may_retry (struct qcow2 *q, bool *retried)
+write_may_retry (struct qcow2 *q, const struct report_hold *failure,
+                 bool *retried)
 {
   const int err = errno;
 
   if (err == ENOSPC && !*retried && !release_is_empty (q)) {
     *retried = true;
-    if (qcow2_reclaim (q) == 0)
+    if (reclaim_quietly (q) == 0)
       return true;
   }
-  if (err == ENOSPC)
-    report_error ("no space is left for new clusters in the image: "
-                  "the container cannot grow");
   errno = err;
+  report_held (failure);
   return false;
 }
 
@@ -323,16 +323,19 @@ qcow2_write (struct qcow2 *q, const void *buf, uint64_t count, uint64_t offset)
   if (header_begin_writing (q) == -1)
     return -1;
   while (count > 0) {
+    struct report_hold hold;
     uint64_t done;
     int r;
 
     if (release_wants_reclaim (q))
-      qcow2_reclaim (q);
+      reclaim_quietly (q);
+    report_hold_begin (&hold);
     const grace_ticket ticket = grace_enter (&q->requests);
     r = write_some (q, p, count, offset, &done);
     grace_leave (&q->requests, ticket);
+    report_hold_end (&hold);
     if (r == -1) {
-      if (write_may_retry (q, &retried))
+      if (write_may_retry (q, &hold, &retried))
         continue;
       return -1;
     }
