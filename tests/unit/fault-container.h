@@ -1,0 +1,78 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_TEST_FAULT_CONTAINER_H
+#define DIRTY_BITMAP_TEST_FAULT_CONTAINER_H
+
+/* A container in memory that counts its calls, fails those that it is
+ * told to, and knows what of it would outlive a power cut.
+ */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "crash-container.h"
+
+struct container;
+
+/* Kinds of calls, as bits. */
+enum {
+  FAULT_READ = 1,
+  FAULT_WRITE = 2,
+  FAULT_ZERO = 4,
+  FAULT_FLUSH = 8,
+  FAULT_GROW = 16,
+  FAULT_TRUNCATE = 32,
+  FAULT_CHANGES = FAULT_WRITE | FAULT_ZERO | FAULT_FLUSH | FAULT_GROW |
+                  FAULT_TRUNCATE,
+  FAULT_ALL = FAULT_READ | FAULT_CHANGES,
+};
+
+enum fault_done { DONE_NOTHING, DONE_HALF, DONE_WHOLE };
+
+/* Which calls fail, and how. */
+struct fault_plan {
+  unsigned kinds;               /* that are counted, and fail */
+  size_t first;                 /* of those, from 0 on */
+  bool for_good;                /* it, and all of them after it */
+  bool thin;                    /* only those that need storage which is
+                                   not there yet are counted */
+  int error;
+  enum fault_done done;         /* by a write or zeroing that fails: half
+                                   is a whole number of sectors */
+  bool loses;                   /* a barrier that fails loses for ever what
+                                   it was for: it reads back, but no
+                                   barrier makes it durable */
+  uint64_t limit;               /* the size can not exceed this, 0: none */
+};
+
+struct fault_store {
+  struct crash_image live;      /* as it reads */
+  struct crash_image durable;   /* what the last barrier left, at least */
+  struct fault_plan plan;
+  bool paused;                  /* nothing fails, nothing is counted */
+  size_t counted;               /* calls, of the kinds of the plan */
+  size_t nr_failed;             /* calls that were made to fail */
+  size_t nr_lost;               /* barriers among them */
+  uint8_t *pending;             /* by sector: no barrier since the write */
+  uint8_t *backed;              /* by page: it has storage */
+};
+
+/* An image can grow to its room. */
+extern struct fault_store *fault_store_new (uint64_t room);
+extern void fault_store_free (struct fault_store *);
+
+/* Begin with an image, durable, and a plan. */
+extern void fault_store_reset (struct fault_store *,
+                               const struct crash_image *,
+                               const struct fault_plan *);
+/* The fault has ended. */
+extern void fault_store_heal (struct fault_store *);
+
+/* Closing it leaves the store, and it can be opened again after that. */
+extern struct container *fault_container_open (struct fault_store *);
+
+#endif /* DIRTY_BITMAP_TEST_FAULT_CONTAINER_H */

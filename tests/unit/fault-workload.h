@@ -1,0 +1,62 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_TEST_FAULT_WORKLOAD_H
+#define DIRTY_BITMAP_TEST_FAULT_WORKLOAD_H
+
+/* The images and requests that faults are tried on. */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "crash-container.h"
+#include "crash-model.h"
+
+enum step_kind {
+  STEP_END,
+  STEP_READ,
+  STEP_WRITE,
+  STEP_ZERO,
+  STEP_ZERO_KEEP,               /* ... and leave it allocated */
+  STEP_ZERO_FAST,               /* ... or say that it is not fast */
+  STEP_TRIM,
+  STEP_FLUSH,
+  STEP_REOPEN,                  /* a clean stop, and another start */
+};
+
+struct step {
+  enum step_kind kind;
+  uint64_t offset, count;
+  bool fua;
+};
+
+struct workload {
+  const char *name;
+  const char *options;          /* of qemu-img create */
+  const char *size;
+  const char *make;             /* shell commands, the image is $f */
+  uint64_t garbage;             /* bytes at the end, free and not zero */
+  const char *create;           /* a bitmap, when it is opened */
+  struct model_windows windows;
+
+  /* It writes whole clusters only, with no FUA: then a client can write
+   * again all that a failed flush may have lost.
+   */
+  bool whole;
+  bool by_qemu;                 /* our own checker does not know this */
+  struct step steps[32];
+
+  struct crash_image image;     /* once it is made */
+};
+
+extern struct workload workloads[];
+extern const size_t nr_workloads;
+extern void make_workload (struct workload *);
+
+/* What images can grow to. */
+#define FAULT_ROOM (UINT64_C (5) << 20)
+
+#endif /* DIRTY_BITMAP_TEST_FAULT_WORKLOAD_H */

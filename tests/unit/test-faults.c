@@ -1,0 +1,852 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* Faults from below, at every call in turn.
+ *
+ * A workload (fault-workload.c) is run once without faults, which counts
+ * its calls to the container, and then once for each call and each kind
+ * of fault (modes[] below).  What must hold:
+ *
+ * - A request that fails has said why, in one line; one that succeeds
+ *   has said nothing, and has done what it should.
+ * - What a request that failed has touched reads as it was or as it
+ *   should have become, sector by sector; all else is untouched.
+ * - While only changes fail, all that there is can be read; while the
+ *   container cannot grow, what is allocated can be written.
+ * - When the fault has ended the same requests succeed, a flush succeeds,
+ *   and a power cut right after it leaves a sound image with all of that
+ *   and with bitmaps that are marked or lack nothing (I1 to I3).
+ * - The stop is clean: no bitmap is marked, nothing is leaked but what a
+ *   warning said or a start that failed has left.  Where the fault never
+ *   ends the stop says so, and the image is sound.
+ * - If a barrier has failed, a flush does: the next that a client asks
+ *   for, if its own did not.  Until then he could take for durable what
+ *   is lost.
+ *
+ * FAULT_RUN=WORKLOAD:MODE:CALL runs one of them, with its messages.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <inttypes.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "common/bytes.h"
+#include "common/report.h"
+#include "container/container.h"
+#include "crash-check.h"
+#include "crash-model.h"
+#include "disk/disk.h"
+#include "fault-container.h"
+#include "fault-workload.h"
+#include "image.h"
+
+/* Seconds that one run may take: a hang is a failure. */
+#define PATIENCE 20
+
+struct mode {
+  const char *name;
+  struct fault_plan plan;
+  bool limits;                  /* one run for each size */
+  bool never_ends;
+};
+
+static const struct mode modes[] = {
+  { .name = "eio", .plan = { .kinds = FAULT_ALL, .error = EIO } },
+  { .name = "eio-half",
+    .plan = { .kinds = FAULT_WRITE | FAULT_ZERO, .error = EIO,
+              .done = DONE_HALF } },
+  { .name = "eio-whole",
+    .plan = { .kinds = FAULT_WRITE | FAULT_ZERO, .error = EIO,
+              .done = DONE_WHOLE } },
+  { .name = "eio-all",
+    .plan = { .kinds = FAULT_ALL, .error = EIO, .for_good = true } },
+  { .name = "eio-reads",
+    .plan = { .kinds = FAULT_READ, .error = EIO, .for_good = true } },
+  { .name = "eio-changes",
+    .plan = { .kinds = FAULT_CHANGES, .error = EIO, .for_good = true,
+              .done = DONE_HALF } },
+  { .name = "eio-for-ever", .never_ends = true,
+    .plan = { .kinds = FAULT_CHANGES, .error = EIO, .for_good = true,
+              .done = DONE_WHOLE } },
+  { .name = "eio-all-for-ever", .never_ends = true,
+    .plan = { .kinds = FAULT_ALL, .error = EIO, .for_good = true } },
+  { .name = "enospc",
+    .plan = { .kinds = FAULT_WRITE | FAULT_ZERO | FAULT_GROW,
+              .error = ENOSPC } },
+  { .name = "enospc-thin",
+    .plan = { .kinds = FAULT_WRITE | FAULT_GROW, .error = ENOSPC,
+              .for_good = true, .thin = true } },
+  { .name = "enospc-for-ever", .never_ends = true,
+    .plan = { .kinds = FAULT_WRITE | FAULT_GROW, .error = ENOSPC,
+              .for_good = true, .thin = true } },
+  { .name = "limit", .limits = true },
+  { .name = "limit-for-ever", .limits = true, .never_ends = true },
+  { .name = "lost",
+    .plan = { .kinds = FAULT_FLUSH, .error = EIO, .loses = true } },
+  { .name = "lost-for-a-while",
+    .plan = { .kinds = FAULT_FLUSH, .error = EIO, .for_good = true,
+              .loses = true } },
+};
+#define NR_MODES (sizeof modes / sizeof modes[0])
+
+struct run {
+  const struct workload *w;
+  const struct mode *mode;
+  size_t k;
+  struct fault_store *store;
+  struct model *model;
+  struct disk *disk;
+  size_t now;                   /* moments, as the model has them */
+  size_t nr_told;               /* failed barriers that a flush has told */
+  unsigned flushed;             /* all steps before it are, in the end */
+  bool failed[32];              /* steps that have yet to be done */
+  bool may_be_lost;             /* a flush has told, nothing was redone */
+  bool leaks;                   /* may be left */
+};
+
+static uint64_t nr_runs, nr_faults, nr_by_qemu, nr_wrong;
+static unsigned nr_lines;       /* errors reported */
+static bool leak_was_told;
+static char what_runs[128], last_line[512];
+
+static void
+note_line (enum report_level level, const char *fmt, va_list args)
+{
+  vsnprintf (last_line, sizeof last_line, fmt, args);
+  if (level == REPORT_ERROR)
+    nr_lines++;
+  if (level == REPORT_WARNING && strstr (last_line, "leaked") != NULL)
+    leak_was_told = true;
+  if (getenv ("FAULT_RUN") != NULL)
+    fprintf (stderr, "  %s: %s\n", level == REPORT_ERROR ? "error"
+             : level == REPORT_WARNING ? "warning" : "debug", last_line);
+}
+
+static void
+hangs (int sig)
+{
+  (void) sig;
+  if (write (2, what_runs, strlen (what_runs)) == -1 ||
+      write (2, ": it hangs\n", 11) == -1)
+    _exit (2);
+  _exit (1);
+}
+
+static jmp_buf end_of_run;
+
+/* Say what is wrong, and go on with the next run. */
+static void wrong (const char *fmt, ...)
+  __attribute__ ((format (printf, 1, 2), noreturn));
+
+static void
+wrong (const char *fmt, ...)
+{
+  va_list args;
+
+  fprintf (stderr, "FAULT_RUN=%s: ", what_runs);
+  va_start (args, fmt);
+  vfprintf (stderr, fmt, args);
+  va_end (args);
+  fputc ('\n', stderr);
+  nr_wrong++;
+  longjmp (end_of_run, 1);
+}
+
+static const char *
+step_name (const struct step *s)
+{
+  static const char *const names[] = {
+    "end", "read", "write", "zero", "zero-keep", "zero-fast", "trim",
+    "flush", "reopen",
+  };
+
+  return names[s->kind];
+}
+
+/* How many bitmaps are offered when all is well? */
+static size_t
+nr_offered (const struct run *r)
+{
+  size_t n = 0;
+
+  for (size_t i = 0; i < r->model->nr_bitmaps; ++i)
+    n += (r->model->bitmaps[i].flags & 1) == 0;
+  return n;
+}
+
+static struct disk *
+try_to_open (struct run *r)
+{
+  const struct disk_options options = {
+    .cache_size = 1, .granularity = 4096,
+    .require = &r->w->create, .nr_require = r->w->create != NULL ? 1 : 0,
+  };
+  struct container *c = fault_container_open (r->store);
+  struct disk *d = disk_open (c, &options);
+  const int err = errno;
+
+  if (d == NULL)
+    container_close (c);
+  errno = err;
+  return d;
+}
+
+/* At the start there is nobody to be served yet: a fault may end it, and
+ * then it has ended before the next.
+ */
+static void
+open_disk (struct run *r)
+{
+  const size_t nr_failed = r->store->nr_failed;
+
+  nr_lines = 0;
+  r->disk = try_to_open (r);
+  if (r->disk == NULL) {
+    if (r->store->nr_failed == nr_failed)
+      wrong ("it does not open, but nothing failed: %s", last_line);
+    if (nr_lines == 0)
+      wrong ("it does not open and nothing says why");
+    /* Creation may have been half done. */
+    r->leaks = r->model->may_lose = r->w->create != NULL;
+    fault_store_heal (r->store);
+    r->disk = try_to_open (r);
+    if (r->disk == NULL)
+      wrong ("it does not open: %s", last_line);
+    r->nr_told = r->store->nr_lost;
+  }
+  else if (disk_nr_bitmaps (r->disk) != nr_offered (r)) {
+    /* They could not be read, so the disk is served without. */
+    if (r->store->nr_failed == nr_failed && !r->model->may_lose)
+      wrong ("there are %zu bitmaps", disk_nr_bitmaps (r->disk));
+    r->model->may_lose = r->leaks = true;
+  }
+  r->model->opened = r->now++;
+}
+
+static void
+make_data (const struct run *r, const struct change *c, uint8_t *data)
+{
+  (void) r;
+  for (uint64_t i = 0; i < c->count; ++i) {
+    const uint64_t tag = (c->start * UINT64_C (0x9e3779b97f4a7c15))
+      ^ (c->offset + i) / 512 * UINT64_C (0xbf58476d1ce4e5b9);
+
+    data[i] = tag >> (i % 8 * 8);
+  }
+}
+
+static int
+make_change (struct run *r, const struct step *s, const uint8_t *data)
+{
+  struct disk *d = r->disk;
+  int ret;
+
+  switch (s->kind) {
+  case STEP_WRITE:
+    return disk_write (d, data, s->count, s->offset, s->fua);
+  case STEP_TRIM:
+    return disk_trim (d, s->count, s->offset, s->fua);
+  case STEP_ZERO_FAST:
+    ret = disk_zero (d, s->count, s->offset, false, true, s->fua);
+    if (ret == 0 || errno != ENOTSUP)
+      return ret;
+    return disk_zero (d, s->count, s->offset, false, false, s->fua);
+  default:
+    return disk_zero (d, s->count, s->offset, s->kind == STEP_ZERO_KEEP,
+                      false, s->fua);
+  }
+}
+
+/* The sectors of a change, as the model has them or as they are served. */
+static uint8_t *
+copy_sectors (struct run *r, const struct change *c, bool served)
+{
+  const uint64_t from = round_down (c->offset, 512);
+  const uint64_t to = round_up (c->offset + c->count, 512);
+  uint8_t *copy = calloc (1, to - from);
+
+  assert_non_null (copy);
+  for (uint64_t at = from; at < to; at += 512) {
+    const uint8_t *p = model_content (r->model, at);
+
+    if (p == NULL)
+      continue;
+    if (!served)
+      memcpy (copy + (at - from), p, 512);
+    else if (disk_read (r->disk, copy + (at - from), 512, at) == -1) {
+      free (copy);
+      wrong ("guest offset %#" PRIx64 " cannot be read: %s", at, last_line);
+    }
+  }
+  return copy;
+}
+
+/* After a failure nobody knows what is there: each sector is old or new.
+ * The model is told which.
+ */
+static void
+read_back (struct run *r, const struct change *c, const uint8_t *old)
+{
+  const uint64_t from = round_down (c->offset, 512);
+  const uint64_t to = round_up (c->offset + c->count, 512);
+  uint8_t *now;
+  uint64_t bad = 0;
+
+  r->store->paused = true;
+  now = copy_sectors (r, c, true);
+  r->store->paused = false;
+  for (uint64_t at = from; at < to; at += 512) {
+    uint8_t *p = model_content (r->model, at);
+    const uint8_t *is = now + (at - from);
+
+    if (p == NULL)
+      continue;
+    if (memcmp (is, p, 512) != 0 && memcmp (is, old + (at - from), 512) != 0)
+      bad = at + 1;
+    memcpy (p, is, 512);
+  }
+  free (now);
+  if (bad != 0)
+    wrong ("guest offset %#" PRIx64 " is neither old nor new", bad - 1);
+}
+
+/* What a request that failed, or did not, has to say. */
+static void
+check_lines (const struct step *s, int ret, int err)
+{
+  if (ret == -1 && nr_lines != 1)
+    wrong ("%s failed (%s) and %u lines say why", step_name (s),
+           strerror (err), nr_lines);
+  if (ret == 0 && nr_lines != 0)
+    wrong ("%s succeeded, but: %s", step_name (s), last_line);
+}
+
+static bool
+do_change (struct run *r, const struct step *s)
+{
+  struct change c = {
+    .kind = s->kind == STEP_WRITE ? CHANGE_WRITE
+    : s->kind == STEP_TRIM ? CHANGE_TRIM : CHANGE_ZERO,
+    .offset = s->offset, .count = s->count, .fua = s->fua,
+    .start = r->now++, .end = SIZE_MAX,
+  };
+  uint8_t *old = copy_sectors (r, &c, false);
+  uint8_t *data = malloc (c.count);
+  int ret, err;
+
+  assert_non_null (data);
+  make_data (r, &c, data);
+  model_begin (r->model, &c, s->kind == STEP_WRITE ? data : NULL);
+  nr_lines = 0;
+  ret = make_change (r, s, data);
+  err = errno;
+  if (ret == -1)
+    read_back (r, &c, old);
+  c.end = r->now++;
+  (ret == 0 ? model_end : model_failed) (r->model, &c);
+  free (old);
+  free (data);
+  check_lines (s, ret, err);
+  return ret == 0;
+}
+
+static void
+do_read (struct run *r, const struct step *s, bool *done)
+{
+  uint8_t *buf = malloc (s->count);
+  int ret, err;
+
+  assert_non_null (buf);
+  nr_lines = 0;
+  ret = disk_read (r->disk, buf, s->count, s->offset);
+  err = errno;
+  const bool right = ret == -1 ||
+    memcmp (buf, model_content (r->model, s->offset), s->count) == 0;
+  free (buf);
+  check_lines (s, ret, err);
+  if (!right)
+    wrong ("guest offset %#" PRIx64 " reads wrong", s->offset);
+  *done = ret == 0;
+}
+
+static bool do_step (struct run *r, unsigned i);
+
+/* What a client has to do after a flush failed: write again all that he
+ * wrote since the last that did not.
+ */
+static void
+write_again (struct run *r, unsigned end)
+{
+  for (unsigned i = r->flushed; i < end; ++i) {
+    const struct step *s = &r->w->steps[i];
+
+    if (s->kind >= STEP_WRITE && s->kind <= STEP_TRIM && !r->failed[i] &&
+        !do_change (r, s))
+      wrong ("%s cannot be done again: %s", step_name (s), last_line);
+  }
+  r->may_be_lost = false;
+}
+
+/* A flush or a stop, after the steps before end. */
+static bool
+do_flush (struct run *r, unsigned end, int (*flush) (struct disk *))
+{
+  const size_t start = r->now++, owed = r->store->nr_lost - r->nr_told;
+  const struct step step = { .kind = STEP_FLUSH };
+  int ret, err;
+
+  nr_lines = 0;
+  ret = flush (r->disk);
+  err = errno;
+  if (ret == 0 && r->store->nr_lost != r->nr_told)
+    wrong ("a flush succeeded, but a barrier failed (%zu before it)", owed);
+  if (flush == disk_flush)
+    check_lines (&step, ret, err);
+  else if ((ret == 0) != (nr_lines == 0))
+    wrong ("the stop returned %d and %u lines say why", ret, nr_lines);
+  if (ret == -1) {
+    r->may_be_lost |= r->store->nr_lost != r->nr_told;
+    r->nr_told = r->store->nr_lost;
+    return false;
+  }
+  model_flushed (r->model, start, r->now++);
+  /* What failed is not of those that are flushed. */
+  for (r->flushed = 0; r->flushed < end && !r->failed[r->flushed];)
+    r->flushed++;
+  return true;
+}
+
+static bool
+do_reopen (struct run *r, unsigned i)
+{
+  if (!do_flush (r, i, disk_stop))
+    return false;
+  disk_close (r->disk);
+  r->disk = NULL;
+  open_disk (r);
+  return true;
+}
+
+static bool
+do_step (struct run *r, unsigned i)
+{
+  const struct step *s = &r->w->steps[i];
+  bool done = false;
+
+  switch (s->kind) {
+  case STEP_READ:
+    do_read (r, s, &done);
+    return done;
+  case STEP_FLUSH:
+    return do_flush (r, i, disk_flush);
+  case STEP_REOPEN:
+    return do_reopen (r, i);
+  default:
+    return do_change (r, s);
+  }
+}
+
+/* A step that must succeed now, but for a flush that owes an error. */
+static void
+must_do (struct run *r, unsigned i)
+{
+  const struct step *s = &r->w->steps[i];
+  const bool owes = r->store->nr_lost != r->nr_told;
+
+  if (do_step (r, i)) {
+    r->failed[i] = false;
+    return;
+  }
+  if (!owes || (s->kind != STEP_FLUSH && s->kind != STEP_REOPEN))
+    wrong ("the fault has ended, but not for %s (step %u): %s",
+           step_name (s), i, last_line);
+  write_again (r, i);
+  if (!do_step (r, i))
+    wrong ("the fault has ended, but not for the second %s: %s",
+           step_name (s), last_line);
+  r->failed[i] = false;
+}
+
+static void
+compare_served (struct run *r)
+{
+  const struct model *m = r->model;
+  static uint8_t buf[65536];
+
+  for (unsigned w = 0; w < m->nr_windows; ++w)
+    for (uint64_t i = 0; i < m->window_size; i += 2048) {
+      const uint64_t at = model_window (m, w) + i;
+
+      if (disk_read (r->disk, buf, 2048, at) == -1)
+        wrong ("guest offset %#" PRIx64 " is not served: %s", at, last_line);
+      if (memcmp (buf, model_content (m, at), 2048) != 0)
+        wrong ("guest offset %#" PRIx64 " is served wrong", at);
+    }
+}
+
+/* What still has to work while the fault lasts. */
+static void
+try_the_rest (struct run *r)
+{
+  const struct step in_place = { STEP_WRITE, 512, 512, false };
+  const struct fault_plan *p = &r->mode->plan;
+
+  if ((p->kinds & FAULT_READ) == 0)
+    compare_served (r);
+  if ((p->thin || r->mode->limits) &&
+      !do_change (r, &in_place))
+    wrong ("no write in place: %s", last_line);
+}
+
+static void
+check_one (struct run *r, const struct crash_image *image, const char *when,
+           bool stopped)
+{
+  struct checked k;
+  const char *error = NULL;
+  bool sound = check_image (&k, image), flags = true;
+
+  if (sound) {
+    error = model_check (r->model, &k);
+    for (size_t i = 0; stopped && i < k.nr_bitmaps; ++i)
+      flags = flags && (k.bitmaps[i].flags & 1) == 0;
+  }
+  const uint64_t nr_leaked = k.nr_leaked;
+  static char text[256];
+
+  memcpy (text, k.error, sizeof text);
+  checked_free (&k);
+  if (!sound)
+    wrong ("%s: %s", when, text);
+  if (error != NULL)
+    wrong ("%s: %s", when, error);
+  if (!flags)
+    wrong ("%s: a bitmap is marked", when);
+  if (stopped && nr_leaked != 0 && !r->leaks && !leak_was_told)
+    wrong ("%s: %" PRIu64 " clusters are leaked", when, nr_leaked);
+}
+
+static void
+save_image (const struct crash_image *image, const char *file)
+{
+  FILE *fp = fopen (file, "we");
+
+  assert_non_null (fp);
+  assert_int_equal (fwrite (image->bytes, 1, image->size, fp), image->size);
+  assert_int_equal (fclose (fp), 0);
+}
+
+/* Let QEMU judge it. */
+static void
+qemu_check (struct run *r, const struct crash_image *image, bool stopped)
+{
+  const char *file = temp_file ("fault.qcow2");
+  const bool leaks = !stopped || r->leaks || leak_was_told;
+  int ret;
+
+  save_image (image, file);
+  ret = run_command ("qemu-img check -q '%s' >'%s.out' 2>&1", file, file);
+  nr_by_qemu++;
+  if (ret == 0 || (ret == 3 && leaks))
+    return;
+  run_command ("cat '%s.out' >&2", file);
+  wrong ("qemu-img check says %d", ret);
+}
+
+/* The image, as it is and as a power cut would leave it. */
+static void
+check_images (struct run *r, bool stopped)
+{
+  model_sort (r->model);
+  model_advance (r->model, r->now);
+  if (!r->w->by_qemu) {
+    check_one (r, &r->store->live, stopped ? "stopped" : "killed", stopped);
+    check_one (r, &r->store->durable, "cut off", stopped);
+  }
+  if (nr_runs % (r->w->by_qemu ? 20 : 400) == 0)
+    qemu_check (r, &r->store->live, stopped);
+}
+
+/* The fault never ended. */
+static void
+end_badly (struct run *r)
+{
+  const size_t nr_failed = r->store->nr_failed;
+  bool stopped;
+
+  nr_lines = 0;
+  stopped = disk_stop (r->disk) == 0;
+  if (stopped != (nr_lines == 0))
+    wrong ("the stop says %d and %u lines why", stopped, nr_lines);
+  if (!stopped && r->store->nr_failed == 0)
+    wrong ("the stop failed, but nothing else: %s", last_line);
+  disk_close (r->disk);
+  r->disk = NULL;
+  /* Nothing was left to be done, but what it failed to give back. */
+  if (stopped && r->store->nr_failed != nr_failed)
+    r->leaks = true;
+  check_images (r, stopped);
+}
+
+/* The fault has ended. */
+static void
+end_well (struct run *r, unsigned nr_steps)
+{
+  fault_store_heal (r->store);
+  if (r->may_be_lost)
+    write_again (r, nr_steps);
+  for (unsigned i = 0; i < nr_steps; ++i)
+    if (r->failed[i])
+      must_do (r, i);
+  if (!do_flush (r, nr_steps, disk_flush)) {
+    write_again (r, nr_steps);
+    if (!do_flush (r, nr_steps, disk_flush))
+      wrong ("the fault has ended, but not for a flush: %s", last_line);
+  }
+  compare_served (r);
+  check_images (r, false);
+  if (!do_flush (r, nr_steps, disk_stop))
+    wrong ("no clean stop: %s", last_line);
+  disk_close (r->disk);
+  r->disk = NULL;
+  check_images (r, true);
+  open_disk (r);
+  compare_served (r);
+}
+
+static void
+run_steps (struct run *r)
+{
+  const struct step *s = r->w->steps;
+  const bool for_good = r->mode->plan.for_good || r->mode->limits;
+  unsigned i;
+
+  open_disk (r);
+  for (i = 0; s[i].kind != STEP_END; ++i) {
+    const size_t nr_failed = r->store->nr_failed, nr_told = r->nr_told;
+
+    if (do_step (r, i))
+      continue;
+    r->failed[i] = true;
+    if (r->store->nr_failed == nr_failed && r->store->nr_lost == nr_told)
+      wrong ("%s (step %u) failed, but nothing below it: %s",
+             step_name (&s[i]), i, last_line);
+    if (for_good)
+      try_the_rest (r);
+    else {
+      if (s[i].kind == STEP_FLUSH || s[i].kind == STEP_REOPEN)
+        write_again (r, i);
+      must_do (r, i);
+    }
+  }
+  if (r->mode->never_ends)
+    end_badly (r);
+  else
+    end_well (r, i);
+}
+
+/* The model of an image that the checker does not know: all that the
+ * windows hold is taken for a change before everything.
+ */
+static struct model *
+model_by_serving (const struct workload *w, struct fault_store *store)
+{
+  struct checked base = { .image = &store->live, .cluster_bits = 12 };
+  const struct disk_options options = { .cache_size = 1, .readonly = true };
+  struct disk *d = disk_open (fault_container_open (store), &options);
+  struct model *m;
+
+  assert_non_null (d);
+  base.disk_size = disk_size (d);
+  base.l1_offset = FAULT_ROOM - 65536; /* there is nothing */
+  m = model_new (&base, &w->windows);
+  for (unsigned i = 0; i < m->nr_windows; ++i) {
+    const struct change c = {
+      .kind = CHANGE_WRITE, .offset = model_window (m, i),
+      .count = m->window_size, .start = 0, .end = 0,
+    };
+    uint8_t *data = malloc (c.count);
+
+    assert_non_null (data);
+    assert_int_equal (disk_read (d, data, c.count, c.offset), 0);
+    model_begin (m, &c, data);
+    model_end (m, &c);
+    free (data);
+  }
+  for (size_t i = 0; i < disk_nr_bitmaps (d); ++i)
+    model_expect_bitmap (m, disk_bitmap_name (d, i), 16);
+  disk_close (d);
+  return m;
+}
+
+static struct model *
+make_model (const struct workload *w, struct fault_store *store)
+{
+  struct checked base;
+  struct model *m;
+
+  if (w->by_qemu)
+    return model_by_serving (w, store);
+  if (!check_image (&base, &w->image))
+    fail_msg ("%s: %s", w->name, base.error);
+  m = model_new (&base, &w->windows);
+  if (w->create != NULL)
+    model_expect_bitmap (m, w->create, 12);
+  checked_free (&base);
+  return m;
+}
+
+/* One run.  Returns how many calls were counted. */
+static size_t
+run_one (const struct workload *w, const struct mode *mode, size_t k,
+         struct fault_store *store)
+{
+  static struct run r;
+  struct fault_plan plan = mode->plan;
+
+  plan.first = k;
+  if (mode->limits)
+    plan.limit = k;
+  snprintf (what_runs, sizeof what_runs, "%s:%s:%zd", w->name, mode->name, k);
+  alarm (PATIENCE);
+  fault_store_reset (store, &w->image, &(const struct fault_plan) { 0 });
+  r = (struct run) { .w = w, .mode = mode, .k = k, .store = store, .now = 2 };
+  r.model = make_model (w, store);
+  fault_store_reset (store, &w->image, &plan);
+  leak_was_told = false;
+  if (setjmp (end_of_run) == 0)
+    run_steps (&r);
+  if (r.disk != NULL)
+    disk_close (r.disk);
+  model_free (r.model);
+  nr_runs++;
+  nr_faults += store->nr_failed;
+  return store->counted;
+}
+
+/* The size that the image comes to have without faults. */
+static uint64_t
+largest_size (const struct workload *w, struct fault_store *store)
+{
+  const struct mode none = { .name = "none", .plan = { .kinds = 0 },
+                             .never_ends = true };
+  struct run r = { .w = w, .mode = &none, .store = store, .now = 2 };
+
+  fault_store_reset (store, &w->image, &none.plan);
+  r.model = make_model (w, store);
+  open_disk (&r);
+  for (unsigned i = 0; w->steps[i].kind != STEP_END; ++i)
+    if (!do_step (&r, i))
+      fail_msg ("%s: %s (step %u) fails without a fault: %s", w->name,
+                step_name (&w->steps[i]), i, last_line);
+  const uint64_t size = store->live.size;
+  disk_close (r.disk);
+  model_free (r.model);
+  return size;
+}
+
+static void
+run_limits (const struct workload *w, const struct mode *mode,
+            struct fault_store *store)
+{
+  const uint64_t largest = largest_size (w, store);
+
+  for (uint64_t limit = w->image.size; limit <= largest; limit += 1024)
+    run_one (w, mode, limit, store);
+}
+
+static void
+run_mode (const struct workload *w, const struct mode *mode,
+          struct fault_store *store)
+{
+  size_t nr;
+
+  if (mode->plan.loses && !w->whole)
+    return;
+  if (mode->limits) {
+    run_limits (w, mode, store);
+    return;
+  }
+  nr = run_one (w, mode, SIZE_MAX, store);
+  for (size_t k = 0; k < nr; ++k)
+    run_one (w, mode, k, store);
+}
+
+static const char *
+one_run (const char *s, const struct workload **w, const struct mode **mode)
+{
+  for (size_t i = 0; i < nr_workloads; ++i)
+    for (size_t j = 0; j < NR_MODES; ++j) {
+      char name[128];
+      const int n = snprintf (name, sizeof name, "%s:%s:",
+                              workloads[i].name, modes[j].name);
+
+      if (strncmp (s, name, n) == 0) {
+        *w = &workloads[i];
+        *mode = &modes[j];
+        return s + n;
+      }
+    }
+  fail_msg ("FAULT_RUN: there is no %s", s);
+  return NULL;
+}
+
+static void
+test_faults (void **state)
+{
+  struct fault_store *store = fault_store_new (FAULT_ROOM);
+  const char *only = getenv ("FAULT_RUN");
+
+  (void) state;
+  for (size_t i = 0; i < nr_workloads; ++i) {
+    const uint64_t runs = nr_runs;
+
+    make_workload (&workloads[i]);
+    for (size_t j = 0; only == NULL && j < NR_MODES; ++j)
+      run_mode (&workloads[i], &modes[j], store);
+    if (only == NULL)
+      print_message ("%s: %" PRIu64 " runs\n", workloads[i].name,
+                     nr_runs - runs);
+  }
+  if (only != NULL) {
+    const struct workload *w = NULL;
+    const struct mode *mode = NULL;
+    const char *k = one_run (only, &w, &mode);
+
+    run_one (w, mode, strtoull (k, NULL, 0), store);
+  }
+  alarm (0);
+  for (size_t i = 0; i < nr_workloads; ++i)
+    crash_image_free (&workloads[i].image);
+  fault_store_free (store);
+  print_message ("%" PRIu64 " runs, %" PRIu64 " calls failed, %" PRIu64
+                 " images judged by QEMU\n", nr_runs, nr_faults, nr_by_qemu);
+  assert_int_equal (nr_wrong, 0);
+}
+
+int
+main (void)
+{
+  const struct CMUnitTest tests[] = {
+    cmocka_unit_test (test_faults),
+  };
+
+  if (run_command ("qemu-img --version >/dev/null 2>&1 && "
+                   "qemu-io --version >/dev/null 2>&1") != 0)
+    return 77;
+  report_sink = note_line;
+  signal (SIGALRM, hangs);
+  return cmocka_run_group_tests (tests, NULL, NULL);
+}
