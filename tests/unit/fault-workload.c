@@ -158,15 +158,32 @@ struct workload workloads[] = {
       TRIM (4 * MIB, 4 * MIB), WRITE (0, 1024), FLUSH, TRIM (0, MIB),
     } },
 
+  /* A new L2 table, of which most slices are never set. */
+  { .name = "large-table", .options = "cluster_size=64k", .size = "1G",
+    .make = DATA "qemu-img bitmap --add -g 64k $f coarse; ",
+    .windows = { 65536, 256 * MIB, 4, 1024 * MIB },
+    .garbage = 512 * KIB, .whole = true,
+    .steps = {
+      WRITE (512 * MIB, 64 * KIB), FLUSH, WRITE (768 * MIB, 64 * KIB),
+    } },
+
+  { .name = "blocks", .options = "cluster_size=512,refcount_bits=64",
+    .size = "2M", .make = DATA BITMAPS,
+    .windows = { 65536, 256 * KIB, 6, 2 * MIB }, .whole = true,
+    .garbage = 8 * KIB,
+    .steps = {
+      WRITE (256 * KIB, 40 * KIB), FLUSH, WRITE (512 * KIB, 40 * KIB),
+    } },
+
   /* Refcount blocks and, at 2 MiB, the table. */
   { .name = "refcounts", .options = "cluster_size=512,refcount_bits=64",
     .size = "4M",
     .make = DATA BITMAPS
-    "qemu-io -f qcow2 -c 'write -P 9 2100k 1820k' $f >/dev/null; ",
+    "qemu-io -f qcow2 -c 'write -P 9 2100k 1860k' $f >/dev/null; ",
     .windows = { 65536, 256 * KIB, 6, 2 * MIB }, .whole = true,
     .steps = {
-      WRITE (256 * KIB, 48 * KIB), FLUSH, WRITE (512 * KIB, 64 * KIB),
-      WRITE (768 * KIB, 64 * KIB), FLUSH, WRITE (MIB, 64 * KIB),
+      WRITE (256 * KIB, 24 * KIB), FLUSH, WRITE (512 * KIB, 32 * KIB),
+      WRITE (768 * KIB, 32 * KIB), FLUSH, WRITE (MIB, 32 * KIB),
     } },
 
   /* More slices of refcounts than the cache has room for. */
@@ -208,6 +225,17 @@ struct workload workloads[] = {
       READ (MIB, 16 * KIB), WRITE (MIB + 700, 700), FLUSH,
       TRIM (MIB + 4096, 4096), ZERO (MIB + 8192, 512), FLUSH,
       WRITE (MIB + 12288, 4096), WRITE (2 * MIB, 8192),
+    } },
+
+  { .name = "subclusters", .options = "cluster_size=16k,extended_l2=on",
+    .size = "8M", .make = DATA BITMAPS,
+    .windows = { 65536, MIB, 6, 8 * MIB }, .by_qemu = true,
+    .garbage = 64 * KIB,
+    .steps = {
+      WRITE (MIB + 100, 700), WRITE (4096, 512), FLUSH,
+      ZERO (8192, 1024), TRIM (16 * KIB, 4096), WRITE (MIB + 5000, 12000),
+      FLUSH, ZERO_KEEP (32 * KIB, 16 * KIB), TRIM (16 * KIB, 16 * KIB),
+      WRITE (33 * KIB, 300), FLUSH, WRITE (2 * MIB, 32 * KIB),
     } },
 
   { .name = "v2", .options = "compat=0.10,cluster_size=4k", .size = "8M",

@@ -235,15 +235,18 @@ open_disk (struct run *r)
   r->model->opened = r->now++;
 }
 
+/* Every sector of every write is told apart. */
 static void
-make_data (const struct run *r, const struct change *c, uint8_t *data)
+make_data (const struct change *c, uint8_t *data)
 {
-  (void) r;
-  for (uint64_t i = 0; i < c->count; ++i) {
-    const uint64_t tag = (c->start * UINT64_C (0x9e3779b97f4a7c15))
-      ^ (c->offset + i) / 512 * UINT64_C (0xbf58476d1ce4e5b9);
+  for (uint64_t i = 0, n; i < c->count; i += n) {
+    const uint64_t sector = (c->offset + i) / 512;
+    uint64_t tag = (c->start * UINT64_C (0x9e3779b97f4a7c15))
+      ^ sector * UINT64_C (0xbf58476d1ce4e5b9);
 
-    data[i] = tag >> (i % 8 * 8);
+    n = min_u64 (c->count - i, 512 - (c->offset + i) % 512);
+    for (uint64_t j = 0; j < n; j += 8)
+      memcpy (data + i + j, &tag, min_u64 (8, n - j));
   }
 }
 
@@ -347,7 +350,7 @@ do_change (struct run *r, const struct step *s)
   int ret, err;
 
   assert_non_null (data);
-  make_data (r, &c, data);
+  make_data (&c, data);
   model_begin (r->model, &c, s->kind == STEP_WRITE ? data : NULL);
   nr_lines = 0;
   ret = make_change (r, s, data);
@@ -785,7 +788,7 @@ run_mode (const struct workload *w, const struct mode *mode,
 }
 
 static const char *
-one_run (const char *s, const struct workload **w, const struct mode **mode)
+one_run (const char *s, struct workload **w, const struct mode **mode)
 {
   for (size_t i = 0; i < nr_workloads; ++i)
     for (size_t j = 0; j < NR_MODES; ++j) {
@@ -810,21 +813,21 @@ test_faults (void **state)
   const char *only = getenv ("FAULT_RUN");
 
   (void) state;
-  for (size_t i = 0; i < nr_workloads; ++i) {
+  for (size_t i = 0; only == NULL && i < nr_workloads; ++i) {
     const uint64_t runs = nr_runs;
 
     make_workload (&workloads[i]);
-    for (size_t j = 0; only == NULL && j < NR_MODES; ++j)
+    for (size_t j = 0; j < NR_MODES; ++j)
       run_mode (&workloads[i], &modes[j], store);
-    if (only == NULL)
-      print_message ("%s: %" PRIu64 " runs\n", workloads[i].name,
-                     nr_runs - runs);
+    print_message ("%s: %" PRIu64 " runs\n", workloads[i].name,
+                   nr_runs - runs);
   }
   if (only != NULL) {
-    const struct workload *w = NULL;
+    struct workload *w = NULL;
     const struct mode *mode = NULL;
     const char *k = one_run (only, &w, &mode);
 
+    make_workload (w);
     run_one (w, mode, strtoull (k, NULL, 0), store);
   }
   alarm (0);
