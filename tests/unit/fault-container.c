@@ -117,6 +117,7 @@ fails (struct fault_store *s, unsigned kind)
   if (p->for_good ? number < p->first : number != p->first)
     return false;
   s->nr_failed++;
+  s->is_first = number == p->first;
   errno = p->error;
   return true;
 }
@@ -126,7 +127,7 @@ part_done (const struct fault_store *s, uint64_t count, uint64_t offset)
 {
   const uint64_t middle = round_down (offset + count / 2, SECTOR);
 
-  switch (s->plan.done) {
+  switch (s->is_first ? s->plan.done : DONE_NOTHING) {
   case DONE_NOTHING: return 0;
   case DONE_WHOLE: return count;
   default: return middle <= offset ? 0 : middle - offset;

@@ -41,8 +41,9 @@ struct fault_plan {
   bool thin;                    /* only those that need storage which is
                                    not there yet are counted */
   int error;
-  enum fault_done done;         /* by a write or zeroing that fails: half
-                                   is a whole number of sectors */
+  enum fault_done done;         /* by the first that fails, if it writes
+                                   or zeroes: half is a whole number of
+                                   sectors */
   bool loses;                   /* a barrier that fails loses for ever what
                                    it was for: it reads back, but no
                                    barrier makes it durable */
@@ -56,6 +57,7 @@ struct fault_store {
   bool paused;                  /* nothing fails, nothing is counted */
   size_t counted;               /* calls, of the kinds of the plan */
   size_t nr_failed;             /* calls that were made to fail */
+  bool is_first;                /* the last of them was the first */
   size_t nr_lost;               /* barriers among them */
   uint8_t *pending;             /* by sector: no barrier since the write */
   uint8_t *backed;              /* by page: it has storage */

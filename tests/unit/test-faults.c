@@ -76,7 +76,7 @@ static const struct mode modes[] = {
     .plan = { .kinds = FAULT_READ, .error = EIO, .for_good = true } },
   { .name = "eio-changes",
     .plan = { .kinds = FAULT_CHANGES, .error = EIO, .for_good = true,
-              .done = DONE_HALF } },
+              .done = DONE_WHOLE } },
   { .name = "eio-for-ever", .never_ends = true,
     .plan = { .kinds = FAULT_CHANGES, .error = EIO, .for_good = true,
               .done = DONE_WHOLE } },
