@@ -219,7 +219,8 @@ open_disk (struct run *r)
     if (nr_lines == 0)
       wrong ("it does not open and nothing says why");
     /* Creation may have been half done. */
-    r->leaks = r->model->may_lose = r->w->create != NULL;
+    r->leaks |= r->w->create != NULL;
+    r->model->may_lose |= r->w->create != NULL;
     fault_store_heal (r->store);
     r->disk = try_to_open (r);
     if (r->disk == NULL)
@@ -385,6 +386,8 @@ do_read (struct run *r, const struct step *s, bool *done)
 }
 
 static bool do_step (struct run *r, unsigned i);
+static void check_one (struct run *r, const struct crash_image *image,
+                       const char *when, bool stopped);
 
 /* What a client has to do after a flush failed: write again all that he
  * wrote since the last that did not.
@@ -428,6 +431,12 @@ do_flush (struct run *r, unsigned end, int (*flush) (struct disk *))
   /* What failed is not of those that are flushed. */
   for (r->flushed = 0; r->flushed < end && !r->failed[r->flushed];)
     r->flushed++;
+  /* Later writes to the same sectors would make good what is not there. */
+  if (r->mode->plan.loses) {
+    model_sort (r->model);
+    model_advance (r->model, r->now);
+    check_one (r, &r->store->durable, "cut off", false);
+  }
   return true;
 }
 
