@@ -619,6 +619,12 @@ end_well (struct run *r, unsigned nr_steps)
   fault_store_heal (r->store);
   if (r->may_be_lost)
     write_again (r, nr_steps);
+  /* Changes first: what a write that failed has left is not promised to
+   * be durable.
+   */
+  for (unsigned i = 0; i < nr_steps; ++i)
+    if (r->failed[i] && r->w->steps[i].kind < STEP_FLUSH)
+      must_do (r, i);
   for (unsigned i = 0; i < nr_steps; ++i)
     if (r->failed[i])
       must_do (r, i);
