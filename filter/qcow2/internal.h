@@ -154,6 +154,7 @@ struct refcounts {
   unsigned long lost;           /* as q->lost when it was last looked at */
   struct refcount_slice *slices;
   size_t nr_slices, hand, nr_pinned;
+  size_t nr_written_slices;     /* which are not durable */
   atomic_size_t nr_dirty;       /* changed under alloc_lock */
   pthread_cond_t unpinned;      /* nr_pinned has fallen to 0 */
   struct refcount_slice **hash;

@@ -210,11 +210,20 @@ set_clean (struct refcounts *rc, struct refcount_slice *s)
   rc->nr_dirty--;
 }
 
+/* In which epoch a slice was written, or 0 if it is durable. */
+static void
+mark_written (struct refcounts *rc, struct refcount_slice *s,
+              unsigned long epoch)
+{
+  rc->nr_written_slices += (epoch != 0) - (s->written != 0);
+  s->written = epoch;
+}
+
 /* It is written, but not durable. */
 static void
 set_written (struct refcounts *rc, struct refcount_slice *s)
 {
-  s->written = rc->epoch;
+  mark_written (rc, s, rc->epoch);
 }
 
 static void
@@ -234,7 +243,7 @@ unhash (struct refcounts *rc, struct refcount_slice *s)
     p = &(*p)->next;
   *p = s->next;
   s->index = UNUSED;
-  s->written = 0;
+  mark_written (rc, s, 0);
 }
 
 /* With alloc_lock held: if barriers have failed since this was called,
@@ -255,7 +264,7 @@ redo_lost (struct qcow2 *q)
 
     if (s->written != 0)
       set_dirty (rc, s);
-    s->written = 0;
+    mark_written (rc, s, 0);
   }
 }
 
@@ -272,9 +281,9 @@ settle (struct qcow2 *q, unsigned long epoch)
 {
   struct refcounts *rc = &q->rc;
 
-  for (size_t i = 0; i < rc->nr_slices; ++i)
+  for (size_t i = 0; rc->nr_written_slices != 0 && i < rc->nr_slices; ++i)
     if (rc->slices[i].written <= epoch)
-      rc->slices[i].written = 0;
+      mark_written (rc, &rc->slices[i], 0);
 }
 
 unsigned long
@@ -292,6 +301,8 @@ refcounts_barrier_done (struct qcow2 *q, unsigned long epoch)
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
   redo_lost (q);
   settle (q, epoch);
+  if (rc->nr_written_table == 0)
+    return;
   rc->nr_dirty_table -= rc->nr_written_table;
   memmove (rc->dirty_table, rc->dirty_table + rc->nr_written_table,
            rc->nr_dirty_table * sizeof rc->dirty_table[0]);
