@@ -153,6 +153,16 @@ is_small (const struct run *r)
     r->options.data_file == NULL;
 }
 
+/* What is in compressed clusters may not be fit to be read. */
+static bool
+has_compressed (const struct checked *k, uint64_t size)
+{
+  for (uint64_t c = 0; c << k->cluster_bits < size; ++c)
+    if (checked_is_compressed (k, c))
+      return true;
+  return false;
+}
+
 static void
 make_model (struct run *r)
 {
@@ -163,7 +173,7 @@ make_model (struct run *r)
   if (!is_small (r))
     return;
   image = flat (r->c);
-  if (check_image (&k, &image)) {
+  if (check_image (&k, &image) && !has_compressed (&k, size)) {
     r->model = malloc (size);
     r->known = malloc (size / SECTOR);
     r->changed = calloc (size / SECTOR, 1);

@@ -472,8 +472,9 @@ checked_find (struct checked *k, const char *name)
   return NULL;
 }
 
-const uint8_t *
-checked_cluster (const struct checked *k, uint64_t guest_cluster)
+/* The L2 entry of a guest cluster. */
+static uint64_t
+entry_of (const struct checked *k, uint64_t guest_cluster)
 {
   const unsigned l2_bits = k->cluster_bits - 3;
   const uint64_t in_l2 = guest_cluster & ((UINT64_C (1) << l2_bits) - 1);
@@ -481,12 +482,22 @@ checked_cluster (const struct checked *k, uint64_t guest_cluster)
   const uint64_t table =
     get_be64 (p + k->l1_offset + 8 * (guest_cluster >> l2_bits))
     & OFFSET_MASK;
-  uint64_t entry;
 
-  if (table == 0)
-    return NULL;
-  entry = get_be64 (p + table + 8 * in_l2);
+  return table == 0 ? 0 : get_be64 (p + table + 8 * in_l2);
+}
+
+const uint8_t *
+checked_cluster (const struct checked *k, uint64_t guest_cluster)
+{
+  const uint64_t entry = entry_of (k, guest_cluster);
+
   if ((entry & 1) != 0 || (entry & OFFSET_MASK) == 0)
     return NULL;
-  return p + (entry & OFFSET_MASK);
+  return k->image->bytes + (entry & OFFSET_MASK);
+}
+
+bool
+checked_is_compressed (const struct checked *k, uint64_t guest_cluster)
+{
+  return entry_of (k, guest_cluster) >> 62 & 1;
 }

@@ -60,5 +60,8 @@ extern struct checked_bitmap *checked_find (struct checked *,
 /* The bytes of a guest cluster, NULL if it reads as zeroes. */
 extern const uint8_t *checked_cluster (const struct checked *,
                                        uint64_t guest_cluster);
+/* Such a cluster is nowhere as it reads. */
+extern bool checked_is_compressed (const struct checked *,
+                                   uint64_t guest_cluster);
 
 #endif /* DIRTY_BITMAP_TEST_CRASH_CHECK_H */
