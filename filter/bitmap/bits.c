@@ -5,9 +5,14 @@
 
 /* The bits of one bitmap in RAM.
  *
- * The array comes from calloc, zeroed by the kernel when it is first
- * touched, and large parts of it never are: populated says which
- * pieces hold a set bit, and searches for one look only there.
+ * The array is zeroed by the kernel when it is first touched, and large
+ * parts of it never are: populated says which pieces hold a set bit, and
+ * searches for one look only there.
+ *
+ * An image can say in a few bytes that a bitmap of 512 MiB is all ones.
+ * So where a large array is filled with ones, it is one file of them that
+ * is mapped, again and again, and copied by the kernel where a bit is
+ * changed, if any is.
  *
  * Bits are only ever set while the bitmap is served.  So a search may
  * run against marks: it sees some moment's value of each word, and one
@@ -25,16 +30,38 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "bitmap/bits.h"
 #include "common/bytes.h"
+
+/* The size of the file of ones.  Arrays that are larger are mapped. */
+#define ONES_BYTES (UINT64_C (2) << 20)
+
+static void *
+new_words (struct bits *bits)
+{
+  const uint64_t bytes = bits->nr_pieces * PIECE_BYTES;
+  void *p;
+
+  bits->mapped_bytes = 0;
+  if (bytes <= ONES_BYTES)
+    return calloc (bits->nr_pieces, PIECE_BYTES);
+  p = mmap (NULL, bytes, PROT_READ | PROT_WRITE,
+            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED)
+    return NULL;
+  bits->mapped_bytes = bytes;
+  return p;
+}
 
 int
 bits_init (struct bits *bits, uint64_t nr_bits)
 {
   bits->nr_bits = nr_bits;
   bits->nr_pieces = div_round_up (nr_bits, PIECE_BITS);
-  bits->words = calloc (bits->nr_pieces, PIECE_BYTES);
+  bits->words = new_words (bits);
   bits->populated = calloc (div_round_up (bits->nr_pieces, 64), 8);
   if (bits->words == NULL || bits->populated == NULL) {
     bits_free (bits);
@@ -47,7 +74,11 @@ bits_init (struct bits *bits, uint64_t nr_bits)
 void
 bits_free (struct bits *bits)
 {
-  free (bits->words);
+  if (bits->mapped_bytes != 0)
+    munmap (bits->words, bits->mapped_bytes);
+  else
+    free (bits->words);
+  bits->mapped_bytes = 0;
   free (bits->populated);
   bits->words = NULL;
   bits->populated = NULL;
@@ -197,4 +228,64 @@ bits_loaded (struct bits *bits, uint64_t offset, uint64_t count)
     if (words[w] != 0)
       bits->populated[piece / 64] |= UINT64_C (1) << (piece % 64);
   }
+}
+
+/* A file of ones, or -1. */
+static int
+open_ones (void)
+{
+  const int fd = memfd_create ("ones", MFD_CLOEXEC);
+  void *p;
+
+  if (fd == -1)
+    return -1;
+  if (ftruncate (fd, ONES_BYTES) == 0) {
+    p = mmap (NULL, ONES_BYTES, PROT_WRITE, MAP_SHARED, fd, 0);
+    if (p != MAP_FAILED) {
+      memset (p, 0xff, ONES_BYTES);
+      munmap (p, ONES_BYTES);
+      return fd;
+    }
+  }
+  close (fd);
+  return -1;
+}
+
+/* Map ones where they fit into [offset, end).  Returns how far. */
+static uint64_t
+map_ones (struct bits *bits, uint64_t offset, uint64_t end)
+{
+  char *const words = (char *) bits->words;
+  const int fd = end - offset < ONES_BYTES ? -1 : open_ones ();
+
+  if (fd == -1)
+    return offset;
+  for (; end - offset >= ONES_BYTES; offset += ONES_BYTES)
+    if (mmap (words + offset, ONES_BYTES, PROT_READ | PROT_WRITE,
+              MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd, 0) == MAP_FAILED)
+      break;
+  close (fd);
+  return offset;
+}
+
+void
+bits_fill (struct bits *bits, uint64_t offset, uint64_t count)
+{
+  uint64_t *words = (uint64_t *) bits->words;
+  const uint64_t end = offset + count, tail = bits->nr_bits / 64;
+  uint64_t first = end, last = end;
+
+  if (bits->mapped_bytes != 0 && end - offset >= ONES_BYTES) {
+    first = round_up (offset, ONES_BYTES);
+    last = map_ones (bits, first, end);
+  }
+  memset ((char *) words + offset, 0xff, first - offset);
+  memset ((char *) words + last, 0xff, end - last);
+  if (offset / 8 <= tail && tail < end / 8) {
+    words[tail] = (UINT64_C (1) << (bits->nr_bits % 64)) - 1;
+    memset (&words[tail + 1], 0, 8 * (end / 8 - tail - 1));
+  }
+  for (uint64_t piece = offset / PIECE_BYTES; piece * PIECE_BYTES < end;
+       ++piece)
+    bits->populated[piece / 64] |= UINT64_C (1) << (piece % 64);
 }

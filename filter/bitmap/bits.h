@@ -34,6 +34,7 @@ struct bits {
 
   uint64_t nr_bits;
   uint64_t nr_pieces;
+  uint64_t mapped_bytes;        /* of words, if they are a mapping, or 0 */
 };
 
 /* All bits clear.  -1 with errno ENOMEM. */
@@ -88,5 +89,10 @@ extern void bits_copy_out (const struct bits *, void *buf,
  */
 extern void *bits_bytes (struct bits *, uint64_t offset);
 extern void bits_loaded (struct bits *, uint64_t offset, uint64_t count);
+
+/* The same, where all bits of these bytes are set in the image.  It takes
+ * hardly any memory, however many they are.
+ */
+extern void bits_fill (struct bits *, uint64_t offset, uint64_t count);
 
 #endif /* DIRTY_BITMAP_BITS_H */

@@ -184,8 +184,9 @@ has_bits (const struct bitmap_set *set, const struct bitmap_options *options,
     (!set->readonly || bitmap_is_wanted (options, name));
 }
 
-/* All bits that are not zero, of all bitmaps, those of the images above
- * included, may take half of the machine's memory.
+/* The bits of all data clusters, of all bitmaps, those of the images
+ * above included, may take half of the machine's memory.  What is all
+ * zeroes or all ones takes next to none.
  */
 static int
 check_memory (struct bitmap_set *set, const struct bitmap_options *options,
@@ -203,7 +204,7 @@ check_memory (struct bitmap_set *set, const struct bitmap_options *options,
     if (!has_bits (set, options, b->name, b->flags))
       continue;
     for (uint32_t j = 0; j < b->table_entries; ++j)
-      if (b->table[j] != BITMAP_TABLE_ALL_ZEROES)
+      if (bitmap_table_entry_is_data (b->table[j]))
         bytes += set->geometry.cluster_size_bytes;
   }
   set->bits_bytes = bytes;
@@ -250,12 +251,17 @@ load_bits (struct bitmap_set *set, struct bitmap *b,
       while (i + n < b->table_entries && n * cluster_size < MAX_READ_BYTES &&
              b->table[i + n] == entry + n * cluster_size)
         n++;
+    else
+      while (i + n < b->table_entries && b->table[i + n] == entry)
+        n++;
 
     bytes = min_u64 (n * cluster_size, array_bytes - offset);
-    if (entry == BITMAP_TABLE_ALL_ONES)
-      memset (bits_bytes (&b->bits, offset), 0xff, bytes);
-    else if (qcow2_read_metadata (set->image, bits_bytes (&b->bits, offset),
-                                  bytes, entry) == -1)
+    if (entry == BITMAP_TABLE_ALL_ONES) {
+      bits_fill (&b->bits, offset, bytes);
+      continue;
+    }
+    if (qcow2_read_metadata (set->image, bits_bytes (&b->bits, offset),
+                             bytes, entry) == -1)
       return bitmap_damage (damage, "the bits of bitmap '%s' cannot be read",
                             bitmap_show_name (b->name,
                                               strlen (b->name)).text);

@@ -204,6 +204,47 @@ test_changes (void **state)
   }
 }
 
+/* Arrays small and large, filled in pieces, with ones up to any bit. */
+static void
+test_fill (void **state)
+{
+  static const uint64_t sizes[] = {
+    1, 4096, 100000, (UINT64_C (5) << 23) + 4097, (UINT64_C (7) << 23) + 64,
+  };
+  uint64_t seed = 3;
+
+  (void) state;
+  for (unsigned i = 0; i < sizeof sizes / sizeof sizes[0]; ++i)
+    for (unsigned round = 0; round < 8; ++round) {
+      const uint64_t n = sizes[i];
+      struct bits bits;
+
+      assert_int_equal (bits_init (&bits, n), 0);
+      const uint64_t first = random_next (&seed) % bits.nr_pieces;
+      const uint64_t end = round % 2 == 0 ? bits.nr_pieces
+        : first + 1 + random_next (&seed) % (bits.nr_pieces - first);
+      const uint64_t first_bit = first * PIECE_BITS;
+      const uint64_t end_bit = min_u64 (end * PIECE_BITS, n);
+      uint64_t ends[4];
+      bool set;
+
+      bits_fill (&bits, first * PIECE_BYTES, (end - first) * PIECE_BYTES);
+      const size_t nr = bits_runs (&bits, 0, n, ends, 4, &set);
+      assert_int_equal (nr, 1 + (first > 0) + (end_bit < n));
+      assert_int_equal (set, first == 0);
+      if (first > 0)
+        assert_int_equal (ends[0], first_bit);
+      assert_int_equal (ends[first > 0], end_bit);
+      /* One bit after another can be set, and nothing beyond is. */
+      if (first > 0)
+        assert_true (bits_set_in_piece (&bits, first_bit - 1, first_bit - 1));
+      assert_false (bits_set_in_piece (&bits, first_bit, first_bit));
+      if (n % 64 != 0 && end == bits.nr_pieces)
+        assert_int_equal (bits.words[n / 64] >> (n % 64), 0);
+      bits_free (&bits);
+    }
+}
+
 /* The bitmap of 1 TiB in 64 KiB granules, of which one is dirty, is
  * searched without looking at it all: within a millisecond even under
  * valgrind, were it not for noisy machines.
@@ -241,6 +282,7 @@ main (void)
     cmocka_unit_test (test_against_model),
     cmocka_unit_test (test_load),
     cmocka_unit_test (test_changes),
+    cmocka_unit_test (test_fill),
     cmocka_unit_test (test_sparse_is_fast),
   };
 

@@ -12,6 +12,7 @@
 #include <config.h>
 
 #include <errno.h>
+#include <inttypes.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -448,56 +449,67 @@ test_options (void **state)
   free (crafted.bytes.p);
 }
 
+#define LARGE_CLUSTER_BITS 21
+#define LARGE_CLUSTER (UINT64_C (1) << LARGE_CLUSTER_BITS)
+
+/* An image of 2 TiB with nr bitmaps of 512 MiB.  Their tables are full of
+ * ones, or point to clusters that a sparse file has for nothing.
+ */
+static struct container *
+make_large (uint64_t nr, bool ones)
+{
+  struct container *c = container_open_memory (UINT64_C (1) << 50);
+  struct crafted crafted;
+  uint8_t table[2048], directory[32], head[32];
+
+  craft (&crafted, LARGE_CLUSTER_BITS, UINT64_C (1) << 41, NULL, 0);
+  put (head, 4, 0x23852875);
+  put (head + 4, 4, 24);
+  put (head + 8, 8, nr << 32);
+  put (head + 16, 8, nr * 32);
+  put (head + 24, 8, 4 * LARGE_CLUSTER);
+  memcpy (crafted.bytes.p + crafted.extension, head, 32);
+  put (crafted.bytes.p + AUTOCLEAR_OFFSET, 8, 1);
+  assert_int_equal (container_pwrite (c, crafted.bytes.p, crafted.bytes.n, 0),
+                    0);
+  for (uint64_t i = 0; i < nr; ++i) {
+    char name[8];
+    struct bitmap_directory_entry e = {
+      .table_offset = (5 + i) * LARGE_CLUSTER, .table_entries = 256,
+      .flags = 2, .granularity_bits = 9, .name = name,
+      .name_bytes = snprintf (name, sizeof name, "%u", (unsigned) i),
+    };
+
+    for (unsigned j = 0; j < 256; ++j)
+      put (table + 8 * j, 8,
+           ones ? 1 : (5 + nr + 256 * i + j) * LARGE_CLUSTER);
+    bitmap_directory_put (directory, &e);
+    assert_int_equal (container_pwrite (c, directory, 32,
+                                        4 * LARGE_CLUSTER + 32 * i), 0);
+    assert_int_equal (container_pwrite (c, table, sizeof table,
+                                        e.table_offset), 0);
+  }
+  if (!ones)
+    assert_int_equal (container_reserve (c, (5 + 257 * nr) * LARGE_CLUSTER),
+                      0);
+  free (crafted.bytes.p);
+  return c;
+}
+
 /* Bits that would not fit into half of the memory are not even begun
- * with: tables full of ones, which cost the image next to nothing.
+ * with.
  */
 static void
 test_too_large (void **state)
 {
   const uint64_t memory = (uint64_t) sysconf (_SC_PHYS_PAGES) *
     sysconf (_SC_PAGESIZE);
-  const uint64_t nr = memory / 2 / BITMAP_MAX_STORED_BYTES + 1;
-  const unsigned cluster_bits = 21;
-  const uint64_t cluster = UINT64_C (1) << cluster_bits;
-  struct crafted crafted;
-  struct container *c = container_open_memory (UINT64_C (1) << 50);
-  uint8_t table[2048], directory[32], head[32];
+  struct container *c =
+    make_large (memory / 2 / BITMAP_MAX_STORED_BYTES + 1, false);
   struct bitmap_set *set;
   struct qcow2 *q;
 
   (void) state;
-  if (getenv ("UNDER_VALGRIND") != NULL) {
-    /* Which touches all that is allocated, half of the memory. */
-    container_close (c);
-    return;
-  }
-  craft (&crafted, cluster_bits, UINT64_C (1) << 41, NULL, 0);
-  put (head, 4, 0x23852875);
-  put (head + 4, 4, 24);
-  put (head + 8, 8, nr << 32);
-  put (head + 16, 8, nr * 32);
-  put (head + 24, 8, 4 * cluster);
-  memcpy (crafted.bytes.p + crafted.extension, head, 32);
-  put (crafted.bytes.p + AUTOCLEAR_OFFSET, 8, 1);
-  assert_int_equal (container_pwrite (c, crafted.bytes.p, crafted.bytes.n, 0),
-                    0);
-  for (unsigned i = 0; i < 256; ++i)
-    put (table + 8 * i, 8, 1);
-  for (uint64_t i = 0; i < nr; ++i) {
-    char name[8];
-    struct bitmap_directory_entry e = {
-      .table_offset = (5 + i) * cluster, .table_entries = 256,
-      .flags = 2, .granularity_bits = 9, .name = name,
-      .name_bytes = snprintf (name, sizeof name, "%u", (unsigned) i),
-    };
-
-    bitmap_directory_put (directory, &e);
-    assert_int_equal (container_pwrite (c, directory, 32,
-                                        4 * cluster + 32 * i), 0);
-    assert_int_equal (container_pwrite (c, table, sizeof table,
-                                        e.table_offset), 0);
-  }
-
   q = open_image (c, false);
   messages_clear ();
   set = open_set (q);
@@ -506,7 +518,56 @@ test_too_large (void **state)
   bitmap_set_close (set);
   qcow2_close (q);
   container_close (c);
-  free (crafted.bytes.p);
+}
+
+/* Bytes of memory that are ours alone. */
+static uint64_t
+private_bytes (void)
+{
+  FILE *fp = fopen ("/proc/self/status", "re");
+  uint64_t kib = 0;
+  char line[256];
+
+  assert_non_null (fp);
+  while (fgets (line, sizeof line, fp) != NULL)
+    if (sscanf (line, "RssAnon: %" SCNu64, &kib) == 1)
+      break;
+  fclose (fp);
+  return kib << 10;
+}
+
+/* All ones cost the image next to nothing, and so they do us. */
+static void
+test_all_ones (void **state)
+{
+  const uint64_t end = UINT64_C (1) << 41;
+  struct container *c = make_large (4, true);
+  struct bitmap_set *set;
+  struct qcow2 *q;
+  uint64_t before;
+  bool dirty;
+
+  (void) state;
+  q = open_image (c, false);
+  before = private_bytes ();
+  set = open_set (q);
+  assert_int_equal (bitmap_set_nr_exposed (set), 4);
+  assert_int_equal (bitmap_set_mark (set, end / 3, 123456), 0);
+  for (size_t i = 0; i < 4; ++i) {
+    const struct bitmap *b = bitmap_set_exposed (set, i);
+
+    assert_int_equal (bitmap_run (b, end - MIB, end, &dirty), MIB);
+    assert_true (dirty);
+    assert_int_equal (bitmap_run (b, end / 3, end / 3 + MIB, &dirty), MIB);
+    assert_true (dirty);
+  }
+  if (getenv ("UNDER_VALGRIND") == NULL)
+    assert_true (private_bytes () - before < 16 * MIB);
+  assert_int_equal (qcow2_stop (q, bitmap_set_hooks (set)), 0);
+  assert_true (bitmap_set_all_stored (set));
+  bitmap_set_close (set);
+  qcow2_close (q);
+  container_close (c);
 }
 
 int
@@ -521,6 +582,7 @@ main (void)
     cmocka_unit_test (test_in_use),
     cmocka_unit_test (test_options),
     cmocka_unit_test (test_too_large),
+    cmocka_unit_test (test_all_ones),
   };
 
   messages_install ();
