@@ -25,6 +25,7 @@ build  p:nbdkit             nbdkit-plugin-dev
 build  p:libnbd             libnbd-dev
 build  p:zlib               zlib1g-dev
 build  p:libzstd            libzstd-dev
+build  p:gnutls             libgnutls28-dev
 demo   c:nbdkit             nbdkit
 demo   c:nbdinfo            libnbd-bin
 demo   c:nbdsh              python3-libnbd
@@ -39,6 +40,8 @@ test   c:qemu-io            qemu-utils
 test   c:qemu-nbd           qemu-utils
 test   c:python3            python3
 test   y:nbd                python3-libnbd
+test   c:certtool           gnutls-bin
+test   c:psktool            gnutls-bin
 test   p:cmocka             libcmocka-dev
 test   c:valgrind           valgrind
 test   c:podchecker         perl

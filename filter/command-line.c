@@ -15,7 +15,9 @@
  * those of getopt_long, and so it is getopt_long that is called; nbdkit
  * has finished with it when get_ready is called.  The table has all
  * options of nbdkit 1.32 to 1.45.  None of the newer ones gives another
- * meaning to an abbreviation that an older nbdkit accepts.
+ * meaning to an abbreviation that an older nbdkit accepts.  Besides these
+ * it has --tls-priority, for an nbdkit that lets it be chosen; "tls-p" is
+ * what --tls-p abbreviates in one that does not.
  *
  * An option that the table does not have is an error, not a guess: we
  * could not tell whether the next argument belongs to it, and so
@@ -50,7 +52,10 @@ enum {
   RUN_OPTION,
   TIMEOUT_OPTION,
   TLS_OPTION,
-  TLS_DETAIL_OPTION,
+  TLS_CERTIFICATES_OPTION,
+  TLS_PRIORITY_OPTION,
+  TLS_PSK_OPTION,
+  TLS_VERIFY_PEER_OPTION,
   VSOCK_OPTION,
 };
 
@@ -104,9 +109,11 @@ static const struct option long_options[] = {
   { "threads", required_argument, NULL, 't' },
   { "timeout", required_argument, NULL, TIMEOUT_OPTION },
   { "tls", required_argument, NULL, TLS_OPTION },
-  { "tls-certificates", required_argument, NULL, TLS_DETAIL_OPTION },
-  { "tls-psk", required_argument, NULL, TLS_DETAIL_OPTION },
-  { "tls-verify-peer", no_argument, NULL, TLS_DETAIL_OPTION },
+  { "tls-certificates", required_argument, NULL, TLS_CERTIFICATES_OPTION },
+  { "tls-p", required_argument, NULL, TLS_PSK_OPTION },
+  { "tls-priority", required_argument, NULL, TLS_PRIORITY_OPTION },
+  { "tls-psk", required_argument, NULL, TLS_PSK_OPTION },
+  { "tls-verify-peer", no_argument, NULL, TLS_VERIFY_PEER_OPTION },
   { "unix", required_argument, NULL, 'U' },
   { "user", required_argument, NULL, 'u' },
   { "verbose", no_argument, NULL, 'v' },
@@ -121,7 +128,6 @@ static const struct option long_options[] = {
 struct server_options {
   bool oldstyle, no_sr, no_meta_contexts, timeout, keepalive, run;
   unsigned long handshake_mask;
-  bool tls_off, tls_named;      /* --tls=off; any other TLS option */
 };
 
 /* The values that nbdkit_parse_bool takes for false. */
@@ -137,47 +143,17 @@ is_false (const char *s)
   return false;
 }
 
-/* nbdkit uses TLS unasked where it finds certificates: it looks in one
- * place for root, and in two in the home directory of others.
- */
-static bool
-has_certificates (const char *dir)
+/* nbdkit has checked that it is one of the words that it knows. */
+static enum tls_mode
+parse_tls_mode (const char *s)
 {
-  static const char *const names[] = {
-    "ca-cert.pem", "server-cert.pem", "server-key.pem"
-  };
+  static const char *const words[] = { "require", "required", "force" };
   size_t i;
 
-  for (i = 0; i < sizeof names / sizeof names[0]; ++i) {
-    CLEANUP_FREE char *path = NULL;
-
-    if (asprintf (&path, "%s/%s", dir, names[i]) == -1) {
-      path = NULL;
-      return false;
-    }
-    if (access (path, R_OK) == -1)
-      return false;
-  }
-  return true;
-}
-
-static bool
-default_certificates_exist (void)
-{
-  const char *home = getenv ("HOME");
-  CLEANUP_FREE char *path1 = NULL;
-  CLEANUP_FREE char *path2 = NULL;
-
-  if (geteuid () == 0)
-    return has_certificates ("/etc/pki/nbdkit");
-  if (home == NULL)
-    return false;
-  if (asprintf (&path1, "%s/.pki/nbdkit", home) == -1)
-    path1 = NULL;
-  if (asprintf (&path2, "%s/.config/pki/nbdkit", home) == -1)
-    path2 = NULL;
-  return (path1 && has_certificates (path1)) ||
-    (path2 && has_certificates (path2));
+  for (i = 0; i < sizeof words / sizeof words[0]; ++i)
+    if (strcasecmp (s, words[i]) == 0)
+      return TLS_REQUIRE;
+  return is_false (s) ? TLS_OFF : TLS_ON;
 }
 
 static const char *
@@ -185,11 +161,6 @@ server_feature (const struct command_line *cl, const struct server_options *o)
 {
   if (cl->listens_on_stdin)
     return "-s was given";
-  if (!o->tls_off && o->tls_named)
-    return "TLS was asked for";
-  if (!o->tls_off && default_certificates_exist ())
-    return "nbdkit offers TLS with the certificates that are installed "
-      "(--tls=off stops that)";
   if (o->oldstyle)
     return "the oldstyle protocol was asked for";
   /* Fixed newstyle and no-zeroes, the only two flags that there are. */
@@ -227,11 +198,11 @@ take_option (struct command_line *cl, struct server_options *o,
   case NO_SR_OPTION: o->no_sr = true; break;
   case RUN_OPTION: o->run = true; break;
   case TIMEOUT_OPTION: o->timeout = true; break;
-  case TLS_OPTION:
-    o->tls_off = is_false (arg);
-    o->tls_named = true;
-    break;
-  case TLS_DETAIL_OPTION: o->tls_named = true; break;
+  case TLS_OPTION: cl->tls.mode = parse_tls_mode (arg); break;
+  case TLS_CERTIFICATES_OPTION: cl->tls.certificates = arg; break;
+  case TLS_PRIORITY_OPTION: cl->tls.priority = arg; break;
+  case TLS_PSK_OPTION: cl->tls.psk = arg; break;
+  case TLS_VERIFY_PEER_OPTION: cl->tls.verify_peer = true; break;
   case VSOCK_OPTION: cl->on_vsock = true; break;
   default: break;
   }

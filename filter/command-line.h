@@ -11,6 +11,19 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+/* What the --tls options ask for.  nbdkit's TLS is "on" if none is given,
+ * which comes to nothing where there are neither keys nor certificates.
+ */
+enum tls_mode { TLS_ON, TLS_OFF, TLS_REQUIRE };
+
+struct command_line_tls {
+  enum tls_mode mode;
+  const char *certificates;     /* a directory; or NULL */
+  const char *psk;              /* a file of keys; or NULL */
+  const char *priority;         /* or NULL */
+  bool verify_peer;
+};
+
 struct command_line {
   bool readonly;                /* -r */
   bool listens_on_stdin;        /* -s */
@@ -23,8 +36,10 @@ struct command_line {
   const char *unix_path;
   const char *port;
 
+  struct command_line_tls tls;
+
   /* What was asked of nbdkit's protocol server that ours does not do,
-   * as a clause ("TLS was asked for"); NULL if nothing.
+   * as a clause ("-s was given"); NULL if nothing.
    */
   const char *server_feature;
 

@@ -11,8 +11,9 @@
  * config       parameters; file= is remembered as it passes by
  * get_ready    all that can go wrong is found out here, where an error
  *              is seen and nbdkit exits with it: the image is locked and
- *              checked, with the files that it refers to, the listening
- *              address bound, and it is decided who answers the clients
+ *              checked, with the files that it refers to, keys and
+ *              certificates loaded, the listening address bound, and it
+ *              is decided who answers the clients
  * after_fork   the plugin and the disk are opened.  Either our server
  *              stands in for nbdkit's (sockets.c), or nbdkit's own one
  *              answers (clients.c) and a thread makes it end when it
@@ -54,6 +55,7 @@
 #include "parameters.h"
 #include "quit-watcher.h"
 #include "sockets.h"
+#include "tls-options.h"
 
 /* How long clients of our server have to take their last replies. */
 #define STOP_GRACE_MS 300
@@ -67,6 +69,7 @@ static bool stands_in;
 static bool serialize;          /* the thread model is below parallel */
 static struct chain *chain;     /* what the image refers to */
 static struct disk *disk;
+static struct nbd_tls *tls;     /* or NULL: none */
 static struct nbd_server *server;
 static bool failed;             /* to write at the end */
 
@@ -236,6 +239,11 @@ dirty_bitmap_get_ready (int thread_model)
     return -1;
   filter_stack_warn (&command_line);
 
+  /* Before the image: a missing key is no reason to touch that. */
+  if ((stands_in || parameters.listens) &&
+      tls_options_load (&command_line.tls, &tls) == -1)
+    return -1;
+
   if (image_file_open (&image_file, &command_line, is_readonly ()) == -1 ||
       check_image () == -1)
     return -1;
@@ -310,6 +318,7 @@ start_server (void)
 {
   const struct nbd_options options = {
     .readonly = disk_is_readonly (disk),
+    .tls = tls,
   };
 
   server = nbd_server_new (disk, &options);
@@ -413,6 +422,7 @@ dirty_bitmap_unload (void)
   image_file_close (&image_file);
   listen_close (&listen_sockets);
   sockets_free ();
+  nbd_tls_free (tls);
   parameters_free (&parameters);
   command_line_free (&command_line);
   report_sink = NULL;

@@ -3,10 +3,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright the nbdkit-dirty-bitmap-filter authors
 
-# Where nbdkit's own server answers (server=off, TLS, another filter in
-# front, a filter that judges clients): no bitmap contexts, a line that
-# says why, but the data, the recording and the end are right, also with
-# an idle client when TERM comes.
+# Where nbdkit's own server answers (server=off, another filter in front,
+# a filter that judges clients): no bitmap contexts, a line that says why,
+# but the data, the recording and the end are right, also with an idle
+# client when TERM comes.
 
 . "${srcdir:-$(dirname "$0")}/functions.sh"
 requires qemu-nbd
@@ -82,8 +82,7 @@ try "" --filter="$FILTER" --filter=ip file disk.qcow2 allow=all
 why ip
 if nbdkit --dump-config | grep -q '^tls=yes'; then
   try keys.psk --tls=require --tls-psk=keys.psk --filter="$FILTER" \
-      file disk.qcow2
-  why tls
+      file disk.qcow2 dirty-bitmap-server=off
 fi
 
 # dirty-bitmap-server=on makes the reason an error at startup.
@@ -92,6 +91,6 @@ refused 'outermost|log' --filter=log --filter="$FILTER" file disk.qcow2 \
         logfile=/dev/null dirty-bitmap-server=on
 refused limit --filter="$FILTER" --filter=limit file disk.qcow2 \
         dirty-bitmap-server=on
-refused tls --tls=on --tls-psk=keys.psk --filter="$FILTER" file disk.qcow2 \
-        dirty-bitmap-server=on
+refused tls-fallback --tls=on --tls-psk=keys.psk --filter="$FILTER" \
+        --filter=tls-fallback file disk.qcow2 dirty-bitmap-server=on
 same "the file" "$before" "$(checksum disk.qcow2)"

@@ -148,6 +148,8 @@ connection_cut (struct connection *c)
 static void
 linger (struct connection *c)
 {
+  if (c->tls != NULL)
+    tls_bye (c);
   shutdown (c->fd, SHUT_WR);
   for (unsigned i = 0; i < 64; ++i)
     if (recv (c->fd, c->in.data, INPUT_SIZE, MSG_DONTWAIT) <= 0)
@@ -162,6 +164,7 @@ connection_free (struct connection *c)
   pthread_mutex_destroy (&c->lock);
   pthread_mutex_destroy (&c->send_lock);
   pthread_cond_destroy (&c->role_freed);
+  tls_free (c->tls);
   free (c->contexts);
   free (c->in.data);
   free (c);

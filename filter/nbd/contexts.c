@@ -226,8 +226,8 @@ contexts_list (struct option *o)
   return reply_contexts (o, &m, true);
 }
 
-static void
-drop_selection (struct connection *c)
+void
+contexts_drop (struct connection *c)
 {
   free (c->contexts);
   c->contexts = NULL;
@@ -263,7 +263,7 @@ contexts_set (struct option *o, struct selection *selection)
   if (!c->structured)
     return option_error (o, NBD_REP_ERR_INVALID,
                          "structured replies are not negotiated");
-  drop_selection (c);
+  contexts_drop (c);
   if (selection->export_name == NULL)
     selection->export_name = malloc (NBD_MAX_STRING);
   if (selection->export_name == NULL || bits == NULL)
@@ -286,5 +286,5 @@ contexts_bind (struct connection *c, const struct selection *selection,
   if (c->nr_contexts > 0 &&
       (length != selection->export_name_length ||
        memcmp (name, selection->export_name, length) != 0))
-    drop_selection (c);
+    contexts_drop (c);
 }

@@ -15,6 +15,17 @@
  * begins, -1 if the connection ends.
  *
  * Any export name is accepted, as nbdkit's file plugin does.
+ *
+ * STARTTLS.  Where TLS is required, every other option is refused until
+ * it has come (haggle).  Whoever sits between client and server can put
+ * plaintext of his own before the client's handshake, and must not have
+ * it taken for the client's:
+ *
+ * - what was negotiated in plaintext is forgotten;
+ * - a client that means it sends nothing behind STARTTLS before it has
+ *   our answer; if there is anything, the connection ends;
+ * - what comes later than that is for GnuTLS to judge, since from then on
+ *   nobody else reads the socket.
  */
 
 #include <config.h>
@@ -154,6 +165,16 @@ opt_list (struct option *o)
   return option_reply (o, NBD_REP_ACK, NULL, 0);
 }
 
+/* Everything that an option has changed, but for what the greeting said. */
+static void
+forget_negotiated (struct connection *c, struct selection *selection)
+{
+  c->structured = false;
+  contexts_drop (c);
+  free (selection->export_name);
+  selection->export_name = NULL;
+}
+
 static int
 opt_structured_reply (struct option *o)
 {
@@ -162,6 +183,31 @@ opt_structured_reply (struct option *o)
                          "structured reply: unexpected data");
   o->worker->connection->structured = true;
   return option_reply (o, NBD_REP_ACK, NULL, 0);
+}
+
+/* The protocol wants this reply of a server that has no TLS by choice. */
+static int
+opt_starttls (struct option *o, struct selection *selection)
+{
+  struct connection *c = o->worker->connection;
+
+  if (o->remaining > 0)
+    return option_error (o, NBD_REP_ERR_INVALID, "starttls: unexpected data");
+  if (c->server->tls == NULL)
+    return option_error (o, NBD_REP_ERR_POLICY, "TLS is not configured");
+  if (c->tls != NULL)
+    return option_error (o, NBD_REP_ERR_INVALID, "TLS is in use already");
+  if (!input_is_empty (c)) {
+    report_error ("nbd: a client sent plaintext behind STARTTLS: "
+                  "its connection is closed");
+    return -1;
+  }
+  if (option_reply (o, NBD_REP_ACK, NULL, 0) == -1)
+    return -1;
+  output_flush (o->worker);
+
+  forget_negotiated (c, selection);
+  return tls_start (c);
 }
 
 /* The information requests that end INFO and GO.  Which of those that
@@ -252,9 +298,25 @@ opt_info_or_go (struct option *o, struct selection *selection)
   return 1;
 }
 
+/* Must the client turn to TLS before it may say this? */
+static bool
+needs_tls (const struct option *o)
+{
+  const struct connection *c = o->worker->connection;
+
+  return c->server->tls != NULL && nbd_tls_is_required (c->server->tls) &&
+    c->tls == NULL &&
+    o->option != NBD_OPT_STARTTLS && o->option != NBD_OPT_ABORT;
+}
+
 static int
 haggle (struct option *o, struct selection *selection, bool no_zeroes)
 {
+  if (needs_tls (o))
+    /* The only way to refuse EXPORT_NAME is to disconnect. */
+    return o->option == NBD_OPT_EXPORT_NAME ? -1
+      : option_error (o, NBD_REP_ERR_TLS_REQD, "TLS is required");
+
   switch (o->option) {
   case NBD_OPT_EXPORT_NAME:
     return opt_export_name (o, selection, no_zeroes);
@@ -267,6 +329,9 @@ haggle (struct option *o, struct selection *selection, bool no_zeroes)
 
   case NBD_OPT_LIST:
     return opt_list (o);
+
+  case NBD_OPT_STARTTLS:
+    return opt_starttls (o, selection);
 
   case NBD_OPT_INFO:
   case NBD_OPT_GO:

@@ -33,6 +33,23 @@ buffered (const struct input *in)
   return in->end - in->start;
 }
 
+static ssize_t
+receive_plain (struct connection *c, struct iovec iov[2])
+{
+  struct msghdr msg = { .msg_iov = iov, .msg_iovlen = 2 };
+  ssize_t r;
+
+  do {
+    if (atomic_load_explicit (&c->server->stopping, memory_order_relaxed) ||
+        atomic_load_explicit (&c->dead, memory_order_relaxed)) {
+      errno = ESHUTDOWN;
+      return -1;
+    }
+    r = recvmsg (c->fd, &msg, 0);
+  } while (r == -1 && errno == EINTR);
+  return r;
+}
+
 /* Receive up to count bytes into buf and more into the empty input
  * buffer.  Returns how many went into buf.  -1 at the end, or with
  * EAGAIN if nothing came for IDLE_SECONDS.
@@ -45,17 +62,8 @@ receive (struct connection *c, void *buf, size_t count, size_t ahead)
     { .iov_base = buf, .iov_len = count },
     { .iov_base = in->data, .iov_len = ahead },
   };
-  struct msghdr msg = { .msg_iov = iov, .msg_iovlen = 2 };
-  ssize_t r;
-
-  do {
-    if (atomic_load_explicit (&c->server->stopping, memory_order_relaxed) ||
-        atomic_load_explicit (&c->dead, memory_order_relaxed)) {
-      errno = ESHUTDOWN;
-      return -1;
-    }
-    r = recvmsg (c->fd, &msg, 0);
-  } while (r == -1 && errno == EINTR);
+  ssize_t r = c->tls != NULL && tls_is_ours (c->tls)
+    ? tls_receive (c, iov) : receive_plain (c, iov);
 
   if (r == 0) {
     errno = ECONNRESET;

@@ -13,6 +13,8 @@
  *   role.c        who receives: the role, stealing it, the monitor
  *   input.c       bytes from the client
  *   output.c      bytes to the client
+ *   tls.c         encryption between these two and the socket
+ *   tls-credentials.c  what TLS needs, loaded once
  *   handshake.c   option haggling
  *   contexts.c    metadata contexts: names, queries, selection
  *   request.c     requests: receive, validate, execute, reply
@@ -20,7 +22,9 @@
  *
  * Locks, in the order in which they may be taken: server->lock, then
  * connection->lock.  connection->send_lock and server->monitor_lock are
- * taken with no other lock held, and none is taken inside them.
+ * taken with no other lock held.  Inside send_lock only the lock of
+ * struct tls is taken, which the receiver takes too, and inside which
+ * none is.
  */
 
 #include <pthread.h>
@@ -34,6 +38,7 @@
 #include "disk/disk.h"
 #include "nbd/nbd.h"
 #include "nbd/protocol.h"
+#include "nbd/tls.h"
 
 /* -D dirty-bitmap.request=1 */
 extern int dirty_bitmap_debug_request;
@@ -77,6 +82,7 @@ struct nbd_server {
   uint32_t preferred_block_size;
   bool readonly;
   char *description;            /* or NULL */
+  const struct nbd_tls *tls;    /* or NULL: there is none */
   uint16_t eflags;              /* transmission flags without DF */
   struct context_name *contexts;
   size_t nr_bitmaps;
@@ -170,6 +176,11 @@ struct connection {
   int fd;
   struct connection *prev, *next; /* server->lock */
 
+  /* NULL without TLS.  Changed by STARTTLS only, so while there is one
+   * thread.
+   */
+  struct tls *tls;
+
   /* Negotiated; fixed when transmission begins. */
   bool structured;
   uint32_t *contexts;           /* the ids that are selected, ascending */
@@ -262,7 +273,7 @@ extern int input_skip (struct connection *, uint64_t count);
 extern int input_header (struct connection *, struct nbd_request *,
                          struct worker *idle);
 
-/* Is anything buffered, and is it a whole request, payload included? */
+/* Is anything buffered (as far as it is decrypted), and is it a whole request, payload included? */
 extern bool input_is_empty (const struct connection *);
 extern bool input_has_request (const struct connection *);
 
@@ -341,6 +352,9 @@ struct selection {
 extern int contexts_index (struct nbd_server *);
 extern int contexts_list (struct option *);
 extern int contexts_set (struct option *, struct selection *);
+
+/* Select nothing. */
+extern void contexts_drop (struct connection *);
 
 /* Drop what was selected for another export than this one. */
 extern void contexts_bind (struct connection *, const struct selection *,

@@ -6,7 +6,7 @@
 #ifndef DIRTY_BITMAP_NBD_H
 #define DIRTY_BITMAP_NBD_H
 
-/* An NBD server over a disk: fixed newstyle, structured replies, and
+/* An NBD server over a disk: fixed newstyle, TLS, structured replies, and
  * the metadata contexts base:allocation, qemu:allocation-depth and
  * qemu:dirty-bitmap:NAME.
  *
@@ -19,10 +19,33 @@
 
 struct disk;
 struct nbd_server;
+struct nbd_tls;
+
+/* What TLS is to be like: by keys that server and clients share, or else
+ * by certificates.
+ */
+struct nbd_tls_options {
+  bool required;                /* clients without it get nothing */
+  const char *psk_file;         /* USERNAME:HEXKEY lines; or NULL */
+  const char *certificates;     /* a directory: ca-cert.pem, ca-crl.pem (if
+                                   it exists), server-cert.pem,
+                                   server-key.pem */
+  bool verify_peer;             /* clients need a certificate of this CA */
+  const char *priority;         /* GnuTLS's; the key exchange methods of
+                                   keys are added */
+};
+
+/* Load keys or certificates: all that can be wrong with them is found
+ * here.  NULL with the reason reported.  Keys are looked up in their
+ * file when a client comes.
+ */
+extern struct nbd_tls *nbd_tls_load (const struct nbd_tls_options *);
+extern void nbd_tls_free (struct nbd_tls *);
 
 struct nbd_options {
   bool readonly;                /* clients may not write */
   const char *description;      /* of the export, or NULL */
+  struct nbd_tls *tls;          /* or NULL: none.  Stays the caller's */
 };
 
 /* Make a server with no sockets yet, and no threads.  NULL with errno. */

@@ -33,11 +33,8 @@
 #include "common/cleanup.h"
 #include "nbd/internal.h"
 
-/* Send everything.  A connection that cannot is cut.  Called with
- * send_lock.
- */
 static void
-send_all (struct connection *c, struct iovec *iov, size_t nr)
+send_all_plain (struct connection *c, struct iovec *iov, size_t nr)
 {
   struct msghdr msg = { .msg_iov = iov, .msg_iovlen = nr };
 
@@ -72,6 +69,20 @@ send_all (struct connection *c, struct iovec *iov, size_t nr)
         msg.msg_iovlen--;
       }
     }
+  }
+}
+
+/* Send everything.  A connection that cannot is cut.  Called with
+ * send_lock.
+ */
+static void
+send_all (struct connection *c, struct iovec *iov, size_t nr)
+{
+  if (c->tls == NULL || !tls_is_ours (c->tls))
+    send_all_plain (c, iov, nr);
+  else if (tls_send (c, iov, nr) == -1) {
+    debug_request ("nbd: send: %m");
+    connection_cut (c);
   }
 }
 

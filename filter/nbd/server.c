@@ -115,6 +115,7 @@ nbd_server_new (struct disk *disk, const struct nbd_options *options)
   server->preferred_block_size = preferred_block_size (disk);
   server->readonly = options->readonly || disk_is_readonly (disk);
   server->eflags = transmission_flags (server->readonly);
+  server->tls = options->tls;
   if (options->description != NULL && options->description[0] != '\0')
     server->description = strndup (options->description, NBD_MAX_STRING);
   server->wake_fd = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);

@@ -18,9 +18,34 @@
 
 #include "common/bytes.h"
 #include "test-nbd-client.h"
+#include "tls-relay.h"
 
 /* What a server that works never takes. */
 #define TIMEOUT_SECONDS 30
+
+bool fixture_over_tls;
+
+struct nbd_tls *
+fixture_load_tls (const struct fixture *f, bool required)
+{
+  char path[100];
+  struct nbd_tls_options options = {
+    .required = required,
+    .psk_file = path,
+    .priority = "NORMAL",
+  };
+  struct nbd_tls *tls;
+  FILE *fp;
+
+  snprintf (path, sizeof path, "%s/keys", f->dir);
+  fp = fopen (path, "w");
+  assert_non_null (fp);
+  fprintf (fp, "%s:%s\n", RELAY_USER, RELAY_KEY);
+  assert_int_equal (fclose (fp), 0);
+  tls = nbd_tls_load (&options);
+  assert_non_null (tls);
+  return tls;
+}
 
 void
 fixture_init (struct fixture *f, uint64_t size)
@@ -29,6 +54,7 @@ fixture_init (struct fixture *f, uint64_t size)
 
   f->disk = fake_disk_new (size);
   f->server = NULL;
+  f->tls = NULL;
   snprintf (f->dir, sizeof f->dir, "%s/nbdXXXXXX",
             tmp != NULL && strlen (tmp) < 40 ? tmp : "/tmp");
   assert_non_null (mkdtemp (f->dir));
@@ -38,7 +64,7 @@ fixture_init (struct fixture *f, uint64_t size)
 void
 fixture_start (struct fixture *f, bool readonly)
 {
-  const struct nbd_options options = {
+  struct nbd_options options = {
     .readonly = readonly,
     .description = "a fake disk",
   };
@@ -50,6 +76,9 @@ fixture_start (struct fixture *f, bool readonly)
   assert_return_code (bind (fd, (struct sockaddr *) &addr, sizeof addr),
                       errno);
   assert_return_code (listen (fd, SOMAXCONN), errno);
+  if (fixture_over_tls && f->tls == NULL)
+    f->tls = fixture_load_tls (f, true);
+  options.tls = f->tls;
   f->server = nbd_server_new (f->disk, &options);
   assert_non_null (f->server);
   assert_int_equal (nbd_server_add_socket (f->server, fd), 0);
@@ -61,7 +90,11 @@ fixture_stop (struct fixture *f)
 {
   nbd_server_stop (f->server, 1000);
   nbd_server_free (f->server);
+  tls_relay_wait ();
+  nbd_tls_free (f->tls);
   fake_disk_free (f->disk);
+  unlink (f->path);
+  snprintf (f->path, sizeof f->path, "%s/keys", f->dir);
   unlink (f->path);
   rmdir (f->dir);
 }
@@ -75,10 +108,12 @@ fixture_connect (const struct fixture *f)
 
   strcpy (addr.sun_path, f->path);
   assert_return_code (fd, errno);
-  setsockopt (fd, SOL_SOCKET, SO_RCVTIMEO, &tv, sizeof tv);
-  setsockopt (fd, SOL_SOCKET, SO_SNDTIMEO, &tv, sizeof tv);
   assert_return_code (connect (fd, (struct sockaddr *) &addr, sizeof addr),
                       errno);
+  if (fixture_over_tls)
+    fd = tls_relay_start (fd);
+  setsockopt (fd, SOL_SOCKET, SO_RCVTIMEO, &tv, sizeof tv);
+  setsockopt (fd, SOL_SOCKET, SO_SNDTIMEO, &tv, sizeof tv);
   return fd;
 }
 

@@ -26,7 +26,17 @@ struct fixture {
   struct disk *disk;
   struct nbd_server *server;
   char dir[64], path[96];
+  struct nbd_tls *tls;          /* may be set before fixture_start */
 };
+
+/* Set to require TLS of all servers to come.  Clients then speak it
+ * without noticing (tls-relay.h).
+ */
+extern bool fixture_over_tls;
+
+/* Keys in a file of the fixture, as nbd_options wants them. */
+extern struct nbd_tls *fixture_load_tls (const struct fixture *,
+                                         bool required);
 
 /* Make a disk.  fixture_start then serves it. */
 extern void fixture_init (struct fixture *, uint64_t size);

@@ -173,7 +173,10 @@ test_unsupported (void **state)
 
   (void) state;
   send_option (fd, NBD_OPT_STARTTLS, NULL, 0);
-  expect_option_reply (fd, NBD_OPT_STARTTLS, NBD_REP_ERR_UNSUP, NULL);
+  expect_option_reply (fd, NBD_OPT_STARTTLS, fixture_over_tls
+                       ? NBD_REP_ERR_INVALID : NBD_REP_ERR_POLICY, NULL);
+  send_option (fd, NBD_OPT_STARTTLS, "x", 1);
+  expect_option_reply (fd, NBD_OPT_STARTTLS, NBD_REP_ERR_INVALID, NULL);
   send_option (fd, 11, NULL, 0); /* EXTENDED_HEADERS */
   expect_option_reply (fd, 11, NBD_REP_ERR_UNSUP, NULL);
   send_option (fd, 0xfffffff0, junk, 1 << 20);
@@ -408,5 +411,9 @@ main (void)
     TEST (test_split_handshake),
   };
 
-  return cmocka_run_group_tests (tests, NULL, NULL);
+  int failed = cmocka_run_group_tests_name ("plain", tests, NULL, NULL);
+
+  fixture_over_tls = true;
+  return failed +
+    cmocka_run_group_tests_name ("over TLS", tests, NULL, NULL);
 }

@@ -442,5 +442,9 @@ main (void)
     TEST (test_greedy_client_delays_nobody),
   };
 
-  return cmocka_run_group_tests (tests, NULL, NULL);
+  int failed = cmocka_run_group_tests_name ("plain", tests, NULL, NULL);
+
+  fixture_over_tls = true;
+  return failed +
+    cmocka_run_group_tests_name ("over TLS", tests, NULL, NULL);
 }

@@ -1,0 +1,71 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_NBD_TLS_H
+#define DIRTY_BITMAP_NBD_TLS_H
+
+/* TLS of one connection, by GnuTLS.
+ *
+ *   tls-credentials.c  what is loaded once for all connections
+ *   tls.c              a connection's session
+ *
+ * A connection without TLS has no struct tls.
+ */
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+
+#include <gnutls/gnutls.h>
+
+struct connection;
+struct nbd_tls;
+struct tls;
+
+/* tls-credentials.c */
+
+/* Clients get nothing without TLS. */
+extern bool nbd_tls_is_required (const struct nbd_tls *);
+
+/* Make a session as it was configured.  Returns a GnuTLS error. */
+extern int nbd_tls_new_session (const struct nbd_tls *, gnutls_session_t *);
+
+/* tls.c */
+
+/* How long a client may take for the TLS handshake.  Variable for the
+ * unit tests.
+ */
+extern unsigned tls_handshake_ms;
+
+/* Turn to TLS: the next byte from the client, and the next to it, is of
+ * the TLS handshake.  Nothing of the client's may be buffered, nor of
+ * ours gathered.  -1 if it fails, and then the connection cannot go on.
+ */
+extern int tls_start (struct connection *);
+
+/* Is it this room that encrypts, and not the kernel?  Then what is sent
+ * and received goes through the functions below.
+ */
+extern bool tls_is_ours (const struct tls *);
+
+/* Receive what there is into the first and then the second buffer; wait
+ * if there is nothing.  Returns the number of bytes, 0 at the end, or -1
+ * with errno, as recvmsg does.  By the holder of the receive role.
+ */
+extern ssize_t tls_receive (struct connection *, const struct iovec iov[2]);
+
+/* Send all.  -1 with errno if the connection is of no use any more.
+ * Called with send_lock.
+ */
+extern int tls_send (struct connection *, const struct iovec *iov, size_t nr);
+
+/* Tell the client that nothing more comes.  Does not wait.  When no
+ * other thread uses the connection any more.
+ */
+extern void tls_bye (struct connection *);
+extern void tls_free (struct tls *);
+
+#endif /* DIRTY_BITMAP_NBD_TLS_H */
