@@ -150,7 +150,7 @@ is_small (const struct run *r)
   return container_size (r->c) <= MAX_MODEL_IMAGE &&
     qcow2_size (r->q) <= MAX_MODEL_DISK && qcow2_size (r->q) > 0 &&
     r->q->header.size % SECTOR == 0 && qcow2_version (r->q) == 3 &&
-    r->options.data_file == NULL;
+    !r->q->extended_l2 && r->options.data_file == NULL;
 }
 
 /* What is in compressed clusters may not be fit to be read. */
@@ -184,10 +184,10 @@ make_model (struct run *r)
     r->trusted = k.trusted;
     FUZZ_CHECK (qcow2_read (r->q, r->model, size, 0) == 0,
                 "a sound image cannot be read");
-    for (uint64_t c = 0; c << k.cluster_bits < size; ++c) {
-      const uint64_t at = c << k.cluster_bits;
-      const uint64_t n = min_u64 (UINT64_C (1) << k.cluster_bits, size - at);
-      const uint8_t *p = checked_cluster (&k, c);
+    for (uint64_t unit = 0; unit << k.unit_bits < size; ++unit) {
+      const uint64_t at = unit << k.unit_bits;
+      const uint64_t n = min_u64 (UINT64_C (1) << k.unit_bits, size - at);
+      const uint8_t *p = checked_unit (&k, unit);
 
       for (uint64_t i = 0; i < n; ++i)
         FUZZ_CHECK (r->model[at + i] == (p == NULL ? 0 : p[i]),

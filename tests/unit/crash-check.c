@@ -15,8 +15,12 @@
  *     block is 1
  *   - an L1 or L2 entry has COPIED exactly if the refcount is 1
  *   - reserved bits are 0, offsets are aligned
+ *   - no subcluster is allocated and zero at once, and none is allocated
+ *     where there is no cluster
+ *   - a guest cluster is in an external data file where it is in the disk
  *   - bitmaps, if the autoclear bit says that they are valid, are well
  *     formed, and no bit beyond the end of the disk is set
+ *   - the name of the backing file is what it was, wherever it is
  */
 
 #include <config.h>
@@ -40,6 +44,8 @@
 #define KIND_L2 1
 #define KIND_DATA 2
 #define BITMAPS_MAGIC 0x23852875U
+#define INCOMPAT_DATA_FILE 4
+#define INCOMPAT_EXTENDED_L2 16
 
 static bool wrong (struct checked *k, const char *fmt, ...)
   __attribute__ ((format (printf, 2, 3)));
@@ -193,21 +199,65 @@ refer_compressed (struct checked *k, uint64_t entry)
   return true;
 }
 
+/* The subclusters of an L2 entry: allocated ones in the lower half of
+ * their bits, zeroes in the upper.
+ */
 static bool
-walk_l2 (struct checked *k, uint64_t table, unsigned tree)
+check_subclusters (struct checked *k, uint64_t entry, uint64_t bits)
+{
+  const bool without =
+    (entry & OFFSET_MASK) == 0 || (entry & COMPRESSED) != 0;
+
+  if ((bits & bits >> 32) != 0 || (without && (uint32_t) bits != 0) ||
+      ((entry & COMPRESSED) != 0 && bits != 0) ||
+      ((entry & COMPRESSED) == 0 && (entry & 1) != 0))
+    return wrong (k, "L2 entry %#" PRIx64 " with subclusters %#" PRIx64,
+                  entry, bits);
+  return true;
+}
+
+/* A cluster of the data file: it is where the guest has it. */
+static bool
+check_data_file (struct checked *k, uint64_t entry, uint64_t guest_offset)
+{
+  if ((entry & OFFSET_MASK) == 0 && (entry & COPIED) == 0)
+    return true;
+  if ((entry & OFFSET_MASK) != guest_offset || (entry & COPIED) == 0)
+    return wrong (k, "L2 entry %#" PRIx64 " of guest offset %#" PRIx64
+                  " of a data file", entry, guest_offset);
+  return true;
+}
+
+/* The L2 table whose first entry is that of a guest offset. */
+static bool
+walk_l2 (struct checked *k, uint64_t table, uint64_t guest_offset,
+         unsigned tree)
 {
   const uint64_t cluster_size = UINT64_C (1) << k->cluster_bits;
+  const unsigned entry_bytes = 1U << k->entry_bits;
 
-  for (uint64_t i = 0; i < cluster_size; i += 8) {
-    const uint64_t entry = get_be64 (k->image->bytes + table + i);
+  for (uint64_t i = 0; i < cluster_size; i += entry_bytes,
+         guest_offset += cluster_size) {
+    const uint8_t *p = k->image->bytes + table + i;
+    const uint64_t entry = get_be64 (p);
+
+    if (entry_bytes == 16 &&
+        !check_subclusters (k, entry, get_be64 (p + 8)))
+      return false;
 
     if ((entry & COMPRESSED) != 0) {
       if (!refer_compressed (k, entry))
         return false;
       continue;
     }
-    if ((entry & UINT64_C (0x7f000000000001fe)) != 0)
+    if ((entry & UINT64_C (0x7f000000000001fe)) != 0 ||
+        (k->version == 2 && (entry & 1) != 0))
       return wrong (k, "L2 entry %#" PRIx64, entry);
+    if (k->image->data != NULL) {
+      if (!check_data_file (k, entry, guest_offset))
+        return false;
+      continue;
+    }
     if ((entry & OFFSET_MASK) == 0)
       continue;
     if (!refer_in_tree (k, "a data cluster", KIND_DATA, tree,
@@ -239,7 +289,8 @@ walk_l1 (struct checked *k, uint64_t l1_offset, uint64_t l1_entries,
       return false;
     if (tree != 0)
       hash_bytes (k, table, UINT64_C (1) << k->cluster_bits);
-    if (!walk_l2 (k, table, tree))
+    if (!walk_l2 (k, table, i << (2 * k->cluster_bits - k->entry_bits),
+                  tree))
       return false;
   }
   return true;
@@ -359,17 +410,21 @@ static bool
 walk_extensions (struct checked *k)
 {
   const uint8_t *header = k->image->bytes, *bitmaps = NULL;
-  uint64_t pos = get_be32 (header + 100);
+  const uint64_t limit = k->image->backing != NULL
+    ? get_be64 (header + 8) : UINT64_C (1) << k->cluster_bits;
+  uint64_t pos = k->version == 2 ? 72 : get_be32 (header + 100);
 
-  k->trusted = get_be64 (header + 88) & 1;
-  k->stale = header[88] & UNKNOWN_AUTOCLEAR;
-  while (pos + 8 <= UINT64_C (1) << k->cluster_bits) {
+  if (k->version >= 3) {
+    k->trusted = get_be64 (header + 88) & 1;
+    k->stale = header[88] & UNKNOWN_AUTOCLEAR;
+  }
+  while (pos + 8 <= limit) {
     const uint32_t magic = get_be32 (header + pos);
     const uint32_t bytes = get_be32 (header + pos + 4);
 
     if (magic == 0)
       break;
-    if (bytes > (UINT64_C (1) << k->cluster_bits) - pos - 8)
+    if (bytes > limit - pos - 8)
       return wrong (k, "a header extension of %" PRIu32 " bytes", bytes);
     k->has_extension |= magic == BITMAPS_MAGIC;
     if (magic == BITMAPS_MAGIC) {
@@ -387,25 +442,47 @@ walk_extensions (struct checked *k)
 }
 
 static bool
+check_backing_name (struct checked *k)
+{
+  const struct crash_backing *backing = k->image->backing;
+  const uint8_t *p = k->image->bytes;
+  const uint64_t offset = get_be64 (p + 8);
+  const uint32_t bytes = get_be32 (p + 16);
+
+  if (backing == NULL)
+    return offset == 0 || wrong (k, "there is a backing file");
+  if (range_exceeds (offset, bytes, UINT64_C (1) << k->cluster_bits) ||
+      bytes != strlen (backing->name) ||
+      memcmp (p + offset, backing->name, bytes) != 0)
+    return wrong (k, "the backing file's name at %#" PRIx64
+                  " is not what it was", offset);
+  return true;
+}
+
+static bool
 read_header (struct checked *k)
 {
   const uint8_t *p = k->image->bytes;
-  uint64_t tables;
+  uint64_t tables, incompatible;
 
-  if (get_be32 (p) != 0x514649fb || get_be32 (p + 4) != 3 ||
-      get_be64 (p + 8) != 0 ||
-      get_be64 (p + 72) != 0)
+  k->version = get_be32 (p + 4);
+  incompatible = k->version == 2 ? 0 : get_be64 (p + 72);
+  if (get_be32 (p) != 0x514649fb || k->version < 2 || k->version > 3 ||
+      (incompatible & ~(uint64_t) INCOMPAT_EXTENDED_L2) !=
+      (k->image->data != NULL ? INCOMPAT_DATA_FILE : 0))
     return wrong (k, "the header is not what it was");
   k->cluster_bits = get_be32 (p + 20);
+  k->entry_bits = incompatible & INCOMPAT_EXTENDED_L2 ? 4 : 3;
+  k->unit_bits = k->cluster_bits - (k->entry_bits == 4 ? 5 : 0);
   k->disk_size = get_be64 (p + 24);
   k->l1_entries = get_be32 (p + 36);
   k->l1_offset = get_be64 (p + 40);
-  k->refcount_order = get_be32 (p + 96);
+  k->refcount_order = k->version == 2 ? 4 : get_be32 (p + 96);
   tables = get_be32 (p + 56) * (UINT64_C (1) << k->cluster_bits);
   if (at (k, k->l1_offset, 8 * k->l1_entries) == NULL ||
       at (k, get_be64 (p + 48), tables) == NULL)
     return wrong (k, "the header leads nowhere");
-  return true;
+  return check_backing_name (k);
 }
 
 static bool
@@ -472,32 +549,67 @@ checked_find (struct checked *k, const char *name)
   return NULL;
 }
 
-/* The L2 entry of a guest cluster. */
-static uint64_t
+/* What shines through from below. */
+static const uint8_t *
+backing_unit (const struct checked *k, uint64_t unit)
+{
+  const struct crash_backing *backing = k->image->backing;
+  const uint64_t offset = unit << k->unit_bits;
+
+  if (backing == NULL || offset >= backing->size)
+    return NULL;
+  assert_true (offset + (UINT64_C (1) << k->unit_bits) <= backing->room);
+  return backing->bytes + offset;
+}
+
+/* The L2 entry of a guest cluster, or NULL if there is no L2 table. */
+static const uint8_t *
 entry_of (const struct checked *k, uint64_t guest_cluster)
 {
-  const unsigned l2_bits = k->cluster_bits - 3;
+  const unsigned l2_bits = k->cluster_bits - k->entry_bits;
   const uint64_t in_l2 = guest_cluster & ((UINT64_C (1) << l2_bits) - 1);
   const uint8_t *p = k->image->bytes;
   const uint64_t table =
     get_be64 (p + k->l1_offset + 8 * (guest_cluster >> l2_bits))
     & OFFSET_MASK;
 
-  return table == 0 ? 0 : get_be64 (p + table + 8 * in_l2);
+  return table == 0 ? NULL : p + table + (in_l2 << k->entry_bits);
 }
 
 const uint8_t *
-checked_cluster (const struct checked *k, uint64_t guest_cluster)
+checked_unit (const struct checked *k, uint64_t unit)
 {
-  const uint64_t entry = entry_of (k, guest_cluster);
+  const unsigned sub_bits = k->cluster_bits - k->unit_bits;
+  const unsigned sub = unit & ((1U << sub_bits) - 1);
+  const uint8_t *const at = entry_of (k, unit >> sub_bits);
+  uint64_t entry, bits;
 
-  if ((entry & 1) != 0 || (entry & OFFSET_MASK) == 0)
+  if (at == NULL)
+    return backing_unit (k, unit);
+  entry = get_be64 (at);
+  if (sub_bits != 0) {
+    bits = get_be64 (at + 8);
+    if ((bits >> 32 >> sub & 1) != 0)
+      return NULL;
+    if ((bits >> sub & 1) == 0)
+      return backing_unit (k, unit);
+  }
+  else if ((entry & 1) != 0)
     return NULL;
-  return k->image->bytes + (entry & OFFSET_MASK);
+  if (k->image->data != NULL)
+    return (entry & COPIED) == 0 ? backing_unit (k, unit)
+      : k->image->data->bytes + (entry & OFFSET_MASK)
+      + ((uint64_t) sub << k->unit_bits);
+  if ((entry & OFFSET_MASK) == 0)
+    return backing_unit (k, unit);
+  return k->image->bytes + (entry & OFFSET_MASK)
+    + ((uint64_t) sub << k->unit_bits);
 }
 
 bool
 checked_is_compressed (const struct checked *k, uint64_t guest_cluster)
 {
-  return entry_of (k, guest_cluster) >> 62 & 1;
+  const uint8_t *const at = entry_of (k, guest_cluster);
+
+  return at != NULL && get_be64 (at) >> 62 & 1;
 }

@@ -7,9 +7,9 @@
 #define DIRTY_BITMAP_TEST_CRASH_CHECK_H
 
 /* A reader and checker of qcow2 images, flat in memory, that has nothing
- * in common with the code under test.  It knows what the tests make:
- * version 3, without backing files; of compressed clusters it knows only
- * where they are.
+ * in common with the code under test.  It knows what the tests make, with
+ * the backing file and the external data file that the image comes with;
+ * of compressed clusters it knows only where they are.
  */
 
 #include <stdbool.h>
@@ -34,7 +34,10 @@ struct checked_bitmap {
 
 struct checked {
   const struct crash_image *image;
-  unsigned cluster_bits, refcount_order;
+  unsigned version, cluster_bits, refcount_order;
+  unsigned entry_bits;          /* log2 of the bytes of an L2 entry */
+  unsigned unit_bits;           /* of a cluster, or a subcluster if there
+                                   are any */
   uint64_t disk_size;
   uint64_t l1_offset, l1_entries;
   bool trusted;                 /* the autoclear bit of the bitmaps */
@@ -57,10 +60,12 @@ extern void checked_free (struct checked *);
 extern struct checked_bitmap *checked_find (struct checked *,
                                             const char *name);
 
-/* The bytes of a guest cluster, NULL if it reads as zeroes. */
-extern const uint8_t *checked_cluster (const struct checked *,
-                                       uint64_t guest_cluster);
-/* Such a cluster is nowhere as it reads. */
+/* The bytes of a cluster or subcluster of the guest, from here or from
+ * below; NULL if it reads as zeroes.
+ */
+extern const uint8_t *checked_unit (const struct checked *, uint64_t unit);
+
+/* A compressed cluster is nowhere as it reads. */
 extern bool checked_is_compressed (const struct checked *,
                                    uint64_t guest_cluster);
 

@@ -19,6 +19,9 @@
  * was written twice is old, or in between, or new.  Changes of the size
  * do not overtake each other, and what was written beyond an end that
  * was not made durable is not there.
+ *
+ * An external data file has its entries in the same log, for the sake of
+ * the order between the two, but barriers of its own, and its size.
  */
 
 #include <config.h>
@@ -43,8 +46,11 @@
 
 enum entry_type { NOTE, WRITE, ZERO, RESIZE, BARRIER };
 
+enum file { IMAGE, DATA_FILE, NR_FILES };
+
 struct entry {
   enum entry_type type;
+  enum file file;               /* IMAGE of a NOTE */
   uint64_t offset, count;       /* whole sectors */
   uint8_t *data;                /* of a WRITE */
   uint64_t size, old_size;      /* of a RESIZE */
@@ -63,6 +69,8 @@ struct crash_log {
 struct logged {
   struct container c;
   struct crash_log *log;
+  enum file file;
+  struct crash_image *live;     /* in the log */
 };
 
 struct crash_image
@@ -79,6 +87,16 @@ crash_image_free (struct crash_image *image)
 {
   free (image->bytes);
   image->bytes = NULL;
+  if (image->data != NULL)
+    crash_image_free (image->data);
+  free (image->data);
+  image->data = NULL;
+}
+
+static struct crash_image *
+file_of (struct crash_image *image, enum file file)
+{
+  return file == IMAGE ? image : image->data;
 }
 
 /* Change the size: what is beyond it is zero. */
@@ -95,6 +113,15 @@ crash_image_copy (struct crash_image *to, const struct crash_image *from)
 {
   resize (to, from->size);
   memcpy (to->bytes, from->bytes, from->size);
+  to->backing = from->backing;
+  if (from->data == NULL)
+    return;
+  if (to->data == NULL) {
+    to->data = malloc (sizeof *to->data);
+    assert_non_null (to->data);
+    *to->data = crash_image_new (from->data->room);
+  }
+  crash_image_copy (to->data, from->data);
 }
 
 struct crash_log *
@@ -127,7 +154,7 @@ crash_log_free (struct crash_log *log)
 
 /* With the lock held. */
 static struct entry *
-add_entry (struct crash_log *log, enum entry_type type)
+add_entry (struct crash_log *log, enum file file, enum entry_type type)
 {
   if (log->nr == log->max) {
     log->max = log->max * 2 + 1024;
@@ -136,7 +163,7 @@ add_entry (struct crash_log *log, enum entry_type type)
   }
   struct entry *e = &log->entries[log->nr++];
 
-  *e = (struct entry) { .type = type };
+  *e = (struct entry) { .type = type, .file = file };
   return e;
 }
 
@@ -151,7 +178,7 @@ size_t
 crash_log_note (struct crash_log *log)
 {
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&log->lock);
-  add_entry (log, NOTE);
+  add_entry (log, IMAGE, NOTE);
   return log->nr - 1;
 }
 
@@ -209,32 +236,33 @@ part_of (struct crash_log *log, uint64_t count, uint64_t offset)
 static int
 logged_pread (struct container *c, void *buf, size_t count, uint64_t offset)
 {
-  struct crash_log *log = ((struct logged *) c)->log;
+  const struct logged *l = (struct logged *) c;
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&log->lock);
-  memcpy (buf, log->live.bytes + offset, count);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&l->log->lock);
+  memcpy (buf, l->live->bytes + offset, count);
   return 0;
 }
 
 /* Log the sectors of a range that has been changed. */
 static void
-log_sectors (struct crash_log *log, uint64_t offset, uint64_t count)
+log_sectors (const struct logged *l, uint64_t offset, uint64_t count)
 {
-  struct entry *e = add_entry (log, WRITE);
+  struct entry *e = add_entry (l->log, l->file, WRITE);
 
   e->offset = round_down (offset, SECTOR);
-  e->count = min_u64 (round_up (offset + count, SECTOR), log->live.room)
+  e->count = min_u64 (round_up (offset + count, SECTOR), l->live->room)
     - e->offset;
   e->data = malloc (e->count);
   assert_non_null (e->data);
-  memcpy (e->data, log->live.bytes + e->offset, e->count);
+  memcpy (e->data, l->live->bytes + e->offset, e->count);
 }
 
 static int
 logged_pwrite (struct container *c, const void *buf, size_t count,
                uint64_t offset)
 {
-  struct crash_log *log = ((struct logged *) c)->log;
+  const struct logged *l = (struct logged *) c;
+  struct crash_log *log = l->log;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&log->lock);
   const bool fail = fails (log);
@@ -242,8 +270,8 @@ logged_pwrite (struct container *c, const void *buf, size_t count,
   if (fail)
     count = part_of (log, count, offset);
   if (count > 0) {
-    memcpy (log->live.bytes + offset, buf, count);
-    log_sectors (log, offset, count);
+    memcpy (l->live->bytes + offset, buf, count);
+    log_sectors (l, offset, count);
   }
   errno = EIO;
   return fail ? -1 : 0;
@@ -252,7 +280,8 @@ logged_pwrite (struct container *c, const void *buf, size_t count,
 static int
 logged_zero (struct container *c, uint64_t count, uint64_t offset, bool punch)
 {
-  struct crash_log *log = ((struct logged *) c)->log;
+  const struct logged *l = (struct logged *) c;
+  struct crash_log *log = l->log;
 
   (void) punch;
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&log->lock);
@@ -260,15 +289,15 @@ logged_zero (struct container *c, uint64_t count, uint64_t offset, bool punch)
 
   if (fail)
     count = part_of (log, count, offset);
-  memset (log->live.bytes + offset, 0, count);
+  memset (l->live->bytes + offset, 0, count);
   if (count > 0 && (offset | count) % SECTOR == 0) {
-    struct entry *e = add_entry (log, ZERO);
+    struct entry *e = add_entry (log, l->file, ZERO);
 
     e->offset = offset;
     e->count = count;
   }
   else if (count > 0)
-    log_sectors (log, offset, count);
+    log_sectors (l, offset, count);
   errno = EIO;
   return fail ? -1 : 0;
 }
@@ -276,7 +305,8 @@ logged_zero (struct container *c, uint64_t count, uint64_t offset, bool punch)
 static int
 logged_flush (struct container *c)
 {
-  struct crash_log *log = ((struct logged *) c)->log;
+  const struct logged *l = (struct logged *) c;
+  struct crash_log *log = l->log;
   const size_t covers = crash_log_length (log);
 
   sched_yield ();
@@ -285,51 +315,55 @@ logged_flush (struct container *c)
     errno = EIO;
     return -1;
   }
-  add_entry (log, BARRIER)->covers = covers;
+  add_entry (log, l->file, BARRIER)->covers = covers;
   return 0;
 }
 
 /* With the lock held. */
 static void
-log_resize (struct crash_log *log, struct container *c, uint64_t size)
+log_resize (struct logged *l, uint64_t size)
 {
-  struct entry *e = add_entry (log, RESIZE);
+  struct entry *e = add_entry (l->log, l->file, RESIZE);
 
   e->size = size;
-  e->old_size = log->live.size;
-  resize (&log->live, size);
-  atomic_store_explicit (&c->size, size, memory_order_release);
+  e->old_size = l->live->size;
+  resize (l->live, size);
+  atomic_store_explicit (&l->c.size, size, memory_order_release);
 }
 
 static int
 logged_grow (struct container *c, uint64_t size)
 {
-  struct crash_log *log = ((struct logged *) c)->log;
+  struct logged *l = (struct logged *) c;
+  struct crash_log *log = l->log;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&log->lock);
-  if (size > log->limit || fails (log)) {
+  const uint64_t limit = l->file == IMAGE ? log->limit : l->live->room;
+
+  if (size > limit || fails (log)) {
     errno = ENOSPC;
     return -1;
   }
   /* Sometimes by more than was asked for. */
   if (random_next (&log->seed) % 2 == 0)
-    size = min_u64 (log->limit,
+    size = min_u64 (limit,
                     size + random_next (&log->seed) % (size / 4 + 1));
-  log_resize (log, c, size);
+  log_resize (l, size);
   return 0;
 }
 
 static int
 logged_truncate (struct container *c, uint64_t size)
 {
-  struct crash_log *log = ((struct logged *) c)->log;
+  struct logged *l = (struct logged *) c;
+  struct crash_log *log = l->log;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&log->lock);
   if (fails (log)) {
     errno = EIO;
     return -1;
   }
-  log_resize (log, c, size);
+  log_resize (l, size);
   return 0;
 }
 
@@ -339,8 +373,8 @@ logged_close (struct container *c)
   free (c);
 }
 
-struct container *
-crash_container_open (struct crash_log *log)
+static struct container *
+open_logged (struct crash_log *log, enum file file)
 {
   static const struct container_ops ops = {
     .pread = logged_pread, .pwrite = logged_pwrite, .zero = logged_zero,
@@ -350,15 +384,30 @@ crash_container_open (struct crash_log *log)
   struct logged *l = calloc (1, sizeof *l);
 
   assert_non_null (l);
-  container_init (&l->c, &ops, log->live.size, false);
   l->log = log;
+  l->file = file;
+  l->live = file_of (&log->live, file);
+  container_init (&l->c, &ops, l->live->size, false);
   return &l->c;
+}
+
+struct container *
+crash_container_open (struct crash_log *log)
+{
+  return open_logged (log, IMAGE);
+}
+
+struct container *
+crash_data_open (struct crash_log *log)
+{
+  return log->live.data == NULL ? NULL : open_logged (log, DATA_FILE);
 }
 
 struct crash_replay {
   struct crash_log *log;
   size_t point;                 /* where the crash is */
-  size_t covered;               /* entries that are durable by then */
+  size_t covered[NR_FILES];     /* entries of each file before this are
+                                   durable by then; SIZE_MAX without it */
   struct crash_image durable;
 };
 
@@ -371,7 +420,24 @@ crash_replay_new (struct crash_log *log)
   r->log = log;
   r->durable = crash_image_new (log->base.room);
   crash_image_copy (&r->durable, &log->base);
+  if (log->base.data == NULL)
+    r->covered[DATA_FILE] = SIZE_MAX;
   return r;
+}
+
+/* No entry before this is pending. */
+static size_t
+first_pending (const struct crash_replay *r)
+{
+  const size_t first = min_u64 (r->covered[IMAGE], r->covered[DATA_FILE]);
+
+  return min_u64 (first, r->point);
+}
+
+static bool
+is_pending (const struct crash_replay *r, size_t i)
+{
+  return i >= r->covered[r->log->entries[i].file];
 }
 
 void
@@ -400,6 +466,7 @@ apply (struct crash_image *image, const struct entry *e, uint64_t from,
 static void
 apply_whole (struct crash_image *image, const struct entry *e)
 {
+  image = file_of (image, e->file);
   if (e->type == WRITE || e->type == ZERO)
     apply (image, e, 0, e->count);
   else if (e->type == RESIZE)
@@ -409,15 +476,20 @@ apply_whole (struct crash_image *image, const struct entry *e)
 void
 crash_replay_advance (struct crash_replay *r, size_t point)
 {
-  size_t covered = r->covered;
+  size_t covered[NR_FILES];
 
   assert_true (point >= r->point && point <= r->log->nr);
-  for (size_t i = r->point; i < point; ++i)
-    if (r->log->entries[i].type == BARRIER &&
-        r->log->entries[i].covers > covered)
-      covered = r->log->entries[i].covers;
-  for (; r->covered < covered; ++r->covered)
-    apply_whole (&r->durable, &r->log->entries[r->covered]);
+  memcpy (covered, r->covered, sizeof covered);
+  for (size_t i = r->point; i < point; ++i) {
+    const struct entry *e = &r->log->entries[i];
+
+    if (e->type == BARRIER && e->covers > covered[e->file])
+      covered[e->file] = e->covers;
+  }
+  for (unsigned file = 0; file < NR_FILES; ++file)
+    for (; r->covered[file] < covered[file]; ++r->covered[file])
+      if (r->log->entries[r->covered[file]].file == file)
+        apply_whole (&r->durable, &r->log->entries[r->covered[file]]);
   r->point = point;
 }
 
@@ -425,8 +497,9 @@ void
 crash_replay_kill (const struct crash_replay *r, struct crash_image *image)
 {
   crash_image_copy (image, &r->durable);
-  for (size_t i = r->covered; i < r->point; ++i)
-    apply_whole (image, &r->log->entries[i]);
+  for (size_t i = first_pending (r); i < r->point; ++i)
+    if (is_pending (r, i))
+      apply_whole (image, &r->log->entries[i]);
 }
 
 /* The ways in which chance may choose. */
@@ -438,6 +511,7 @@ enum lottery {
   ONLY_LATE,                    /* from some entry on */
   ALL_BUT_SOME_PLACE,           /* a place of the disk */
   ONLY_SOME_PLACE,
+  ONLY_ONE_FILE,                /* of two: the last */
   NR_LOTTERIES,
 };
 
@@ -445,6 +519,7 @@ struct draw {
   enum lottery lottery;
   unsigned eighths;             /* the probability */
   size_t entry;                 /* the one in question */
+  enum file file;               /* which it is in */
   bool torn;
   uint64_t from, to;            /* the place in question */
 };
@@ -453,7 +528,8 @@ static bool
 entry_has_luck (const struct draw *d, size_t i, const struct entry *e,
                 uint64_t *seed)
 {
-  const bool in_place = e->offset < d->to && d->from < e->offset + e->count;
+  const bool in_place = e->file == d->file &&
+    e->offset < d->to && d->from < e->offset + e->count;
 
   switch (d->lottery) {
   case EACH_ENTRY: return random_next (seed) % 8 < d->eighths;
@@ -462,6 +538,7 @@ entry_has_luck (const struct draw *d, size_t i, const struct entry *e,
   case ONLY_LATE: return i >= d->entry;
   case ALL_BUT_SOME_PLACE: return !in_place;
   case ONLY_SOME_PLACE: return in_place;
+  case ONLY_ONE_FILE: return e->file == d->file;
   default: return true;
   }
 }
@@ -488,35 +565,42 @@ void
 crash_replay_state (const struct crash_replay *r, struct crash_image *image,
                     uint64_t *seed)
 {
-  const size_t pending = r->point - r->covered;
-  const size_t chosen = r->covered
+  const size_t first = first_pending (r), pending = r->point - first;
+  const size_t chosen = first
     + (pending == 0 ? 0 : random_next (seed) % pending);
+  const unsigned nr_lotteries =
+    r->durable.data != NULL ? NR_LOTTERIES : ONLY_ONE_FILE;
   struct draw d = {
-    .lottery = random_next (seed) % NR_LOTTERIES,
+    .lottery = random_next (seed) % nr_lotteries,
     .eighths = random_next (seed) % 9,
     .entry = chosen,
     .torn = random_next (seed) % 4 == 0,
   };
-  bool sizes = true;            /* are durable so far */
-  uint64_t floor = UINT64_MAX;  /* nothing was written from here on */
+  /* Sizes are durable so far; nothing was written from here on. */
+  bool sizes[NR_FILES] = { true, true };
+  uint64_t floor[NR_FILES] = { UINT64_MAX, UINT64_MAX };
 
   if (pending > 0) {
+    d.file = r->log->entries[chosen].file;
     d.from = r->log->entries[chosen].offset;
     d.to = d.from + r->log->entries[chosen].count
       + (random_next (seed) % 4 << 12);
   }
   crash_image_copy (image, &r->durable);
-  for (size_t i = r->covered; i < r->point; ++i) {
+  for (size_t i = first; i < r->point; ++i) {
     const struct entry *e = &r->log->entries[i];
+    const enum file f = e->file;
 
+    if (!is_pending (r, i))
+      continue;
     if (e->type == WRITE || e->type == ZERO)
-      apply_by_chance (image, &d, i, e, floor, seed);
+      apply_by_chance (file_of (image, f), &d, i, e, floor[f], seed);
     else if (e->type == RESIZE) {
-      sizes = sizes && random_next (seed) % 4 != 0;
-      if (sizes)
-        resize (image, e->size);
+      sizes[f] = sizes[f] && random_next (seed) % 4 != 0;
+      if (sizes[f])
+        resize (file_of (image, f), e->size);
       else
-        floor = min_u64 (floor, min_u64 (e->size, e->old_size));
+        floor[f] = min_u64 (floor[f], min_u64 (e->size, e->old_size));
     }
   }
 }

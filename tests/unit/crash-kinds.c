@@ -11,14 +11,17 @@
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <cmocka.h>
 
 #include "common/bytes.h"
 #include "crash-universe.h"
+#include "container/container.h"
 #include "image.h"
 
+#define KIB (UINT64_C (1) << 10)
 #define MIB (UINT64_C (1) << 20)
 
 struct kind kinds[] = {
@@ -50,8 +53,45 @@ struct kind kinds[] = {
     .snapshots = 3, .windows = { 65536, 3 * MIB, 6, 20 * MIB } },
   { .options = "cluster_size=64k", .disk_mib = 700, .room_mib = 16,
     .windows = { 262144, 100 * MIB, 6, 700 * MIB } },
+  /* The backing file's name has to move, and lies across sectors. */
+  { .options = "cluster_size=4k,backing_fmt=raw", .backing = "raw",
+    .disk_mib = 10, .room_mib = 4, .bare = true, .name_bytes = 700,
+    .windows = { 65536, MIB + 4096, 6, 10 * MIB } },
+  { .options = "cluster_size=1k,backing_fmt=qcow2", .backing = "qcow2",
+    .disk_mib = 4, .room_mib = 4, .bare = true, .name_bytes = 350,
+    .windows = { 65536, 600 * KIB, 6, 4 * MIB } },
+  /* What is not written to comes from below. */
+  { .options = "cluster_size=512,backing_fmt=raw", .backing = "raw",
+    .disk_mib = 6, .room_mib = 6,
+    .windows = { 65536, MIB - 512, 6, 6 * MIB } },
+  { .options = "cluster_size=4k,backing_fmt=qcow2,refcount_bits=64",
+    .backing = "qcow2", .disk_mib = 10, .room_mib = 6,
+    .windows = { 65536, MIB + 4096, 6, 10 * MIB } },
+  { .options = "compat=0.10,cluster_size=4k,backing_fmt=raw",
+    .backing = "raw", .disk_mib = 10, .room_mib = 4, .bare = true,
+    .windows = { 65536, MIB + 4096, 6, 10 * MIB } },
+  /* Subclusters of 512 bytes. */
+  { .options = "cluster_size=16k,extended_l2=on",
+    .disk_mib = 24, .room_mib = 8,
+    .windows = { 65536, 4 * MIB, 6, 24 * MIB } },
+  { .options = "cluster_size=16k,extended_l2=on,backing_fmt=raw",
+    .backing = "raw", .disk_mib = 24, .room_mib = 8,
+    .windows = { 65536, 4 * MIB, 6, 24 * MIB } },
+  { .options = "cluster_size=4k,data_file=", .data_file = true,
+    .disk_mib = 4, .room_mib = 4,
+    .windows = { 65536, 600 * KIB, 6, 4 * MIB } },
 };
 const size_t nr_kinds = sizeof kinds / sizeof kinds[0];
+
+static void
+save_bytes (const char *file, const uint8_t *bytes, uint64_t size)
+{
+  FILE *fp = fopen (file, "we");
+
+  assert_non_null (fp);
+  assert_int_equal (fwrite (bytes, 1, size, fp), size);
+  assert_int_equal (fclose (fp), 0);
+}
 
 static void
 load_image (const char *file, struct crash_image *image)
@@ -62,6 +102,22 @@ load_image (const char *file, struct crash_image *image)
   image->size = fread (image->bytes, 1, image->room, fp);
   assert_true (image->size < image->room);
   fclose (fp);
+}
+
+/* So is the first half of a data file, where nothing is; and it ends
+ * there.
+ */
+static void
+add_data_garbage (const struct checked *k, struct crash_image *data)
+{
+  const uint64_t cluster_size = UINT64_C (1) << k->cluster_bits;
+
+  data->size = k->disk_size / 2;
+  for (uint64_t c = 0; c < data->room >> k->cluster_bits; ++c)
+    if (c << k->cluster_bits >= data->size)
+      assert_null (checked_unit (k, c));
+    else if (checked_unit (k, c) == NULL)
+      memset (data->bytes + (c << k->cluster_bits), 0xaa, cluster_size);
 }
 
 /* Free clusters are full of garbage, and there are some at the end. */
@@ -80,6 +136,8 @@ add_garbage (struct crash_image *image)
   for (uint64_t c = 0; c < image->size >> k.cluster_bits; ++c)
     if (k.references[c] == 0)
       memset (image->bytes + (c << k.cluster_bits), 0xaa, cluster_size);
+  if (image->data != NULL)
+    add_data_garbage (&k, image->data);
   checked_free (&k);
 }
 
@@ -117,16 +175,97 @@ take_snapshot (const struct kind *kind, const char *file, unsigned i)
   assert_int_equal (run_command ("qemu-img snapshot -c s%u '%s'", i, file), 0);
 }
 
+/* What is in a backing file: in the windows every sector of some runs is
+ * told apart, the rest is zero.  It ends in the last window, between two
+ * clusters.
+ */
+static void
+fill_backing (struct kind *kind)
+{
+  struct crash_backing *b = &kind->bytes_below;
+  const struct model_windows *w = &kind->windows;
+  uint64_t seed = 7;
+
+  b->size = (w->nr - 1) * w->apart + 20480 + 3 * 512;
+  b->room = kind->disk_mib * MIB;
+  b->bytes = calloc (1, b->room);
+  assert_non_null (b->bytes);
+  for (uint64_t at = 0; at < b->size; at += 512)
+    if (at % w->apart < w->size && (at >> 11) % 3 != 0)
+      for (unsigned i = 0; i < 512; i += 8)
+        put_be64 (b->bytes + at + i, random_next (&seed));
+}
+
+/* Make the backing file, open it, and give it a name: its file name, with
+ * "./" as often as it takes.
+ */
+static void
+make_backing (struct kind *kind, char *options, size_t max)
+{
+  const struct qcow2_options readonly = { .readonly = true,
+                                          .cache_size = 65536 };
+  struct crash_backing *b = &kind->bytes_below;
+  const size_t number = kind - kinds;
+  char base[32], *raw;
+
+  fill_backing (kind);
+  snprintf (base, sizeof base, "below%zu.%s", number, kind->backing);
+  while (strlen (b->name) + strlen (base) < kind->name_bytes)
+    strcat (b->name, "./");
+  strcat (b->name, base);
+  raw = strdup (temp_file ("below.raw"));
+  assert_non_null (raw);
+  save_bytes (raw, b->bytes, b->size);
+  assert_int_equal (
+    run_command ("qemu-img convert -f raw -O %s '%s' '%s'", kind->backing,
+                 raw, temp_file (base)), 0);
+  free (raw);
+  kind->backing_container = image_load (temp_file (base), b->room + MIB);
+  if (strcmp (kind->backing, "raw") == 0)
+    kind->below.raw = kind->backing_container;
+  else {
+    kind->below.image = qcow2_open (kind->backing_container, &readonly);
+    assert_non_null (kind->below.image);
+  }
+  snprintf (options, max, "%s,backing_file=%s", kind->options, b->name);
+}
+
+const char *
+data_file_name (const struct kind *kind)
+{
+  static char name[32];
+
+  snprintf (name, sizeof name, "data%zu.raw", (size_t) (kind - kinds));
+  return name;
+}
+
+static void
+load_data_file (struct kind *kind)
+{
+  struct crash_image *data = malloc (sizeof *data);
+
+  assert_non_null (data);
+  *data = crash_image_new (kind->disk_mib * MIB + 1);
+  load_image (temp_file (data_file_name (kind)), data);
+  kind->image.data = data;
+}
+
 /* Data in a window, bitmaps, one of them disabled with something in it. */
 static void
 make_kind (struct kind *kind)
 {
-  const char *file = temp_file ("kind.qcow2");
+  char options[1200];
+  const char *file;
   const uint64_t filler = kind->filler_kib << 10;
   const char *skip = kind->bare ? ":" : "";
 
+  snprintf (options, sizeof options, "%s%s", kind->options,
+            kind->data_file ? data_file_name (kind) : "");
+  if (kind->backing != NULL)
+    make_backing (kind, options, sizeof options);
+  file = temp_file ("kind.qcow2");
   assert_int_equal (
-    run_command ("set -e; exec >/dev/null; f='%s'; "
+    run_command ("set -e; exec >/dev/null; f='%s'; cd \"${f%%/*}\"; "
                  "qemu-img create -q -f qcow2 -o %s $f %" PRIu64 "M; "
                  "%s qemu-img bitmap --add -g 512 $f fine; "
                  "qemu-io -f qcow2 -c 'write -P 7 0 30k' $f; "
@@ -137,12 +276,16 @@ make_kind (struct kind *kind)
                  "if test %" PRIu64 " != 0; then "
                  "qemu-io -f qcow2 -c 'write -P 9 %" PRIu64 " %" PRIu64 "'"
                  " $f; fi",
-                 file, kind->options, kind->disk_mib, skip, skip, skip, skip,
+                 file, options, kind->disk_mib, skip, skip, skip, skip,
                  skip, filler, kind->disk_mib * MIB - filler, filler), 0);
   for (unsigned i = 0; i < kind->snapshots; ++i)
     take_snapshot (kind, file, i);
   kind->image = crash_image_new (kind->room_mib * MIB);
   load_image (file, &kind->image);
+  if (kind->backing != NULL)
+    kind->image.backing = &kind->bytes_below;
+  if (kind->data_file)
+    load_data_file (kind);
   if (kind->pad != 0)
     add_pad (&kind->image, kind->pad);
   if (kind->unknown_autoclear)
@@ -164,5 +307,9 @@ free_kinds (void)
   for (size_t i = 0; i < nr_kinds; ++i) {
     crash_image_free (&kinds[i].image);
     crash_image_free (&kinds[i].left);
+    qcow2_close (kinds[i].below.image);
+    if (kinds[i].backing_container != NULL)
+      container_close (kinds[i].backing_container);
+    free (kinds[i].bytes_below.bytes);
   }
 }

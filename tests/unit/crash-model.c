@@ -89,17 +89,16 @@ sector_at (const struct model *m, const uint8_t *content)
 static void
 load_content (struct model *m, const struct checked *base)
 {
-  const uint64_t cluster_size = UINT64_C (1) << m->cluster_bits;
+  const uint64_t unit_size = UINT64_C (1) << m->unit_bits;
 
   for (unsigned w = 0; w < m->nr_windows; ++w) {
     const uint64_t offset = model_window (m, w);
 
-    for (uint64_t i = 0; i < m->window_size; i += cluster_size) {
-      const uint8_t *p = checked_cluster (base, (offset + i) >>
-                                          m->cluster_bits);
+    for (uint64_t i = 0; i < m->window_size; i += unit_size) {
+      const uint8_t *p = checked_unit (base, (offset + i) >> m->unit_bits);
 
       if (p != NULL)
-        memcpy (model_content (m, offset + i), p, cluster_size);
+        memcpy (model_content (m, offset + i), p, unit_size);
     }
   }
   for (size_t i = 0; i < m->nr_windows * m->window_size / SECTOR; ++i) {
@@ -118,6 +117,10 @@ model_new (struct checked *base, const struct model_windows *windows)
   assert_non_null (m);
   pthread_mutex_init (&m->lock, NULL);
   m->cluster_bits = base->cluster_bits;
+  m->unit_bits = base->unit_bits;
+  /* Version 2 has no zeroes that hide what is below. */
+  if (base->version == 2 && base->image->backing != NULL)
+    m->trim_from = base->image->backing->size;
   m->disk_size = base->disk_size;
   m->active_size = windows->active_size;
   m->window_size = windows->size;
@@ -180,14 +183,14 @@ static void
 affected (const struct model *m, const struct change *c, uint64_t *from,
           uint64_t *to)
 {
-  const uint64_t cluster_size = UINT64_C (1) << m->cluster_bits;
+  const uint64_t unit_size = UINT64_C (1) << m->unit_bits;
 
   *from = c->offset;
   *to = c->offset + c->count;
   if (c->kind == CHANGE_TRIM) {
-    *from = round_up (*from, cluster_size);
+    *from = round_up (max_u64 (*from, m->trim_from), unit_size);
     if (*to != m->disk_size)
-      *to = round_down (*to, cluster_size);
+      *to = round_down (*to, unit_size);
   }
 }
 
@@ -462,7 +465,7 @@ check_outside (const struct model *m, uint64_t offset, const uint8_t *data)
   static const uint8_t zeroes[65536];
 
   if (offset >= m->active_size ||
-      memcmp (data, zeroes, UINT64_C (1) << m->cluster_bits) == 0)
+      memcmp (data, zeroes, UINT64_C (1) << m->unit_bits) == 0)
     return NULL;
   snprintf (message, sizeof message, "there is data at guest offset %#llx, "
             "where nobody wrote", (unsigned long long) offset);
@@ -470,15 +473,15 @@ check_outside (const struct model *m, uint64_t offset, const uint8_t *data)
 }
 
 static const char *
-check_cluster (struct model *m, const struct checked *k, uint64_t offset,
-               struct checked_bitmap **unmarked)
+check_unit (struct model *m, const struct checked *k, uint64_t offset,
+            struct checked_bitmap **unmarked)
 {
-  const uint8_t *p = checked_cluster (k, offset >> m->cluster_bits);
-  const uint64_t cluster_size = UINT64_C (1) << m->cluster_bits;
+  const uint8_t *p = checked_unit (k, offset >> m->unit_bits);
+  const uint64_t unit_size = UINT64_C (1) << m->unit_bits;
 
   if (model_content (m, offset) == NULL)
     return p == NULL ? NULL : check_outside (m, offset, p);
-  for (uint64_t i = 0; i < cluster_size; i += SECTOR) {
+  for (uint64_t i = 0; i < unit_size; i += SECTOR) {
     const char *error = check_sector (m, k, offset + i,
                                       p == NULL ? NULL : p + i, unmarked);
 
@@ -492,7 +495,7 @@ const char *
 model_check (struct model *m, struct checked *k)
 {
   struct checked_bitmap *unmarked[CHECKED_MAX_BITMAPS] = { NULL };
-  const uint64_t cluster_size = UINT64_C (1) << m->cluster_bits;
+  const uint64_t unit_size = UINT64_C (1) << m->unit_bits;
   const char *error;
 
   for (size_t i = 0; i < m->nr_bitmaps; ++i) {
@@ -504,8 +507,8 @@ model_check (struct model *m, struct checked *k)
     return "a snapshot is not what it was";
   if (k->nr_bitmaps > m->nr_bitmaps)
     return "there are more bitmaps than there should be";
-  for (uint64_t at = 0; at < m->disk_size; at += cluster_size) {
-    error = check_cluster (m, k, at, unmarked);
+  for (uint64_t at = 0; at < m->disk_size; at += unit_size) {
+    error = check_unit (m, k, at, unmarked);
     if (error != NULL)
       return error;
   }

@@ -9,7 +9,8 @@
 /* What a disk must hold, now and after a crash at any moment.
  *
  * Data is written to a few windows of the disk only, whose sectors have
- * a history each; the rest of the disk, up to active_size, is zero.
+ * a history each, from what they hold in the beginning, wherever that
+ * comes from; the rest of the disk, up to active_size, is zero.
  * Moments are indices of the log (crash_log_note).  No sector is changed
  * by two requests at once.
  */
@@ -52,6 +53,8 @@ struct model_bitmap {
 
 struct model {
   unsigned cluster_bits;
+  unsigned unit_bits;           /* of what can be trimmed */
+  uint64_t trim_from;           /* nothing below this can be */
   uint64_t disk_size, active_size;
   uint64_t window_size, windows_apart;
   unsigned nr_windows;

@@ -33,7 +33,8 @@ universe_begin (struct universe *u, const struct crash_image *image,
   u->leaks = base.nr_leaked != 0 && !leaks_are_provable (u, &base);
   u->log = crash_log_new (image, u->seed);
   u->model = model_new (&base, &u->kind->windows);
-  if (create != NULL && checked_find (&base, create) != NULL)
+  if (create != NULL && (checked_find (&base, create) != NULL ||
+                         base.version < 3))
     create = NULL;
   u->create = create;
   if (create != NULL)

@@ -15,8 +15,11 @@
 #include "crash-check.h"
 #include "crash-container.h"
 #include "crash-model.h"
+#include "qcow2/qcow2.h"
 
+struct container;
 struct disk;
+struct disk_options;
 
 /* A kind of image. */
 struct kind {
@@ -31,7 +34,14 @@ struct kind {
   uint64_t filler_kib;          /* data at the end of the disk, so that
                                    refcounts run out soon */
   unsigned snapshots;           /* how many it has */
+  const char *backing;          /* the format of its backing file, which
+                                   ends inside of a window, or NULL */
+  unsigned name_bytes;          /* of the backing file's name, at least */
+  bool data_file;               /* its guest data are in another file */
   struct model_windows windows;
+  struct crash_backing bytes_below;
+  struct container *backing_container;
+  struct qcow2_layer below;     /* the backing file, open */
   struct crash_image image;
   struct crash_image left;      /* by a crash, size 0 if none was yet */
 };
@@ -42,6 +52,9 @@ extern const size_t nr_kinds;
 extern void make_kinds (void);
 extern void free_kinds (void);
 
+/* The file name of a kind's data file, as the image has it. */
+extern const char *data_file_name (const struct kind *);
+
 struct universe {
   struct kind *kind;
   uint64_t seed;                /* it has */
@@ -49,6 +62,7 @@ struct universe {
   struct crash_log *log;
   struct model *model;
   struct disk *disk;
+  struct container *data;       /* the disk's data file, or NULL */
   const char *create;           /* a bitmap to be created, or NULL */
   unsigned nr_threads;
   unsigned nr_requests;         /* by each thread */
@@ -66,11 +80,20 @@ extern void give_up (const struct universe *, const char *fmt, ...)
 extern uint64_t any (uint64_t *seed, uint64_t below);
 
 /* Make the log and the model of a universe that begins with an image, and
- * free them.  A bitmap that is in the image is not created.
+ * free them.  A bitmap that is in the image, or cannot be, is not created.
  */
 extern void universe_begin (struct universe *, const struct crash_image *,
                             const char *create);
 extern void universe_end (struct universe *);
+
+/* Open the disk of a log, with what it needs besides the image, and
+ * close it.
+ */
+extern struct disk *open_logged_disk (const struct universe *,
+                                      struct crash_log *,
+                                      const struct disk_options *,
+                                      struct container **data);
+extern void close_logged_disk (struct disk *, struct container *data);
 
 /* Open the disk, run all requests, and stop or just close it. */
 extern void run_workload (struct universe *);

@@ -247,6 +247,37 @@ work (void *opaque)
   return NULL;
 }
 
+struct disk *
+open_logged_disk (const struct universe *u, struct crash_log *log,
+                  const struct disk_options *base, struct container **data)
+{
+  struct disk_options options = *base;
+  struct container *c = crash_container_open (log);
+  struct disk *d;
+
+  *data = crash_data_open (log);
+  options.below = u->kind->below;
+  options.data_file = *data;
+  d = disk_open (c, &options);
+  if (d == NULL) {
+    const int err = errno;
+
+    container_close (c);
+    if (*data != NULL)
+      container_close (*data);
+    errno = err;
+  }
+  return d;
+}
+
+void
+close_logged_disk (struct disk *d, struct container *data)
+{
+  disk_close (d);
+  if (data != NULL)
+    container_close (data);
+}
+
 static void
 open_disk (struct universe *u)
 {
@@ -254,20 +285,17 @@ open_disk (struct universe *u)
     .cache_size = 1, .granularity = 1024,
     .require = &u->create, .nr_require = u->create != NULL ? 1 : 0,
   };
-  struct container *c = crash_container_open (u->log);
 
-  u->disk = disk_open (c, &options);
+  u->disk = open_logged_disk (u, u->log, &options, &u->data);
   if (u->disk != NULL)
     return;
-  container_close (c);
   if (!u->may_fail)
     give_up (u, "the disk cannot be opened: %s", strerror (errno));
 
   u->model->may_lose = u->create != NULL && u->kind->pad != 0;
   crash_log_set_faults (u->log, 0);
   crash_log_set_limit (u->log, UINT64_MAX);
-  c = crash_container_open (u->log);
-  u->disk = disk_open (c, &options);
+  u->disk = open_logged_disk (u, u->log, &options, &u->data);
   /* What it found may be there, and not be durable. */
   if (u->disk == NULL || disk_flush (u->disk) == -1)
     give_up (u, "the disk cannot be opened: %s", strerror (errno));
@@ -284,7 +312,7 @@ stop_disk (struct universe *u)
     model_flushed (u->model, start, crash_log_note (u->log));
   else if (!u->may_fail)
     give_up (u, "the disk cannot be stopped: %s", strerror (errno));
-  disk_close (u->disk);
+  close_logged_disk (u->disk, u->data);
   u->disk = NULL;
   return stopped;
 }
@@ -322,18 +350,18 @@ compare_served (const struct universe *u, struct disk *d,
                 const struct checked *k)
 {
   const struct model *m = u->model;
-  const uint64_t cluster_size = UINT64_C (1) << m->cluster_bits;
+  const uint64_t unit_size = UINT64_C (1) << m->unit_bits;
   static const uint8_t zeroes[65536];
   static uint8_t buf[65536];
 
   for (unsigned w = 0; w < m->nr_windows; ++w)
-    for (uint64_t i = 0; i < m->window_size; i += cluster_size) {
+    for (uint64_t i = 0; i < m->window_size; i += unit_size) {
       const uint64_t at = model_window (m, w) + i;
       const uint8_t *p = k == NULL ? model_content (m, at)
-        : checked_cluster (k, at >> m->cluster_bits);
+        : checked_unit (k, at >> m->unit_bits);
 
-      if (disk_read (d, buf, cluster_size, at) == -1 ||
-          memcmp (buf, p == NULL ? zeroes : p, cluster_size) != 0)
+      if (disk_read (d, buf, unit_size, at) == -1 ||
+          memcmp (buf, p == NULL ? zeroes : p, unit_size) != 0)
         give_up (u, "guest offset %#" PRIx64 " is served wrong", at);
     }
 }
@@ -351,5 +379,5 @@ run_workload (struct universe *u)
   if (any (&u->seed, 2) == 0)
     u->stopped = stop_disk (u);
   else
-    disk_close (u->disk);
+    close_logged_disk (u->disk, u->data);
 }

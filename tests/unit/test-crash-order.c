@@ -101,6 +101,14 @@ static const struct trial trials[] = {
   BREAK (IN_USE_BEFORE_CHANGE, "cluster_size=64k", "is not marked"),
   BREAK (ENTRIES_BEFORE_CLEARED, "cluster_size=512", "is not marked"),
   BREAK (FUA_BEFORE_RETURN, "cluster_size=64k", "neither old nor new"),
+  BREAK (NAME_BEFORE_OFFSET, "cluster_size=4k,backing_fmt=raw",
+         "the backing file's name", .create = true),
+  BREAK (NAME_BEFORE_OFFSET, "cluster_size=1k,backing_fmt=qcow2",
+         "the backing file's name", .create = true),
+  BREAK (DATA_BEFORE_REFERENCES, "data_file", "neither old nor new"),
+  BREAK (DATA_BEFORE_REFERENCES, "extended_l2=on", "neither old nor new"),
+  BREAK (DATA_BEFORE_REFERENCES, "extended_l2=on,backing_fmt=raw",
+         "neither old nor new"),
 };
 
 struct search {

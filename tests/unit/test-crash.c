@@ -84,7 +84,8 @@ serve_state (struct universe *u, const struct crash_image *state,
 {
   struct crash_log *log = crash_log_new (state, u->seed);
   const struct disk_options options = { .cache_size = 1 };
-  struct disk *d = disk_open (crash_container_open (log), &options);
+  struct container *data;
+  struct disk *d = open_logged_disk (u, log, &options, &data);
   uint8_t buf[700];
   struct checked after;
 
@@ -103,7 +104,7 @@ serve_state (struct universe *u, const struct crash_image *state,
   }
   if (disk_stop (d) == -1)
     give_up (u, "no clean stop after the crash");
-  disk_close (d);
+  close_logged_disk (d, data);
   if (!check_image (&after, crash_log_live (log)))
     give_up (u, "served after the crash: %s", after.error);
   if (leaks_are_provable (u, k)) {
@@ -130,21 +131,27 @@ save_image (const struct crash_image *image, const char *file)
   assert_int_equal (fclose (fp), 0);
 }
 
-/* Let QEMU judge it. */
+/* Let QEMU judge it, where its backing file is, too. */
 static void
 qemu_state (const struct universe *u, const struct crash_image *state,
             bool leaks_too)
 {
-  const char *file = temp_file ("state.qcow2");
+  const char *file;
   int r;
 
+  if (state->data != NULL)
+    save_image (state->data, temp_file (data_file_name (u->kind)));
+  file = temp_file ("state.qcow2");
   save_image (state, file);
-  r = run_command ("qemu-img check -q '%s' >'%s.out' 2>&1", file, file);
+  /* It looks for a data file where it is itself. */
+  r = run_command ("cd \"$(dirname '%s')\" && "
+                   "qemu-img check -q '%s' >'%s.out' 2>&1", file, file, file);
   if (r != 0 && (leaks_too || r != 3)) {
     run_command ("cat '%s.out' >&2", file);
     give_up (u, "qemu-img check says %d", r);
   }
-  if (run_command ("qemu-img info '%s' >/dev/null 2>&1", file) != 0)
+  if (run_command ("cd \"$(dirname '%s')\" && "
+                   "qemu-img info '%s' >/dev/null 2>&1", file, file) != 0)
     give_up (u, "qemu-img info fails");
   nr_by_qemu++;
 }

@@ -681,7 +681,10 @@ run_steps (struct run *r)
 static struct model *
 model_by_serving (const struct workload *w, struct fault_store *store)
 {
-  struct checked base = { .image = &store->live, .cluster_bits = 12 };
+  struct checked base = {
+    .image = &store->live, .cluster_bits = 12, .entry_bits = 3,
+    .unit_bits = 12,
+  };
   const struct disk_options options = { .cache_size = 1, .readonly = true };
   struct disk *d = disk_open (fault_container_open (store), &options);
   struct model *m;
