@@ -13,8 +13,10 @@
  * Looking up takes no lock.  A slot's tag has the number of its slice and
  * a version, which changes whenever something else is put into the slot.
  * A reader reads the tag, the entries, and the tag again: if it has not
- * changed the entries were the slice's.  All changes are made under the
- * set's lock.  An extended entry is two words, and so the tag also goes
+ * changed the entries were the slice's.  That needs no fence: a word is
+ * stored with release and loaded with acquire, so whoever sees one that
+ * was stored after the tag went sees that it has gone.  All changes are
+ * made under the set's lock.  An extended entry is two words, and so the tag also goes
  * and comes back with another version where such entries are changed.
  *
  * A slot that was changed is dirty until the flush writes it, since only
@@ -152,10 +154,10 @@ get_words (const struct qcow2 *q, _Atomic uint64_t *words, unsigned first,
   for (unsigned i = 0; i < nr; ++i) {
     entries[i].descriptor =
       be64toh (atomic_load_explicit (&words[i << bits],
-                                     memory_order_relaxed));
+                                     memory_order_acquire));
     entries[i].bitmap = bits == 0 ? 0 :
       be64toh (atomic_load_explicit (&words[(i << bits) + 1],
-                                     memory_order_relaxed));
+                                     memory_order_acquire));
   }
 }
 
@@ -173,7 +175,6 @@ peek (struct qcow2 *q, struct l2_set *set, uint64_t slice, unsigned first,
       continue;
     get_words (q, slot_words (q, slot_index (q, set, way)), first, nr,
                entries);
-    atomic_thread_fence (memory_order_acquire);
     if (atomic_load_explicit (&slot->tag, memory_order_relaxed) != tag)
       return false;
     if (!atomic_load_explicit (&slot->referenced, memory_order_relaxed))
@@ -212,7 +213,9 @@ find_victim (struct l2_set *set)
   return -1;
 }
 
-/* With the set's lock held: no reader believes the slot in between. */
+/* With the set's lock held: no reader believes the slot in between, in
+ * which words are stored with release.
+ */
 static void
 begin_change (struct l2_slot *slot)
 {
@@ -221,7 +224,6 @@ begin_change (struct l2_slot *slot)
     & VERSION_MASK;
 
   atomic_store_explicit (&slot->tag, version, memory_order_relaxed);
-  atomic_thread_fence (memory_order_release);
 }
 
 static void
@@ -244,7 +246,7 @@ fill (struct qcow2 *q, struct l2_set *set, unsigned way, uint64_t slice,
 
   begin_change (slot);
   for (unsigned i = 0; i < words_in_slice (q); ++i)
-    atomic_store_explicit (&words[i], buf[i], memory_order_relaxed);
+    atomic_store_explicit (&words[i], buf[i], memory_order_release);
   end_change (slot, slice);
   atomic_store_explicit (&slot->referenced, 1, memory_order_relaxed);
 }
@@ -324,7 +326,7 @@ l2_set (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
                            memory_order_release);
     if (q->extended_l2)
       atomic_store_explicit (&entry[1], htobe64 (entries[i].bitmap),
-                             memory_order_relaxed);
+                             memory_order_release);
   }
   if (q->extended_l2)
     end_change (slot, slice);
