@@ -269,18 +269,19 @@ meet (const struct meeting *m, int first_place, int second_place,
 }
 
 unsigned
-meet_in_all_ways (const struct meeting *m, unsigned stride)
+meet_in_all_ways (const struct meeting *m, unsigned first_stride,
+                  unsigned second_stride)
 {
   unsigned n = 0;
   bool came;
 
-  for (int first = 0; ; first += stride) {
+  for (int first = 0; ; first += first_stride) {
     meet (m, first, NEVER, &came);
     n++;
     if (!came)
       return n;
-    for (int second = first / stride % stride; meet (m, first, second, &came);
-         second += stride)
+    for (int second = first / first_stride % second_stride;
+         meet (m, first, second, &came); second += second_stride)
       n++;
   }
 }

@@ -50,8 +50,8 @@ extern void actor_join (struct actor *);
 /* Let two actors meet in all ways.  First the one is stopped at some
  * place of its own; the other one runs from its beginning to some place,
  * as far as it can; then the one, then the other one.  prepare is called
- * before each meeting, and check after it.  Of the places of either
- * every stride-th is chosen.  Returns how many meetings there were.
+ * before each meeting, and check after it.  Of the places of each every
+ * stride-th is chosen.  Returns how many meetings there were.
  */
 struct meeting {
   void (*prepare) (void *opaque);
@@ -59,6 +59,7 @@ struct meeting {
   void (*check) (void *opaque, int first_place, int second_place);
   void *opaque;
 };
-extern unsigned meet_in_all_ways (const struct meeting *, unsigned stride);
+extern unsigned meet_in_all_ways (const struct meeting *, unsigned first_stride,
+                                  unsigned second_stride);
 
 #endif /* DIRTY_BITMAP_TEST_INTERLEAVE_H */

@@ -41,6 +41,8 @@
 #define USED 4                  /* the first of them are in some state */
 #define INITIAL 3               /* a byte of data */
 #define ROOM (UINT64_C (4) << 20) /* of images, at most */
+#define MANY 8                  /* clusters, for which the refcount table
+                                   has to grow where few can be counted */
 #define MAX_STEPS 6
 #define CRASHES 3
 #define BEFORE_GROWTH 4         /* clusters that can still be counted */
@@ -72,7 +74,7 @@ static unsigned stride = 5, small_stride = 1;
 static struct crash_image images[NR_SIZES][NR_STATES];
 
 /* What a request does, to eighths of clusters. */
-enum verb { END, WRITE, ZERO_IT, KEEP, TRIM, FLUSH, READ };
+enum verb { END, WRITE, ZERO_IT, KEEP, TRIM, FLUSH, READ, ALLOCATE };
 
 struct step {
   enum verb verb;
@@ -97,6 +99,7 @@ struct scene {
   uint8_t *reads[2];            /* what the last READ of each has got */
   unsigned flushed[2];          /* steps before the last FLUSH of each */
   size_t flushed_at[2];         /* when it had ended */
+  size_t allocated_at[2];       /* when the last ALLOCATE of each had */
   uint64_t seed;
 };
 
@@ -119,6 +122,19 @@ fail_scene (const struct scene *s, int a, int b, const char *what)
   fail_msg ("%u bytes, %s: %s, stopped at %d, and %s, at %d: %s",
             s->cluster_size, state_names[s->state], s->sequence[0]->name, a,
             s->sequence[1]->name, b, what);
+}
+
+/* Clusters in one piece, as tables of bitmaps are, given back at once. */
+static int
+allocate_many (struct scene *s, unsigned actor)
+{
+  uint64_t host;
+
+  if (qcow2_alloc (s->q, QCOW2_BITMAP_TABLE, MANY, &host, NULL) == -1)
+    return -1;
+  s->allocated_at[actor] = crash_log_note (s->log);
+  qcow2_release (s->q, host, MANY);
+  return 0;
 }
 
 static int
@@ -144,6 +160,7 @@ do_step (struct scene *s, unsigned actor, unsigned nr)
   case TRIM: return qcow2_trim (s->q, count, offset);
   case READ:
     return qcow2_read (s->q, s->reads[actor] + offset, count, offset);
+  case ALLOCATE: return allocate_many (s, actor);
   default:
     r = qcow2_flush (s->q, NULL);
     s->flushed[actor] = nr;
@@ -282,6 +299,7 @@ prepare (void *opaque)
     &images[s->cluster_size == sizes[0] ? 0 : 1][s->state];
 
   s->flushed_at[0] = s->flushed_at[1] = 0;
+  s->allocated_at[0] = s->allocated_at[1] = 0;
   s->log = crash_log_new (image, s->seed);
   s->c = gate_open (crash_container_open (s->log));
   s->q = qcow2_open (s->c, &options);
@@ -290,27 +308,41 @@ prepare (void *opaque)
   assert_int_equal (qcow2_trim (s->q, 0, 0), 0);
 }
 
+/* Cut off power when the log has come to a point. */
+static void
+check_crash (struct scene *s, struct crash_replay *replay, size_t point,
+             int a, int b)
+{
+  struct crash_image state =
+    crash_image_new (crash_log_live (s->log)->room);
+  struct checked k;
+
+  crash_replay_advance (replay, point);
+  crash_replay_state (replay, &state, &s->seed);
+  if (!check_image (&k, &state)) {
+    fprintf (stderr, "%s\n", k.error);
+    fail_scene (s, a, b, "a crash damages the image");
+  }
+  checked_free (&k);
+  crash_image_free (&state);
+}
+
 static void
 check_crashes (struct scene *s, int a, int b)
 {
-  struct crash_replay *replay = crash_replay_new (s->log);
-  struct crash_image state =
-    crash_image_new (crash_log_live (s->log)->room);
   const size_t length = crash_log_length (s->log);
+  struct crash_replay *replay = crash_replay_new (s->log);
 
-  for (unsigned i = 1; i <= CRASHES; ++i) {
-    struct checked k;
-
-    crash_replay_advance (replay, length * i / CRASHES);
-    crash_replay_state (replay, &state, &s->seed);
-    if (!check_image (&k, &state)) {
-      fprintf (stderr, "%s\n", k.error);
-      fail_scene (s, a, b, "a crash damages the image");
-    }
-    checked_free (&k);
-  }
-  crash_image_free (&state);
+  for (unsigned i = 1; i <= CRASHES; ++i)
+    check_crash (s, replay, length * i / CRASHES, a, b);
   crash_replay_free (replay);
+  /* A larger refcount table is durable when it is first used. */
+  for (unsigned actor = 0; actor < 2; ++actor)
+    if (s->allocated_at[actor] != 0) {
+      replay = crash_replay_new (s->log);
+      check_crash (s, replay, s->allocated_at[actor], a, b);
+      crash_replay_free (replay);
+    }
 }
 
 /* Read an image with a reader of its own. */
@@ -424,8 +456,9 @@ check (void *opaque, int a, int b)
 }
 
 static unsigned
-run_scene (unsigned cluster_size, enum state state,
-           const struct sequence *first, const struct sequence *second)
+run_scene_in (unsigned cluster_size, enum state state,
+              const struct sequence *first, const struct sequence *second,
+              unsigned first_stride, unsigned second_stride)
 {
   struct scene s = {
     .cluster_size = cluster_size, .state = state,
@@ -443,14 +476,23 @@ run_scene (unsigned cluster_size, enum state state,
   assert_non_null (s.initial);
   if (state >= DATA)
     memset (s.initial, INITIAL, USED * cluster_size);
-  /* Large images take long, and differ little. */
-  n = meet_in_all_ways (&m, cluster_size == sizes[0] &&
-                        state != NO_REFCOUNTS ? small_stride : stride);
+  n = meet_in_all_ways (&m, first_stride, second_stride);
   free (s.initial);
   free (s.now);
   free (s.reads[0]);
   free (s.reads[1]);
   return n;
+}
+
+static unsigned
+run_scene (unsigned cluster_size, enum state state,
+           const struct sequence *first, const struct sequence *second)
+{
+  /* Large images take long, and differ little. */
+  const unsigned n = cluster_size == sizes[0] && state != NO_REFCOUNTS
+    ? small_stride : stride;
+
+  return run_scene_in (cluster_size, state, first, second, n, n);
 }
 
 /* Each of the one with each of the others, both ways. */
@@ -582,6 +624,25 @@ test_refcount_table_growth (void **unused)
                             NR_OTHERS));
 }
 
+/* While a flush writes refcounts the table is replaced, by one whose
+ * clusters, or the blocks for them, are counted in what is being written.
+ */
+static void
+test_table_growth_during_flush (void **unused)
+{
+  static const struct sequence flushed = {
+    "a write that allocates, flushed", { { WRITE, 60, 64 }, FLUSHED }
+  };
+  static const struct sequence many = {
+    "an allocation of many clusters", { { .verb = ALLOCATE } }
+  };
+
+  (void) unused;
+  print_message ("%u meetings\n",
+                 run_scene_in (sizes[0], NO_REFCOUNTS, &flushed, &many, 1,
+                               100));
+}
+
 static void
 test_container_growth (void **unused)
 {
@@ -632,7 +693,7 @@ use_refcounts_up (struct crash_image *image)
   struct container *c = crash_container_open (log);
   struct qcow2 *q = qcow2_open (c, &options);
   const struct crash_image *live = crash_log_live (log);
-  static const uint8_t buf[1700 << 10] = { 1 };
+  static const uint8_t buf[1900 << 10] = { 1 };
   struct crash_image before[BEFORE_GROWTH];
   uint64_t at = 65536, n = 0;
 
@@ -750,6 +811,7 @@ main (int argc, char *argv[])
     cmocka_unit_test (test_read_against_changes),
     cmocka_unit_test (test_flush_against_allocation),
     cmocka_unit_test (test_refcount_table_growth),
+    cmocka_unit_test (test_table_growth_during_flush),
     cmocka_unit_test (test_container_growth),
   };
 

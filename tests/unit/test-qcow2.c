@@ -91,6 +91,8 @@ static void
 test_random (void **state)
 {
   (void) state;
+  if (getenv ("THREADS_ONLY") != NULL)
+    skip ();
   random_run ("-o cluster_size=512", "3M", 65536, 3000, 20000);
   random_run ("-o cluster_size=512,refcount_bits=64", "3M", 1 << 20, 3000,
               20000);
