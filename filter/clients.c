@@ -113,19 +113,40 @@ default_export (nbdkit_next_default_export *next, nbdkit_backend *nxdata,
   return "";
 }
 
-/* The handle says whether the connection may write. */
-static char writer, reader;
+/* The handle of a connection. */
+struct connection {
+  bool readonly;
+  struct disk_client client;
+};
 
 static void *
 open_connection (nbdkit_next_open *next, nbdkit_context *context,
                  int readonly, const char *exportname, int is_tls)
 {
+  struct connection *c;
+  int err;
+  struct disk *disk = enter (&err);
+
   (void) next; (void) context; (void) exportname; (void) is_tls;
-  if (atomic_load (&gate.closed)) {
+  if (disk == NULL) {
     nbdkit_error ("the server is shutting down");
     return NULL;
   }
-  return readonly ? &reader : &writer;
+  c = calloc (1, sizeof *c);
+  if (c == NULL)
+    nbdkit_error ("calloc: %m");
+  else {
+    c->readonly = readonly;
+    disk_client_begin (disk, &c->client);
+  }
+  leave (0, &err);
+  return c;
+}
+
+static void
+close_connection (void *handle)
+{
+  free (handle);
 }
 
 static int64_t
@@ -169,6 +190,7 @@ block_size (nbdkit_next *next, void *handle, uint32_t *minimum,
 static int
 can_write (nbdkit_next *next, void *handle)
 {
+  const struct connection *c = handle;
   int err;
   struct disk *disk = enter (&err);
   int r;
@@ -176,7 +198,7 @@ can_write (nbdkit_next *next, void *handle)
   (void) next;
   if (disk == NULL)
     return -1;
-  r = handle == &writer && !disk_is_readonly (disk);
+  r = !c->readonly && !disk_is_readonly (disk);
   leave (0, &err);
   return r;
 }
@@ -244,12 +266,13 @@ pwrite_disk (nbdkit_next *next, void *handle, const void *buf, uint32_t count,
 static int
 flush_disk (nbdkit_next *next, void *handle, uint32_t flags, int *err)
 {
+  struct connection *c = handle;
   struct disk *disk = enter (err);
 
-  (void) next; (void) handle; (void) flags;
+  (void) next; (void) flags;
   if (disk == NULL)
     return -1;
-  return leave (disk_flush (disk), err);
+  return leave (disk_flush (disk, &c->client), err);
 }
 
 static int
@@ -342,6 +365,7 @@ clients_set_callbacks (struct nbdkit_filter *f)
   f->list_exports = list_exports;
   f->default_export = default_export;
   f->open = open_connection;
+  f->close = close_connection;
   f->get_size = get_size;
   f->export_description = export_description;
   f->block_size = block_size;

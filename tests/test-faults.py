@@ -109,11 +109,11 @@ class Fault:
         return ERRNO[self.error]
 
 
-def start(image):
+def start(image, *options):
     with open(image, "rb") as f:
         recorder = Recorder(f.read())
     server = Server(args=["--filter=" + harness.FILTER, "nbd",
-                          "socket=" + recorder.path])
+                          "socket=" + recorder.path, *options])
     return recorder, server
 
 
@@ -188,6 +188,33 @@ def every_fault(what, commands, error, for_good):
         assert Image("disk.qcow2").bitmap(name).bits() == bits
 
 
+def every_client(*options):
+    """A flush that failed is told to each client once, whosever it was,
+    and to none who came after that; with either server."""
+    harness.create("each.qcow2", SIZE, "b", options="cluster_size=4k")
+    os.truncate("each.qcow2", 8 << 20)
+    recorder, server = start("each.qcow2", *options)
+    ours, other = server.connect(), server.connect()
+    for h, at in (ours, 0), (other, 1 << 20):
+        h.pwrite(bytes(512), at)
+    recorder.fail = Fault((FLUSH,), "EIO", 0)
+    told = []
+    for h in ours, other, ours, other, None:
+        h = h or server.connect()
+        try:
+            h.flush()
+            told.append(0)
+        except nbd.Error as e:
+            assert e.errno == "EIO", e
+            told.append(1)
+        h.pwrite(bytes(512), 2 << 20, FUA)
+    assert told == [1, 1, 0, 0, 0], told
+    ours.shutdown()
+    other.shutdown()
+    server.stop(status=0)
+    recorder.close()
+
+
 def to_the_end():
     """Storage that never recovers: the exit status tells, and which
     bitmaps; the image holds what it held, and the bitmaps are marked."""
@@ -217,4 +244,6 @@ every_fault("EIO once", (READ,) + CHANGES, "EIO", False)
 every_fault("EIO for a while", CHANGES, "EIO", True)
 every_fault("ENOSPC once", (WRITE, ZEROES), "ENOSPC", False)
 every_fault("no flush for a while", (FLUSH,), "EIO", True)
+every_client()
+every_client("dirty-bitmap-server=off")
 to_the_end()

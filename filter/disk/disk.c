@@ -44,6 +44,11 @@ struct disk {
   struct offered *offered;
   size_t nr_offered;
   uint64_t size;
+
+  /* Failed barriers are counted (qcow2_lost): as it was at the last of
+   * which a client, any of them, was told.
+   */
+  atomic_ulong told;
 };
 
 /* Open the set of bitmaps of an image: the next one downward. */
@@ -210,20 +215,13 @@ disk_open (struct container *c, const struct disk_options *options)
   return d;
 }
 
-/* After a flush with result r that a client hears of. */
 static int
-tell_lost (struct disk *d, int r)
+fail_lost (void)
 {
-  const int err = errno;
-
-  if (qcow2_was_lost (d->qcow2) && r == 0) {
-    report_error ("a flush of the image has failed before, and what was "
-                  "written until then may be lost");
-    errno = EIO;
-    return -1;
-  }
-  errno = err;
-  return r;
+  report_error ("a flush of the image has failed before, and what was "
+                "written until then may be lost");
+  errno = EIO;
+  return -1;
 }
 
 int
@@ -231,12 +229,15 @@ disk_stop (struct disk *d)
 {
   if (qcow2_is_readonly (d->qcow2))
     return 0;
-  if (qcow2_stop (d->qcow2, bitmap_set_hooks (d->bitmaps)) == -1) {
-    /* This says which bitmaps are the worse for it. */
-    bitmap_set_all_stored (d->bitmaps);
-    return tell_lost (d, -1);
-  }
-  return tell_lost (d, bitmap_set_all_stored (d->bitmaps) ? 0 : -1);
+  const int r = qcow2_stop (d->qcow2, bitmap_set_hooks (d->bitmaps));
+  /* This says which bitmaps are the worse for it. */
+  const bool stored = bitmap_set_all_stored (d->bitmaps);
+  const unsigned long lost = qcow2_lost (d->qcow2);
+  const bool is_told = atomic_exchange (&d->told, lost) == lost;
+
+  if (r == -1 || !stored)
+    return -1;
+  return is_told ? 0 : fail_lost ();
 }
 
 void
@@ -303,10 +304,17 @@ begin_change (struct disk *d, uint64_t count, uint64_t offset)
   return bitmap_set_mark (d->bitmaps, offset, count);
 }
 
+/* A barrier that has failed since lost was looked at, before the change,
+ * may have lost it, and the one that succeeds here would not know.
+ */
 static int
-end_change (struct disk *d, int r, bool fua)
+end_change (struct disk *d, int r, bool fua, unsigned long lost)
 {
-  return r == 0 && fua && ORDER (FUA_BEFORE_RETURN) ? disk_sync (d) : r;
+  if (r == -1 || !fua || !ORDER (FUA_BEFORE_RETURN))
+    return r;
+  if (disk_sync (d) == -1)
+    return -1;
+  return qcow2_lost (d->qcow2) == lost ? 0 : fail_lost ();
 }
 
 int
@@ -315,7 +323,10 @@ disk_write (struct disk *d, const void *buf, uint32_t count, uint64_t offset,
 {
   if (begin_change (d, count, offset) == -1)
     return -1;
-  return end_change (d, qcow2_write (d->qcow2, buf, count, offset), fua);
+  const unsigned long lost = qcow2_lost (d->qcow2);
+
+  return end_change (d, qcow2_write (d->qcow2, buf, count, offset), fua,
+                     lost);
 }
 
 int
@@ -327,7 +338,10 @@ disk_zero (struct disk *d, uint64_t count, uint64_t offset,
 
   if (begin_change (d, count, offset) == -1)
     return -1;
-  return end_change (d, qcow2_zero (d->qcow2, count, offset, flags), fua);
+  const unsigned long lost = qcow2_lost (d->qcow2);
+
+  return end_change (d, qcow2_zero (d->qcow2, count, offset, flags), fua,
+                     lost);
 }
 
 int
@@ -335,7 +349,9 @@ disk_trim (struct disk *d, uint64_t count, uint64_t offset, bool fua)
 {
   if (begin_change (d, count, offset) == -1)
     return -1;
-  return end_change (d, qcow2_trim (d->qcow2, count, offset), fua);
+  const unsigned long lost = qcow2_lost (d->qcow2);
+
+  return end_change (d, qcow2_trim (d->qcow2, count, offset), fua, lost);
 }
 
 int
@@ -344,10 +360,37 @@ disk_sync (struct disk *d)
   return qcow2_flush (d->qcow2, bitmap_set_hooks (d->bitmaps));
 }
 
-int
-disk_flush (struct disk *d)
+void
+disk_client_begin (struct disk *d, struct disk_client *client)
 {
-  return tell_lost (d, disk_sync (d));
+  atomic_store (&client->told, atomic_load (&d->told));
+}
+
+static void
+raise_to (atomic_ulong *counter, unsigned long n)
+{
+  unsigned long old = atomic_load (counter);
+
+  while (old < n && !atomic_compare_exchange_weak (counter, &old, n))
+    ;
+}
+
+/* Of several flushes of a client that are under way at once each fails,
+ * since each speaks for the same writes.
+ */
+int
+disk_flush (struct disk *d, struct disk_client *client)
+{
+  const unsigned long told = atomic_load (&client->told);
+  const int r = disk_sync (d), err = errno;
+  const unsigned long lost = qcow2_lost (d->qcow2);
+
+  if (r == 0 && lost == told)
+    return 0;
+  raise_to (&client->told, lost);
+  raise_to (&d->told, lost);
+  errno = err;
+  return r == -1 ? -1 : fail_lost ();
 }
 
 int

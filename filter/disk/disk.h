@@ -20,6 +20,7 @@
  * in), disk/ asserts nothing and answers EINVAL.
  */
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -101,12 +102,26 @@ extern int disk_zero (struct disk *, uint64_t count, uint64_t offset,
 extern int disk_trim (struct disk *, uint64_t count, uint64_t offset,
                       bool fua);
 
-/* A client's flush.  It fails, too, if a flush below has failed before
- * and no client's flush has failed since: what was written until then
- * may be lost, though it reads back, and this flush is the last that can
- * tell him.  He has to write it again.
+/* A client: a connection.  What it has been told of flushes that failed
+ * (disk_flush).  One that comes is told of those that nobody was told of
+ * yet: it may be somebody who has come again.
  */
-extern int disk_flush (struct disk *);
+struct disk_client {
+  atomic_ulong told;
+};
+extern void disk_client_begin (struct disk *, struct disk_client *);
+
+/* A client's flush.  It fails, too, if a flush below has failed, for
+ * whomever it was, and no flush of this client's that failed began since:
+ * what he wrote until then may be lost, though it reads back.  He has to
+ * write again what he wrote since his last flush that succeeded.  (Linux
+ * tells fsync of it in this way, once for each open file.)
+ *
+ * FUA speaks of its own request alone, as in the protocol: a request with
+ * it fails if its own data may be lost, and one that fails so leaves the
+ * client's next flush to fail for the rest.
+ */
+extern int disk_flush (struct disk *, struct disk_client *);
 
 /* The same for our own ends: it tells of itself only. */
 extern int disk_sync (struct disk *);

@@ -237,6 +237,7 @@ connection_start (struct nbd_server *server, int fd)
   c->server = server;
   c->fd = fd;
   atomic_store (&c->handshaking, true);
+  disk_client_begin (server->disk, &c->client);
   c->in.data = malloc (INPUT_SIZE);
   w = worker_new (c);
   if (c->in.data == NULL || w == NULL || init_locks (c) == -1) {

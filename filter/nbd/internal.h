@@ -175,6 +175,7 @@ struct connection {
   struct nbd_server *server;
   int fd;
   struct connection *prev, *next; /* server->lock */
+  struct disk_client client;
 
   /* NULL without TLS.  Changed by STARTTLS only, so while there is one
    * thread.

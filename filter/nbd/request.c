@@ -332,7 +332,7 @@ execute (struct worker *w)
   bool fua = (r->flags & NBD_CMD_FLAG_FUA) != 0;
 
   if (r->type == NBD_CMD_FLUSH)
-    return disk_flush (disk);
+    return disk_flush (disk, &w->connection->client);
   if (r->length == 0)
     return 0;
 

@@ -50,10 +50,10 @@
  *                counts as failed.  So I1 and I3 hold all the while
  *   guest data   are not in RAM.  What was written since the last flush
  *                that succeeded may be lost, with the rest of clusters
- *                that were allocated for it.  The client is told: the
- *                flush that he asks for fails, or the next one if it was
+ *                that were allocated for it.  Each client is told: the
+ *                flush that he asks for fails, or his next one if it was
  *                not a flush of his for which the barrier was
- *                (qcow2_was_lost).  Then he has to write it again
+ *                (disk_flush).  Then he has to write it again
  */
 
 #include <config.h>
@@ -109,14 +109,6 @@ qcow2_barrier_since (struct qcow2 *q, unsigned long lost)
                 "and what was written before may be lost");
   errno = EIO;
   return -1;
-}
-
-bool
-qcow2_was_lost (struct qcow2 *q)
-{
-  const unsigned long lost = qcow2_lost (q);
-
-  return atomic_exchange (&q->lost_told, lost) != lost;
 }
 
 int

@@ -278,7 +278,6 @@ struct qcow2 {
   struct range_lock *ranges;
 
   atomic_ulong lost;            /* barriers that have failed (flush.c) */
-  atomic_ulong lost_told;       /* as it was when a client was told */
   atomic_bool reftable_unknown; /* see header_set_reftable */
 
   pthread_mutex_t flush_lock;   /* protects what follows */

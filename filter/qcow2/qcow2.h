@@ -243,11 +243,6 @@ extern int qcow2_barrier (struct qcow2 *);
 extern unsigned long qcow2_lost (struct qcow2 *);
 extern int qcow2_barrier_since (struct qcow2 *, unsigned long lost);
 
-/* Has a barrier failed since this was last asked, or since the flush that
- * failed last?  A client who flushes has to be told once.
- */
-extern bool qcow2_was_lost (struct qcow2 *);
-
 /* The bitmaps extension of the header. */
 struct qcow2_bitmaps_extension {
   unsigned count;               /* how often it stands in the header */

@@ -15,11 +15,10 @@
 #include "crash-check.h"
 #include "crash-container.h"
 #include "crash-model.h"
+#include "disk/disk.h"
 #include "qcow2/qcow2.h"
 
 struct container;
-struct disk;
-struct disk_options;
 
 /* A kind of image. */
 struct kind {
@@ -63,6 +62,7 @@ struct universe {
   struct model *model;
   struct disk *disk;
   struct container *data;       /* the disk's data file, or NULL */
+  struct disk_client client;
   const char *create;           /* a bitmap to be created, or NULL */
   unsigned nr_threads;
   unsigned nr_requests;         /* by each thread */

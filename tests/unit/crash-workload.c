@@ -148,7 +148,7 @@ run_flush (struct universe *u)
 {
   const size_t start = crash_log_note (u->log);
 
-  if (disk_flush (u->disk) == 0)
+  if (disk_flush (u->disk, &u->client) == 0)
     model_flushed (u->model, start, crash_log_note (u->log));
   else if (!u->may_fail)
     give_up (u, "a flush failed: %s", strerror (errno));
@@ -287,8 +287,10 @@ open_disk (struct universe *u)
   };
 
   u->disk = open_logged_disk (u, u->log, &options, &u->data);
-  if (u->disk != NULL)
+  if (u->disk != NULL) {
+    disk_client_begin (u->disk, &u->client);
     return;
+  }
   if (!u->may_fail)
     give_up (u, "the disk cannot be opened: %s", strerror (errno));
 
@@ -296,9 +298,12 @@ open_disk (struct universe *u)
   crash_log_set_faults (u->log, 0);
   crash_log_set_limit (u->log, UINT64_MAX);
   u->disk = open_logged_disk (u, u->log, &options, &u->data);
-  /* What it found may be there, and not be durable. */
-  if (u->disk == NULL || disk_flush (u->disk) == -1)
+  if (u->disk == NULL)
     give_up (u, "the disk cannot be opened: %s", strerror (errno));
+  disk_client_begin (u->disk, &u->client);
+  /* What it found may be there, and not be durable. */
+  if (disk_flush (u->disk, &u->client) == -1)
+    give_up (u, "the disk cannot be flushed: %s", strerror (errno));
 }
 
 /* Returns whether it was a clean stop. */

@@ -154,10 +154,23 @@ disk_trim (struct disk *d, uint64_t count, uint64_t offset, bool fua)
   return end (d);
 }
 
-int
-disk_flush (struct disk *d)
+void
+disk_client_begin (struct disk *d, struct disk_client *client)
 {
-  return begin (d, FAKE_FLUSH, 0, 0) == -1 ? -1 : end (d);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&d->lock);
+  atomic_store (&client->told, d->told);
+}
+
+int
+disk_flush (struct disk *d, struct disk_client *client)
+{
+  if (begin (d, FAKE_FLUSH, 0, 0) == -1)
+    return -1;
+  const bool is_told = atomic_exchange (&client->told, d->lost) == d->lost;
+
+  end (d);
+  errno = EIO;
+  return is_told ? 0 : -1;
 }
 
 int

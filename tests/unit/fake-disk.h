@@ -47,6 +47,9 @@ struct disk {
   /* Protects data and what follows. */
   pthread_mutex_t lock;
   unsigned calls[FAKE_NR_OPS];
+  unsigned long lost;           /* flushes that failed, for anybody */
+  unsigned long told;           /* ... when a client begins, and then is
+                                   told of those that come */
   unsigned under_way, most_under_way;
   bool last_fua, last_no_hole, last_fast;
 };

@@ -180,6 +180,8 @@ faulty_pwrite (struct container *c, const void *buf, size_t count,
   if (count > 0)
     memset (s->backed + offset / PAGE, 1,
             (offset + count - 1) / PAGE - offset / PAGE + 1);
+  if (s->written != NULL)
+    s->written (s->opaque);
   return fail ? -1 : 0;
 }
 

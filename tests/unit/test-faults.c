@@ -23,7 +23,8 @@
  *   ends the stop says so, and the image is sound.
  * - If a barrier has failed, a flush does: the next that a client asks
  *   for, if its own did not.  Until then he could take for durable what
- *   is lost.
+ *   is lost.  Another client, who asks for one at the end, is told too,
+ *   once.
  *
  * FAULT_RUN=WORKLOAD:MODE:CALL runs one of them, with its messages.
  */
@@ -108,6 +109,9 @@ struct run {
   struct fault_store *store;
   struct model *model;
   struct disk *disk;
+  struct disk_client client;    /* who makes the requests */
+  struct disk_client other;     /* who only flushes, at the end */
+  size_t nr_before;             /* barriers that failed before the open */
   size_t now;                   /* moments, as the model has them */
   size_t nr_told;               /* failed barriers that a flush has told */
   unsigned flushed;             /* all steps before it are, in the end */
@@ -212,6 +216,7 @@ open_disk (struct run *r)
   const size_t nr_failed = r->store->nr_failed;
 
   nr_lines = 0;
+  r->nr_before = r->store->nr_lost;
   r->disk = try_to_open (r);
   if (r->disk == NULL) {
     if (r->store->nr_failed == nr_failed)
@@ -225,7 +230,7 @@ open_disk (struct run *r)
     r->disk = try_to_open (r);
     if (r->disk == NULL)
       wrong ("it does not open: %s", last_line);
-    r->nr_told = r->store->nr_lost;
+    r->nr_told = r->nr_before = r->store->nr_lost;
   }
   else if (disk_nr_bitmaps (r->disk) != nr_offered (r)) {
     /* They could not be read, so the disk is served without. */
@@ -233,6 +238,8 @@ open_disk (struct run *r)
       wrong ("there are %zu bitmaps", disk_nr_bitmaps (r->disk));
     r->model->may_lose = r->leaks = true;
   }
+  disk_client_begin (r->disk, &r->client);
+  disk_client_begin (r->disk, &r->other);
   r->model->opened = r->now++;
 }
 
@@ -407,18 +414,18 @@ write_again (struct run *r, unsigned end)
 
 /* A flush or a stop, after the steps before end. */
 static bool
-do_flush (struct run *r, unsigned end, int (*flush) (struct disk *))
+do_flush (struct run *r, unsigned end, bool stop)
 {
   const size_t start = r->now++, owed = r->store->nr_lost - r->nr_told;
   const struct step step = { .kind = STEP_FLUSH };
   int ret, err;
 
   nr_lines = 0;
-  ret = flush (r->disk);
+  ret = stop ? disk_stop (r->disk) : disk_flush (r->disk, &r->client);
   err = errno;
   if (ret == 0 && r->store->nr_lost != r->nr_told)
     wrong ("a flush succeeded, but a barrier failed (%zu before it)", owed);
-  if (flush == disk_flush)
+  if (!stop)
     check_lines (&step, ret, err);
   else if ((ret == 0) != (nr_lines == 0))
     wrong ("the stop returned %d and %u lines say why", ret, nr_lines);
@@ -443,7 +450,7 @@ do_flush (struct run *r, unsigned end, int (*flush) (struct disk *))
 static bool
 do_reopen (struct run *r, unsigned i)
 {
-  if (!do_flush (r, i, disk_stop))
+  if (!do_flush (r, i, true))
     return false;
   disk_close (r->disk);
   r->disk = NULL;
@@ -462,7 +469,7 @@ do_step (struct run *r, unsigned i)
     do_read (r, s, &done);
     return done;
   case STEP_FLUSH:
-    return do_flush (r, i, disk_flush);
+    return do_flush (r, i, false);
   case STEP_REOPEN:
     return do_reopen (r, i);
   default:
@@ -612,6 +619,24 @@ end_badly (struct run *r)
   check_images (r, stopped);
 }
 
+/* What was told to one client is told to the other, and not to one that
+ * comes after that.
+ */
+static void
+ask_the_other (struct run *r)
+{
+  const bool owes = r->store->nr_lost != r->nr_before;
+  struct disk_client next;
+
+  disk_client_begin (r->disk, &next);
+  if ((disk_flush (r->disk, &r->other) == -1) != owes)
+    wrong ("the other client's flush %s", owes ? "succeeded" : "failed");
+  if (disk_flush (r->disk, &r->other) == -1)
+    wrong ("the other client's second flush failed: %s", last_line);
+  if (disk_flush (r->disk, &next) == -1)
+    wrong ("the next client's flush failed: %s", last_line);
+}
+
 /* The fault has ended. */
 static void
 end_well (struct run *r, unsigned nr_steps)
@@ -628,14 +653,15 @@ end_well (struct run *r, unsigned nr_steps)
   for (unsigned i = 0; i < nr_steps; ++i)
     if (r->failed[i])
       must_do (r, i);
-  if (!do_flush (r, nr_steps, disk_flush)) {
+  if (!do_flush (r, nr_steps, false)) {
     write_again (r, nr_steps);
-    if (!do_flush (r, nr_steps, disk_flush))
+    if (!do_flush (r, nr_steps, false))
       wrong ("the fault has ended, but not for a flush: %s", last_line);
   }
+  ask_the_other (r);
   compare_served (r);
   check_images (r, false);
-  if (!do_flush (r, nr_steps, disk_stop))
+  if (!do_flush (r, nr_steps, true))
     wrong ("no clean stop: %s", last_line);
   disk_close (r->disk);
   r->disk = NULL;
@@ -857,10 +883,69 @@ test_faults (void **state)
   assert_int_equal (nr_wrong, 0);
 }
 
+struct meanwhile {
+  struct fault_store *store;
+  struct disk *disk;
+};
+
+static void
+fail_a_flush (void *vp)
+{
+  const struct meanwhile *m = vp;
+
+  m->store->written = NULL;
+  m->store->plan = (struct fault_plan) {
+    .kinds = FAULT_FLUSH, .error = EIO, .loses = true,
+  };
+  m->store->counted = 0;
+  assert_int_equal (disk_sync (m->disk), -1);
+  fault_store_heal (m->store);
+}
+
+/* Another client's flush fails between the write of a request with FUA
+ * and its barrier, which succeeds.  What was written is lost, so the
+ * request fails; it says nothing of others, so the next flush fails too.
+ */
+static void
+test_fua_meanwhile (void **state)
+{
+  static const struct fault_plan none = { .kinds = 0 };
+  const struct disk_options options = { .cache_size = 1 };
+  struct fault_store *store = fault_store_new (FAULT_ROOM);
+  struct workload *w = &workloads[0];
+  struct disk_client client;
+  struct meanwhile m = { .store = store };
+  uint8_t data[512];
+
+  (void) state;
+  memset (data, 1, sizeof data);
+  make_workload (w);
+  fault_store_reset (store, &w->image, &none);
+  m.disk = disk_open (fault_container_open (store), &options);
+  assert_non_null (m.disk);
+  disk_client_begin (m.disk, &client);
+  /* So that bitmaps are marked. */
+  assert_int_equal (disk_write (m.disk, data, 512, 0, true), 0);
+  store->opaque = &m;
+  store->written = fail_a_flush;
+  memset (data, 2, sizeof data);
+  assert_int_equal (disk_write (m.disk, data, 512, 0, true), -1);
+  assert_null (store->written);
+  assert_int_equal (errno, EIO);
+  assert_int_equal (disk_flush (m.disk, &client), -1);
+  assert_int_equal (disk_write (m.disk, data, 512, 0, true), 0);
+  assert_int_equal (disk_flush (m.disk, &client), 0);
+  assert_int_equal (disk_stop (m.disk), 0);
+  disk_close (m.disk);
+  crash_image_free (&w->image);
+  fault_store_free (store);
+}
+
 int
 main (void)
 {
   const struct CMUnitTest tests[] = {
+    cmocka_unit_test (test_fua_meanwhile),
     cmocka_unit_test (test_faults),
   };
 

@@ -384,6 +384,35 @@ test_readonly (void **state)
   close (fd);
 }
 
+/* Each connection is told what happened to the others' flushes, once, and
+ * one that comes afterwards is not.
+ */
+static void
+test_told_apart (void **state)
+{
+  int fd[3];
+
+  (void) state;
+  fd[0] = client_open (&f, base);
+  fd[1] = client_open (&f, base);
+  /* An answer: so the connection has begun. */
+  for (unsigned i = 0; i < 2; ++i) {
+    send_request (fd[i], 0, NBD_CMD_FLUSH, 1, 0, 0);
+    expect_error (fd[i], 1, 0);
+  }
+  f.disk->lost = 1;
+  f.disk->told = 1;
+  fd[2] = client_open (&f, base);
+  for (unsigned n = 0; n < 2; ++n)
+    for (unsigned i = 0; i < 3; ++i) {
+      send_request (fd[i], 0, NBD_CMD_FLUSH, 2, 0, 0);
+      expect_error (fd[i], 2, n == 0 && i < 2 ? NBD_EIO : 0);
+    }
+  f.disk->lost = f.disk->told = 0;
+  for (unsigned i = 0; i < 3; ++i)
+    close (fd[i]);
+}
+
 static int
 fail_with_opaque (struct disk *d, enum fake_op op,
                   uint64_t offset, uint64_t count)
@@ -583,6 +612,7 @@ main (void)
     TEST (test_refused_simple),
     TEST (test_refused_write),
     cmocka_unit_test_setup_teardown (test_readonly, setup_readonly, teardown),
+    TEST (test_told_apart),
     TEST (test_errors),
     TEST (test_disconnect),
     TEST (test_pipelined),

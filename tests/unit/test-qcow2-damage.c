@@ -257,7 +257,7 @@ check_space_for_bitmap (int (*finish) (struct disk *))
     at += CLUSTER;
   assert_int_equal (errno, ENOSPC);
   assert_true (at > 0);
-  assert_int_equal (disk_flush (d), -1);
+  assert_int_equal (disk_sync (d), -1);
   assert_int_equal (disk_trim (d, at, 0, false), 0);
   assert_int_equal (finish (d), 0);
   disk_close (d);
@@ -267,7 +267,7 @@ static void
 test_space_for_bitmap (void **state)
 {
   (void) state;
-  check_space_for_bitmap (disk_flush);
+  check_space_for_bitmap (disk_sync);
   check_space_for_bitmap (disk_stop);
 }
 
