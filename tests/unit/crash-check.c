@@ -579,6 +579,9 @@ entry_of (const struct checked *k, uint64_t guest_cluster)
 const uint8_t *
 checked_unit (const struct checked *k, uint64_t unit)
 {
+  if (k->served != NULL)
+    return k->served + (unit << k->unit_bits);
+
   const unsigned sub_bits = k->cluster_bits - k->unit_bits;
   const unsigned sub = unit & ((1U << sub_bits) - 1);
   const uint8_t *const at = entry_of (k, unit >> sub_bits);

@@ -49,6 +49,8 @@ struct checked {
   uint8_t *references;          /* a counter a cluster */
   uint8_t *marks;               /* what for, and of whom, in the trees */
   uint64_t snapshots;           /* a hash of them, 0 without any */
+  const uint8_t *served;        /* the disk, if it was not check_image that
+                                   read it, else NULL */
   char error[256];              /* what is wrong, or empty */
 };
 

@@ -45,11 +45,12 @@ store_of (struct container *c)
 }
 
 struct fault_store *
-fault_store_new (uint64_t room)
+fault_store_new (uint64_t room, struct fault_store *first)
 {
   struct fault_store *s = calloc (1, sizeof *s);
 
   assert_non_null (s);
+  s->first = first == NULL ? s : first;
   s->live = crash_image_new (room);
   s->durable = crash_image_new (room);
   s->pending = calloc (1, room / SECTOR);
@@ -106,8 +107,9 @@ fault_store_heal (struct fault_store *s)
 
 /* Does this call fail? */
 static bool
-fails (struct fault_store *s, unsigned kind)
+fails (struct fault_store *any, unsigned kind)
 {
+  struct fault_store *s = any->first;
   const struct fault_plan *p = &s->plan;
 
   if (s->paused || (p->kinds & kind) == 0)
@@ -127,7 +129,7 @@ part_done (const struct fault_store *s, uint64_t count, uint64_t offset)
 {
   const uint64_t middle = round_down (offset + count / 2, SECTOR);
 
-  switch (s->is_first ? s->plan.done : DONE_NOTHING) {
+  switch (s->first->is_first ? s->first->plan.done : DONE_NOTHING) {
   case DONE_NOTHING: return 0;
   case DONE_WHOLE: return count;
   default: return middle <= offset ? 0 : middle - offset;
@@ -159,7 +161,7 @@ faulty_pread (struct container *c, void *buf, size_t count, uint64_t offset)
 {
   struct fault_store *s = store_of (c);
 
-  if (fails (s, FAULT_READ))
+  if (fails (s, s->is_below ? FAULT_READ_BELOW : FAULT_READ))
     return -1;
   memcpy (buf, s->live.bytes + offset, count);
   return 0;
@@ -170,7 +172,7 @@ faulty_pwrite (struct container *c, const void *buf, size_t count,
                uint64_t offset)
 {
   struct fault_store *s = store_of (c);
-  const bool counts = !s->plan.thin || !is_backed (s, count, offset);
+  const bool counts = !s->first->plan.thin || !is_backed (s, count, offset);
   const bool fail = counts && fails (s, FAULT_WRITE);
 
   if (fail)
@@ -189,7 +191,7 @@ static int
 faulty_zero (struct container *c, uint64_t count, uint64_t offset, bool punch)
 {
   struct fault_store *s = store_of (c);
-  const bool fail = !s->plan.thin && fails (s, FAULT_ZERO);
+  const bool fail = !s->first->plan.thin && fails (s, FAULT_ZERO);
 
   if (fail)
     count = part_done (s, count, offset);
@@ -210,8 +212,8 @@ faulty_flush (struct container *c)
   if (fail) {
     const int err = errno;
 
-    s->nr_lost++;
-    if (s->plan.loses)
+    s->first->nr_lost++;
+    if (s->first->plan.loses)
       memset (s->pending, 0, s->live.room / SECTOR);
     errno = err;
     return -1;
@@ -228,11 +230,11 @@ static int
 faulty_grow (struct container *c, uint64_t size)
 {
   struct fault_store *s = store_of (c);
-  const uint64_t limit = s->plan.limit != 0 && !s->paused
+  const uint64_t limit = s == s->first && s->plan.limit != 0 && !s->paused
     ? s->plan.limit : s->live.room;
 
   if (size > limit) {
-    s->nr_failed++;
+    s->first->nr_failed++;
     errno = ENOSPC;
     return -1;
   }
@@ -261,6 +263,32 @@ static void
 faulty_close (struct container *c)
 {
   free (c);
+}
+
+struct view {
+  struct container c;
+  const struct crash_image *image;
+};
+
+static int
+view_pread (struct container *c, void *buf, size_t count, uint64_t offset)
+{
+  memcpy (buf, ((struct view *) c)->image->bytes + offset, count);
+  return 0;
+}
+
+struct container *
+fault_container_view (const struct crash_image *image)
+{
+  static const struct container_ops ops = {
+    .pread = view_pread, .close = faulty_close,
+  };
+  struct view *v = calloc (1, sizeof *v);
+
+  assert_non_null (v);
+  container_init (&v->c, &ops, image->size, true);
+  v->image = image;
+  return &v->c;
 }
 
 struct container *

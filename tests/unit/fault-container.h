@@ -26,9 +26,10 @@ enum {
   FAULT_FLUSH = 8,
   FAULT_GROW = 16,
   FAULT_TRUNCATE = 32,
+  FAULT_READ_BELOW = 64,        /* a read of a store for backing files */
   FAULT_CHANGES = FAULT_WRITE | FAULT_ZERO | FAULT_FLUSH | FAULT_GROW |
                   FAULT_TRUNCATE,
-  FAULT_ALL = FAULT_READ | FAULT_CHANGES,
+  FAULT_ALL = FAULT_READ | FAULT_READ_BELOW | FAULT_CHANGES,
 };
 
 enum fault_done { DONE_NOTHING, DONE_HALF, DONE_WHOLE };
@@ -47,10 +48,13 @@ struct fault_plan {
   bool loses;                   /* a barrier that fails loses for ever what
                                    it was for: it reads back, but no
                                    barrier makes it durable */
-  uint64_t limit;               /* the size can not exceed this, 0: none */
+  uint64_t limit;               /* the size of the first store can not
+                                   exceed this, 0: none */
 };
 
 struct fault_store {
+  struct fault_store *first;    /* whose plan it shares, and counters */
+  bool is_below;
   struct crash_image live;      /* as it reads */
   struct crash_image durable;   /* what the last barrier left, at least */
   struct fault_plan plan;
@@ -65,11 +69,14 @@ struct fault_store {
   uint8_t *backed;              /* by page: it has storage */
 };
 
-/* An image can grow to its room. */
-extern struct fault_store *fault_store_new (uint64_t room);
+/* An image can grow to its room.  first is NULL, or another store: one
+ * plan fails the calls of both, each in its turn.
+ */
+extern struct fault_store *fault_store_new (uint64_t room,
+                                            struct fault_store *first);
 extern void fault_store_free (struct fault_store *);
 
-/* Begin with an image, durable, and a plan. */
+/* Begin with an image, durable, and a plan (the first store's counts). */
 extern void fault_store_reset (struct fault_store *,
                                const struct crash_image *,
                                const struct fault_plan *);
@@ -78,5 +85,8 @@ extern void fault_store_heal (struct fault_store *);
 
 /* Closing it leaves the store, and it can be opened again after that. */
 extern struct container *fault_container_open (struct fault_store *);
+
+/* An image that is only looked at. */
+extern struct container *fault_container_view (const struct crash_image *);
 
 #endif /* DIRTY_BITMAP_TEST_FAULT_CONTAINER_H */

@@ -245,6 +245,87 @@ struct workload workloads[] = {
       ZERO (4096, 8192), ZERO_KEEP (16 * KIB, 4096), WRITE (MIB, 700), FLUSH,
       ZERO_KEEP (2 * MIB, 8192), TRIM (24576, 4096), WRITE (5000, 100),
     } },
+
+  /* L2 tables and clusters in common with snapshots. */
+  { .name = "snapshots", .options = "cluster_size=4k", .size = "8M",
+    .make = DATA BITMAPS "qemu-img snapshot -c one $f; "
+    "qemu-io -f qcow2 -c 'write -P 8 0 4k' -c 'write -P 8 1M 4k' "
+    "$f >/dev/null; qemu-img snapshot -c two $f; "
+    "qemu-io -f qcow2 -c 'write -P 9 0 4k' $f >/dev/null; ",
+    .windows = { 65536, MIB, 6, 8 * MIB }, .garbage = 20 * KIB,
+    .whole = true,
+    .steps = {
+      WRITE (MIB, 4 * KIB), WRITE (8 * KIB, 8 * KIB), FLUSH,
+      TRIM (20 * KIB, 4 * KIB), WRITE (8 * KIB, 4 * KIB), FLUSH,
+      WRITE (2 * MIB, 16 * KIB),
+    } },
+  { .name = "snapshots-partial", .options = "cluster_size=4k", .size = "8M",
+    .make = DATA BITMAPS "qemu-img snapshot -c one $f; "
+    "qemu-io -f qcow2 -c 'write -P 9 0 4k' $f >/dev/null; ",
+    .windows = { 65536, MIB, 6, 8 * MIB },
+    .steps = {
+      WRITE (9 * KIB, 700), WRITE (13 * KIB, 5 * KIB), FLUSH,
+      ZERO (20 * KIB, 1024), WRITE_FUA (24 * KIB + 512, 512),
+    } },
+
+  /* Over a shorter file. */
+  { .name = "overlay",
+    .options = "cluster_size=4k,backing_file=$b,backing_fmt=raw",
+    .size = "1M", .files = "yes below | head -c 600000 >$b; ",
+    .make = DATA BITMAPS, .windows = { 32768, 128 * KIB, 6, 0 },
+    .by_qemu = true, .garbage = 12 * KIB,
+    .steps = {
+      READ (128 * KIB, 8 * KIB), WRITE (128 * KIB + 700, 700),
+      WRITE (256 * KIB + 100, 9000), FLUSH, TRIM (128 * KIB, 8 * KIB),
+      ZERO (384 * KIB + 512, 5 * KIB), READ (384 * KIB, 8 * KIB), FLUSH,
+      WRITE (597 * KIB, 512), ZERO_KEEP (512 * KIB, 4 * KIB),
+    } },
+
+  /* The name of the file below gives way to the bitmaps. */
+  { .name = "overlay-create",
+    .options = "cluster_size=4k,backing_file=$b,backing_fmt=raw",
+    .size = "1M", .files = "yes below | head -c 600000 >$b; ",
+    .make = DATA, .create = "new", .windows = { 32768, 128 * KIB, 6, 0 },
+    .by_qemu = true,
+    .steps = { WRITE (128 * KIB + 700, 700), FLUSH, REOPEN, FLUSH } },
+
+  { .name = "data-file", .options = "cluster_size=4k,data_file=$d",
+    .size = "1M", .data_file = true, .make = DATA BITMAPS,
+    .windows = { 32768, 128 * KIB, 6, 0 }, .by_qemu = true, .whole = true,
+    .garbage = 8 * KIB,
+    .steps = {
+      WRITE (128 * KIB, 8 * KIB), FLUSH, WRITE (0, 4 * KIB),
+      READ (0, 8 * KIB), FLUSH, TRIM (8 * KIB, 4 * KIB),
+      WRITE (256 * KIB, 4 * KIB), FLUSH, WRITE (128 * KIB, 4 * KIB),
+    } },
+  { .name = "data-file-raw",
+    .options = "cluster_size=4k,data_file=$d,data_file_raw=on",
+    .size = "1M", .data_file = true, .make = DATA BITMAPS,
+    .windows = { 32768, 128 * KIB, 6, 0 }, .by_qemu = true,
+    .steps = {
+      WRITE (128 * KIB + 100, 5000), FLUSH, WRITE_FUA (512, 512),
+      ZERO (4 * KIB, 4 * KIB), TRIM (8 * KIB, 4 * KIB), FLUSH,
+      WRITE (256 * KIB, 100), FLUSH,
+    } },
+
+  /* Refcounts are too low and too high, and it is marked dirty. */
+  { .name = "repair", .options = "cluster_size=4k", .size = "8M",
+    .make = DATA BITMAPS "truncate -s 200k $f; "
+    "{ printf '\\1' | dd of=$f bs=1 seek=79 conv=notrunc; "
+    "head -c 12 /dev/zero | dd of=$f bs=1 seek=8204 conv=notrunc; "
+    "printf '\\0\\3' | dd of=$f bs=1 seek=8282 conv=notrunc; } "
+    "2>/dev/null; ", .windows = { 65536, MIB, 6, 0 }, .by_qemu = true,
+    .dirty = true,
+    .steps = { WRITE (MIB, 4 * KIB), FLUSH, WRITE (4 * KIB, 512) } },
+
+  /* Clusters that nothing uses. */
+  { .name = "leaks", .options = "cluster_size=4k", .size = "8M",
+    .make = DATA BITMAPS "truncate -s 200k $f; "
+    "printf '\\0\\1\\0\\3\\0\\2' | "
+    "dd of=$f bs=1 seek=8280 conv=notrunc 2>/dev/null; ",
+    .windows = { 65536, MIB, 6, 8 * MIB }, .leaks = true,
+    .steps = { READ (0, 512), WRITE (MIB, 16 * KIB), FLUSH,
+               WRITE (4 * KIB, 4 * KIB) } },
 };
 const size_t nr_workloads = sizeof workloads / sizeof workloads[0];
 
@@ -253,6 +334,7 @@ load_image (const char *file, struct crash_image *image)
 {
   FILE *fp = fopen (file, "re");
 
+  *image = crash_image_new (FAULT_ROOM);
   assert_non_null (fp);
   image->size = fread (image->bytes, 1, image->room, fp);
   assert_true (image->size < image->room);
@@ -281,14 +363,22 @@ add_garbage (struct workload *w)
 void
 make_workload (struct workload *w)
 {
-  const char *file = temp_file ("workload.qcow2");
+  char file[512], below[512], data[512];
 
-  assert_int_equal (run_command ("set -e; f='%s'; rm -f $f; "
+  snprintf (file, sizeof file, "%s", temp_file ("workload.qcow2"));
+  snprintf (below, sizeof below, "%s", temp_file ("below.raw"));
+  snprintf (data, sizeof data, "%s", temp_file ("data.raw"));
+  assert_int_equal (run_command ("set -e; f='%s'; b='%s'; d='%s'; "
+                                 "rm -f $f $b $d; %s"
                                  "qemu-img create -q -f qcow2 -o %s $f %s; "
-                                 "%s", file, w->options, w->size, w->make),
-                    0);
-  w->image = crash_image_new (FAULT_ROOM);
+                                 "%s", file, below, data,
+                                 w->files != NULL ? w->files : "",
+                                 w->options, w->size, w->make), 0);
   load_image (file, &w->image);
+  if (w->files != NULL)
+    load_image (below, &w->below);
+  if (w->data_file)
+    load_image (data, &w->data);
   if (!w->by_qemu)
     add_garbage (w);
   else if (w->garbage != 0) {
@@ -297,4 +387,14 @@ make_workload (struct workload *w)
     memset (w->image.bytes + end, 0xaa, w->garbage);
     w->image.size = end + w->garbage;
   }
+}
+
+void
+free_workload (struct workload *w)
+{
+  crash_image_free (&w->image);
+  if (w->files != NULL)
+    crash_image_free (&w->below);
+  if (w->data_file)
+    crash_image_free (&w->data);
 }

@@ -37,6 +37,9 @@ struct workload {
   const char *name;
   const char *options;          /* of qemu-img create */
   const char *size;
+  const char *files;            /* shell commands that make the raw file
+                                   below the image, $b; or NULL */
+  bool data_file;               /* it has one, $d */
   const char *make;             /* shell commands, the image is $f */
   uint64_t garbage;             /* bytes at the end, free and not zero */
   const char *create;           /* a bitmap, when it is opened */
@@ -46,15 +49,21 @@ struct workload {
    * again all that a failed flush may have lost.
    */
   bool whole;
-  bool by_qemu;                 /* our own checker does not know this */
+  bool by_qemu;                 /* our own checker does not know this: QEMU
+                                   has to say whether it is sound, and
+                                   what it holds is read by serving it */
+  bool dirty;                   /* it is marked so */
+  bool leaks;                   /* it has some */
   struct step steps[32];
 
-  struct crash_image image;     /* once it is made */
+  /* Once it is made; of the others the size is 0 if there is none. */
+  struct crash_image image, below, data;
 };
 
 extern struct workload workloads[];
 extern const size_t nr_workloads;
 extern void make_workload (struct workload *);
+extern void free_workload (struct workload *);
 
 /* What images can grow to. */
 #define FAULT_ROOM (UINT64_C (5) << 20)

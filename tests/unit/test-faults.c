@@ -60,6 +60,7 @@ struct mode {
   const char *name;
   struct fault_plan plan;
   bool limits;                  /* one run for each size */
+  bool below;                   /* only with something below */
   bool never_ends;
 };
 
@@ -75,6 +76,8 @@ static const struct mode modes[] = {
     .plan = { .kinds = FAULT_ALL, .error = EIO, .for_good = true } },
   { .name = "eio-reads",
     .plan = { .kinds = FAULT_READ, .error = EIO, .for_good = true } },
+  { .name = "eio-below", .below = true,
+    .plan = { .kinds = FAULT_READ_BELOW, .error = EIO, .for_good = true } },
   { .name = "eio-changes",
     .plan = { .kinds = FAULT_CHANGES, .error = EIO, .for_good = true,
               .done = DONE_WHOLE } },
@@ -106,7 +109,8 @@ struct run {
   const struct workload *w;
   const struct mode *mode;
   size_t k;
-  struct fault_store *store;
+  struct fault_store *store, *below, *data;
+  struct container *lower, *data_container;
   struct model *model;
   struct disk *disk;
   struct disk_client client;    /* who makes the requests */
@@ -120,6 +124,7 @@ struct run {
   bool leaks;                   /* may be left */
 };
 
+static unsigned every = 1;       /* call, or as many, gets a run of its own */
 static uint64_t nr_runs, nr_faults, nr_by_qemu, nr_wrong;
 static unsigned nr_lines;       /* errors reported */
 static bool leak_was_told;
@@ -190,21 +195,59 @@ nr_offered (const struct run *r)
   return n;
 }
 
+static void
+close_others (struct run *r)
+{
+  container_close (r->lower);
+  container_close (r->data_container);
+  r->lower = r->data_container = NULL;
+}
+
+static void
+close_disk (struct run *r)
+{
+  disk_close (r->disk);
+  r->disk = NULL;
+  close_others (r);
+}
+
 static struct disk *
 try_to_open (struct run *r)
 {
-  const struct disk_options options = {
+  struct disk_options options = {
     .cache_size = 1, .granularity = 4096,
     .require = &r->w->create, .nr_require = r->w->create != NULL ? 1 : 0,
   };
   struct container *c = fault_container_open (r->store);
+
+  if (r->w->files != NULL)
+    options.below.raw = r->lower = fault_container_open (r->below);
+  if (r->w->data_file)
+    options.data_file = r->data_container = fault_container_open (r->data);
   struct disk *d = disk_open (c, &options);
   const int err = errno;
 
-  if (d == NULL)
+  if (d == NULL) {
     container_close (c);
+    close_others (r);
+  }
   errno = err;
   return d;
+}
+
+static void qemu_check (struct run *r, const struct crash_image *image,
+                        bool stopped);
+
+/* A repair has failed: it is marked dirty still, or there is nothing left
+ * to be done.
+ */
+static void
+check_repaired (struct run *r)
+{
+  if ((r->store->durable.bytes[79] & 1) == 0)
+    qemu_check (r, &r->store->durable, true);
+  if ((r->store->live.bytes[79] & 1) == 0)
+    qemu_check (r, &r->store->live, true);
 }
 
 /* At the start there is nobody to be served yet: a fault may end it, and
@@ -223,6 +266,8 @@ open_disk (struct run *r)
       wrong ("it does not open, but nothing failed: %s", last_line);
     if (nr_lines == 0)
       wrong ("it does not open and nothing says why");
+    if (r->w->dirty)
+      check_repaired (r);
     /* Creation may have been half done. */
     r->leaks |= r->w->create != NULL;
     r->model->may_lose |= r->w->create != NULL;
@@ -232,7 +277,9 @@ open_disk (struct run *r)
       wrong ("it does not open: %s", last_line);
     r->nr_told = r->nr_before = r->store->nr_lost;
   }
-  else if (disk_nr_bitmaps (r->disk) != nr_offered (r)) {
+  else if (r->w->leaks && r->store->nr_failed != nr_failed)
+    r->leaks = true;            /* they may not have been found */
+  if (disk_nr_bitmaps (r->disk) != nr_offered (r)) {
     /* They could not be read, so the disk is served without. */
     if (r->store->nr_failed == nr_failed && !r->model->may_lose)
       wrong ("there are %zu bitmaps", disk_nr_bitmaps (r->disk));
@@ -430,6 +477,8 @@ do_flush (struct run *r, unsigned end, bool stop)
   else if ((ret == 0) != (nr_lines == 0))
     wrong ("the stop returned %d and %u lines say why", ret, nr_lines);
   if (ret == -1) {
+    if (stop)                   /* the client has heard of that */
+      disk_client_begin (r->disk, &r->client);
     r->may_be_lost |= r->store->nr_lost != r->nr_told;
     r->nr_told = r->store->nr_lost;
     return false;
@@ -452,8 +501,7 @@ do_reopen (struct run *r, unsigned i)
 {
   if (!do_flush (r, i, true))
     return false;
-  disk_close (r->disk);
-  r->disk = NULL;
+  close_disk (r);
   open_disk (r);
   return true;
 }
@@ -522,11 +570,120 @@ try_the_rest (struct run *r)
   const struct step in_place = { STEP_WRITE, 512, 512, false };
   const struct fault_plan *p = &r->mode->plan;
 
-  if ((p->kinds & FAULT_READ) == 0)
+  if ((p->kinds & (FAULT_READ | FAULT_READ_BELOW)) == 0)
     compare_served (r);
-  if ((p->thin || r->mode->limits) &&
+  if ((p->thin || r->mode->limits || r->mode->below) &&
       !do_change (r, &in_place))
     wrong ("no write in place: %s", last_line);
+}
+
+/* Room for the disks of images that are read by serving them. */
+#define SERVED_SIZE (UINT64_C (8) << 20)
+static uint8_t served[SERVED_SIZE];
+
+static void
+serve_bitmap (struct disk *d, size_t i, struct checked_bitmap *b)
+{
+  const uint64_t granularity = disk_bitmap_granularity (d, i);
+  const uint64_t size = disk_size (d);
+  uint64_t length;
+  bool dirty;
+
+  snprintf (b->name, sizeof b->name, "%s", disk_bitmap_name (d, i));
+  b->flags = strcmp (b->name, "off") == 0 ? 0 : 2;
+  b->granularity_bits = __builtin_ctzll (granularity);
+  b->nr_bits = div_round_up (size, granularity);
+  b->bits = calloc (1, div_round_up (b->nr_bits, 8));
+  assert_non_null (b->bits);
+  for (uint64_t at = 0; at < size; at += length) {
+    length = disk_bitmap_run (d, i, at, size, &dirty);
+    for (uint64_t j = at / granularity;
+         dirty && j < div_round_up (at + length, granularity); ++j)
+      b->bits[j / 8] |= 1 << j % 8;
+  }
+}
+
+/* The same as check_image finds, of what our checker does not know: read
+ * by serving it, and what is outside of the windows not at all.
+ */
+static bool
+serve_image (struct checked *k, const struct workload *w,
+             const struct crash_image *image, const struct crash_image *data)
+{
+  struct disk_options options = { .cache_size = 1, .readonly = true };
+  struct container *c = fault_container_view (image), *data_file = NULL;
+  bool sound = true;
+
+  memset (k, 0, sizeof *k);
+  *k = (struct checked) { .image = image, .cluster_bits = 12,
+                          .entry_bits = 3, .unit_bits = 12,
+                          .trusted = true, .served = served };
+  if (w->files != NULL)
+    options.below.raw = fault_container_view (&w->below);
+  if (w->data_file)
+    options.data_file = data_file = fault_container_view (data);
+  struct disk *d = disk_open (c, &options);
+
+  if (d == NULL) {
+    container_close (c);
+    snprintf (k->error, sizeof k->error, "it does not open: %.200s",
+              last_line);
+    sound = false;
+  }
+  else {
+    k->disk_size = disk_size (d);
+    assert_true (k->disk_size <= SERVED_SIZE);
+    for (unsigned i = 0; sound && i < w->windows.nr; ++i) {
+      const uint64_t at = i * w->windows.apart;
+
+      sound = disk_read (d, served + at, w->windows.size, at) == 0;
+      if (!sound)
+        snprintf (k->error, sizeof k->error, "window %u: %.200s", i,
+                  last_line);
+    }
+    k->nr_bitmaps = disk_nr_bitmaps (d);
+    assert_true (k->nr_bitmaps <= CHECKED_MAX_BITMAPS);
+    for (size_t i = 0; i < k->nr_bitmaps; ++i)
+      serve_bitmap (d, i, &k->bitmaps[i]);
+    disk_close (d);
+  }
+  container_close (options.below.raw);
+  container_close (data_file);
+  return sound;
+}
+
+/* Bitmaps that are not served are marked, for all that can be seen. */
+static void
+add_marked (struct checked *k, const struct model *m)
+{
+  for (size_t i = 0; i < m->nr_bitmaps; ++i) {
+    const struct model_bitmap *b = &m->bitmaps[i];
+    struct checked_bitmap *is = &k->bitmaps[k->nr_bitmaps];
+
+    if (checked_find (k, b->name) != NULL)
+      continue;
+    memcpy (is->name, b->name, sizeof is->name);
+    is->flags = 1 | (b->flags & 2);
+    is->nr_bits = b->nr_bits;
+    k->nr_bitmaps++;
+  }
+}
+
+/* It is in the store. */
+static bool
+find_what_is (struct run *r, struct checked *k,
+              const struct crash_image *image)
+{
+  const bool durable = image == &r->store->durable;
+  bool sound;
+
+  if (!r->w->by_qemu)
+    return check_image (k, image);
+  sound = serve_image (k, r->w, image,
+                       durable ? &r->data->durable : &r->data->live);
+  if (sound && !(r->model->may_lose && k->nr_bitmaps == 0))
+    add_marked (k, r->model);
+  return sound;
 }
 
 static void
@@ -535,7 +692,7 @@ check_one (struct run *r, const struct crash_image *image, const char *when,
 {
   struct checked k;
   const char *error = NULL;
-  bool sound = check_image (&k, image), flags = true;
+  bool sound = find_what_is (r, &k, image), flags = true;
 
   if (sound) {
     error = model_check (r->model, &k);
@@ -590,10 +747,8 @@ check_images (struct run *r, bool stopped)
 {
   model_sort (r->model);
   model_advance (r->model, r->now);
-  if (!r->w->by_qemu) {
-    check_one (r, &r->store->live, stopped ? "stopped" : "killed", stopped);
-    check_one (r, &r->store->durable, "cut off", stopped);
-  }
+  check_one (r, &r->store->live, stopped ? "stopped" : "killed", stopped);
+  check_one (r, &r->store->durable, "cut off", stopped);
   if (nr_runs % (r->w->by_qemu ? 20 : 400) == 0)
     qemu_check (r, &r->store->live, stopped);
 }
@@ -611,8 +766,7 @@ end_badly (struct run *r)
     wrong ("the stop says %d and %u lines why", stopped, nr_lines);
   if (!stopped && r->store->nr_failed == 0)
     wrong ("the stop failed, but nothing else: %s", last_line);
-  disk_close (r->disk);
-  r->disk = NULL;
+  close_disk (r);
   /* Nothing was left to be done, but what it failed to give back. */
   if (stopped && r->store->nr_failed != nr_failed)
     r->leaks = true;
@@ -663,8 +817,7 @@ end_well (struct run *r, unsigned nr_steps)
   check_images (r, false);
   if (!do_flush (r, nr_steps, true))
     wrong ("no clean stop: %s", last_line);
-  disk_close (r->disk);
-  r->disk = NULL;
+  close_disk (r);
   check_images (r, true);
   open_disk (r);
   compare_served (r);
@@ -701,58 +854,41 @@ run_steps (struct run *r)
     end_well (r, i);
 }
 
-/* The model of an image that the checker does not know: all that the
- * windows hold is taken for a change before everything.
- */
 static struct model *
-model_by_serving (const struct workload *w, struct fault_store *store)
-{
-  struct checked base = {
-    .image = &store->live, .cluster_bits = 12, .entry_bits = 3,
-    .unit_bits = 12,
-  };
-  const struct disk_options options = { .cache_size = 1, .readonly = true };
-  struct disk *d = disk_open (fault_container_open (store), &options);
-  struct model *m;
-
-  assert_non_null (d);
-  base.disk_size = disk_size (d);
-  base.l1_offset = FAULT_ROOM - 65536; /* there is nothing */
-  m = model_new (&base, &w->windows);
-  for (unsigned i = 0; i < m->nr_windows; ++i) {
-    const struct change c = {
-      .kind = CHANGE_WRITE, .offset = model_window (m, i),
-      .count = m->window_size, .start = 0, .end = 0,
-    };
-    uint8_t *data = malloc (c.count);
-
-    assert_non_null (data);
-    assert_int_equal (disk_read (d, data, c.count, c.offset), 0);
-    model_begin (m, &c, data);
-    model_end (m, &c);
-    free (data);
-  }
-  for (size_t i = 0; i < disk_nr_bitmaps (d); ++i)
-    model_expect_bitmap (m, disk_bitmap_name (d, i), 16);
-  disk_close (d);
-  return m;
-}
-
-static struct model *
-make_model (const struct workload *w, struct fault_store *store)
+make_model (const struct workload *w)
 {
   struct checked base;
   struct model *m;
 
-  if (w->by_qemu)
-    return model_by_serving (w, store);
-  if (!check_image (&base, &w->image))
+  if (!(w->by_qemu ? serve_image (&base, w, &w->image, &w->data)
+        : check_image (&base, &w->image)))
     fail_msg ("%s: %s", w->name, base.error);
   m = model_new (&base, &w->windows);
+  if (w->by_qemu)
+    m->active_size = 0;
   if (w->create != NULL)
     model_expect_bitmap (m, w->create, 12);
   checked_free (&base);
   return m;
+}
+
+/* Those that share the first store's plan. */
+static struct fault_store *below_store, *data_store;
+
+static void
+begin_run (struct run *r, const struct fault_plan *plan)
+{
+  const struct workload *w = r->w;
+
+  r->below = below_store;
+  r->data = data_store;
+  r->model = make_model (w);
+  if (w->files != NULL)
+    fault_store_reset (r->below, &w->below, plan);
+  if (w->data_file)
+    fault_store_reset (r->data, &w->data, plan);
+  fault_store_reset (r->store, &w->image, plan);
+  leak_was_told = false;
 }
 
 /* One run.  Returns how many calls were counted. */
@@ -768,15 +904,11 @@ run_one (const struct workload *w, const struct mode *mode, size_t k,
     plan.limit = k;
   snprintf (what_runs, sizeof what_runs, "%s:%s:%zd", w->name, mode->name, k);
   alarm (PATIENCE);
-  fault_store_reset (store, &w->image, &(const struct fault_plan) { 0 });
   r = (struct run) { .w = w, .mode = mode, .k = k, .store = store, .now = 2 };
-  r.model = make_model (w, store);
-  fault_store_reset (store, &w->image, &plan);
-  leak_was_told = false;
+  begin_run (&r, &plan);
   if (setjmp (end_of_run) == 0)
     run_steps (&r);
-  if (r.disk != NULL)
-    disk_close (r.disk);
+  close_disk (&r);
   model_free (r.model);
   nr_runs++;
   nr_faults += store->nr_failed;
@@ -791,15 +923,14 @@ largest_size (const struct workload *w, struct fault_store *store)
                              .never_ends = true };
   struct run r = { .w = w, .mode = &none, .store = store, .now = 2 };
 
-  fault_store_reset (store, &w->image, &none.plan);
-  r.model = make_model (w, store);
+  begin_run (&r, &none.plan);
   open_disk (&r);
   for (unsigned i = 0; w->steps[i].kind != STEP_END; ++i)
     if (!do_step (&r, i))
       fail_msg ("%s: %s (step %u) fails without a fault: %s", w->name,
                 step_name (&w->steps[i]), i, last_line);
   const uint64_t size = store->live.size;
-  disk_close (r.disk);
+  close_disk (&r);
   model_free (r.model);
   return size;
 }
@@ -810,7 +941,8 @@ run_limits (const struct workload *w, const struct mode *mode,
 {
   const uint64_t largest = largest_size (w, store);
 
-  for (uint64_t limit = w->image.size; limit <= largest; limit += 1024)
+  for (uint64_t limit = w->image.size; limit <= largest;
+       limit += 1024 * every)
     run_one (w, mode, limit, store);
 }
 
@@ -820,14 +952,14 @@ run_mode (const struct workload *w, const struct mode *mode,
 {
   size_t nr;
 
-  if (mode->plan.loses && !w->whole)
+  if ((mode->plan.loses && !w->whole) || (mode->below && w->files == NULL))
     return;
   if (mode->limits) {
     run_limits (w, mode, store);
     return;
   }
   nr = run_one (w, mode, SIZE_MAX, store);
-  for (size_t k = 0; k < nr; ++k)
+  for (size_t k = 0; k < nr; k += every)
     run_one (w, mode, k, store);
 }
 
@@ -853,10 +985,13 @@ one_run (const char *s, struct workload **w, const struct mode **mode)
 static void
 test_faults (void **state)
 {
-  struct fault_store *store = fault_store_new (FAULT_ROOM);
+  struct fault_store *store = fault_store_new (FAULT_ROOM, NULL);
   const char *only = getenv ("FAULT_RUN");
 
   (void) state;
+  below_store = fault_store_new (FAULT_ROOM, store);
+  below_store->is_below = true;
+  data_store = fault_store_new (FAULT_ROOM, store);
   for (size_t i = 0; only == NULL && i < nr_workloads; ++i) {
     const uint64_t runs = nr_runs;
 
@@ -876,7 +1011,9 @@ test_faults (void **state)
   }
   alarm (0);
   for (size_t i = 0; i < nr_workloads; ++i)
-    crash_image_free (&workloads[i].image);
+    free_workload (&workloads[i]);
+  fault_store_free (below_store);
+  fault_store_free (data_store);
   fault_store_free (store);
   print_message ("%" PRIu64 " runs, %" PRIu64 " calls failed, %" PRIu64
                  " images judged by QEMU\n", nr_runs, nr_faults, nr_by_qemu);
@@ -911,7 +1048,7 @@ test_fua_meanwhile (void **state)
 {
   static const struct fault_plan none = { .kinds = 0 };
   const struct disk_options options = { .cache_size = 1 };
-  struct fault_store *store = fault_store_new (FAULT_ROOM);
+  struct fault_store *store = fault_store_new (FAULT_ROOM, NULL);
   struct workload *w = &workloads[0];
   struct disk_client client;
   struct meanwhile m = { .store = store };
@@ -937,7 +1074,7 @@ test_fua_meanwhile (void **state)
   assert_int_equal (disk_flush (m.disk, &client), 0);
   assert_int_equal (disk_stop (m.disk), 0);
   disk_close (m.disk);
-  crash_image_free (&w->image);
+  free_workload (w);
   fault_store_free (store);
 }
 
@@ -952,6 +1089,8 @@ main (void)
   if (run_command ("qemu-img --version >/dev/null 2>&1 && "
                    "qemu-io --version >/dev/null 2>&1") != 0)
     return 77;
+  if (getenv ("UNDER_VALGRIND") != NULL)
+    every = 23;
   report_sink = note_line;
   signal (SIGALRM, hangs);
   return cmocka_run_group_tests (tests, NULL, NULL);
