@@ -289,8 +289,6 @@ static void
 test_random (void **state)
 {
   (void) state;
-  if (getenv ("THREADS_ONLY") != NULL)
-    skip ();
   for (unsigned i = 0; i < sizeof kinds / sizeof kinds[0]; ++i)
     run_kind (&kinds[i]);
 }

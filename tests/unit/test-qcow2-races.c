@@ -38,6 +38,7 @@
 
 #define SECTOR 512
 #define CLUSTERS 8              /* that requests touch */
+#define EIGHTHS (8 * CLUSTERS)
 #define USED 4                  /* the first of them are in some state */
 #define INITIAL 3               /* a byte of data */
 #define ROOM (UINT64_C (4) << 20) /* of images, at most */
@@ -94,7 +95,7 @@ struct scene {
   struct crash_log *log;
   struct container *c;
   struct qcow2 *q;
-  uint8_t *initial;             /* contents in the beginning */
+  uint8_t initial[EIGHTHS];     /* contents in the beginning */
   uint8_t *now;
   uint8_t *reads[2];            /* what the last READ of each has got */
   unsigned flushed[2];          /* steps before the last FLUSH of each */
@@ -192,32 +193,31 @@ act_second (void *opaque)
   act (opaque, 1);
 }
 
-/* Do to some bytes what a step does to the disk. */
+/* Do to the eighths what a step does to the disk. */
 static void
 imagine_step (const struct scene *s, unsigned actor, unsigned nr,
-              uint8_t *bytes)
+              uint8_t eighths[EIGHTHS])
 {
   const struct step *step = &s->sequence[actor]->steps[nr];
-  const unsigned eighth = s->cluster_size / 8;
-  uint64_t from = step->from * eighth, to = step->to * eighth;
+  unsigned from = step->from, to = step->to;
+  uint8_t value = 0;
 
   switch (step->verb) {
   case WRITE:
-    memset (bytes + from, value_of (actor, nr), to - from);
+    value = value_of (actor, nr);
     break;
   case TRIM:
-    from = round_up (from, s->cluster_size);
-    to = round_down (to, s->cluster_size);
-    if (from < to)
-      memset (bytes + from, 0, to - from);
+    from = round_up (from, 8);
+    to = round_down (to, 8);
     break;
   case ZERO_IT:
   case KEEP:
-    memset (bytes + from, 0, to - from);
     break;
   default:
-    break;
+    return;
   }
+  if (from < to)
+    memset (eighths + from, value, to - from);
 }
 
 static unsigned
@@ -235,43 +235,48 @@ nr_steps (const struct scene *s, unsigned actor)
  */
 struct orders {
   const struct scene *s;
-  const uint8_t *got;
-  bool *fine;
+  const int *got;               /* by piece, -1 if its bytes differ */
+  bool *fine;                   /* by sector */
+  unsigned piece;               /* bytes: an eighth, or a sector */
   uint64_t from, to;
   const unsigned *done;         /* steps of each */
 };
 
 static void
-compare (const struct orders *o, const uint8_t *bytes)
+compare (const struct orders *o, const uint8_t eighths[EIGHTHS])
 {
-  for (uint64_t i = o->from; i < o->to; i += SECTOR)
-    if (memcmp (o->got + i, bytes + i, SECTOR) == 0)
-      o->fine[i / SECTOR] = true;
+  const unsigned in_sector = SECTOR / o->piece;
+  const unsigned in_eighth = o->s->cluster_size / 8 / o->piece;
+
+  for (uint64_t i = o->from / SECTOR; i < o->to / SECTOR; ++i) {
+    unsigned n = 0;
+
+    while (n < in_sector && o->got[i * in_sector + n]
+           == eighths[(i * in_sector + n) / in_eighth])
+      n++;
+    o->fine[i] |= n == in_sector;
+  }
 }
 
 static void
-try_orders (const struct orders *o, const uint8_t *bytes, unsigned i,
-            unsigned j)
+try_orders (const struct orders *o, const uint8_t eighths[EIGHTHS],
+            unsigned i, unsigned j)
 {
   const struct scene *s = o->s;
-  const bool more_i = i < nr_steps (s, 0), more_j = j < nr_steps (s, 1);
-  uint8_t *next;
+  uint8_t next[EIGHTHS];
 
   if (i >= o->done[0] && j >= o->done[1])
-    compare (o, bytes);
-  next = malloc (bytes_of (s));
-  assert_non_null (next);
-  if (more_i) {
-    memcpy (next, bytes, bytes_of (s));
+    compare (o, eighths);
+  if (i < nr_steps (s, 0)) {
+    memcpy (next, eighths, sizeof next);
     imagine_step (s, 0, i, next);
     try_orders (o, next, i + 1, j);
   }
-  if (more_j) {
-    memcpy (next, bytes, bytes_of (s));
+  if (j < nr_steps (s, 1)) {
+    memcpy (next, eighths, sizeof next);
     imagine_step (s, 1, j, next);
     try_orders (o, next, i, j + 1);
   }
-  free (next);
 }
 
 /* Is each sector as it may be? */
@@ -279,10 +284,15 @@ static bool
 all_fine (const struct scene *s, const uint8_t *got, uint64_t from,
           uint64_t to, unsigned first_done, unsigned second_done)
 {
+  static int values[CLUSTERS * 65536 / SECTOR];
   bool fine[CLUSTERS * 65536 / SECTOR] = { false };
   const unsigned done[2] = { first_done, second_done };
-  const struct orders o = { s, got, fine, from, to, done };
+  const unsigned piece = min_u64 (s->cluster_size / 8, SECTOR);
+  const struct orders o = { s, values, fine, piece, from, to, done };
 
+  for (uint64_t i = from; i < to; i += piece)
+    values[i / piece] =
+      memcmp (got + i, got + i + 1, piece - 1) == 0 ? got[i] : -1;
   try_orders (&o, s->initial, 0, 0);
   for (uint64_t i = from; i < to; i += SECTOR)
     if (!fine[i / SECTOR])
@@ -469,15 +479,15 @@ run_scene_in (unsigned cluster_size, enum state state,
   };
   unsigned n;
 
-  s.initial = calloc (1, bytes_of (&s));
   s.now = malloc (bytes_of (&s));
   s.reads[0] = malloc (bytes_of (&s));
   s.reads[1] = malloc (bytes_of (&s));
-  assert_non_null (s.initial);
+  assert_non_null (s.now);
+  assert_non_null (s.reads[0]);
+  assert_non_null (s.reads[1]);
   if (state >= DATA)
-    memset (s.initial, INITIAL, USED * cluster_size);
+    memset (s.initial, INITIAL, 8 * USED);
   n = meet_in_all_ways (&m, first_stride, second_stride);
-  free (s.initial);
   free (s.now);
   free (s.reads[0]);
   free (s.reads[1]);
