@@ -69,7 +69,7 @@ static const unsigned sizes[] = { 512, 65536 };
 /* Of large images, and of small ones: RACES_STRIDE in the environment, 1
  * for really all ways.
  */
-static unsigned stride = 5, small_stride = 1;
+static unsigned stride = 5, small_stride = 2;
 
 /* An image for each size and state, and its guest's bytes. */
 static struct crash_image images[NR_SIZES][NR_STATES];
