@@ -16,8 +16,9 @@
  * changed the entries were the slice's.  That needs no fence: a word is
  * stored with release and loaded with acquire, so whoever sees one that
  * was stored after the tag went sees that it has gone.  All changes are
- * made under the set's lock.  An extended entry is two words, and so the tag also goes
- * and comes back with another version where such entries are changed.
+ * made under the set's lock.  An extended entry is two words, and so the
+ * tag also goes and comes back with another version where such entries
+ * are changed.
  *
  * A slot that was changed is dirty until the flush writes it, since only
  * the flush knows when (flush.c).  The flush copies dirty slots and pins
