@@ -144,6 +144,8 @@ threads_run (const char *options, const char *size, uint64_t cache,
   uint64_t seed = first_seed++;
 
   assert_non_null (model);
+  if (getenv ("THREADS_ONLY") != NULL)
+    requests /= 10;
   for (unsigned i = 0; i < 6; ++i) {
     /* Not a multiple of anything, but trims must not reach into the
      * neighbour's part: those are of whole clusters inside the range.
@@ -277,7 +279,8 @@ test_discard_races (void **state)
   (void) state;
   assert_int_equal (pthread_create (&thread, NULL, discard_and_flush, &race),
                     0);
-  for (unsigned i = 0; i < 20000; ++i) {
+  for (unsigned i = getenv ("THREADS_ONLY") != NULL ? 18000 : 0; i < 20000;
+       ++i) {
     const unsigned cluster = random_next (&seed) % 32;
 
     /* Every cluster has its own byte. */
