@@ -1090,7 +1090,7 @@ main (void)
                    "qemu-io --version >/dev/null 2>&1") != 0)
     return 77;
   if (getenv ("UNDER_VALGRIND") != NULL)
-    every = 23;
+    every = 199;
   report_sink = note_line;
   signal (SIGALRM, hangs);
   return cmocka_run_group_tests (tests, NULL, NULL);

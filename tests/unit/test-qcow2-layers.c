@@ -258,7 +258,7 @@ static void
 run_kind (const struct kind *k)
 {
   struct files f;
-  const unsigned nr = 900;
+  const unsigned nr = getenv ("UNDER_VALGRIND") != NULL ? 90 : 900;
 
   if (getenv ("VERBOSE") != NULL)
     fprintf (stderr, "--- %s\n", k->name);
@@ -305,7 +305,9 @@ work (void *arg)
 {
   struct worker *w = arg;
 
-  for (unsigned i = 0; i < 500; ++i)
+  const unsigned nr = getenv ("UNDER_VALGRIND") != NULL ? 50 : 500;
+
+  for (unsigned i = 0; i < nr; ++i)
     assert_int_equal (random_request (&w->r), 0);
   return NULL;
 }
@@ -515,7 +517,9 @@ test_entry_at_once (void **state)
   open_files (&f);
   t.q = f.q;
   assert_int_equal (pthread_create (&thread, NULL, write_and_trim, &t), 0);
-  for (unsigned i = 0; i < 200000; ++i) {
+  const unsigned nr = getenv ("UNDER_VALGRIND") != NULL ? 2000 : 200000;
+
+  for (unsigned i = 0; i < nr; ++i) {
     assert_int_equal (qcow2_read (f.q, &byte, 1, 9 * 65536 + i % 65536), 0);
     assert_true (byte == 0 || byte == 7);
   }
