@@ -68,6 +68,8 @@ random_run (const char *options, const char *size, uint64_t cache,
   };
 
   assert_non_null (model);
+  if (getenv ("UNDER_VALGRIND") != NULL)
+    requests /= 10;
   for (unsigned i = 0; i < requests; ++i) {
     r.q = q;
     assert_int_equal (random_request (&r), 0);
@@ -144,7 +146,7 @@ threads_run (const char *options, const char *size, uint64_t cache,
   uint64_t seed = first_seed++;
 
   assert_non_null (model);
-  if (getenv ("THREADS_ONLY") != NULL)
+  if (getenv ("THREADS_ONLY") != NULL || getenv ("UNDER_VALGRIND") != NULL)
     requests /= 10;
   for (unsigned i = 0; i < 6; ++i) {
     /* Not a multiple of anything, but trims must not reach into the
