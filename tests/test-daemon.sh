@@ -11,6 +11,7 @@
 qemu-img create -q -f qcow2 disk.qcow2 10M
 qemu-img bitmap --add disk.qcow2 b
 nbdkit -U "$sock" -P pidfile --filter="$FILTER" file disk.qcow2
+wait_until test -s pidfile      # which the daemon writes
 pid=$(cat pidfile)
 pids+=("$pid")
 shell 'h.pwrite(b"x" * 512, 65536)'
@@ -23,6 +24,7 @@ same flags auto "$(bitmap_flags disk.qcow2 b)"
 # It can grow there too, where the current directory is another.
 rm -f "$sock" pidfile
 nbdkit -U "$sock" -P pidfile --filter="$FILTER" file disk.qcow2
+wait_until test -s pidfile      # which the daemon writes
 pid=$(cat pidfile)
 pids+=("$pid")
 shell 'h.pwrite(b"y" * (8 << 20), 0)'
