@@ -76,6 +76,9 @@ refer (struct checked *k, const char *what, uint64_t offset, uint64_t bytes)
 
   if (offset == 0 || offset % cluster_size != 0)
     return wrong (k, "%s at %#" PRIx64 " is not aligned", what, offset);
+  if (bytes > INT64_MAX || offset > INT64_MAX)
+    return wrong (k, "%s at %#" PRIx64 ", %#" PRIx64 " bytes, is beyond the "
+                  "end", what, offset, bytes);
   for (uint64_t c = offset; c < offset + bytes; c += cluster_size) {
     if (c >= k->image->size)
       return wrong (k, "%s at %#" PRIx64 " is beyond the end, %#" PRIx64,
