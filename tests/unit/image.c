@@ -129,6 +129,25 @@ image_check (struct container *c, int leaks_too)
   }
 }
 
+void
+report_if_verbose (enum report_level level, const char *fmt, va_list args)
+{
+  if (getenv ("VERBOSE") != NULL) {
+    fprintf (stderr, "%d: ", level);
+    vfprintf (stderr, fmt, args);
+    fputc ('\n', stderr);
+  }
+}
+
+void
+get_number (const char *name, uint64_t *value)
+{
+  const char *s = getenv (name);
+
+  if (s != NULL)
+    *value = strtoull (s, NULL, 0);
+}
+
 uint64_t
 random_next (uint64_t *state)
 {

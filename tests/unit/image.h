@@ -7,10 +7,13 @@
 #define DIRTY_BITMAP_TEST_IMAGE_H
 
 /* Images made by qemu-img in a temporary file, and served to the tests
- * from memory.
+ * from memory; and what else most tests need.
  */
 
+#include <stdarg.h>
 #include <stdint.h>
+
+#include "common/report.h"
 
 struct container;
 
@@ -37,6 +40,12 @@ extern void image_save (struct container *, const char *file);
 
 /* Save it and let qemu-img check find errors (and leaks, if leaks_too). */
 extern void image_check (struct container *, int leaks_too);
+
+/* A report_sink: to stderr with VERBOSE in the environment, else nowhere. */
+extern void report_if_verbose (enum report_level, const char *fmt, va_list);
+
+/* A number from the environment; the value stays if there is none. */
+extern void get_number (const char *name, uint64_t *value);
 
 /* A small random number generator: same seed, same numbers. */
 extern uint64_t random_next (uint64_t *state);

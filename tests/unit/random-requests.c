@@ -122,23 +122,31 @@ compare_all (struct qcow2 *q, const uint8_t *model)
   check_extents (q, model);
 }
 
-void
-compare_with_qemu (struct container *c, const uint8_t *model, uint64_t size)
+uint8_t *
+read_by_qemu (uint64_t size)
 {
-  char raw[512], file[512];
+  char raw[512];
   uint8_t *buf = malloc (size);
   FILE *fp;
 
-  assert_non_null (buf);
   snprintf (raw, sizeof raw, "%s", temp_file ("check.raw"));
-  snprintf (file, sizeof file, "%s", temp_file ("check.qcow2"));
-  image_check (c, 1);
   assert_int_equal (run_command ("qemu-img convert -O raw '%s' '%s'",
-                                 file, raw), 0);
+                                 temp_file ("check.qcow2"), raw), 0);
   fp = fopen (raw, "re");
   assert_non_null (fp);
+  assert_non_null (buf);
   assert_int_equal (fread (buf, 1, size, fp), size);
   fclose (fp);
+  return buf;
+}
+
+void
+compare_with_qemu (struct container *c, const uint8_t *model, uint64_t size)
+{
+  uint8_t *buf;
+
+  image_check (c, 1);
+  buf = read_by_qemu (size);
   assert_memory_equal (buf, model, size);
   free (buf);
 }

@@ -30,6 +30,9 @@ extern int random_request (struct random_requests *);
 /* The whole disk, and that no extent hides data. */
 extern void compare_all (struct qcow2 *, const uint8_t *model);
 
+/* What QEMU reads from check.qcow2, to be freed. */
+extern uint8_t *read_by_qemu (uint64_t size);
+
 /* The same through QEMU; check.qcow2 is the image's name then. */
 extern void compare_with_qemu (struct container *, const uint8_t *model,
                                uint64_t size);

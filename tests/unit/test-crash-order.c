@@ -240,15 +240,6 @@ quiet (enum report_level level, const char *fmt, va_list args)
   (void) args;
 }
 
-static void
-number (const char *name, uint64_t *value)
-{
-  const char *s = getenv (name);
-
-  if (s != NULL)
-    *value = strtoull (s, NULL, 0);
-}
-
 int
 main (void)
 {
@@ -260,8 +251,8 @@ main (void)
                    "qemu-io --version >/dev/null 2>&1") != 0)
     return 77;
   report_sink = quiet;
-  number ("ORDER_SEED", &first_seed);
-  number ("ORDER_TIMES", &times);
+  get_number ("ORDER_SEED", &first_seed);
+  get_number ("ORDER_TIMES", &times);
   print_message ("ORDER_SEED=%" PRIu64 "\n", first_seed);
   return cmocka_run_group_tests (tests, NULL, NULL);
 }

@@ -43,16 +43,6 @@
 static uint64_t first_seed = 1, nr_states = 24000, only_universe;
 static uint64_t nr_checked_states, nr_opened, nr_reclaimed, nr_by_qemu;
 
-static void
-quiet (enum report_level level, const char *fmt, va_list args)
-{
-  if (getenv ("VERBOSE") != NULL) {
-    fprintf (stderr, "%d: ", level);
-    vfprintf (stderr, fmt, args);
-    fputc ('\n', stderr);
-  }
-}
-
 /* The dirty extents of what is offered are those of the image. */
 static void
 compare_bitmaps (const struct universe *u, struct disk *d, struct checked *k)
@@ -269,15 +259,6 @@ test_crashes (void **state)
                  nr_opened, nr_reclaimed, nr_by_qemu);
 }
 
-static void
-number (const char *name, uint64_t *value)
-{
-  const char *s = getenv (name);
-
-  if (s != NULL)
-    *value = strtoull (s, NULL, 0);
-}
-
 int
 main (void)
 {
@@ -288,10 +269,10 @@ main (void)
   if (run_command ("qemu-img --version >/dev/null 2>&1 && "
                    "qemu-io --version >/dev/null 2>&1") != 0)
     return 77;
-  report_sink = quiet;
-  number ("CRASH_SEED", &first_seed);
-  number ("CRASH_STATES", &nr_states);
-  number ("CRASH_UNIVERSE", &only_universe);
+  report_sink = report_if_verbose;
+  get_number ("CRASH_SEED", &first_seed);
+  get_number ("CRASH_STATES", &nr_states);
+  get_number ("CRASH_UNIVERSE", &only_universe);
   print_message ("CRASH_SEED=%" PRIu64 "\n", first_seed);
   return cmocka_run_group_tests (tests, NULL, NULL);
 }

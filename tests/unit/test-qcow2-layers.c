@@ -37,16 +37,6 @@
 
 static uint64_t first_seed = 1;
 
-static void
-quiet (enum report_level level, const char *fmt, va_list args)
-{
-  if (getenv ("VERBOSE") != NULL) {
-    fprintf (stderr, "%d: ", level);
-    vfprintf (stderr, fmt, args);
-    fputc ('\n', stderr);
-  }
-}
-
 struct kind {
   const char *name;
   const char *options;          /* of qemu-img create */
@@ -212,25 +202,6 @@ free_files (struct files *f)
   container_close (f->raw);
   container_close (f->middle);
   container_close (f->data);
-}
-
-/* What QEMU reads. */
-static uint8_t *
-read_by_qemu (uint64_t size)
-{
-  char raw[512];
-  uint8_t *buf = malloc (size);
-  FILE *fp;
-
-  snprintf (raw, sizeof raw, "%s", temp_file ("check.raw"));
-  assert_int_equal (run_command ("qemu-img convert -O raw '%s' '%s'",
-                                 temp_file ("check.qcow2"), raw), 0);
-  fp = fopen (raw, "re");
-  assert_non_null (fp);
-  assert_non_null (buf);
-  assert_int_equal (fread (buf, 1, size, fp), size);
-  fclose (fp);
-  return buf;
 }
 
 static void
@@ -636,8 +607,7 @@ main (void)
 
   if (run_command ("qemu-img --version >/dev/null 2>&1") != 0)
     return 77;
-  if (getenv ("SEED") != NULL)
-    first_seed = strtoull (getenv ("SEED"), NULL, 0);
-  report_sink = quiet;
+  get_number ("SEED", &first_seed);
+  report_sink = report_if_verbose;
   return cmocka_run_group_tests (tests, NULL, NULL);
 }

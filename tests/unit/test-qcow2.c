@@ -35,16 +35,6 @@
 
 static uint64_t first_seed = 1;
 
-static void
-quiet (enum report_level level, const char *fmt, va_list args)
-{
-  if (getenv ("VERBOSE") != NULL) {
-    fprintf (stderr, "%d: ", level);
-    vfprintf (stderr, fmt, args);
-    fputc ('\n', stderr);
-  }
-}
-
 static struct qcow2 *
 open_image (struct container *c, uint64_t cache)
 {
@@ -642,9 +632,8 @@ main (void)
 
   if (run_command ("qemu-img --version >/dev/null 2>&1") != 0)
     return 77;
-  report_sink = quiet;
-  if (getenv ("SEED") != NULL)
-    first_seed = strtoull (getenv ("SEED"), NULL, 0);
+  report_sink = report_if_verbose;
+  get_number ("SEED", &first_seed);
   print_message ("SEED=%" PRIu64 "\n", first_seed);
   return cmocka_run_group_tests (tests, NULL, NULL);
 }
