@@ -35,7 +35,7 @@
 
 #include "qcow2/internal.h"
 
-#define MAX_SLICE_WORDS 512
+#define MAX_SLICE_WORDS L2_MAX_SLICE_ENTRIES
 #define MAX_SLICE_BYTES (8 * MAX_SLICE_WORDS)
 #define VERSION_BITS 24
 #define VERSION_MASK ((UINT64_C (1) << VERSION_BITS) - 1)
