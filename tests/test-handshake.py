@@ -114,7 +114,7 @@ c = Client()
 assert c.option(77, b"payload")[0][0] == UNSUP
 assert c.option(STARTTLS)[0][0] & 0x80000000
 assert c.option(PEEK)[0][0] == UNSUP
-assert c.option(11)[0][0] == UNSUP              # EXTENDED_HEADERS
+assert c.option(12)[0][0] == UNSUP
 assert c.option(LIST)[0] == (REP_SERVER, struct.pack(">I", 0))
 assert c.option(LIST, b"junk")[0][0] == INVALID
 assert c.option(SET_META, query(b"base:allocation"))[0][0] == INVALID

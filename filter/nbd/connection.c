@@ -69,8 +69,8 @@ void
 worker_trim (struct worker *w)
 {
   free_payload (w);
-  free (w->extents.extent);
-  w->extents.extent = NULL;
+  free (w->extents.wire);
+  w->extents.wire = NULL;
   w->extents.capacity = 0;
 }
 

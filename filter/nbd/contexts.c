@@ -262,7 +262,8 @@ contexts_set (struct option *o, struct selection *selection)
 
   if (!c->structured)
     return option_error (o, NBD_REP_ERR_INVALID,
-                         "structured replies are not negotiated");
+                         "neither structured replies nor extended headers "
+                         "are negotiated");
   contexts_drop (c);
   if (selection->export_name == NULL)
     selection->export_name = malloc (NBD_MAX_STRING);
@@ -279,12 +280,19 @@ contexts_set (struct option *o, struct selection *selection)
   return reply_contexts (o, &m, false);
 }
 
+bool
+contexts_selected (const struct connection *c,
+                   const struct selection *selection,
+                   const char *name, uint32_t length)
+{
+  return c->nr_contexts > 0 && length == selection->export_name_length &&
+    memcmp (name, selection->export_name, length) == 0;
+}
+
 void
 contexts_bind (struct connection *c, const struct selection *selection,
                const char *name, uint32_t length)
 {
-  if (c->nr_contexts > 0 &&
-      (length != selection->export_name_length ||
-       memcmp (name, selection->export_name, length) != 0))
+  if (!contexts_selected (c, selection, name, length))
     contexts_drop (c);
 }

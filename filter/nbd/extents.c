@@ -10,6 +10,8 @@
  *   begins, the last ends where it ends, none is empty (R1, R2, R3).
  * - Neighbours have different flags.
  * - There are at most extents_max of them (R8).
+ * - They are in the form of the wire from the beginning: 32 bits for
+ *   length and flags, or 64 where extended headers were negotiated.
  *
  * Where a range has more, it is told coarser, over its whole length and
  * by one measure: a run shorter than the minimum run length is told as
@@ -45,6 +47,9 @@ size_t extents_max = (1 << 20) - 1;
 
 struct builder {
   struct extents *extents;
+  bool extended;                /* their form */
+  uint64_t length;              /* of the last extent */
+  uint32_t flags;
   uint64_t min_run;             /* 0: tell all */
   uint64_t granularity;
   uint32_t safe;                /* the flags that are safe to believe */
@@ -56,30 +61,64 @@ struct builder {
  * kept, see add.
  */
 static bool
-grow (struct extents *e)
+grow (struct builder *b)
 {
+  struct extents *e = b->extents;
   size_t capacity = e->capacity == 0 ? MIN_CAPACITY : e->capacity * 2;
-  struct nbd_extent *extent =
-    reallocarray (e->extent, capacity, sizeof extent[0]);
+  void *p = reallocarray (e->wire, capacity, b->extended
+                          ? sizeof (struct nbd_extent_ext)
+                          : sizeof (struct nbd_extent));
 
-  if (extent == NULL)
+  if (p == NULL)
     return false;
-  e->extent = extent;
+  e->wire = p;
   e->capacity = capacity;
   return true;
 }
 
+static inline void
+store (const struct builder *b, size_t i, uint64_t length, uint32_t flags)
+{
+  if (b->extended)
+    b->extents->extended[i] =
+      (struct nbd_extent_ext) { htobe64 (length), htobe64 (flags) };
+  else
+    b->extents->compact[i] =
+      (struct nbd_extent) { htobe32 (length), htobe32 (flags) };
+}
+
 static void
-put (struct builder *b, uint32_t length, uint32_t flags)
+load (const struct builder *b, size_t i, uint64_t *length, uint32_t *flags)
+{
+  if (b->extended) {
+    const struct nbd_extent_ext *extent = &b->extents->extended[i];
+
+    *length = be64toh (extent->length);
+    *flags = be64toh (extent->flags);
+  }
+  else {
+    const struct nbd_extent *extent = &b->extents->compact[i];
+
+    *length = be32toh (extent->length);
+    *flags = be32toh (extent->flags);
+  }
+}
+
+static void
+put (struct builder *b, uint64_t length, uint32_t flags)
 {
   struct extents *e = b->extents;
 
   if (length < b->min_run)
     flags = b->safe;
-  if (e->nr > 0 && e->extent[e->nr - 1].flags == flags)
-    e->extent[e->nr - 1].length += length;
-  else
-    e->extent[e->nr++] = (struct nbd_extent) { length, flags };
+  if (e->nr > 0 && b->flags == flags)
+    b->length += length;
+  else {
+    e->nr++;
+    b->length = length;
+    b->flags = flags;
+  }
+  store (b, e->nr - 1, b->length, b->flags);
 }
 
 /* Double the minimum run length.  A run that is safe already stays as
@@ -89,26 +128,77 @@ put (struct builder *b, uint32_t length, uint32_t flags)
 static void
 coarsen (struct builder *b)
 {
-  struct extents *e = b->extents;
-  size_t nr = e->nr;
+  const size_t nr = b->extents->nr;
 
   b->min_run = b->min_run == 0 ? b->granularity : b->min_run * 2;
-  e->nr = 0;
-  for (size_t i = 0; i < nr; ++i)
-    put (b, e->extent[i].length, e->extent[i].flags);
+  b->extents->nr = 0;
+  for (size_t i = 0; i < nr; ++i) {
+    uint64_t length;
+    uint32_t flags;
+
+    load (b, i, &length, &flags);
+    put (b, length, flags);
+  }
 }
 
 /* Add a run, of which neither neighbour has the same flags. */
 static void
-add (struct builder *b, uint32_t length, uint32_t flags)
+add (struct builder *b, uint64_t length, uint32_t flags)
 {
   struct extents *e = b->extents;
 
   put (b, length, flags);
   if (e->nr == e->capacity && e->nr <= extents_max)
-    grow (e);
+    grow (b);
   while (e->nr == e->capacity || e->nr > extents_max)
     coarsen (b);
+}
+
+/* Is there room for nr more extents, each of which is told? */
+static bool
+has_room (struct builder *b, size_t nr)
+{
+  const struct extents *e = b->extents;
+
+  if (b->min_run != 0 || e->nr + nr > extents_max)
+    return false;
+  while (e->nr + nr >= e->capacity)
+    if (!grow (b))
+      return false;
+  return true;
+}
+
+/* Add runs that follow the last extent, which has the opposite flags of
+ * the first of them: dirty and clean in turn.  There is room for them.
+ */
+static void
+append_runs (struct builder *b, uint64_t offset, const uint64_t *ends,
+             size_t nr, uint32_t flags)
+{
+  struct extents *e = b->extents;
+
+  if (b->extended) {
+    struct nbd_extent_ext *out = e->extended + e->nr;
+
+    for (size_t i = 0; i < nr; ++i) {
+      out[i].length = htobe64 (ends[i] - offset);
+      out[i].flags = htobe64 (flags);
+      offset = ends[i];
+      flags ^= STATE_DIRTY;
+    }
+  }
+  else {
+    struct nbd_extent *out = e->compact + e->nr;
+
+    for (size_t i = 0; i < nr; ++i) {
+      out[i].length = htobe32 (ends[i] - offset);
+      out[i].flags = htobe32 (flags);
+      offset = ends[i];
+      flags ^= STATE_DIRTY;
+    }
+  }
+  e->nr += nr;
+  load (b, e->nr - 1, &b->length, &b->flags);
 }
 
 /* disk_extent, with flags that we may tell (R5, R6).  0 or an errno. */
@@ -162,6 +252,9 @@ build_allocation (struct builder *b, struct disk *disk,
   return 0;
 }
 
+/* Between two calls the bitmap may have changed, so the first run of
+ * each may be of the kind of the last one before it.
+ */
 static void
 build_bitmap (struct builder *b, struct disk *disk, size_t bitmap,
               uint64_t offset, uint64_t limit, bool req_one)
@@ -172,36 +265,35 @@ build_bitmap (struct builder *b, struct disk *disk, size_t bitmap,
     bool dirty;
     const size_t nr = disk_bitmap_runs (disk, bitmap, offset, limit, ends,
                                         req_one ? 1 : 256, &dirty);
+    uint32_t flags = dirty ? STATE_DIRTY : 0;
 
-    for (size_t i = 0; i < nr; ++i) {
-      add (b, ends[i] - offset, dirty ? STATE_DIRTY : 0);
-      offset = ends[i];
-      dirty = !dirty;
-    }
+    add (b, ends[0] - offset, flags);
+    if (nr > 1 && has_room (b, nr - 1))
+      append_runs (b, ends[0], ends + 1, nr - 1, flags ^ STATE_DIRTY);
+    else
+      for (size_t i = 1; i < nr; ++i) {
+        flags ^= STATE_DIRTY;
+        add (b, ends[i] - ends[i - 1], flags);
+      }
+    offset = ends[nr - 1];
   } while (offset < limit && !req_one);
-}
-
-static void
-to_wire (struct extents *e)
-{
-  for (size_t i = 0; i < e->nr; ++i) {
-    e->extent[i].length = htobe32 (e->extent[i].length);
-    e->extent[i].flags = htobe32 (e->extent[i].flags);
-  }
 }
 
 int
 extents_build (struct worker *w, uint32_t id,
-               uint64_t offset, uint32_t length, bool req_one)
+               uint64_t offset, uint64_t length, bool req_one)
 {
   struct disk *disk = w->connection->server->disk;
   const uint64_t limit = offset + length;
   const size_t bitmap = id - CONTEXT_FIRST_BITMAP;
-  struct builder b = { .extents = &w->extents };
+  struct builder b = {
+    .extents = &w->extents,
+    .extended = w->connection->extended,
+  };
   int err = 0;
 
   w->extents.nr = 0;
-  if (w->extents.capacity == 0 && !grow (&w->extents))
+  if (w->extents.capacity == 0 && !grow (&b))
     return ENOMEM;
   switch (id) {
   case CONTEXT_BASE_ALLOCATION:
@@ -219,6 +311,5 @@ extents_build (struct worker *w, uint32_t id,
     b.safe = STATE_DIRTY;
     build_bitmap (&b, disk, bitmap, offset, limit, req_one);
   }
-  to_wire (&w->extents);
   return err;
 }

@@ -121,9 +121,10 @@ option_export_name (struct option *o, char *name, uint32_t *length)
 }
 
 static uint16_t
-transmission_flags (const struct connection *c)
+transmission_flags (const struct connection *c, bool selects_contexts)
 {
-  return c->server->eflags | (c->structured ? NBD_FLAG_SEND_DF : 0);
+  return c->server->eflags | (c->structured ? NBD_FLAG_SEND_DF : 0) |
+    (c->extended && selects_contexts ? NBD_FLAG_BLOCK_STATUS_PAYLOAD : 0);
 }
 
 static int
@@ -135,11 +136,11 @@ opt_export_name (struct option *o, struct selection *selection,
   uint32_t length = o->remaining;
   struct nbd_export_name_reply reply = {
     .exportsize = htobe64 (c->server->size),
-    .eflags = htobe16 (transmission_flags (c)),
+    .eflags = htobe16 (transmission_flags (c, false)),
   };
 
   /* The only way to refuse this option is to disconnect. */
-  if (length > NBD_MAX_STRING || (name = malloc (length + 1)) == NULL ||
+  if (c->extended || length > NBD_MAX_STRING || (name = malloc (length + 1)) == NULL ||
       option_read (o, name, length) != 0)
     return -1;
   contexts_bind (c, selection, name, length);
@@ -170,6 +171,7 @@ static void
 forget_negotiated (struct connection *c, struct selection *selection)
 {
   c->structured = false;
+  c->extended = false;
   contexts_drop (c);
   free (selection->export_name);
   selection->export_name = NULL;
@@ -181,7 +183,26 @@ opt_structured_reply (struct option *o)
   if (o->remaining > 0)
     return option_error (o, NBD_REP_ERR_INVALID,
                          "structured reply: unexpected data");
+  if (o->worker->connection->extended)
+    return option_error (o, NBD_REP_ERR_EXT_HEADER_REQD,
+                         "extended headers are negotiated already");
   o->worker->connection->structured = true;
+  return option_reply (o, NBD_REP_ACK, NULL, 0);
+}
+
+static int
+opt_extended_headers (struct option *o)
+{
+  struct connection *c = o->worker->connection;
+
+  if (o->remaining > 0)
+    return option_error (o, NBD_REP_ERR_INVALID,
+                         "extended headers: unexpected data");
+  if (c->extended)
+    return option_error (o, NBD_REP_ERR_INVALID,
+                         "extended headers are negotiated already");
+  c->structured = true;
+  c->extended = true;
   return option_reply (o, NBD_REP_ACK, NULL, 0);
 }
 
@@ -238,7 +259,7 @@ read_info_requests (struct option *o, unsigned *wanted)
 }
 
 static int
-reply_infos (struct option *o, unsigned wanted,
+reply_infos (struct option *o, unsigned wanted, bool selects_contexts,
              const char *name, uint32_t length)
 {
   const struct connection *c = o->worker->connection;
@@ -248,7 +269,7 @@ reply_infos (struct option *o, unsigned wanted,
   const struct nbd_info_export info_export = {
     .info = htobe16 (NBD_INFO_EXPORT),
     .exportsize = htobe64 (server->size),
-    .eflags = htobe16 (transmission_flags (c)),
+    .eflags = htobe16 (transmission_flags (c, selects_contexts)),
   };
   const struct nbd_info_block_size block_size = {
     .info = htobe16 (NBD_INFO_BLOCK_SIZE),
@@ -276,9 +297,11 @@ reply_infos (struct option *o, unsigned wanted,
 static int
 opt_info_or_go (struct option *o, struct selection *selection)
 {
+  struct connection *c = o->worker->connection;
   CLEANUP_FREE char *name = malloc (NBD_MAX_STRING);
   uint32_t length;
   unsigned wanted;
+  bool selects;
   int r;
 
   if (name == NULL)
@@ -289,12 +312,15 @@ opt_info_or_go (struct option *o, struct selection *selection)
   if (r != 0)
     return r == 1 ? 0 : -1;
 
-  if (reply_infos (o, wanted, name, length) == -1 ||
+  /* INFO tells what may yet be had. */
+  selects = o->option == NBD_OPT_INFO ||
+    contexts_selected (c, selection, name, length);
+  if (reply_infos (o, wanted, selects, name, length) == -1 ||
       option_reply (o, NBD_REP_ACK, NULL, 0) == -1)
     return -1;
   if (o->option != NBD_OPT_GO)
     return 0;
-  contexts_bind (o->worker->connection, selection, name, length);
+  contexts_bind (c, selection, name, length);
   return 1;
 }
 
@@ -339,6 +365,9 @@ haggle (struct option *o, struct selection *selection, bool no_zeroes)
 
   case NBD_OPT_STRUCTURED_REPLY:
     return opt_structured_reply (o);
+
+  case NBD_OPT_EXTENDED_HEADERS:
+    return opt_extended_headers (o);
 
   case NBD_OPT_LIST_META_CONTEXT:
     return contexts_list (o);

@@ -100,7 +100,7 @@ input_read (struct connection *c, void *buf, size_t count)
   done = take (in, p, count);
   while (done < count) {
     ssize_t r = receive (c, p + done, count - done,
-                         in->header_only ? sizeof (struct nbd_request)
+                         in->header_only ? request_header_size (c)
                                          : INPUT_SIZE);
 
     if (r == -1) {
@@ -136,15 +136,15 @@ input_skip (struct connection *c, uint64_t count)
  * most.
  */
 int
-input_header (struct connection *c, struct nbd_request *request,
-              struct worker *idle)
+input_header (struct connection *c, void *header, struct worker *idle)
 {
   struct input *in = &c->in;
-  uint8_t *p = (uint8_t *) request;
-  size_t done = take (in, p, sizeof *request);
+  const size_t size = request_header_size (c);
+  uint8_t *p = header;
+  size_t done = take (in, p, size);
 
-  while (done < sizeof *request) {
-    ssize_t r = receive (c, p + done, sizeof *request - done,
+  while (done < size) {
+    ssize_t r = receive (c, p + done, size - done,
                          in->header_only ? 0 : INPUT_SIZE);
 
     if (r == -1) {
@@ -159,6 +159,23 @@ input_header (struct connection *c, struct nbd_request *request,
   return 0;
 }
 
+/* The bytes behind a header. */
+static uint64_t
+request_payload_length (const struct connection *c, const void *header)
+{
+  struct nbd_request compact;
+  struct nbd_extended_request extended;
+
+  if (c->extended) {
+    memcpy (&extended, header, sizeof extended);
+    return (be16toh (extended.flags) & NBD_CMD_FLAG_PAYLOAD_LEN) != 0
+      ? be64toh (extended.length) : 0;
+  }
+  memcpy (&compact, header, sizeof compact);
+  return be16toh (compact.type) == NBD_CMD_WRITE
+    ? be32toh (compact.length) : 0;
+}
+
 bool
 input_is_empty (const struct connection *c)
 {
@@ -169,11 +186,10 @@ bool
 input_has_request (const struct connection *c)
 {
   const struct input *in = &c->in;
-  struct nbd_request request;
+  const uint8_t *p = &in->data[in->start];
 
-  if (buffered (in) < sizeof request)
+  if (buffered (in) < request_header_size (c))
     return false;
-  memcpy (&request, &in->data[in->start], sizeof request);
-  return be16toh (request.type) != NBD_CMD_WRITE ||
-    buffered (in) - sizeof request >= be32toh (request.length);
+  return request_payload_length (c, p) <=
+    buffered (in) - request_header_size (c);
 }

@@ -135,12 +135,16 @@ struct input {
 struct request {
   uint16_t type, flags;
   uint64_t cookie, offset;
-  uint32_t length;
+  uint64_t length;              /* the effect length */
 };
 
 struct extents {
-  struct nbd_extent *extent;    /* in wire format when built */
-  size_t nr, capacity;
+  union {                       /* in wire format */
+    struct nbd_extent *compact;
+    struct nbd_extent_ext *extended; /* where extended headers are */
+    void *wire;
+  };
+  size_t nr, capacity;          /* in extents */
 };
 
 struct worker {
@@ -155,6 +159,8 @@ struct worker {
   uint8_t *payload;             /* of a WRITE, or a large READ */
   size_t payload_capacity;
   struct extents extents;
+  const uint32_t *contexts;     /* the ids that a BLOCK_STATUS asks for, */
+  size_t nr_contexts;           /* ascending */
   bool measured;                /* see role.c, "pace" */
   bool measured_eager;
   long sleeps;
@@ -183,7 +189,8 @@ struct connection {
   struct tls *tls;
 
   /* Negotiated; fixed when transmission begins. */
-  bool structured;
+  bool structured;              /* replies are structured or extended */
+  bool extended;                /* headers, both ways */
   uint32_t *contexts;           /* the ids that are selected, ascending */
   size_t nr_contexts;
 
@@ -220,6 +227,20 @@ struct connection {
   atomic_bool eager;            /* see role.c */
   atomic_uint quick_run, sampled_waits;
 };
+
+static inline size_t
+request_header_size (const struct connection *c)
+{
+  return c->extended ? sizeof (struct nbd_extended_request)
+                     : sizeof (struct nbd_request);
+}
+
+static inline size_t
+extent_size (const struct connection *c)
+{
+  return c->extended ? sizeof (struct nbd_extent_ext)
+                     : sizeof (struct nbd_extent);
+}
 
 /* server.c */
 
@@ -270,8 +291,10 @@ extern void monitor_quit (struct nbd_server *);
 extern int input_read (struct connection *, void *buf, size_t count);
 extern int input_skip (struct connection *, uint64_t count);
 
-/* Take the next request's header; idle is told where that takes long. */
-extern int input_header (struct connection *, struct nbd_request *,
+/* Take the next request's header, of request_header_size bytes; idle is
+ * told where that takes long.
+ */
+extern int input_header (struct connection *, void *header,
                          struct worker *idle);
 
 /* Is anything buffered (as far as it is decrypted), and is it a whole request, payload included? */
@@ -357,6 +380,11 @@ extern int contexts_set (struct option *, struct selection *);
 /* Select nothing. */
 extern void contexts_drop (struct connection *);
 
+/* Are contexts selected, and for this export? */
+extern bool contexts_selected (const struct connection *,
+                               const struct selection *,
+                               const char *name, uint32_t length);
+
 /* Drop what was selected for another export than this one. */
 extern void contexts_bind (struct connection *, const struct selection *,
                            const char *name, uint32_t length);
@@ -381,6 +409,6 @@ extern size_t extents_max;
  * the first call of a reply only.
  */
 extern int extents_build (struct worker *, uint32_t id,
-                          uint64_t offset, uint32_t length, bool req_one);
+                          uint64_t offset, uint64_t length, bool req_one);
 
 #endif /* DIRTY_BITMAP_NBD_INTERNAL_H */

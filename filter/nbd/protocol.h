@@ -7,8 +7,9 @@
 #define DIRTY_BITMAP_NBD_PROTOCOL_H
 
 /* The NBD protocol on the wire, with the names of the protocol document
- * (doc/proto.md of the reference implementation).  All integers are big
- * endian.
+ * (doc/proto.md of the reference implementation, and for extended
+ * headers that of its branch extension-ext-header).  All integers are
+ * big endian.
  */
 
 #include <stdint.h>
@@ -35,6 +36,7 @@ enum {
   NBD_OPT_STRUCTURED_REPLY = 8,
   NBD_OPT_LIST_META_CONTEXT = 9,
   NBD_OPT_SET_META_CONTEXT = 10,
+  NBD_OPT_EXTENDED_HEADERS = 11,
 };
 
 #define NBD_REP_ERR(n) (UINT32_C (0x80000000) + (n))
@@ -47,6 +49,7 @@ enum {
 #define NBD_REP_ERR_POLICY NBD_REP_ERR (2)
 #define NBD_REP_ERR_INVALID NBD_REP_ERR (3)
 #define NBD_REP_ERR_TLS_REQD NBD_REP_ERR (5)
+#define NBD_REP_ERR_EXT_HEADER_REQD NBD_REP_ERR (10)
 
 enum {
   NBD_INFO_EXPORT = 0,
@@ -67,6 +70,7 @@ enum {
   NBD_FLAG_CAN_MULTI_CONN = 1 << 8,
   NBD_FLAG_SEND_CACHE = 1 << 10,
   NBD_FLAG_SEND_FAST_ZERO = 1 << 11,
+  NBD_FLAG_BLOCK_STATUS_PAYLOAD = 1 << 12,
 };
 
 struct nbd_new_handshake {
@@ -109,8 +113,10 @@ struct nbd_info_block_size {
 
 /* Transmission. */
 #define NBD_REQUEST_MAGIC UINT32_C (0x25609513)
+#define NBD_EXTENDED_REQUEST_MAGIC UINT32_C (0x21e41c71)
 #define NBD_SIMPLE_REPLY_MAGIC UINT32_C (0x67446698)
 #define NBD_STRUCTURED_REPLY_MAGIC UINT32_C (0x668e33ef)
+#define NBD_EXTENDED_REPLY_MAGIC UINT32_C (0x6e8a278c)
 
 #define NBD_MAX_PAYLOAD (UINT32_C (32) * 1024 * 1024)
 
@@ -131,6 +137,7 @@ enum {
   NBD_CMD_FLAG_DF = 1 << 2,
   NBD_CMD_FLAG_REQ_ONE = 1 << 3,
   NBD_CMD_FLAG_FAST_ZERO = 1 << 4,
+  NBD_CMD_FLAG_PAYLOAD_LEN = 1 << 5,
 };
 
 #define NBD_REPLY_FLAG_DONE 1
@@ -139,6 +146,7 @@ enum {
   NBD_REPLY_TYPE_NONE = 0,
   NBD_REPLY_TYPE_OFFSET_DATA = 1,
   NBD_REPLY_TYPE_BLOCK_STATUS = 5,
+  NBD_REPLY_TYPE_BLOCK_STATUS_EXT = 6,
   NBD_REPLY_TYPE_ERROR = 0x8001,
 };
 
@@ -149,6 +157,15 @@ struct nbd_request {
   uint64_t cookie;
   uint64_t offset;
   uint32_t length;
+} __attribute__ ((packed));
+
+struct nbd_extended_request {
+  uint32_t magic;
+  uint16_t flags;
+  uint16_t type;
+  uint64_t cookie;
+  uint64_t offset;
+  uint64_t length;              /* of the payload if there is one */
 } __attribute__ ((packed));
 
 struct nbd_simple_reply {
@@ -165,25 +182,49 @@ struct nbd_structured_reply {
   uint32_t length;
 } __attribute__ ((packed));
 
+struct nbd_extended_reply {
+  uint32_t magic;
+  uint16_t flags;
+  uint16_t type;
+  uint64_t cookie;
+  uint64_t offset;              /* the request's */
+  uint64_t length;
+} __attribute__ ((packed));
+
+/* What the payloads of chunks begin with. */
 struct nbd_offset_data {
-  struct nbd_structured_reply chunk;
   uint64_t offset;
 } __attribute__ ((packed));
 
 struct nbd_error_chunk {
-  struct nbd_structured_reply chunk;
   uint32_t error;
   uint16_t message_length;
 } __attribute__ ((packed));
 
 struct nbd_block_status_chunk {
-  struct nbd_structured_reply chunk;
   uint32_t context_id;
+} __attribute__ ((packed));
+
+struct nbd_block_status_ext_chunk {
+  uint32_t context_id;
+  uint32_t count;
 } __attribute__ ((packed));
 
 struct nbd_extent {
   uint32_t length;
   uint32_t flags;
+} __attribute__ ((packed));
+
+struct nbd_extent_ext {
+  uint64_t length;
+  uint64_t flags;
+} __attribute__ ((packed));
+
+/* What a BLOCK_STATUS that selects contexts begins its payload with;
+ * their ids (32 bits each) follow.
+ */
+struct nbd_block_status_payload {
+  uint64_t effect_length;
 } __attribute__ ((packed));
 
 /* The error values of the protocol. */

@@ -14,15 +14,22 @@
  * neither receiving nor replying allocates memory, and a payload is
  * copied at most once, out of or into a socket buffer.
  *
- * Replies to READ and BLOCK_STATUS are structured where that was
- * negotiated, all others are simple, which the protocol allows and which
- * is shorter.
+ * There are three forms of replies.  With extended headers all are
+ * chunks with those.  With structured replies READ, BLOCK_STATUS and
+ * errors are chunks, and that something else is done is said by a simple
+ * reply, which the protocol allows and which is shorter.  Without either
+ * all are simple.
+ *
+ * With extended headers a request says by a flag whether its length is
+ * that of a payload behind it.  WRITE must have one, BLOCK_STATUS may; of
+ * other commands it is thrown away, and they are refused.
  */
 
 #include <config.h>
 
 #include <errno.h>
 #include <inttypes.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "common/bytes.h"
@@ -89,8 +96,13 @@ valid_flags (const struct connection *c, const struct request *r,
     return true;
   case NBD_CMD_BLOCK_STATUS:
     *flags |= NBD_CMD_FLAG_REQ_ONE;
+    if (c->extended)
+      *flags |= NBD_CMD_FLAG_PAYLOAD_LEN;
     return true;
   case NBD_CMD_WRITE:
+    if (c->extended)
+      *flags |= NBD_CMD_FLAG_PAYLOAD_LEN;
+    return true;
   case NBD_CMD_FLUSH:
   case NBD_CMD_TRIM:
   case NBD_CMD_CACHE:
@@ -119,10 +131,10 @@ validate (const struct connection *c, const struct request *r,
   } while (0)
 
   REFUSE_IF (!valid_flags (c, r, &flags), EINVAL, "unknown command");
-  REFUSE_IF (c->server->readonly && is_change (r->type),
-             EPERM, "the export is read-only");
   REFUSE_IF ((r->flags & ~flags) != 0,
              EINVAL, "flags that this command does not have");
+  REFUSE_IF (c->server->readonly && is_change (r->type),
+             EPERM, "the export is read-only");
   REFUSE_IF (r->type == NBD_CMD_FLUSH && (r->offset != 0 || r->length != 0),
              EINVAL, "flush needs offset and length 0");
   REFUSE_IF (r->type == NBD_CMD_READ && r->length > NBD_MAX_PAYLOAD &&
@@ -177,15 +189,40 @@ reply_space (struct worker *w, size_t length)
   return p;
 }
 
+/* The header of a chunk, with length bytes of payload to follow.  This
+ * alone knows which of its two forms was negotiated.
+ */
 static void
-put_chunk (const struct worker *w, struct nbd_structured_reply *chunk,
-           uint16_t type, uint16_t flags, uint32_t length)
+put_chunk (struct worker *w, uint16_t type, uint16_t flags, uint32_t length)
 {
-  chunk->magic = htobe32 (NBD_STRUCTURED_REPLY_MAGIC);
-  chunk->flags = htobe16 (flags);
-  chunk->type = htobe16 (type);
-  chunk->cookie = w->request.cookie;
-  chunk->length = htobe32 (length);
+  const struct request *r = &w->request;
+
+  if (w->connection->extended) {
+    struct nbd_extended_reply *chunk = reply_space (w, sizeof *chunk);
+
+    chunk->magic = htobe32 (NBD_EXTENDED_REPLY_MAGIC);
+    chunk->flags = htobe16 (flags);
+    chunk->type = htobe16 (type);
+    chunk->cookie = r->cookie;
+    chunk->offset = htobe64 (r->offset);
+    chunk->length = htobe64 (length);
+  }
+  else {
+    struct nbd_structured_reply *chunk = reply_space (w, sizeof *chunk);
+
+    chunk->magic = htobe32 (NBD_STRUCTURED_REPLY_MAGIC);
+    chunk->flags = htobe16 (flags);
+    chunk->type = htobe16 (type);
+    chunk->cookie = r->cookie;
+    chunk->length = htobe32 (length);
+  }
+}
+
+static size_t
+chunk_size (const struct connection *c)
+{
+  return c->extended ? sizeof (struct nbd_extended_reply)
+                     : sizeof (struct nbd_structured_reply);
 }
 
 static void
@@ -202,24 +239,32 @@ static void
 reply_error (struct worker *w, int err, const char *message)
 {
   const struct request *r = &w->request;
-  uint32_t error = nbd_errno (err);
+  const uint32_t error = nbd_errno (err);
+  const size_t n = strlen (message);
   struct nbd_error_chunk *reply;
-  size_t n;
 
-  debug_request ("nbd: command %u, offset %" PRIu64 ", length %u: %s",
-                 r->type, r->offset, r->length, message);
-  if (!w->connection->structured ||
-      (r->type != NBD_CMD_READ && r->type != NBD_CMD_BLOCK_STATUS)) {
+  debug_request ("nbd: command %u, offset %" PRIu64 ", length %" PRIu64
+                 ": %s", r->type, r->offset, r->length, message);
+  if (!w->connection->structured) {
     reply_simple (w, error);
     return;
   }
-  n = strlen (message);
-  reply = reply_space (w, sizeof *reply + n);
-  put_chunk (w, &reply->chunk, NBD_REPLY_TYPE_ERROR, NBD_REPLY_FLAG_DONE,
-             sizeof *reply - sizeof reply->chunk + n);
+  put_chunk (w, NBD_REPLY_TYPE_ERROR, NBD_REPLY_FLAG_DONE,
+             sizeof *reply + n);
+  reply = reply_space (w, sizeof *reply);
   reply->error = htobe32 (error);
   reply->message_length = htobe16 (n);
-  memcpy (reply + 1, message, n);
+  memcpy (reply_space (w, n), message, n);
+}
+
+/* Success, and nothing to say. */
+static void
+reply_done (struct worker *w)
+{
+  if (w->connection->extended)
+    put_chunk (w, NBD_REPLY_TYPE_NONE, NBD_REPLY_FLAG_DONE, 0);
+  else
+    reply_simple (w, NBD_SUCCESS);
 }
 
 static size_t
@@ -227,9 +272,7 @@ read_header_size (const struct worker *w)
 {
   if (!w->connection->structured)
     return sizeof (struct nbd_simple_reply);
-  if (w->request.length == 0)
-    return sizeof (struct nbd_structured_reply);
-  return sizeof (struct nbd_offset_data);
+  return chunk_size (w->connection) + sizeof (struct nbd_offset_data);
 }
 
 /* A successful READ: the data are in the payload, or already behind the
@@ -238,18 +281,17 @@ read_header_size (const struct worker *w)
 static void
 reply_read (struct worker *w)
 {
-  uint32_t length = w->request.length;
+  const uint32_t length = w->request.length;
   struct nbd_offset_data *reply;
 
   if (!w->connection->structured)
     reply_simple (w, NBD_SUCCESS);
   else if (length == 0)
-    put_chunk (w, reply_space (w, sizeof (struct nbd_structured_reply)),
-               NBD_REPLY_TYPE_NONE, NBD_REPLY_FLAG_DONE, 0);
+    put_chunk (w, NBD_REPLY_TYPE_NONE, NBD_REPLY_FLAG_DONE, 0);
   else {
+    put_chunk (w, NBD_REPLY_TYPE_OFFSET_DATA, NBD_REPLY_FLAG_DONE,
+               sizeof *reply + length);
     reply = reply_space (w, sizeof *reply);
-    put_chunk (w, &reply->chunk, NBD_REPLY_TYPE_OFFSET_DATA,
-               NBD_REPLY_FLAG_DONE, sizeof reply->offset + length);
     reply->offset = htobe64 (w->request.offset);
   }
   if (length <= REPLY_ROOM)
@@ -260,6 +302,32 @@ reply_read (struct worker *w)
   }
 }
 
+static void
+put_block_status (struct worker *w, uint32_t id, bool last, size_t size)
+{
+  const uint16_t flags = last ? NBD_REPLY_FLAG_DONE : 0;
+
+  if (w->connection->extended) {
+    struct nbd_block_status_ext_chunk *reply;
+
+    put_chunk (w, NBD_REPLY_TYPE_BLOCK_STATUS_EXT, flags,
+               sizeof *reply + size);
+    reply = reply_space (w, sizeof *reply);
+    reply->context_id = htobe32 (id);
+    reply->count = htobe32 (w->extents.nr);
+  }
+  else {
+    struct nbd_block_status_chunk *reply;
+
+    put_chunk (w, NBD_REPLY_TYPE_BLOCK_STATUS, flags, sizeof *reply + size);
+    reply = reply_space (w, sizeof *reply);
+    reply->context_id = htobe32 (id);
+  }
+}
+
+/* Above what a chunk of BLOCK_STATUS has before its extents. */
+#define BLOCK_STATUS_HEADER 64
+
 /* One chunk of a BLOCK_STATUS.  Few extents are copied behind the other
  * chunks, many are sent from where they are, at once if they are to be
  * built over by the next context's.
@@ -267,20 +335,16 @@ reply_read (struct worker *w)
 static void
 reply_block_status (struct worker *w, uint32_t id, bool last)
 {
-  const size_t size = w->extents.nr * sizeof w->extents.extent[0];
-  struct nbd_block_status_chunk *reply;
-  bool few = sizeof *reply + size <= REPLY_ROOM;
+  const size_t size = w->extents.nr * extent_size (w->connection);
+  const bool few = BLOCK_STATUS_HEADER + size <= REPLY_ROOM;
 
-  if (w->reply_length + sizeof *reply + (few ? size : 0) > REPLY_ROOM)
+  if (w->reply_length + BLOCK_STATUS_HEADER + (few ? size : 0) > REPLY_ROOM)
     output_partial_reply (w);
-  reply = reply_space (w, sizeof *reply);
-  put_chunk (w, &reply->chunk, NBD_REPLY_TYPE_BLOCK_STATUS,
-             last ? NBD_REPLY_FLAG_DONE : 0, sizeof reply->context_id + size);
-  reply->context_id = htobe32 (id);
+  put_block_status (w, id, last, size);
   if (few)
-    memcpy (reply_space (w, size), w->extents.extent, size);
+    memcpy (reply_space (w, size), w->extents.wire, size);
   else {
-    w->reply_payload = w->extents.extent;
+    w->reply_payload = w->extents.wire;
     w->reply_payload_length = size;
     if (!last)
       output_partial_reply (w);
@@ -307,18 +371,17 @@ execute_read (struct worker *w, struct disk *disk)
 static int
 execute_block_status (struct worker *w)
 {
-  const struct connection *c = w->connection;
   const struct request *r = &w->request;
 
-  for (size_t i = 0; i < c->nr_contexts; ++i) {
-    int err = extents_build (w, c->contexts[i], r->offset, r->length,
+  for (size_t i = 0; i < w->nr_contexts; ++i) {
+    int err = extents_build (w, w->contexts[i], r->offset, r->length,
                              (r->flags & NBD_CMD_FLAG_REQ_ONE) != 0);
 
     if (err != 0) {
       errno = err;
       return -1;
     }
-    reply_block_status (w, c->contexts[i], i + 1 == c->nr_contexts);
+    reply_block_status (w, w->contexts[i], i + 1 == w->nr_contexts);
   }
   return 0;
 }
@@ -389,45 +452,161 @@ execute_and_reply (struct worker *w)
   else if (r->type == NBD_CMD_READ)
     reply_read (w);
   else if (r->type != NBD_CMD_BLOCK_STATUS)
-    reply_simple (w, NBD_SUCCESS);
+    reply_done (w);
 }
 
-/* Receive a request and, if it is a write, its payload.  Returns 0 with
+/* A request's header, in the form that was negotiated.  They differ
+ * behind the offset only.  -1 if there are no more.
+ */
+static int
+receive_header (struct worker *w)
+{
+  struct connection *c = w->connection;
+  struct request *r = &w->request;
+  union {
+    struct nbd_request compact;
+    struct nbd_extended_request extended;
+  } wire;
+
+  if (atomic_load_explicit (&c->dead, memory_order_relaxed) ||
+      input_header (c, &wire, w) == -1)
+    return -1;
+  if (be32toh (wire.compact.magic) != (c->extended
+                                       ? NBD_EXTENDED_REQUEST_MAGIC
+                                       : NBD_REQUEST_MAGIC)) {
+    debug_request ("nbd: bad magic, client is cut off");
+    return -1;
+  }
+  r->flags = be16toh (wire.compact.flags);
+  r->type = be16toh (wire.compact.type);
+  r->cookie = wire.compact.cookie; /* ours to return, not to understand */
+  r->offset = be64toh (wire.compact.offset);
+  r->length = c->extended ? be64toh (wire.extended.length)
+                          : be32toh (wire.compact.length);
+  debug_request ("nbd: command %u, flags 0x%x, offset %" PRIu64
+                 ", length %" PRIu64,
+                 r->type, r->flags, r->offset, r->length);
+  return r->type == NBD_CMD_DISC ? -1 : 0;
+}
+
+static bool
+has_payload (const struct connection *c, const struct request *r)
+{
+  return c->extended ? (r->flags & NBD_CMD_FLAG_PAYLOAD_LEN) != 0
+                     : r->type == NBD_CMD_WRITE;
+}
+
+/* With extended headers, is it certain where the next request begins?
+ * A WRITE that does not say that a payload follows may or may not mean
+ * it, and what its client writes must not be taken for requests.  What
+ * is longer than any payload that we take is not worth receiving.
+ */
+static bool
+is_in_step (const struct connection *c, const struct request *r)
+{
+  if (!c->extended)
+    return true;
+  return has_payload (c, r) ? r->length <= NBD_MAX_PAYLOAD
+                            : r->type != NBD_CMD_WRITE;
+}
+
+static int
+compare_ids (const void *a, const void *b)
+{
+  const uint32_t x = *(const uint32_t *) a, y = *(const uint32_t *) b;
+
+  return x < y ? -1 : x > y;
+}
+
+/* Ids in the order of the wire, sorted in place: is each one of those
+ * that were negotiated, and there but once?
+ */
+static bool
+sort_ids (const struct connection *c, uint32_t *ids, size_t nr)
+{
+  size_t i = 0;
+
+  for (size_t j = 0; j < nr; ++j)
+    ids[j] = be32toh (ids[j]);
+  qsort (ids, nr, sizeof ids[0], compare_ids);
+  for (size_t j = 0; j < c->nr_contexts && i < nr; ++j)
+    i += ids[i] == c->contexts[j];
+  return i == nr;
+}
+
+/* The payload of a BLOCK_STATUS: its effect length, and the contexts
+ * that it is about.  They stay in the payload buffer.
+ */
+static int
+receive_block_status_payload (struct worker *w, int *err, const char **reason)
+{
+  const struct connection *c = w->connection;
+  struct request *r = &w->request;
+  const size_t head = sizeof (struct nbd_block_status_payload);
+  const uint32_t length = r->length;
+  const size_t nr = length < head ? 0 : (length - head) / sizeof (uint32_t);
+  uint32_t *ids;
+
+  *err = EINVAL;
+  *reason = "not a list of metadata contexts that were negotiated";
+  if (nr == 0 || nr > c->nr_contexts ||
+      length != head + nr * sizeof (uint32_t))
+    return input_skip (w->connection, length);
+  if (worker_payload (w, length) == NULL) {
+    *err = ENOMEM;
+    *reason = "no memory";
+    return input_skip (w->connection, length);
+  }
+  if (input_read (w->connection, w->payload, length) == -1)
+    return -1;
+  ids = (uint32_t *) (w->payload + head);
+  if (!sort_ids (c, ids, nr))
+    return 0;
+  r->length = get_be64 (w->payload);
+  w->contexts = ids;
+  w->nr_contexts = nr;
+  *err = validate (c, r, reason);
+  return 0;
+}
+
+/* The payload of a WRITE, or of what must not have one. */
+static int
+receive_payload (struct worker *w, int *err, const char **reason)
+{
+  struct connection *c = w->connection;
+  const uint32_t length = w->request.length;
+
+  if (*err == 0 && length > 0 && worker_payload (w, length) == NULL) {
+    *err = ENOMEM;
+    *reason = "no memory";
+  }
+  return *err == 0 ? input_read (c, w->payload, length)
+                   : input_skip (c, length);
+}
+
+/* Receive a request and, if it has one, its payload.  Returns 0 with
  * the verdict on it in *err and *reason, or -1 if there are no more.
  */
 static int
 receive_request (struct worker *w, int *err, const char **reason)
 {
-  struct connection *c = w->connection;
-  struct request *r = &w->request;
-  struct nbd_request wire;
+  const struct connection *c = w->connection;
+  const struct request *r = &w->request;
 
-  if (atomic_load_explicit (&c->dead, memory_order_relaxed) ||
-      input_header (c, &wire, w) == -1)
+  if (receive_header (w) == -1)
     return -1;
-  if (be32toh (wire.magic) != NBD_REQUEST_MAGIC) {
-    debug_request ("nbd: bad magic, client is cut off");
+  if (!is_in_step (c, r)) {
+    debug_request ("nbd: unusable payload length, client is cut off");
     return -1;
   }
-  r->flags = be16toh (wire.flags);
-  r->type = be16toh (wire.type);
-  r->cookie = wire.cookie;      /* ours to return, not to understand */
-  r->offset = be64toh (wire.offset);
-  r->length = be32toh (wire.length);
-  debug_request ("nbd: command %u, flags 0x%x, offset %" PRIu64 ", length %u",
-                 r->type, r->flags, r->offset, r->length);
-  if (r->type == NBD_CMD_DISC)
-    return -1;
-
+  if (r->type == NBD_CMD_BLOCK_STATUS) {
+    if (has_payload (c, r))
+      return receive_block_status_payload (w, err, reason);
+    w->contexts = c->contexts;
+    w->nr_contexts = c->nr_contexts;
+  }
   *err = validate (c, r, reason);
-  if (r->type != NBD_CMD_WRITE || r->length == 0)
-    return 0;
-  if (*err == 0 && worker_payload (w, r->length) == NULL) {
-    *err = ENOMEM;
-    *reason = "no memory";
-  }
-  return *err == 0 ? input_read (c, w->payload, r->length)
-                   : input_skip (c, r->length);
+  return has_payload (c, r) ? receive_payload (w, err, reason) : 0;
 }
 
 int

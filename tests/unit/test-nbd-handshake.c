@@ -177,8 +177,8 @@ test_unsupported (void **state)
                        ? NBD_REP_ERR_INVALID : NBD_REP_ERR_POLICY, NULL);
   send_option (fd, NBD_OPT_STARTTLS, "x", 1);
   expect_option_reply (fd, NBD_OPT_STARTTLS, NBD_REP_ERR_INVALID, NULL);
-  send_option (fd, 11, NULL, 0); /* EXTENDED_HEADERS */
-  expect_option_reply (fd, 11, NBD_REP_ERR_UNSUP, NULL);
+  send_option (fd, 12, NULL, 0);
+  expect_option_reply (fd, 12, NBD_REP_ERR_UNSUP, NULL);
   send_option (fd, 0xfffffff0, junk, 1 << 20);
   expect_option_reply (fd, 0xfffffff0, NBD_REP_ERR_UNSUP, NULL);
   send_option (fd, NBD_OPT_STRUCTURED_REPLY, "x", 1);
