@@ -131,13 +131,31 @@ disk_write (struct disk *d, const void *buf, uint32_t count,
   return end (d);
 }
 
+/* Pages are given back, so that a large disk may be cleared. */
+static void
+clear (struct disk *d, uint64_t count, uint64_t offset)
+{
+  const uint64_t page = 4096;
+  const uint64_t from = round_up (offset, page);
+  const uint64_t to = round_down (offset + count, page);
+
+  if (from >= to) {
+    memset (d->data + offset, 0, count);
+    return;
+  }
+  memset (d->data + offset, 0, from - offset);
+  memset (d->data + to, 0, offset + count - to);
+  if (madvise (d->data + from, to - from, MADV_DONTNEED) == -1)
+    memset (d->data + from, 0, to - from);
+}
+
 int
 disk_zero (struct disk *d, uint64_t count, uint64_t offset,
            bool no_hole, bool fast, bool fua)
 {
   if (begin (d, FAKE_ZERO, offset, count) == -1)
     return -1;
-  memset (d->data + offset, 0, count);
+  clear (d, count, offset);
   d->last_fua = fua;
   d->last_no_hole = no_hole;
   d->last_fast = fast;
@@ -149,7 +167,7 @@ disk_trim (struct disk *d, uint64_t count, uint64_t offset, bool fua)
 {
   if (begin (d, FAKE_TRIM, offset, count) == -1)
     return -1;
-  memset (d->data + offset, 0, count);
+  clear (d, count, offset);
   d->last_fua = fua;
   return end (d);
 }

@@ -24,6 +24,10 @@
 #define TIMEOUT_SECONDS 30
 
 bool fixture_over_tls;
+bool client_wants_extended;
+
+/* By descriptor: has it negotiated extended headers? */
+static bool is_extended[1024];
 
 struct nbd_tls *
 fixture_load_tls (const struct fixture *f, bool required)
@@ -112,6 +116,8 @@ fixture_connect (const struct fixture *f)
                       errno);
   if (fixture_over_tls)
     fd = tls_relay_start (fd);
+  assert_in_range (fd, 0, sizeof is_extended - 1);
+  is_extended[fd] = false;
   setsockopt (fd, SOL_SOCKET, SO_RCVTIMEO, &tv, sizeof tv);
   setsockopt (fd, SOL_SOCKET, SO_SNDTIMEO, &tv, sizeof tv);
   return fd;
@@ -282,6 +288,14 @@ client_structured (int fd)
 }
 
 void
+client_extended (int fd)
+{
+  send_option (fd, NBD_OPT_EXTENDED_HEADERS, NULL, 0);
+  expect_option_reply (fd, NBD_OPT_EXTENDED_HEADERS, NBD_REP_ACK, NULL);
+  is_extended[fd] = true;
+}
+
+void
 client_set_contexts (int fd, const char *const *queries, unsigned expected)
 {
   uint8_t buf[65536];
@@ -301,7 +315,10 @@ client_open (const struct fixture *f, const char *const *queries)
   unsigned n = 0;
 
   client_greet (fd, NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES);
-  client_structured (fd);
+  if (client_wants_extended)
+    client_extended (fd);
+  else
+    client_structured (fd);
   if (queries != NULL) {
     while (queries[n] != NULL)
       n++;
@@ -328,28 +345,74 @@ put_request (void *buf, uint16_t flags, uint16_t type,
 }
 
 void
-send_request (int fd, uint16_t flags, uint16_t type,
-              uint64_t cookie, uint64_t offset, uint32_t length)
+put_extended_request (void *buf, uint16_t flags, uint16_t type,
+                      uint64_t cookie, uint64_t offset, uint64_t length)
 {
-  uint8_t buf[sizeof (struct nbd_request)];
+  const struct nbd_extended_request request = {
+    .magic = htobe32 (NBD_EXTENDED_REQUEST_MAGIC),
+    .flags = htobe16 (flags),
+    .type = htobe16 (type),
+    .cookie = cookie,
+    .offset = htobe64 (offset),
+    .length = htobe64 (length),
+  };
 
+  memcpy (buf, &request, sizeof request);
+}
+
+void
+send_request (int fd, uint16_t flags, uint16_t type,
+              uint64_t cookie, uint64_t offset, uint64_t length)
+{
+  uint8_t buf[sizeof (struct nbd_extended_request)];
+
+  if (is_extended[fd]) {
+    if (type == NBD_CMD_WRITE)
+      flags |= NBD_CMD_FLAG_PAYLOAD_LEN;
+    put_extended_request (buf, flags, type, cookie, offset, length);
+    send_bytes (fd, buf, sizeof (struct nbd_extended_request));
+    return;
+  }
+  assert_true (length <= UINT32_MAX);
   put_request (buf, flags, type, cookie, offset, length);
-  send_bytes (fd, buf, sizeof buf);
+  send_bytes (fd, buf, sizeof (struct nbd_request));
+}
+
+/* The rest of its header. */
+static void
+recv_chunk_header (int fd, struct reply *reply)
+{
+  struct nbd_structured_reply h;
+
+  recv_bytes (fd, (uint8_t *) &h + 4, sizeof h - 4);
+  reply->flags = be16toh (h.flags);
+  reply->type = be16toh (h.type);
+  reply->cookie = h.cookie;
+  reply->length = be32toh (h.length);
+}
+
+static void
+recv_extended_header (int fd, struct reply *reply)
+{
+  struct nbd_extended_reply h;
+
+  recv_bytes (fd, (uint8_t *) &h + 4, sizeof h - 4);
+  reply->flags = be16toh (h.flags);
+  reply->type = be16toh (h.type);
+  reply->cookie = h.cookie;
+  reply->offset = be64toh (h.offset);
+  assert_true (be64toh (h.length) <= UINT32_MAX);
+  reply->length = be64toh (h.length);
 }
 
 static void
 recv_chunk (int fd, struct reply *reply)
 {
-  struct nbd_structured_reply h = {
-    .magic = htobe32 (NBD_STRUCTURED_REPLY_MAGIC)
-  };
-
-  recv_bytes (fd, (uint8_t *) &h + 4, sizeof h - 4);
+  if (is_extended[fd])
+    recv_extended_header (fd, reply);
+  else
+    recv_chunk_header (fd, reply);
   reply->structured = true;
-  reply->flags = be16toh (h.flags);
-  reply->type = be16toh (h.type);
-  reply->cookie = h.cookie;
-  reply->length = be32toh (h.length);
   reply->data = malloc (reply->length + 1);
   assert_non_null (reply->data);
   recv_bytes (fd, reply->data, reply->length);
@@ -368,7 +431,9 @@ recv_reply (int fd, struct reply *reply, uint32_t simple_length)
 
   memset (reply, 0, sizeof *reply);
   recv_bytes (fd, &h.magic, sizeof h.magic);
-  if (be32toh (h.magic) == NBD_STRUCTURED_REPLY_MAGIC) {
+  if (is_extended[fd])
+    assert_int_equal (be32toh (h.magic), NBD_EXTENDED_REPLY_MAGIC);
+  if (is_extended[fd] || be32toh (h.magic) == NBD_STRUCTURED_REPLY_MAGIC) {
     recv_chunk (fd, reply);
     return;
   }
@@ -392,9 +457,14 @@ expect_error (int fd, uint64_t cookie, uint32_t error)
   recv_reply (fd, &reply, 0);
   assert_int_equal (reply.cookie, cookie);
   assert_int_equal (reply.error, error);
-  if (reply.structured) {
-    assert_int_equal (reply.type, NBD_REPLY_TYPE_ERROR);
+  if (reply.structured)
     assert_int_equal (reply.flags, NBD_REPLY_FLAG_DONE);
+  if (reply.structured && error == 0) {
+    assert_int_equal (reply.type, NBD_REPLY_TYPE_NONE);
+    assert_int_equal (reply.length, 0);
+  }
+  else if (reply.structured) {
+    assert_int_equal (reply.type, NBD_REPLY_TYPE_ERROR);
     assert_true (reply.length > 6); /* it says why */
   }
   free (reply.data);

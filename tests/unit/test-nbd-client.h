@@ -34,6 +34,11 @@ struct fixture {
  */
 extern bool fixture_over_tls;
 
+/* Set to have client_open negotiate extended headers.  send_request and
+ * recv_reply then speak them, and no other, with that client.
+ */
+extern bool client_wants_extended;
+
 /* Keys in a file of the fixture, as nbd_options wants them. */
 extern struct nbd_tls *fixture_load_tls (const struct fixture *,
                                          bool required);
@@ -76,21 +81,32 @@ extern uint32_t make_context_query (uint8_t *buf, const char *name,
 /* Negotiate: all in one. */
 extern void client_go (int fd, const char *name, struct option_reply *export);
 extern void client_structured (int fd);
+extern void client_extended (int fd);
 extern void client_set_contexts (int fd, const char *const *queries,
                                  unsigned expected);
 
-/* A connection that has negotiated structured replies and contexts. */
+/* A connection that has negotiated structured replies or extended headers
+ * and contexts.
+ */
 extern int client_open (const struct fixture *, const char *const *queries);
 
 extern void put_request (void *buf, uint16_t flags, uint16_t type,
                          uint64_t cookie, uint64_t offset, uint32_t length);
+extern void put_extended_request (void *buf, uint16_t flags, uint16_t type,
+                                  uint64_t cookie, uint64_t offset,
+                                  uint64_t length);
+
+/* A header in the form that was negotiated.  A WRITE says that it has a
+ * payload; nothing else does of itself.
+ */
 extern void send_request (int fd, uint16_t flags, uint16_t type,
-                          uint64_t cookie, uint64_t offset, uint32_t length);
+                          uint64_t cookie, uint64_t offset, uint64_t length);
 
 struct reply {
-  bool structured;
+  bool structured;              /* or extended */
   uint16_t flags, type;         /* of the chunk */
   uint64_t cookie;
+  uint64_t offset;              /* of an extended one */
   uint32_t error;               /* of a simple reply or an error chunk */
   uint32_t length;              /* of the data of a chunk */
   uint8_t *data;                /* malloc'ed */

@@ -85,7 +85,7 @@ truth (uint32_t id, uint64_t offset)
 struct chunk {
   uint32_t id;
   size_t nr;
-  struct { uint32_t length, flags; } extent[MAX_EXTENTS];
+  struct { uint64_t length, flags; } extent[MAX_EXTENTS];
 };
 
 static struct chunk chunk;
@@ -100,10 +100,12 @@ static unsigned nr_flushed;
  * merged.
  */
 static void
-recv_status (int fd, uint32_t id, bool last, uint32_t length)
+recv_status (int fd, uint32_t id, bool last, uint64_t length)
 {
   struct reply reply;
   uint64_t sum = 0;
+  const size_t head = client_wants_extended ? 8 : 4;
+  const size_t each = client_wants_extended ? 16 : 8;
 
   for (;;) {
     recv_reply (fd, &reply, 0);
@@ -113,18 +115,26 @@ recv_status (int fd, uint32_t id, bool last, uint32_t length)
     nr_flushed++;
   }
   assert_true (reply.structured);
-  assert_int_equal (reply.type, NBD_REPLY_TYPE_BLOCK_STATUS);
+  assert_int_equal (reply.type, client_wants_extended
+                    ? NBD_REPLY_TYPE_BLOCK_STATUS_EXT
+                    : NBD_REPLY_TYPE_BLOCK_STATUS);
   assert_int_equal (reply.cookie, 42);
   assert_int_equal (reply.flags, last ? NBD_REPLY_FLAG_DONE : 0);
-  assert_int_equal (reply.length % 8, 4);
+  assert_int_equal (reply.length % each, head);
   chunk.id = get_be32 (reply.data);
   assert_int_equal (chunk.id, id);
-  chunk.nr = reply.length / 8;
+  chunk.nr = reply.length / each;
   assert_in_range (chunk.nr, 1, MAX_EXTENTS);
   assert_true (chunk.nr <= extents_max);
+  if (client_wants_extended)
+    assert_int_equal (chunk.nr, get_be32 (reply.data + 4));
   for (size_t i = 0; i < chunk.nr; ++i) {
-    chunk.extent[i].length = get_be32 (reply.data + 4 + 8 * i);
-    chunk.extent[i].flags = get_be32 (reply.data + 8 + 8 * i);
+    const uint8_t *p = reply.data + head + each * i;
+
+    chunk.extent[i].length =
+      client_wants_extended ? get_be64 (p) : get_be32 (p);
+    chunk.extent[i].flags =
+      client_wants_extended ? get_be64 (p + 8) : get_be32 (p + 4);
     assert_int_not_equal (chunk.extent[i].length, 0);
     assert_in_range (chunk.extent[i].flags, 0,
                      id == 0 ? 3 : id == 1 ? MAX_DEPTH : 1);
@@ -165,7 +175,7 @@ check_safe (uint64_t offset)
 }
 
 static void
-ask_all (int fd, uint64_t offset, uint32_t length,
+ask_all (int fd, uint64_t offset, uint64_t length,
          void (*check) (uint64_t offset))
 {
   send_request (fd, 0, NBD_CMD_BLOCK_STATUS, 42, offset, length);
@@ -436,5 +446,9 @@ main (void)
     cmocka_unit_test_setup_teardown (test_4g, setup_large, teardown),
   };
 
-  return cmocka_run_group_tests (tests, NULL, NULL);
+  int failed = cmocka_run_group_tests_name ("compact", tests, NULL, NULL);
+
+  client_wants_extended = true;
+  return failed +
+    cmocka_run_group_tests_name ("extended headers", tests, NULL, NULL);
 }

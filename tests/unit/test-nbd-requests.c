@@ -468,7 +468,7 @@ static void
 test_disconnect (void **state)
 {
   int fd = client_open (&f, NULL), other = client_open (&f, NULL);
-  uint8_t junk[28];
+  uint8_t junk[sizeof (struct nbd_extended_request)];
 
   (void) state;
   /* What was asked before DISC is answered. */
@@ -619,7 +619,25 @@ main (void)
     TEST (test_mixed_sizes),
   };
 
+  /* Those which say what is the same in every form. */
+  const struct CMUnitTest extended[] = {
+    TEST (test_read),
+    TEST (test_read_of_nothing),
+    TEST (test_write),
+    TEST (test_read_32m),
+    TEST (test_other_commands),
+    cmocka_unit_test_setup_teardown (test_readonly, setup_readonly, teardown),
+    TEST (test_told_apart),
+    TEST (test_errors),
+    TEST (test_disconnect),
+  };
+
   int failed = cmocka_run_group_tests_name ("plain", tests, NULL, NULL);
+
+  client_wants_extended = true;
+  failed += cmocka_run_group_tests_name ("extended headers", extended,
+                                         NULL, NULL);
+  client_wants_extended = false;
 
   fixture_over_tls = true;
   return failed +
