@@ -46,6 +46,7 @@ size_t extents_max = (1 << 20) - 1;
 #define DEPTH_LOCAL 1
 
 struct builder {
+  const struct connection *connection;
   struct extents *extents;
   bool extended;                /* their form */
   uint64_t length;              /* of the last extent */
@@ -223,6 +224,13 @@ depth_extent (struct disk *disk, uint64_t offset, uint64_t limit,
     ? errno : 0;
 }
 
+/* Nobody waits for the answer any more. */
+static bool
+is_abandoned (const struct builder *b)
+{
+  return atomic_load_explicit (&b->connection->dead, memory_order_relaxed);
+}
+
 /* What get tells, all of it or the first run. */
 static int
 build_allocation (struct builder *b, struct disk *disk,
@@ -234,7 +242,7 @@ build_allocation (struct builder *b, struct disk *disk,
   uint32_t flags = 0, f;
 
   while (offset < limit) {
-    int err = get (disk, offset, limit, &n, &f);
+    int err = is_abandoned (b) ? ESHUTDOWN : get (disk, offset, limit, &n, &f);
 
     if (err != 0)
       return err;
@@ -276,7 +284,7 @@ build_bitmap (struct builder *b, struct disk *disk, size_t bitmap,
         add (b, ends[i] - ends[i - 1], flags);
       }
     offset = ends[nr - 1];
-  } while (offset < limit && !req_one);
+  } while (offset < limit && !req_one && !is_abandoned (b));
 }
 
 int
@@ -287,6 +295,7 @@ extents_build (struct worker *w, uint32_t id,
   const uint64_t limit = offset + length;
   const size_t bitmap = id - CONTEXT_FIRST_BITMAP;
   struct builder b = {
+    .connection = w->connection,
     .extents = &w->extents,
     .extended = w->connection->extended,
   };

@@ -41,6 +41,11 @@
 #define LARGE_DATA (256 * 1024)
 #define LARGE_RANGE (1024 * 1024)
 
+/* What is longer than this is executed in pieces that end at multiples
+ * of it.
+ */
+#define PIECE (UINT64_C (1) << 32)
+
 /* The protocol's error value. */
 static uint32_t
 nbd_errno (int err)
@@ -386,13 +391,58 @@ execute_block_status (struct worker *w)
   return 0;
 }
 
+/* A piece of a request that may be about any length. */
+static int
+execute_piece (struct disk *disk, const struct request *r,
+               uint64_t count, uint64_t offset)
+{
+  const bool fua = (r->flags & NBD_CMD_FLAG_FUA) != 0;
+
+  switch (r->type) {
+  case NBD_CMD_TRIM:
+    return disk_trim (disk, count, offset, fua);
+  case NBD_CMD_CACHE:
+    return disk_cache (disk, count, offset);
+  default:
+    return disk_zero (disk, count, offset,
+                      (r->flags & NBD_CMD_FLAG_NO_HOLE) != 0,
+                      (r->flags & NBD_CMD_FLAG_FAST_ZERO) != 0, fua);
+  }
+}
+
+/* One request may be about the whole of a large disk, and take long.  So
+ * between two pieces it is seen that the connection was cut: stopping
+ * waits for no more than a request without extended headers can ask for.
+ * Each piece has FUA by itself, since a flush that fails between two of
+ * them is told to one that follows it, not to one that came before.
+ */
+static int
+execute_in_pieces (struct worker *w, struct disk *disk)
+{
+  const struct request *r = &w->request;
+  uint64_t offset = r->offset, left = r->length;
+
+  while (left > 0) {
+    const uint64_t n = left <= PIECE ? left : PIECE - offset % PIECE;
+
+    if (atomic_load_explicit (&w->connection->dead, memory_order_relaxed)) {
+      errno = ESHUTDOWN;
+      return -1;
+    }
+    if (execute_piece (disk, r, n, offset) == -1)
+      return -1;
+    offset += n;
+    left -= n;
+  }
+  return 0;
+}
+
 /* Do what a valid request asks.  -1 with errno. */
 static int
 execute (struct worker *w)
 {
   struct disk *disk = w->connection->server->disk;
   const struct request *r = &w->request;
-  bool fua = (r->flags & NBD_CMD_FLAG_FUA) != 0;
 
   if (r->type == NBD_CMD_FLUSH)
     return disk_flush (disk, &w->connection->client);
@@ -403,17 +453,12 @@ execute (struct worker *w)
   case NBD_CMD_READ:
     return execute_read (w, disk);
   case NBD_CMD_WRITE:
-    return disk_write (disk, w->payload, r->length, r->offset, fua);
-  case NBD_CMD_TRIM:
-    return disk_trim (disk, r->length, r->offset, fua);
-  case NBD_CMD_CACHE:
-    return disk_cache (disk, r->length, r->offset);
-  case NBD_CMD_WRITE_ZEROES:
-    return disk_zero (disk, r->length, r->offset,
-                      (r->flags & NBD_CMD_FLAG_NO_HOLE) != 0,
-                      (r->flags & NBD_CMD_FLAG_FAST_ZERO) != 0, fua);
-  default:
+    return disk_write (disk, w->payload, r->length, r->offset,
+                       (r->flags & NBD_CMD_FLAG_FUA) != 0);
+  case NBD_CMD_BLOCK_STATUS:
     return execute_block_status (w);
+  default:
+    return execute_in_pieces (w, disk);
   }
 }
 

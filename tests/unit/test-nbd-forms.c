@@ -946,6 +946,34 @@ test_huge (void **state)
   close (fd);
 }
 
+/* Stopping does not wait for what may take for ever. */
+static void
+test_stop_in_huge_requests (void **state)
+{
+  static const struct { uint16_t flags, type; } requests[] = {
+    { 0, NBD_CMD_TRIM }, { 0, NBD_CMD_CACHE }, { FUA, NBD_CMD_WRITE_ZEROES },
+    { FAST_ZERO, NBD_CMD_WRITE_ZEROES }, { 0, NBD_CMD_BLOCK_STATUS },
+  };
+  enum { N = sizeof requests / sizeof requests[0] };
+  unsigned each_ms = 20, start;
+  int fd[N];
+
+  (void) state;
+  f.disk->opaque = &each_ms;
+  f.disk->hook = hook_sleep;
+  for (int i = 0; i < N; ++i) {
+    fd[i] = open_form (EXTENDED);
+    send_request (fd[i], requests[i].flags, requests[i].type, COOKIE, 0,
+                  HUGE);
+  }
+  sleep_ms (100);
+  start = milliseconds ();
+  nbd_server_stop (f.server, 100);
+  assert_in_range (milliseconds () - start, 90, 20000);
+  for (int i = 0; i < N; ++i)
+    close (fd[i]);
+}
+
 int
 main (void)
 {
@@ -963,6 +991,8 @@ main (void)
     TEST (test_bad_selection),
     TEST (test_pipelined),
     cmocka_unit_test_setup_teardown (test_huge, setup_huge, teardown),
+    cmocka_unit_test_setup_teardown (test_stop_in_huge_requests, setup_huge,
+                                     teardown),
   };
 
   return cmocka_run_group_tests (tests, NULL, NULL);

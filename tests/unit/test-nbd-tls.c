@@ -339,12 +339,13 @@ test_state_is_forgotten (void **state)
 
   (void) state;
   client_structured (fd);
+  client_extended (fd);
   client_set_contexts (fd, secret, 1);
   send_option (fd, NBD_OPT_STARTTLS, NULL, 0);
   expect_option_reply (fd, NBD_OPT_STARTTLS, NBD_REP_ACK, NULL);
   session = encrypted (fd);
 
-  /* Structured replies. */
+  /* Structured replies and extended headers, which would refuse them. */
   length = make_context_query (data, "", base);
   tls_option (session, NBD_OPT_SET_META_CONTEXT, data, length);
   assert_int_equal (tls_option_reply (session, NULL), NBD_REP_ERR_INVALID);
