@@ -156,37 +156,36 @@ skip_clear_pieces (const struct bits *bits, uint64_t w)
     ? w : next_populated (bits, w / PIECE_WORDS) * PIECE_WORDS;
 }
 
-/* A word is loaded once, and compared with what the run at hand looks
- * like: the lowest bit in which they differ ends the run.
+/* A run ends where a bit differs from the one before it.  A word is
+ * loaded once, and all such bits of it are found at once.
  */
 size_t
 bits_runs (const struct bits *bits, uint64_t from, uint64_t end,
-           uint64_t *ends, size_t max, bool *set)
+           unsigned shift, uint64_t *ends, size_t max, bool *set)
 {
   uint64_t w = from / 64, v = load (&bits->words[w]);
-  uint64_t mask = ~UINT64_C (0) << (from % 64);
-  uint64_t run = v >> (from % 64) & 1 ? ~UINT64_C (0) : 0;
+  uint64_t run = v >> (from % 64) & 1; /* of the bit before the next */
+  uint64_t mask = ~UINT64_C (1) << (from % 64);
   size_t n = 0;
 
   *set = run != 0;
   for (;;) {
-    for (uint64_t diff = (v ^ run) & mask; diff != 0;) {
-      const unsigned bit = __builtin_ctzll (diff);
+    uint64_t turns = (v ^ (v << 1 | run)) & mask;
 
-      if (w * 64 + bit >= end)
-        break;
-      ends[n++] = w * 64 + bit;
+    if (end - w * 64 < 64)
+      turns &= (UINT64_C (1) << (end - w * 64)) - 1;
+    for (; turns != 0; turns &= turns - 1) {
+      ends[n++] = (w * 64 + __builtin_ctzll (turns)) << shift;
       if (n == max)
         return n;
-      run = ~run;
-      diff = ~diff & (~UINT64_C (0) << bit);
     }
+    run = v >> 63;
     mask = ~UINT64_C (0);
     w++;
     if (run == 0)
       w = skip_clear_pieces (bits, w);
     if (w * 64 >= end) {
-      ends[n++] = end;
+      ends[n++] = end << shift;
       return n;
     }
     v = load (&bits->words[w]);

@@ -70,12 +70,13 @@ extern uint64_t bits_next_clear (const struct bits *, uint64_t from,
                                  uint64_t end);
 
 /* The runs of equal bits from from on, up to max of them (at least 1):
- * run k ends before bit ends[k].  Returns how many there are; the last
- * of all ends at end.  *set says what the bits of the first run are; the
- * next are of the other kind in turn.  from < end <= nr_bits.
+ * run k ends before bit ends[k] >> shift.  Returns how many there are; the
+ * last of all ends at end.  *set says what the bits of the first run are;
+ * the next are of the other kind in turn.  from < end <= nr_bits.
  */
 extern size_t bits_runs (const struct bits *, uint64_t from, uint64_t end,
-                         uint64_t *ends, size_t max, bool *set);
+                         unsigned shift, uint64_t *ends, size_t max,
+                         bool *set);
 
 /* As the image has it: copy words out as little-endian bytes.  The
  * words must lie inside the array.

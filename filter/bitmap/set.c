@@ -379,10 +379,8 @@ bitmap_runs (const struct bitmap *b, uint64_t offset, uint64_t limit,
   const size_t nr =
     bits_runs (&b->bits, bitmap_first_bit (b, offset),
                bitmap_last_bit (b, offset, limit - offset) + 1,
-               ends, max, dirty);
+               b->shift, ends, max, dirty);
 
-  for (size_t i = 0; i < nr; ++i)
-    ends[i] <<= b->shift;
   ends[nr - 1] = min_u64 (ends[nr - 1], limit);
   return nr;
 }

@@ -192,8 +192,9 @@ append_runs (struct builder *b, uint64_t offset, const uint64_t *ends,
     struct nbd_extent *out = e->compact + e->nr;
 
     for (size_t i = 0; i < nr; ++i) {
-      out[i].length = htobe32 (ends[i] - offset);
-      out[i].flags = htobe32 (flags);
+      out[i] = (struct nbd_extent) {
+        htobe32 (ends[i] - offset), htobe32 (flags)
+      };
       offset = ends[i];
       flags ^= STATE_DIRTY;
     }

@@ -57,7 +57,7 @@ compare_runs (struct bits *bits, const uint8_t *model, uint64_t from,
 
   while (from < end) {
     bool set;
-    const size_t nr = bits_runs (bits, from, end, ends, max, &set);
+    const size_t nr = bits_runs (bits, from, end, 0, ends, max, &set);
 
     assert_in_range (nr, 1, max);
     for (size_t i = 0; i < nr; ++i, set = !set) {
@@ -136,7 +136,7 @@ test_load (void **state)
   uint64_t ends[8];
   bool set;
 
-  assert_int_equal (bits_runs (&bits, 0, 4166, ends, 8, &set), 7);
+  assert_int_equal (bits_runs (&bits, 0, 4166, 0, ends, 8, &set), 7);
   assert_true (set);
   assert_memory_equal (ends, want, sizeof want);
   assert_int_equal (bits_next_clear (&bits, 0, 4166), 1);
@@ -229,7 +229,7 @@ test_fill (void **state)
       bool set;
 
       bits_fill (&bits, first * PIECE_BYTES, (end - first) * PIECE_BYTES);
-      const size_t nr = bits_runs (&bits, 0, n, ends, 4, &set);
+      const size_t nr = bits_runs (&bits, 0, n, 0, ends, 4, &set);
       assert_int_equal (nr, 1 + (first > 0) + (end_bit < n));
       assert_int_equal (set, first == 0);
       if (first > 0)
@@ -264,7 +264,7 @@ test_sparse_is_fast (void **state)
   bits_set_in_piece (&bits, n - 1, n - 1);
   clock_gettime (CLOCK_MONOTONIC, &before);
   for (unsigned i = 0; i < 100; ++i)
-    assert_int_equal (bits_runs (&bits, 0, n, ends, 2, &set), 2);
+    assert_int_equal (bits_runs (&bits, 0, n, 0, ends, 2, &set), 2);
   assert_false (set);
   assert_int_equal (ends[0], n - 1);
   clock_gettime (CLOCK_MONOTONIC, &after);
