@@ -439,6 +439,35 @@ test_matrix_readonly (void **state)
   assert_int_equal (count_changes (), 0);
 }
 
+/* Replies come as the requests are done, in each form. */
+static void
+test_out_of_order (void **state)
+{
+  (void) state;
+  for (enum form form = 0; form < NR_FORMS; ++form) {
+    const struct asked flush = {
+      .form = form, .command = &commands[2], .type = NBD_CMD_FLUSH,
+    }, write = {
+      .form = form, .command = &commands[1], .type = NBD_CMD_WRITE,
+      .flags = form == EXTENDED ? PAYLOAD_LEN : 0,
+      .offset = good.offset, .length = good.length,
+    }, read = {
+      .form = form, .command = &commands[0], .type = NBD_CMD_READ,
+      .offset = 512, .length = 100000,
+    };
+    int fd = open_form (form);
+
+    gate_close (f.disk, FAKE_READ, 512);
+    ask (fd, &read);
+    gate_wait ();
+    check_one (fd, &write);
+    check_one (fd, &flush);
+    gate_open ();
+    assert_int_equal (answer (fd, &read), 0);
+    close (fd);
+  }
+}
+
 /* Negotiation. */
 
 static int
@@ -982,6 +1011,7 @@ main (void)
     TEST (test_matrix),
     cmocka_unit_test_setup_teardown (test_matrix_readonly, setup_readonly,
                                      teardown),
+    TEST (test_out_of_order),
     TEST (test_negotiation),
     TEST (test_info),
     TEST (test_cut),
