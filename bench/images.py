@@ -27,10 +27,11 @@ def qemu_img(*args):
                    stdout=subprocess.DEVNULL)
 
 
-def qcow2(path, size, preallocation="off"):
+def qcow2(path, size, preallocation="off", bitmaps=(BITMAP,)):
     qemu_img("create", "-q", "-f", "qcow2", "-o",
              "preallocation=" + preallocation, path, str(size))
-    qemu_img("bitmap", "--add", path, BITMAP)
+    for bitmap in bitmaps:
+        qemu_img("bitmap", "--add", path, bitmap)
 
 
 def raw(path, size):

@@ -15,9 +15,8 @@
  *
  * Counted is the window that begins after the warm-up and ends when
  * time is up (or, with a fixed count, the whole run).  The server's CPU
- * time is read from /proc at both ends of the same window.  Any error
- * from the server ends the program: a figure of a server that fails is
- * no figure.
+ * time is read at both ends of the same window.  Any error from the
+ * server ends the program: a figure of a server that fails is no figure.
  *
  * Walks of the block status (map) are synchronous, as nbdinfo's and
  * most backup tools' are, and are repeated whole until time is up.  A
@@ -126,33 +125,22 @@ next_random (void)
   return random_state * UINT64_C (0x2545f4914f6cdd1d);
 }
 
-/* User and system time of the server so far, in seconds. */
+/* User and system time of the server so far, in seconds: the clock of
+ * its process, which counts threads that have ended too, and finer than
+ * the ticks in /proc/PID/stat.
+ */
 static double
 server_cpu (void)
 {
-  char path[64], line[1024];
-  const char *p;
-  unsigned long utime, stime;
-  FILE *fp;
+  clockid_t clock;
+  struct timespec ts;
 
   if (server_pid == 0)
     return 0;
-  snprintf (path, sizeof path, "/proc/%d/stat", server_pid);
-  fp = fopen (path, "re");
-  if (fp == NULL)
-    fail_errno (path);
-  p = fgets (line, sizeof line, fp);
-  fclose (fp);
-
-  /* The name, in parentheses, may have spaces in it. */
-  p = p ? strrchr (line, ')') : NULL;
-  if (p == NULL ||
-      sscanf (p + 1, " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %lu %lu",
-              &utime, &stime) != 2) {
-    fprintf (stderr, "load: %s: unexpected contents\n", path);
-    exit (EXIT_FAILURE);
-  }
-  return (double) (utime + stime) / sysconf (_SC_CLK_TCK);
+  errno = clock_getcpuclockid (server_pid, &clock);
+  if (errno != 0 || clock_gettime (clock, &ts) == -1)
+    fail_errno ("the server's CPU time");
+  return ts.tv_sec + ts.tv_nsec / 1e9;
 }
 
 static double
@@ -186,7 +174,7 @@ window_print (const struct window *w, const char *more)
   double elapsed = now () - w->began;
 
   printf ("{\"ops\": %" PRIu64 ", \"seconds\": %.6f, "
-          "\"server_cpu\": %.3f, \"client_cpu\": %.6f%s}\n",
+          "\"server_cpu\": %.6f, \"client_cpu\": %.6f%s}\n",
           finished_ops - w->ops, elapsed, server_cpu () - w->server,
           client_cpu () - w->client, more);
 }
@@ -198,6 +186,8 @@ connect_server (unsigned i)
 
   if (nbd == NULL)
     fail_nbd ();
+  /* The URI is the user's own: it may name a file of keys. */
+  nbd_set_uri_allow_local_file (nbd, true);
   if (context && nbd_add_meta_context (nbd, context) == -1)
     fail_nbd ();
   if (nbd_connect_uri (nbd, uri) == -1)

@@ -1,0 +1,100 @@
+# nbdkit-dirty-bitmap-filter
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright the nbdkit-dirty-bitmap-filter authors
+
+"""What the servers are loaded with, row by row."""
+
+import images
+
+MIB = 1 << 20
+GIB = 1 << 30
+CONTEXT = "qemu:dirty-bitmap:" + images.BITMAP
+
+
+class Row:
+    """One workload.
+
+    unit is per second, or "s" for a time, where less is better.  load
+    are the load program's options.  pin: client and server share a CPU.
+    plain: its peers may be servers without a format (raw, bare).  reads:
+    it changes nothing.
+    """
+
+    def __init__(self, title, image, unit, *load, pin=False, per="op",
+                 plain=False, reads=False, tls=False):
+        self.title, self.image, self.unit, self.load = title, image, unit, load
+        self.pin, self.per, self.plain = pin, per, plain
+        self.reads, self.tls = reads, tls
+
+
+def rw(title, workload, depth, connections=1, pin=False, image="full",
+       **more):
+    return Row(title, image, "op/s", "--workload=" + workload,
+               "--depth=%d" % depth, "--connections=%d" % connections,
+               pin=pin, plain=image == "full", reads=workload == "randread",
+               **more)
+
+
+def seq(title, workload, **more):
+    return Row(title, "full", "MiB/s", "--workload=" + workload, "--depth=8",
+               "--block=%d" % MIB, plain=True, reads=workload == "seqread",
+               **more)
+
+
+def alloc(title, depth, count):
+    return Row(title, "sparse", "op/s", "--workload=randwrite",
+               "--depth=%d" % depth, "--count=%d" % count, pin=depth == 1)
+
+
+def walk(title, image, request, context=CONTEXT):
+    return Row(title, image, "s", "--workload=map", "--request=%d" % request,
+               "--context=" + context, per="extent", pin=True, reads=True)
+
+
+ROWS = {
+    "read1": rw("random read 4 KiB, depth 1, one CPU", "randread", 1,
+                pin=True),
+    "write1": rw("random write 4 KiB, depth 1, one CPU", "randwrite", 1,
+                 pin=True),
+    "read16": rw("random read 4 KiB, depth 16", "randread", 16),
+    "write16": rw("random write 4 KiB, depth 16", "randwrite", 16),
+    "read16x4": rw("random read 4 KiB, depth 16, 4 connections",
+                   "randread", 16, 4),
+    "write16x4": rw("random write 4 KiB, depth 16, 4 connections",
+                    "randwrite", 16, 4),
+    "mixed16": rw("mixed 70/30 4 KiB, depth 16", "randmixed", 16),
+    "flush1": rw("write and flush pairs 4 KiB, depth 1, one CPU",
+                 "writeflush", 1, pin=True),
+    "seqread": seq("sequential read 1 MiB, depth 8", "seqread"),
+    "seqwrite": seq("sequential write 1 MiB, depth 8", "seqwrite"),
+    "tls-read16": rw("random read 4 KiB, depth 16, TLS", "randread", 16,
+                     tls=True),
+    "tls-write16": rw("random write 4 KiB, depth 16, TLS", "randwrite", 16,
+                      tls=True),
+    "tls-seqread": seq("sequential read 1 MiB, depth 8, TLS", "seqread",
+                       tls=True),
+    "tls-seqwrite": seq("sequential write 1 MiB, depth 8, TLS", "seqwrite",
+                        tls=True),
+    "marking": rw("random write 4 KiB, depth 16, 8 bitmaps", "randwrite", 16,
+                  image="marked"),
+    "alloc1": alloc("allocating random write 4 KiB, depth 1, one CPU", 1,
+                    30000),
+    "alloc16": alloc("allocating random write 4 KiB, depth 16", 16, 30000),
+    "read1t": rw("random read 4 KiB over 1 TiB, depth 16", "randread", 16,
+                 image="big"),
+    "map64m": walk("bitmap walk, 64 MiB requests, one CPU", "fragmented",
+                   64 * MIB),
+    "map1g": walk("bitmap walk, 1 GiB requests, one CPU", "fragmented", GIB),
+    "map4g": walk("bitmap walk, 4 GiB requests, one CPU", "fragmented",
+                  4 * GIB - 65536),
+    "base1g": walk("base:allocation walk, 1 GiB requests, one CPU", "holey",
+                   GIB, "base:allocation"),
+    "life": Row("16 TiB image: start, stop, memory", "huge", "s"),
+}
+
+
+def figure_title(row, name):
+    """The title of one of a row's figures: a row has several where its
+    own title says so before a colon."""
+    title = ROWS[row].title
+    return title.split(":")[0] + ": " + name if name else title
