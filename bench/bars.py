@@ -86,11 +86,12 @@ def candidates(column, row, filesystem):
 
 
 def fastest(known, run, row, name, sides):
+    """Of those of the sides that took part."""
     def goodness(side):
         f, unit = known.of(run, row, side, name)
         m = statistics.median(f)
         return m if figures.more_is_better(unit) else -m
-    return max((s for s in sides if s in known.sides(run, row)),
+    return max((s for s in sides if known.rounds(run, row, s)),
                key=goodness)
 
 
@@ -106,7 +107,7 @@ def judge(known, filesystem):
         others = [s for s in sides if s != "qemu"] if column == "best" \
             else sides
         run = known.best_run(row, others, filesystem)
-        if run is None:
+        if run is None or not known.of(run, row, "filter", name)[0]:
             missing.append((row, column))
             continue
         peer = fastest(known, run, row, name, sides)

@@ -47,9 +47,6 @@ class Figures:
         names = self.measured.get((run, row, side))
         return min(len(f) for f, _ in names.values()) if names else 0
 
-    def sides(self, run, row):
-        return [s for r, w, s in self.measured if (r, w) == (run, row)]
-
     def filesystems(self):
         return list(dict.fromkeys(c["filesystem"]
                                   for c in self.runs.values()))
