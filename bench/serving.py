@@ -20,10 +20,28 @@ class Failed(Exception):
     """A server that failed has no figures."""
 
 
+_interrupted = False
+
+
+def end_on_signals():
+    """INT and TERM end the program when it would start its next server:
+    one that is just being started is not left behind.  A second one
+    ends it at once."""
+    def interrupted(*_):
+        global _interrupted
+        if _interrupted:
+            raise KeyboardInterrupt
+        _interrupted = True
+    signal.signal(signal.SIGINT, interrupted)
+    signal.signal(signal.SIGTERM, interrupted)
+
+
 class Server:
     """One server over one file, on a Unix socket."""
 
     def __init__(self, command, sock, cpus):
+        if _interrupted:
+            raise KeyboardInterrupt
         images.remove(sock)
         self.sock = sock
         self.command = command
