@@ -191,6 +191,7 @@ struct message {
 struct session {
   struct message message[MAX_MESSAGES];
   unsigned nr;
+  bool extended;                /* headers are asked for */
   uint64_t random;
 };
 
@@ -205,6 +206,27 @@ any (struct session *s, uint64_t below)
   return below == 0 ? 0 : z % below;
 }
 
+static bool
+is_option (const uint8_t *p, size_t left)
+{
+  return left >= sizeof (struct nbd_new_option) &&
+    get_be64 (p) == NBD_OPTION_MAGIC;
+}
+
+static bool
+is_request (const uint8_t *p, size_t left)
+{
+  return left >= sizeof (struct nbd_request) &&
+    get_be32 (p) == NBD_REQUEST_MAGIC;
+}
+
+static bool
+is_extended_request (const uint8_t *p, size_t left)
+{
+  return left >= sizeof (struct nbd_extended_request) &&
+    get_be32 (p) == NBD_EXTENDED_REQUEST_MAGIC;
+}
+
 static size_t
 message_length (const uint8_t *p, size_t left, bool first)
 {
@@ -212,13 +234,16 @@ message_length (const uint8_t *p, size_t left, bool first)
 
   if (first)
     n = 4;
-  else if (left >= sizeof (struct nbd_new_option) &&
-           get_be64 (p) == NBD_OPTION_MAGIC)
+  else if (is_option (p, left))
     n = sizeof (struct nbd_new_option) + (uint64_t) get_be32 (p + 12);
-  else if (left >= sizeof (struct nbd_request) &&
-           get_be32 (p) == NBD_REQUEST_MAGIC)
+  else if (is_request (p, left))
     n = sizeof (struct nbd_request)
       + (get_be16 (p + 6) == NBD_CMD_WRITE ? get_be32 (p + 24) : 0);
+  else if (is_extended_request (p, left)) {
+    n = sizeof (struct nbd_extended_request);
+    if ((get_be16 (p + 4) & NBD_CMD_FLAG_PAYLOAD_LEN) != 0)
+      n += min_u64 (get_be64 (p + 24), left);
+  }
   return min_u64 (n, left);
 }
 
@@ -232,8 +257,52 @@ parse (struct session *s, const uint8_t *data, size_t size)
 
     m->bytes = data + at;
     m->length = message_length (data + at, size - at, at == 0);
+    if (at > 0 && is_option (m->bytes, m->length) &&
+        get_be32 (m->bytes + 8) == NBD_OPT_EXTENDED_HEADERS)
+      s->extended = true;
     at += m->length;
   }
+}
+
+/* A payload that selects contexts: those that there are, or nearly. */
+static size_t
+put_selection (struct session *s, uint8_t *p, uint64_t length)
+{
+  const size_t nr = any (s, 6);
+
+  put_be64 (p, length);
+  for (size_t i = 0; i < nr; ++i)
+    put_be32 (p + 8 + 4 * i, any (s, 7));
+  return 8 + 4 * nr;
+}
+
+/* The same as make_request, with an extended header. */
+static size_t
+make_extended_request (struct session *s, uint8_t *p, uint16_t type,
+                       uint64_t offset, uint64_t length)
+{
+  const size_t header = sizeof (struct nbd_extended_request);
+  uint16_t flags = any (s, 2) ? 0 : any (s, 32);
+
+  if (type == NBD_CMD_WRITE ? any (s, 20) > 0
+      : type == NBD_CMD_BLOCK_STATUS ? any (s, 2) : any (s, 10) == 0)
+    flags |= NBD_CMD_FLAG_PAYLOAD_LEN;
+  if ((flags & NBD_CMD_FLAG_PAYLOAD_LEN) != 0) {
+    if (type == NBD_CMD_BLOCK_STATUS)
+      length = put_selection (s, p + header, length);
+    else {
+      length = min_u64 (length, 1000);
+      memset (p + header, 0x58, length);
+    }
+  }
+  put_be32 (p, NBD_EXTENDED_REQUEST_MAGIC);
+  put_be16 (p + 4, flags);
+  put_be16 (p + 6, type);
+  put_be64 (p + 8, any (s, 1000));
+  put_be64 (p + 16, type == NBD_CMD_FLUSH ? 0 : offset);
+  put_be64 (p + 24, type == NBD_CMD_FLUSH ? 0 : length);
+  return header + ((flags & NBD_CMD_FLAG_PAYLOAD_LEN) != 0 &&
+                   type != NBD_CMD_FLUSH ? length : 0);
 }
 
 /* A request of any kind, within the disk or just not. */
@@ -247,6 +316,10 @@ make_request (struct session *s, uint8_t *p, size_t max)
 
   if (any (s, 3))
     length = min_u64 (length, DISK_SIZE - min_u64 (offset, DISK_SIZE));
+  if (s->extended && any (s, 10) > 0)
+    return make_extended_request (s, p, type, offset,
+                                  any (s, 10) ? length
+                                  : length * UINT64_C (0x100000001));
   if (type == NBD_CMD_WRITE)
     length = min_u64 (length, any (s, 1000));
   if (max < sizeof (struct nbd_request) + length && type == NBD_CMD_WRITE)
@@ -316,17 +389,17 @@ insert (struct session *s, unsigned at, const uint8_t *bytes, size_t length)
   s->nr++;
 }
 
-/* Make an option's or a write's length that of what follows. */
+/* Make an option's or a payload's length that of what follows. */
 static void
 mend_length (uint8_t *p, size_t length)
 {
-  if (length >= sizeof (struct nbd_new_option) &&
-      get_be64 (p) == NBD_OPTION_MAGIC)
+  if (is_option (p, length))
     put_be32 (p + 12, length - sizeof (struct nbd_new_option));
-  else if (length >= sizeof (struct nbd_request) &&
-           get_be32 (p) == NBD_REQUEST_MAGIC &&
-           get_be16 (p + 6) == NBD_CMD_WRITE)
+  else if (is_request (p, length) && get_be16 (p + 6) == NBD_CMD_WRITE)
     put_be32 (p + 24, length - sizeof (struct nbd_request));
+  else if (is_extended_request (p, length) &&
+           (get_be16 (p + 4) & NBD_CMD_FLAG_PAYLOAD_LEN) != 0)
+    put_be64 (p + 24, length - sizeof (struct nbd_extended_request));
 }
 
 static size_t

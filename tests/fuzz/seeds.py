@@ -356,6 +356,17 @@ def request(command, offset=0, length=0, flags=0, data=b'', cookie=1):
                        length or len(data)) + data
 
 
+def extended(command, offset=0, length=0, flags=0, data=b'', cookie=1):
+    if data:
+        flags |= 32
+    return struct.pack('>IHHQQQ', 0x21e41c71, flags, command, cookie, offset,
+                       length or len(data)) + data
+
+
+def selection(length, *ids):
+    return struct.pack('>Q%dI' % len(ids), length, *ids)
+
+
 def server_seeds():
     flags = struct.pack('>I', 3)
     structured = option(8)
@@ -392,6 +403,29 @@ def server_seeds():
                      + b''.join(request(i % 8, 4096 * i + 4090, 1,
                                         data=b'e' if i % 8 == 1 else b'')
                                 for i in range(30)))
+    headers = option(11)
+    every = [extended(0, 0, 512), extended(1, 4096, data=b'w' * 100),
+             extended(3), extended(4, 8192, 1 << 19), extended(5, 0, 65536),
+             extended(6, 512, 70000, flags=2), extended(7, 0, 1 << 20),
+             extended(7, 5000, 60000, flags=8),
+             extended(7, 0, data=selection(1 << 20, 3, 0)),
+             extended(7, 512, data=selection(4096, 2), flags=8),
+             extended(7, 0, data=selection(512, 2, 2)),
+             extended(7, 0, data=selection(1 << 63, 9)),
+             extended(7, 0, data=b'short'),
+             extended(0, 0, data=b'a payload of a READ'),
+             extended(99, 0, data=b'x' * 1000), extended(4, 1, (1 << 64) - 1),
+             extended(0, 100, 300000, flags=4), extended(2)]
+    yield 'extended', (flags + headers + contexts(
+        10, b'base:allocation', b'qemu:dirty-bitmap:monday',
+        b'qemu:dirty-bitmap:tuesday') + go(6) + go() + b''.join(every))
+    yield 'extended-late', (flags + structured + contexts(
+        10, b'base:allocation', b'qemu:allocation-depth') + headers
+        + structured + headers + go() + extended(7, 0, 1 << 20)
+        + extended(1, 0, 100))
+    yield 'extended-compact', flags + headers + go() + request(0, 0, 512)
+    yield 'extended-long', flags + headers + go() + extended(
+        4, 0, 1 << 32, flags=32)
     yield 'half', flags + structured + go() + request(1, 0, 5000)[:28]
 
 
