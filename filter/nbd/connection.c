@@ -14,16 +14,15 @@
  * Invariant: as long as a connection is on the list of live ones its
  * descriptor is open, so others may shut it down under server->lock.
  *
- * Payload buffers grow to what a request needs, and are given back when
- * the worker has been idle for a while.  They are mapped, not malloc'ed,
- * so that giving back is certain.
+ * A worker keeps the buffers of small requests until it has been idle for
+ * a while.  Those of large ones are taken out of the server's budget for
+ * the time of the request.
  */
 
 #include <config.h>
 
 #include <errno.h>
 #include <stdlib.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -33,45 +32,90 @@
 #include "common/cleanup.h"
 #include "nbd/internal.h"
 
-#define MIN_PAYLOAD_CAPACITY (64 * 1024)
+static uint8_t *
+small_payload (struct worker *w)
+{
+  if (w->small == NULL) {
+    void *p = mmap (NULL, SMALL_PAYLOAD, PROT_READ | PROT_WRITE,
+                    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (p != MAP_FAILED)
+      w->small = p;
+  }
+  return w->small;
+}
 
 static void
-free_payload (struct worker *w)
+free_large (struct worker *w)
 {
-  if (w->payload != NULL)
-    munmap (w->payload, w->payload_capacity);
-  w->payload = NULL;
-  w->payload_capacity = 0;
+  if (w->large != NULL)
+    budget_give (w->connection, w->large, w->large_capacity);
+  w->large = NULL;
+  w->large_capacity = 0;
 }
 
 uint8_t *
 worker_payload (struct worker *w, uint32_t length)
 {
-  size_t capacity = MIN_PAYLOAD_CAPACITY;
-  void *p;
+  if (length <= SMALL_PAYLOAD)
+    w->payload = small_payload (w);
+  else if (length <= w->large_capacity)
+    w->payload = w->large;
+  else {
+    free_large (w);
+    w->large = budget_take (w->connection, length, &w->large_capacity);
+    if (w->large == NULL)
+      w->large_capacity = 0;
+    w->payload = w->large;
+  }
+  return w->payload;
+}
 
-  if (length <= w->payload_capacity)
-    return w->payload;
+/* How long to wait before less is told. */
+#define EXTENTS_PATIENCE_MS (10 * 1000)
 
-  while (capacity < length)
-    capacity *= 2;
-  free_payload (w);
-  p = mmap (NULL, capacity, PROT_READ | PROT_WRITE,
-            MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED)
-    return NULL;
-  w->payload = p;
-  w->payload_capacity = capacity;
-  return p;
+bool
+worker_extents_room (struct extents *e, size_t size)
+{
+  if (size <= SMALL_EXTENTS || size <= e->reserved)
+    return true;
+  if (!budget_reserve (e->connection, size - e->reserved,
+                       EXTENTS_PATIENCE_MS))
+    return false;
+  e->reserved = size;
+  return true;
+}
+
+static void
+free_extents (struct extents *e)
+{
+  free (e->wire);
+  e->wire = NULL;
+  e->capacity = 0;
+  if (e->reserved > 0)
+    budget_unreserve (e->connection, e->reserved);
+  e->reserved = 0;
+}
+
+void
+worker_end_request (struct worker *w)
+{
+  if (w->large != NULL)
+    free_large (w);
+  if (w->extents.reserved > KEPT_EXTENTS ||
+      (w->extents.reserved > 0 &&
+       budget_is_short (&w->connection->server->budget)))
+    free_extents (&w->extents);
 }
 
 void
 worker_trim (struct worker *w)
 {
-  free_payload (w);
-  free (w->extents.wire);
-  w->extents.wire = NULL;
-  w->extents.capacity = 0;
+  free_large (w);
+  free_extents (&w->extents);
+  if (w->small != NULL)
+    munmap (w->small, SMALL_PAYLOAD);
+  w->small = NULL;
 }
 
 static void
@@ -92,6 +136,7 @@ worker_new (struct connection *c)
   if (w == NULL)
     return NULL;
   w->connection = c;
+  w->extents.connection = c;
   w->output = malloc (OUTPUT_SIZE);
   if (w->output == NULL) {
     free (w);
@@ -124,7 +169,9 @@ connection_add_worker (struct connection *c)
   atomic_uint *count = &c->server->nr_extra_threads;
   struct worker *w = NULL;
 
-  if (atomic_fetch_add (count, 1) < MAX_EXTRA_THREADS)
+  /* As with memory: no more of one connection than are left for others. */
+  if (atomic_fetch_add (count, 1) + c->nr_workers <=
+      c->server->max_extra_threads)
     w = worker_new (c);
   if (w == NULL || server_create_thread (&w->thread, worker_main, w) != 0) {
     worker_free (w);
@@ -139,6 +186,22 @@ connection_cut (struct connection *c)
 {
   atomic_store (&c->dead, true);
   shutdown (c->fd, SHUT_RDWR);
+  budget_wake (&c->server->budget);
+}
+
+/* Sending has failed: because nothing could be sent for SEND_SECONDS, and
+ * may that be tried again?  *since is 0 after anything was sent.
+ */
+bool
+connection_may_wait (struct connection *c, int64_t *since)
+{
+  const int64_t limit = c->server->limits.idle_seconds * INT64_C (1000);
+
+  if (errno != EAGAIN || atomic_load (&c->dead))
+    return false;
+  if (*since == 0)
+    *since = now_ms () - SEND_SECONDS * 1000;
+  return limit == 0 || now_ms () - *since < limit;
 }
 
 /* Closing a TCP socket with bytes unread resets the connection, and
@@ -188,8 +251,12 @@ finish (struct connection *c)
   c->next = server->finished;
   server->finished = c;
   server->nr_live--;
+  if (atomic_load (&c->handshaking))
+    server->nr_handshaking--;
+  if (c->cut_for_room)
+    server->nr_cut--;
   pthread_cond_broadcast (&server->changed);
-  eventfd_write (server->wake_fd, 1);
+  server_wake (server);
 }
 
 static void *
@@ -199,7 +266,7 @@ connection_main (void *vp)
   struct connection *c = w->connection;
 
   if (handshake (w) == 0) {
-    atomic_store (&c->handshaking, false);
+    server_handshake_done (c);
     work (w);
     /* Input has ended, so nobody adds a worker any more. */
     for (unsigned i = 1; i < c->nr_workers; ++i)
@@ -236,6 +303,7 @@ connection_start (struct nbd_server *server, int fd)
     return NULL;
   c->server = server;
   c->fd = fd;
+  c->started_ms = now_ms ();
   atomic_store (&c->handshaking, true);
   disk_client_begin (server->disk, &c->client);
   c->in.data = malloc (INPUT_SIZE);

@@ -66,10 +66,13 @@ grow (struct builder *b)
 {
   struct extents *e = b->extents;
   size_t capacity = e->capacity == 0 ? MIN_CAPACITY : e->capacity * 2;
-  void *p = reallocarray (e->wire, capacity, b->extended
-                          ? sizeof (struct nbd_extent_ext)
-                          : sizeof (struct nbd_extent));
+  const size_t size = b->extended ? sizeof (struct nbd_extent_ext)
+                                  : sizeof (struct nbd_extent);
+  void *p;
 
+  if (!worker_extents_room (e, capacity * size))
+    return false;
+  p = reallocarray (e->wire, capacity, size);
   if (p == NULL)
     return false;
   e->wire = p;

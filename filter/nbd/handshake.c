@@ -219,7 +219,7 @@ opt_starttls (struct option *o, struct selection *selection)
   if (c->tls != NULL)
     return option_error (o, NBD_REP_ERR_INVALID, "TLS is in use already");
   if (!input_is_empty (c)) {
-    report_error ("nbd: a client sent plaintext behind STARTTLS: "
+    client_error (c->server, "nbd: a client sent plaintext behind STARTTLS: "
                   "its connection is closed");
     return -1;
   }

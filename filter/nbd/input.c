@@ -13,7 +13,8 @@
  * be a large payload too, and would have to be copied.
  *
  * The descriptor has a receive time-out: when it fires between two
- * requests the worker that receives gives its large buffers back.
+ * requests the worker that receives gives its buffers back, and a client
+ * that is idle for too long may be told to leave.
  */
 
 #include <config.h>
@@ -23,6 +24,7 @@
 #include <sys/socket.h>
 
 #include "common/bytes.h"
+#include "common/cleanup.h"
 #include "nbd/internal.h"
 
 #define LARGE_PAYLOAD (32 * 1024)
@@ -72,6 +74,7 @@ receive (struct connection *c, void *buf, size_t count, size_t ahead)
   if (r == -1)
     return -1;
 
+  connection_moved (&c->received, r);
   in->start = in->end = 0;
   if ((size_t) r > count) {
     in->end = r - count;
@@ -89,34 +92,86 @@ take (struct input *in, void *buf, size_t count)
   return count;
 }
 
-int
-input_read (struct connection *c, void *buf, size_t count)
+/* Nothing came for as long as recvmsg waits.  Has the connection been
+ * idle for so long now that it is to end?  *since is 0 after anything was
+ * received.
+ */
+static bool
+idle_too_long (struct connection *c, int64_t *since)
+{
+  const int64_t limit = c->server->limits.idle_seconds * INT64_C (1000);
+  const int64_t now = now_ms ();
+
+  if (limit == 0)
+    return false;
+  if (*since == 0)
+    *since = now - input_timeout_seconds (c->server) * 1000;
+  if (now - *since < limit)
+    return false;
+  debug_request ("nbd: client is idle for too long, it is cut off");
+  return true;
+}
+
+/* Has another worker a request in flight? */
+static bool
+others_work (struct connection *c)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
+  return c->waiting + 1 < c->nr_workers;
+}
+
+unsigned
+input_timeout_seconds (const struct nbd_server *server)
+{
+  const unsigned idle = server->limits.idle_seconds;
+
+  return idle > 0 && idle < IDLE_SECONDS ? idle : IDLE_SECONDS;
+}
+
+static int
+read_rest (struct connection *c, uint8_t *p, size_t done, size_t count)
 {
   struct input *in = &c->in;
-  uint8_t *p = buf;
-  size_t done;
+  int64_t since = 0;
 
-  in->header_only = count >= LARGE_PAYLOAD;
-  done = take (in, p, count);
   while (done < count) {
     ssize_t r = receive (c, p + done, count - done,
                          in->header_only ? request_header_size (c)
                                          : INPUT_SIZE);
 
     if (r == -1) {
-      if (errno != EAGAIN)
+      if (errno != EAGAIN || idle_too_long (c, &since))
         return -1;
       continue;
     }
+    since = 0;
     done += r;
   }
   return 0;
 }
 
 int
+input_read (struct connection *c, void *buf, size_t count)
+{
+  struct input *in = &c->in;
+  size_t done;
+  int r;
+
+  in->header_only = count >= LARGE_PAYLOAD;
+  done = take (in, buf, count);
+  if (done == count)
+    return 0;
+  atomic_store_explicit (&c->is_receiving, true, memory_order_relaxed);
+  r = read_rest (c, buf, done, count);
+  atomic_store_explicit (&c->is_receiving, false, memory_order_relaxed);
+  return r;
+}
+
+int
 input_skip (struct connection *c, uint64_t count)
 {
   struct input *in = &c->in;
+  int64_t since = 0;
 
   for (;;) {
     uint64_t n = min_u64 (count, buffered (in));
@@ -125,8 +180,9 @@ input_skip (struct connection *c, uint64_t count)
     count -= n;
     if (count == 0)
       return 0;
-    if (receive (c, NULL, 0, min_u64 (count, INPUT_SIZE)) == -1 &&
-        errno != EAGAIN)
+    if (receive (c, NULL, 0, min_u64 (count, INPUT_SIZE)) != -1)
+      since = 0;
+    else if (errno != EAGAIN || idle_too_long (c, &since))
       return -1;
   }
 }
@@ -142,6 +198,7 @@ input_header (struct connection *c, void *header, struct worker *idle)
   const size_t size = request_header_size (c);
   uint8_t *p = header;
   size_t done = take (in, p, size);
+  int64_t since = 0;
 
   while (done < size) {
     ssize_t r = receive (c, p + done, size - done,
@@ -151,8 +208,13 @@ input_header (struct connection *c, void *header, struct worker *idle)
       if (errno != EAGAIN)
         return -1;
       worker_trim (idle);
+      if (others_work (c))
+        since = now_ms ();
+      else if (idle_too_long (c, &since))
+        return -1;
       continue;
     }
+    since = 0;
     done += r;
   }
   in->header_only = false;

@@ -9,6 +9,8 @@
 /* What the files of this room share.
  *
  *   server.c      listening sockets, the list of connections, start, stop
+ *   bounds.c      who is let in, and who is cut
+ *   budget.c      memory for all connections
  *   connection.c  one connection: its workers from birth to end
  *   role.c        who receives: the role, stealing it, the monitor
  *   input.c       bytes from the client
@@ -24,7 +26,8 @@
  * connection->lock.  connection->send_lock and server->monitor_lock are
  * taken with no other lock held.  Inside send_lock only the lock of
  * struct tls is taken, which the receiver takes too, and inside which
- * none is.
+ * none is.  The locks of struct budget and struct client_errors are
+ * taken inside any other, and none inside them.
  */
 
 #include <pthread.h>
@@ -49,9 +52,7 @@ extern int dirty_bitmap_debug_request;
       report_debug (__VA_ARGS__);                                       \
   } while (0)
 
-#define MAX_CONNECTIONS 1024    /* of a server */
-#define MAX_EXTRA_THREADS 2048  /* of a server, besides one a connection */
-#define MAX_WORKERS 16          /* of a connection: requests in parallel */
+#define MAX_WORKERS NBD_MAX_REQUESTS
 
 /* The buffer that requests are received in. */
 #define INPUT_SIZE (128 * 1024)
@@ -63,8 +64,24 @@ extern int dirty_bitmap_debug_request;
 #define REPLY_ROOM (64 * 1024)
 #define OUTPUT_SIZE (GATHER_LIMIT + REPLY_ROOM + 512)
 
-/* How long a worker is idle before it gives its large buffers back. */
+/* A payload up to this, and an array of extents up to this many bytes,
+ * are in a buffer of the worker's own; larger ones come out of the budget.
+ * Any payload that the input buffer can hold whole is a small one.
+ */
+#define SMALL_PAYLOAD INPUT_SIZE
+#define SMALL_EXTENTS (32 * 1024)
+
+/* An array of extents of so many bytes is kept for the next request. */
+#define KEPT_EXTENTS (1024 * 1024)
+
+/* What TLS costs a connection. */
+#define TLS_COST (320 * 1024)
+
+/* How long a worker is idle before it gives its buffers back. */
 #define IDLE_SECONDS 5
+
+/* How often a worker that sends to a client which does not read looks up. */
+#define SEND_SECONDS 2
 
 struct connection;
 struct worker;
@@ -73,6 +90,40 @@ struct worker;
 struct context_name {
   const char *name;
   size_t bitmap;                /* as disk.h numbers them */
+};
+
+/* Free buffers of one size. */
+struct budget_class {
+  void *free;                   /* the first; each points to the next */
+  unsigned nr;
+  unsigned nr_spare;            /* the least nr since the last look */
+};
+
+/* From twice SMALL_PAYLOAD to NBD_MAX_PAYLOAD. */
+#define BUDGET_CLASSES 8
+
+/* Memory for requests: see budget.c. */
+struct budget {
+  uint64_t size;                /* fixed */
+  atomic_uint waiting;          /* workers; changed under lock */
+
+  /* Protects what follows, and connection->held and
+   * ->waiting_for_memory.
+   */
+  pthread_mutex_t lock;
+  pthread_cond_t freed;
+  uint64_t used, cached;
+  unsigned nr_empty_handed;     /* that wait and whose connection holds
+                                   nothing */
+  bool watched;                 /* budget_trim will be called */
+  struct budget_class class[BUDGET_CLASSES];
+};
+
+/* Messages about clients: those since some moment. */
+struct client_errors {
+  pthread_mutex_t lock;         /* protects the others */
+  int64_t since;
+  unsigned nr;
 };
 
 struct nbd_server {
@@ -86,6 +137,10 @@ struct nbd_server {
   uint16_t eflags;              /* transmission flags without DF */
   struct context_name *contexts;
   size_t nr_bitmaps;
+  struct nbd_limits limits;     /* in force; none is 0 but idle_seconds */
+  unsigned max_extra_threads;
+  struct budget budget;
+  struct client_errors errors;
 
   /* Fixed once nbd_server_start has returned. */
   int *sockets;
@@ -106,7 +161,14 @@ struct nbd_server {
   pthread_cond_t changed;       /* nr_live has fallen */
   struct connection *live;
   unsigned nr_live;
+  unsigned nr_handshaking;      /* of these */
+  unsigned nr_cut;              /* of these, to make room */
+  bool crowded;                 /* nobody was let in for want of room */
   struct connection *finished;  /* to be joined and freed */
+
+  /* The accepting thread's own. */
+  bool was_short;               /* of memory */
+  int64_t next_trim;            /* see bounds.c */
 
   /* The monitor sleeps when nothing has happened for a while.
    * monitor_lock protects going to sleep and being woken.
@@ -139,6 +201,8 @@ struct request {
 };
 
 struct extents {
+  struct connection *connection; /* whose budget it is */
+  size_t reserved;              /* bytes out of the budget */
   union {                       /* in wire format */
     struct nbd_extent *compact;
     struct nbd_extent_ext *extended; /* where extended headers are */
@@ -156,8 +220,10 @@ struct worker {
   atomic_uint_fast64_t ticket;  /* the role word of what it executes, or
                                    0; see output_flush_robbed */
   struct request request;
-  uint8_t *payload;             /* of a WRITE, or a large READ */
-  size_t payload_capacity;
+  uint8_t *payload;             /* of a WRITE, or a large READ: one of */
+  uint8_t *small;               /* SMALL_PAYLOAD bytes, or NULL */
+  uint8_t *large;               /* out of the budget, or NULL */
+  size_t large_capacity;
   struct extents extents;
   const uint32_t *contexts;     /* the ids that a BLOCK_STATUS asks for, */
   size_t nr_contexts;           /* ascending */
@@ -182,6 +248,16 @@ struct connection {
   int fd;
   struct connection *prev, *next; /* server->lock */
   struct disk_client client;
+  int64_t started_ms;
+  bool cut_for_room;            /* server->lock */
+
+  size_t held;                  /* out of the budget: budget->lock */
+  unsigned waiting_for_memory;  /* workers: budget->lock */
+
+  /* What the accepting thread knows (bounds.c). */
+  int64_t stalled_since;
+  uint64_t moved;
+  bool holds_memory;
 
   /* NULL without TLS.  Changed by STARTTLS only, so while there is one
    * thread.
@@ -196,6 +272,8 @@ struct connection {
 
   /* What the holder of the role owns. */
   struct input in;
+  atomic_uint_fast64_t received; /* bytes */
+  atomic_bool is_receiving;     /* a payload */
   uint64_t seq;                 /* of the request executed last */
   bool slow_by_nature;          /* the request that is executing */
   bool sending;                 /* or what it executes is sendmsg */
@@ -220,7 +298,10 @@ struct connection {
   bool input_ended;             /* no more requests will come */
 
   pthread_mutex_t send_lock;    /* writing to fd, so that replies do not
-                                   mix; robbed workers' gathered replies */
+                                   mix; robbed workers' gathered replies;
+                                   and changes of the next two */
+  atomic_uint_fast64_t sent;    /* bytes */
+  atomic_bool is_sending;
   atomic_bool dead;             /* writing failed, or we were cut off */
   atomic_bool handshaking;
 
@@ -247,6 +328,79 @@ extent_size (const struct connection *c)
 /* Start a thread with all signals blocked.  Returns 0 or an error. */
 extern int server_create_thread (pthread_t *, void *(*) (void *), void *);
 
+/* Let the accepting thread look at what there is to do. */
+extern void server_wake (struct nbd_server *);
+
+/* A connection is through its handshake. */
+extern void server_handshake_done (struct connection *);
+
+/* bounds.c */
+
+/* CLOCK_MONOTONIC, in milliseconds. */
+extern int64_t now_ms (void);
+
+/* How long a client may hold memory that others wait for without moving
+ * data.  Variable for the unit tests.
+ */
+extern unsigned stall_ms;
+
+/* Lower the number of connections to what the limit of open files allows
+ * for.
+ */
+extern void bounds_for_descriptors (struct nbd_limits *);
+
+/* May another client be let in?  If it has to WAIT, *wait_ms says how
+ * long until it is worth asking again, -1 if somebody will wake us.
+ */
+enum admission { ADMIT, WAIT, REFUSE };
+extern enum admission bounds_admit (struct nbd_server *, int *wait_ms);
+
+/* Cut whom it is time to cut.  Returns in how many milliseconds to look
+ * again, -1 for never.
+ */
+extern int bounds_look (struct nbd_server *);
+
+/* Report what a client has done wrong, or what was done about it, but
+ * not any number of times.  The end tells how many were not shown.
+ */
+extern void client_error (struct nbd_server *, const char *fmt, ...)
+  __attribute__ ((format (printf, 2, 3)));
+extern void client_errors_end (struct nbd_server *);
+
+/* budget.c */
+
+/* Divide limits.memory among connections (their number may be lowered),
+ * threads and the budget.  limits and nr_bitmaps are set.  -1 with errno.
+ */
+extern int budget_divide (struct nbd_server *);
+extern void budget_free (struct budget *);
+
+/* A buffer of at least length bytes, and its capacity.  Waits until there
+ * is room.  NULL with errno, ESHUTDOWN if the connection is cut.
+ */
+extern uint8_t *budget_take (struct connection *, size_t length,
+                             size_t *capacity);
+extern void budget_give (struct connection *, uint8_t *buffer,
+                         size_t capacity);
+
+/* Count memory that the caller allocates, or has freed.  False if there
+ * is no room for so long.
+ */
+extern bool budget_reserve (struct connection *, size_t count,
+                            unsigned patience_ms);
+extern void budget_unreserve (struct connection *, size_t count);
+
+/* Does anybody wait? */
+extern bool budget_is_short (const struct budget *);
+
+/* Wake who waits, because a connection was cut. */
+extern void budget_wake (struct budget *);
+
+/* Give buffers that were not needed since the last call to the system.
+ * False if there is nothing more to look at.
+ */
+extern bool budget_trim (struct budget *);
+
 /* connection.c */
 
 /* Serve a client in threads of its own.  The descriptor becomes the
@@ -265,10 +419,32 @@ extern void connection_add_worker (struct connection *);
 /* No more replies can be sent, no more requests are wanted. */
 extern void connection_cut (struct connection *);
 
-/* A buffer of the worker's for a payload, NULL with errno. */
+/* Sending has failed with errno: go on trying? */
+extern bool connection_may_wait (struct connection *, int64_t *since);
+
+/* Count bytes that came or went.  Only one thread at a time does. */
+static inline void
+connection_moved (atomic_uint_fast64_t *bytes, size_t count)
+{
+  atomic_store_explicit (bytes, count +
+                         atomic_load_explicit (bytes, memory_order_relaxed),
+                         memory_order_relaxed);
+}
+
+/* A buffer for a payload, w->payload, NULL with errno.  A large one may
+ * have to be waited for, and is the worker's until the request ends.
+ */
 extern uint8_t *worker_payload (struct worker *, uint32_t length);
 
-/* Give large buffers back. */
+/* Room for an array of extents of so many bytes.  False if there is
+ * none.
+ */
+extern bool worker_extents_room (struct extents *, size_t size);
+
+/* The request is answered: give back what is large. */
+extern void worker_end_request (struct worker *);
+
+/* Idle: give back all that can be. */
 extern void worker_trim (struct worker *);
 
 /* role.c */
@@ -290,6 +466,9 @@ extern void monitor_quit (struct nbd_server *);
  */
 extern int input_read (struct connection *, void *buf, size_t count);
 extern int input_skip (struct connection *, uint64_t count);
+
+/* After how long receiving looks up. */
+extern unsigned input_timeout_seconds (const struct nbd_server *);
 
 /* Take the next request's header, of request_header_size bytes; idle is
  * told where that takes long.

@@ -16,6 +16,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 struct disk;
 struct nbd_server;
@@ -42,10 +43,30 @@ struct nbd_tls_options {
 extern struct nbd_tls *nbd_tls_load (const struct nbd_tls_options *);
 extern void nbd_tls_free (struct nbd_tls *);
 
+/* What clients can use at most.  0: the default. */
+struct nbd_limits {
+  unsigned connections;         /* up to NBD_MAX_CONNECTIONS */
+  unsigned handshake_seconds;
+  unsigned idle_seconds;        /* without a request; the default is none */
+  unsigned requests;            /* of a connection at once, up to
+                                   NBD_MAX_REQUESTS */
+  uint64_t memory;              /* of all connections together, in bytes,
+                                   at least NBD_MIN_MEMORY */
+};
+
+#define NBD_MAX_CONNECTIONS 10000
+#define NBD_MAX_REQUESTS 16
+#define NBD_MIN_MEMORY ((uint64_t) 128 << 20)
+
+#define NBD_DEFAULT_CONNECTIONS 256
+#define NBD_DEFAULT_HANDSHAKE_SECONDS 30
+#define NBD_DEFAULT_MEMORY ((uint64_t) 512 << 20)
+
 struct nbd_options {
   bool readonly;                /* clients may not write */
   const char *description;      /* of the export, or NULL */
   struct nbd_tls *tls;          /* or NULL: none.  Stays the caller's */
+  struct nbd_limits limits;
 };
 
 /* Make a server with no sockets yet, and no threads.  NULL with errno. */

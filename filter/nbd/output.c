@@ -21,7 +21,9 @@
  * - Whoever sends with the role kept lets it be stolen meanwhile.
  *
  * A client that does not read blocks only workers of its connection, in
- * sendmsg or on send_lock, and connection_cut frees them.
+ * sendmsg or on send_lock, and connection_cut frees them.  The descriptor
+ * has a send time-out, so that sendmsg tells of what it has sent, and of
+ * an idle client.
  */
 
 #include <config.h>
@@ -37,6 +39,7 @@ static void
 send_all_plain (struct connection *c, struct iovec *iov, size_t nr)
 {
   struct msghdr msg = { .msg_iov = iov, .msg_iovlen = nr };
+  int64_t since = 0;
 
   while (msg.msg_iovlen > 0) {
     ssize_t r;
@@ -51,12 +54,14 @@ send_all_plain (struct connection *c, struct iovec *iov, size_t nr)
 
     r = sendmsg (c->fd, &msg, MSG_NOSIGNAL);
     if (r == -1) {
-      if (errno == EINTR)
+      if (errno == EINTR || connection_may_wait (c, &since))
         continue;
       debug_request ("nbd: send: %m");
       connection_cut (c);
       return;
     }
+    connection_moved (&c->sent, r);
+    since = 0;
     while (r > 0) {
       size_t n = (size_t) r < msg.msg_iov->iov_len
         ? (size_t) r : msg.msg_iov->iov_len;
@@ -78,12 +83,14 @@ send_all_plain (struct connection *c, struct iovec *iov, size_t nr)
 static void
 send_all (struct connection *c, struct iovec *iov, size_t nr)
 {
+  atomic_store_explicit (&c->is_sending, true, memory_order_relaxed);
   if (c->tls == NULL || !tls_is_ours (c->tls))
     send_all_plain (c, iov, nr);
   else if (tls_send (c, iov, nr) == -1) {
     debug_request ("nbd: send: %m");
     connection_cut (c);
   }
+  atomic_store_explicit (&c->is_sending, false, memory_order_relaxed);
 }
 
 /* Send the gathered replies and the reply at hand.  Without the role,

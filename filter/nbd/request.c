@@ -670,5 +670,6 @@ request_serve (struct worker *w)
   else
     execute_and_reply (w);
   output_reply (w);
+  worker_end_request (w);
   return 0;
 }

@@ -23,11 +23,11 @@
  *   to FREE, and another worker woken or started.  The holder finds out
  *   when it is done: its own compare-and-swap back to OWNED fails.
  * - The same happens to a holder that sends to a client which does not
- *   read yet, because it sends its own requests first: nearly MAX_WORKERS
- *   of these are taken from it.
+ *   read yet, because it sends its own requests first: nearly as many
+ *   of these as it may have requests in flight are taken from it.
  * - A connection whose requests sleep becomes eager: its workers give
- *   the role up before they execute, so that up to MAX_WORKERS requests
- *   run in parallel.
+ *   the role up before they execute, so that as many requests run in
+ *   parallel as the connection may have threads.
  * - Requests that are slow by nature (a flush) give it up at once if
  *   there are other requests to receive, eager or not.
  *
@@ -114,7 +114,7 @@ offer_role (struct connection *c)
 {
   if (c->waiting > 0)
     pthread_cond_signal (&c->role_freed);
-  else if (c->nr_workers < MAX_WORKERS)
+  else if (c->nr_workers < c->server->limits.requests)
     connection_add_worker (c);
 }
 

@@ -100,7 +100,22 @@ init_locks (struct nbd_server *server)
   pthread_cond_init (&server->monitor_wake, NULL);
   pthread_mutex_init (&server->lock, NULL);
   pthread_mutex_init (&server->monitor_lock, NULL);
+  pthread_mutex_init (&server->errors.lock, NULL);
   return 0;
+}
+
+static void
+complete_limits (struct nbd_limits *limits)
+{
+  if (limits->connections == 0)
+    limits->connections = NBD_DEFAULT_CONNECTIONS;
+  if (limits->handshake_seconds == 0)
+    limits->handshake_seconds = NBD_DEFAULT_HANDSHAKE_SECONDS;
+  if (limits->requests == 0)
+    limits->requests = NBD_MAX_REQUESTS;
+  if (limits->memory == 0)
+    limits->memory = NBD_DEFAULT_MEMORY;
+  bounds_for_descriptors (limits);
 }
 
 struct nbd_server *
@@ -116,13 +131,16 @@ nbd_server_new (struct disk *disk, const struct nbd_options *options)
   server->readonly = options->readonly || disk_is_readonly (disk);
   server->eflags = transmission_flags (server->readonly);
   server->tls = options->tls;
+  server->limits = options->limits;
+  complete_limits (&server->limits);
   if (options->description != NULL && options->description[0] != '\0')
     server->description = strndup (options->description, NBD_MAX_STRING);
   server->wake_fd = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);
   if ((options->description != NULL && options->description[0] != '\0' &&
        server->description == NULL) ||
       server->wake_fd == -1 ||
-      contexts_index (server) == -1 || init_locks (server) == -1) {
+      contexts_index (server) == -1 || budget_divide (server) == -1 ||
+      init_locks (server) == -1) {
     int saved_errno = errno;
 
     if (server->wake_fd != -1)
@@ -158,14 +176,16 @@ nbd_server_add_socket (struct nbd_server *server, int fd)
 
 /* Options of a client's socket.  Those for TCP fail on others. */
 static void
-set_socket_options (int fd)
+set_socket_options (const struct nbd_server *server, int fd)
 {
   const int on = 1;
-  const struct timeval idle = { .tv_sec = IDLE_SECONDS };
+  const struct timeval idle = { .tv_sec = input_timeout_seconds (server) };
+  const struct timeval send = { .tv_sec = SEND_SECONDS };
 
   setsockopt (fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
   setsockopt (fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
   setsockopt (fd, SOL_SOCKET, SO_RCVTIMEO, &idle, sizeof idle);
+  setsockopt (fd, SOL_SOCKET, SO_SNDTIMEO, &send, sizeof send);
 }
 
 static void
@@ -174,7 +194,8 @@ add_connection (struct nbd_server *server, int fd)
   struct connection *c;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
-  c = server->nr_live < MAX_CONNECTIONS ? connection_start (server, fd) : NULL;
+  c = server->nr_live < server->limits.connections
+    ? connection_start (server, fd) : NULL;
   if (c == NULL) {
     debug_request ("nbd: client refused, %u are connected", server->nr_live);
     close (fd);
@@ -185,6 +206,7 @@ add_connection (struct nbd_server *server, int fd)
     c->next->prev = c;
   server->live = c;
   server->nr_live++;
+  server->nr_handshaking++;
 }
 
 /* Take one client.  False if that had better be tried again later. */
@@ -195,7 +217,7 @@ accept_one (struct nbd_server *server, int sock)
 
   if (fd == -1)
     return errno == EAGAIN || errno == ECONNABORTED || errno == EINTR;
-  set_socket_options (fd);
+  set_socket_options (server, fd);
   add_connection (server, fd);
   return true;
 }
@@ -218,6 +240,64 @@ join_finished (struct nbd_server *server)
   }
 }
 
+void
+server_wake (struct nbd_server *server)
+{
+  eventfd_write (server->wake_fd, 1);
+}
+
+void
+server_handshake_done (struct connection *c)
+{
+  struct nbd_server *server = c->server;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
+  atomic_store (&c->handshaking, false);
+  server->nr_handshaking--;
+  if (server->crowded)
+    server_wake (server);
+}
+
+static int
+shorter (int a, int b)
+{
+  return a == -1 || (b != -1 && b < a) ? b : a;
+}
+
+/* Sleep until there is something to do: a client on one of the sockets,
+ * if pause_ms is 0, or else on none of them for so long; or what
+ * bounds_look waits for.  Returns as poll does.
+ */
+static int
+wait_for_clients (struct nbd_server *server, int pause_ms, nfds_t *nr)
+{
+  const int look_ms = bounds_look (server);
+  int wait_ms = 0;
+
+  if (pause_ms == 0 && bounds_admit (server, &wait_ms) == WAIT)
+    pause_ms = wait_ms;
+  *nr = pause_ms == 0 ? server->nr_sockets + 1 : 1;
+  return poll (server->pollfds, *nr,
+               shorter (look_ms, pause_ms == 0 ? -1 : pause_ms));
+}
+
+/* Take clients from the sockets that have one, and for which there is
+ * room.  False if there is no room in the process.
+ */
+static bool
+accept_some (struct nbd_server *server, nfds_t nr)
+{
+  bool can = true;
+  int ignored;
+
+  for (nfds_t i = 1; i < nr; ++i)
+    if (server->pollfds[i].revents != 0 &&
+        bounds_admit (server, &ignored) != WAIT &&
+        !accept_one (server, server->pollfds[i].fd))
+      can = false;
+  return can;
+}
+
 /* Listen to wake_fd only while we cannot take clients, so as not to
  * spin.
  */
@@ -226,13 +306,13 @@ accept_main (void *vp)
 {
   struct nbd_server *server = vp;
   struct pollfd *fds = server->pollfds;
-  bool pause = false;
+  bool can_accept = true;
 
   while (!atomic_load (&server->stopping)) {
-    nfds_t nr = pause ? 1 : server->nr_sockets + 1;
-    int r = poll (fds, nr, pause ? ACCEPT_PAUSE_MS : -1);
+    nfds_t nr;
+    int r = wait_for_clients (server, can_accept ? 0 : ACCEPT_PAUSE_MS, &nr);
 
-    pause = r == -1;
+    can_accept = r != -1;
     if (r <= 0)
       continue;
     if (fds[0].revents != 0) {
@@ -241,9 +321,7 @@ accept_main (void *vp)
       eventfd_read (server->wake_fd, &ignored);
       join_finished (server);
     }
-    for (nfds_t i = 1; i < nr; ++i)
-      if (fds[i].revents != 0 && !accept_one (server, fds[i].fd))
-        pause = true;
+    can_accept = accept_some (server, nr);
   }
   return NULL;
 }
@@ -344,7 +422,7 @@ nbd_server_stop (struct nbd_server *server, unsigned grace_ms)
   server->started = false;
 
   atomic_store (&server->stopping, true);
-  eventfd_write (server->wake_fd, 1);
+  server_wake (server);
   pthread_join (server->accept_thread, NULL);
   close_sockets (server);
   {
@@ -355,6 +433,7 @@ nbd_server_stop (struct nbd_server *server, unsigned grace_ms)
   }
   join_finished (server);
   monitor_quit (server);
+  client_errors_end (server);
 }
 
 void
@@ -366,6 +445,8 @@ nbd_server_free (struct nbd_server *server)
   close (server->wake_fd);
   pthread_mutex_destroy (&server->lock);
   pthread_mutex_destroy (&server->monitor_lock);
+  pthread_mutex_destroy (&server->errors.lock);
+  budget_free (&server->budget);
   pthread_cond_destroy (&server->changed);
   pthread_cond_destroy (&server->monitor_wake);
   free (server->contexts);

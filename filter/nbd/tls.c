@@ -33,7 +33,7 @@
  *
  * The handshake is the exception.  One thread alone uses the connection
  * then, GnuTLS reads and writes the socket, which does not block, and
- * poll waits with a limit for the whole.
+ * poll waits.
  *
  * Where the system's GnuTLS is configured to (ktls in its configuration
  * file), and the kernel can, it hands the keys to the kernel at the end
@@ -52,7 +52,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <time.h>
 
 #include "common/bytes.h"
 #include "common/cleanup.h"
@@ -77,8 +76,6 @@
 /* Each costs little more than what is in it. */
 #define TLS_INPUT_SIZE (128 * 1024)
 #define TLS_OUTPUT_SIZE (128 * 1024 + RECORD_OVERHEAD)
-
-unsigned tls_handshake_ms = 30 * 1000;
 
 struct tls {
   gnutls_session_t session;
@@ -142,15 +139,6 @@ set_nonblocking (int fd, bool on)
   return fcntl (fd, F_SETFL, on ? flags | O_NONBLOCK : flags & ~O_NONBLOCK);
 }
 
-static int64_t
-now_ms (void)
-{
-  struct timespec ts;
-
-  clock_gettime (CLOCK_MONOTONIC, &ts);
-  return ts.tv_sec * INT64_C (1000) + ts.tv_nsec / 1000000;
-}
-
 /* What went wrong, and if it is the client's certificate, why: for the
  * operator.  That we cut the connection ourselves is no news.
  */
@@ -165,20 +153,20 @@ report_failure (const struct connection *c, gnutls_session_t session, int err)
       gnutls_certificate_verification_status_print
       (gnutls_session_get_verify_cert_status (session),
        gnutls_certificate_type_get (session), &text, 0) >= 0) {
-    report_error ("nbd: TLS handshake: %s", (const char *) text.data);
+    client_error (c->server, "nbd: TLS handshake: %s",
+                  (const char *) text.data);
     gnutls_free (text.data);
   }
   else
-    report_error ("nbd: TLS handshake: %s", gnutls_strerror (err));
+    client_error (c->server, "nbd: TLS handshake: %s", gnutls_strerror (err));
 }
 
-/* One call does as much as it can without waiting.  Then wait, until the
- * end of the time for all of it, for the client to go on.
+/* One call does as much as it can without waiting.  Then wait for the
+ * client to go on; if that takes too long, the connection is cut.
  */
 static int
 shake_hands (struct connection *c, gnutls_session_t session)
 {
-  const int64_t deadline = now_ms () + tls_handshake_ms;
   int r;
 
   while ((r = gnutls_handshake (session)) != GNUTLS_E_SUCCESS) {
@@ -186,18 +174,15 @@ shake_hands (struct connection *c, gnutls_session_t session)
       .fd = c->fd,
       .events = gnutls_record_get_direction (session) ? POLLOUT : POLLIN,
     };
-    int64_t left = deadline - now_ms ();
 
     if (gnutls_error_is_fatal (r)) {
       report_failure (c, session, r);
       gnutls_alert_send_appropriate (session, r);
       return -1;
     }
-    if (left <= 0) {
-      report_error ("nbd: TLS handshake: the client takes too long");
+    if (atomic_load (&c->dead))
       return -1;
-    }
-    if (r == GNUTLS_E_AGAIN && poll (&fd, 1, left) == -1 && errno != EINTR)
+    if (r == GNUTLS_E_AGAIN && poll (&fd, 1, -1) == -1 && errno != EINTR)
       return -1;
   }
   return 0;
@@ -240,7 +225,7 @@ find_out_who_encrypts (struct connection *c, struct tls *tls)
 #endif
 
 static struct tls *
-tls_new (const struct nbd_tls *configuration)
+tls_new (struct nbd_server *server)
 {
   struct tls *tls = calloc (1, sizeof *tls);
   int r;
@@ -255,9 +240,9 @@ tls_new (const struct nbd_tls *configuration)
     tls_free (tls);
     return NULL;
   }
-  r = nbd_tls_new_session (configuration, &tls->session);
+  r = nbd_tls_new_session (server->tls, &tls->session);
   if (r < 0) {
-    report_error ("nbd: TLS: %s", gnutls_strerror (r));
+    client_error (server, "nbd: TLS: %s", gnutls_strerror (r));
     tls->session = NULL;
     tls_free (tls);
     return NULL;
@@ -286,7 +271,7 @@ debug_session (gnutls_session_t session)
 int
 tls_start (struct connection *c)
 {
-  struct tls *tls = tls_new (c->server->tls);
+  struct tls *tls = tls_new (c->server);
 
   if (tls == NULL)
     return -1;
@@ -401,6 +386,7 @@ static int
 drain (struct connection *c, int flags)
 {
   struct tls *tls = c->tls;
+  int64_t since = 0;
   size_t done = 0;
 
   while (done < tls->out_used) {
@@ -412,10 +398,14 @@ drain (struct connection *c, int flags)
     }
     r = send (c->fd, tls->out + done, tls->out_used - done,
               MSG_NOSIGNAL | flags);
-    if (r == -1 && errno != EINTR)
+    if (r == -1 && errno != EINTR &&
+        ((flags & MSG_DONTWAIT) != 0 || !connection_may_wait (c, &since)))
       return -1;
-    if (r > 0)
+    if (r > 0) {
+      connection_moved (&c->sent, r);
+      since = 0;
       done += r;
+    }
   }
   tls->out_used = 0;
   return 0;

@@ -35,11 +35,6 @@ extern int nbd_tls_new_session (const struct nbd_tls *, gnutls_session_t *);
 
 /* tls.c */
 
-/* How long a client may take for the TLS handshake.  Variable for the
- * unit tests.
- */
-extern unsigned tls_handshake_ms;
-
 /* Turn to TLS: the next byte from the client, and the next to it, is of
  * the TLS handshake.  Nothing of the client's may be buffered, nor of
  * ours gathered.  -1 if it fails, and then the connection cannot go on.

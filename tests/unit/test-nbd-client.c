@@ -59,6 +59,7 @@ fixture_init (struct fixture *f, uint64_t size)
   f->disk = fake_disk_new (size);
   f->server = NULL;
   f->tls = NULL;
+  memset (&f->limits, 0, sizeof f->limits);
   snprintf (f->dir, sizeof f->dir, "%s/nbdXXXXXX",
             tmp != NULL && strlen (tmp) < 40 ? tmp : "/tmp");
   assert_non_null (mkdtemp (f->dir));
@@ -83,6 +84,7 @@ fixture_start (struct fixture *f, bool readonly)
   if (fixture_over_tls && f->tls == NULL)
     f->tls = fixture_load_tls (f, true);
   options.tls = f->tls;
+  options.limits = f->limits;
   f->server = nbd_server_new (f->disk, &options);
   assert_non_null (f->server);
   assert_int_equal (nbd_server_add_socket (f->server, fd), 0);

@@ -26,7 +26,8 @@ struct fixture {
   struct disk *disk;
   struct nbd_server *server;
   char dir[64], path[96];
-  struct nbd_tls *tls;          /* may be set before fixture_start */
+  struct nbd_tls *tls;          /* may be set before fixture_start, */
+  struct nbd_limits limits;     /* and these */
 };
 
 /* Set to require TLS of all servers to come.  Clients then speak it

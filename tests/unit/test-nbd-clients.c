@@ -3,8 +3,8 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* Clients of filter/nbd that vanish, that are too many, that come over
- * TCP.
+/* Clients of filter/nbd that vanish, that there are no descriptors for,
+ * that come over TCP.
  */
 
 #include <config.h>
@@ -98,43 +98,6 @@ under_valgrind (void)
   const char *preload = getenv ("LD_PRELOAD");
 
   return preload != NULL && strstr (preload, "valgrind") != NULL;
-}
-
-static void
-test_too_many_clients (void **state)
-{
-  enum { N = 1030 };
-  struct rlimit limit, old;
-  int fd[N], nr_refused = 0;
-  uint8_t byte;
-
-  (void) state;
-  getrlimit (RLIMIT_NOFILE, &old);
-  limit = old;
-  limit.rlim_cur = limit.rlim_max;
-  if (limit.rlim_max < 4096 || under_valgrind ())
-    skip ();
-  setrlimit (RLIMIT_NOFILE, &limit);
-  for (int i = 0; i < N; ++i)
-    fd[i] = fixture_connect (&f);
-  for (int i = 0; i < N; ++i)
-    if (recv (fd[i], &byte, 1, 0) != 1)
-      nr_refused++;
-  assert_int_equal (nr_refused, N - 1024);
-  for (int i = 0; i < N; ++i)
-    close (fd[i]);
-  /* There is room again. */
-  for (int i = 0;; ++i) {
-    int again = fixture_connect (&f);
-    ssize_t r = recv (again, &byte, 1, 0);
-
-    close (again);
-    if (r == 1)
-      break;
-    assert_true (i < 500);
-    sleep_ms (10);
-  }
-  setrlimit (RLIMIT_NOFILE, &old);
 }
 
 /* No descriptors for a client: it waits, and we do not spin. */
@@ -235,7 +198,6 @@ main (void)
 #define TEST(name) cmocka_unit_test_setup_teardown (name, setup, teardown)
   const struct CMUnitTest tests[] = {
     TEST (test_vanishing_clients),
-    TEST (test_too_many_clients),
     TEST (test_no_descriptors),
     TEST (test_ipv4),
     TEST (test_ipv6),

@@ -30,11 +30,12 @@
 static struct fixture f;
 
 static int
-start (bool required)
+start (bool required, unsigned handshake_seconds)
 {
   fixture_init (&f, SIZE);
   fake_disk_add_bitmap (f.disk, "secret", 65536);
   f.tls = fixture_load_tls (&f, required);
+  f.limits.handshake_seconds = handshake_seconds;
   fixture_start (&f, false);
   tls_relay_priority = NULL;
   return 0;
@@ -44,22 +45,21 @@ static int
 setup_required (void **state)
 {
   (void) state;
-  return start (true);
+  return start (true, 0);
 }
 
 static int
 setup_optional (void **state)
 {
   (void) state;
-  return start (false);
+  return start (false, 0);
 }
 
-/* As long as nobody reads it but this thread. */
 static int
 setup_impatient (void **state)
 {
-  tls_handshake_ms = 500;
-  return setup_required (state);
+  (void) state;
+  return start (true, 1);
 }
 
 static int
@@ -68,7 +68,6 @@ teardown (void **state)
   (void) state;
   fixture_over_tls = false;
   fixture_stop (&f);
-  tls_handshake_ms = 30 * 1000;
   return 0;
 }
 

@@ -1,0 +1,281 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* What strangers may do at most: who is let in, and who is cut.
+ *
+ * All of it is done by the thread that accepts, between two clients, or
+ * when there is something to be looked at.  It looks at the list of
+ * connections and never waits for one: cutting is shutting down.
+ *
+ * The handshake.  All of it, TLS included, has one deadline, however the
+ * client spends its time.  Connections in the handshake may be half of
+ * all.  If there are no more places, the oldest one in the handshake has
+ * to go, but each has a second that nobody takes from it, and meanwhile
+ * newcomers wait in the backlog: so a crowd that comes at once is let in,
+ * and those who come to occupy places occupy them for a second each.  A
+ * connection that is through the handshake is never cut for a newcomer.
+ *
+ * Memory (budget.c).  A connection holds memory on account of its client
+ * while it receives a payload or sends replies.  It is cut if a client of
+ * another one waits for memory, and its own has not moved STALL_BYTES
+ * for stall_ms.  Who waits for memory and stalls does not count as
+ * waiting.
+ *
+ * Messages.  A client can cause as many as it likes.  So what is
+ * said of clients (client_error) is a few a minute, and how many more
+ * there were.
+ */
+
+#include <config.h>
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <sys/resource.h>
+#include <time.h>
+
+#include "common/bytes.h"
+#include "common/cleanup.h"
+#include "nbd/internal.h"
+
+/* A place in the handshake is the client's for this long. */
+#define PLACE_MS 1000
+
+#define STALL_BYTES (64 * 1024)
+unsigned stall_ms = 5000;
+
+/* How often to look at connections while memory is short, and at what
+ * the budget keeps.
+ */
+#define LOOK_MS 500
+#define TRIM_MS (IDLE_SECONDS * 1000)
+
+/* Descriptors that are not for clients. */
+#define SPARE_DESCRIPTORS 64
+
+#define ERRORS_AT_ONCE 10
+#define ERRORS_MS (60 * 1000)
+
+int64_t
+now_ms (void)
+{
+  struct timespec ts;
+
+  clock_gettime (CLOCK_MONOTONIC, &ts);
+  return ts.tv_sec * INT64_C (1000) + ts.tv_nsec / 1000000;
+}
+
+void
+bounds_for_descriptors (struct nbd_limits *limits)
+{
+  struct rlimit limit;
+  rlim_t most;
+
+  if (getrlimit (RLIMIT_NOFILE, &limit) == -1 ||
+      limit.rlim_cur == RLIM_INFINITY)
+    return;
+  most = limit.rlim_cur > 2 * SPARE_DESCRIPTORS
+    ? limit.rlim_cur - SPARE_DESCRIPTORS : limit.rlim_cur / 2;
+  if (most == 0 || limits->connections <= most)
+    return;
+  report_warning ("the limit of %llu open files allows for %llu connections, "
+                  "not %u", (unsigned long long) limit.rlim_cur,
+                  (unsigned long long) most, limits->connections);
+  limits->connections = most;
+}
+
+/* The one in the handshake that came first, and is not cut already.
+ * Called with server->lock.  The list begins with who came last.
+ */
+static struct connection *
+oldest_handshake (struct nbd_server *server)
+{
+  struct connection *oldest = NULL;
+
+  for (struct connection *c = server->live; c != NULL; c = c->next)
+    if (atomic_load (&c->handshaking) && !atomic_load (&c->dead))
+      oldest = c;
+  return oldest;
+}
+
+enum admission
+bounds_admit (struct nbd_server *server, int *wait_ms)
+{
+  const struct nbd_limits *limits = &server->limits;
+  struct connection *oldest;
+  int64_t age;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
+  server->crowded = false;
+  if (server->nr_live < limits->connections &&
+      server->nr_handshaking < (limits->connections + 1) / 2)
+    return ADMIT;
+  if (server->nr_handshaking == 0)
+    return REFUSE;
+
+  /* Each that ends, or is through the handshake, wakes us. */
+  server->crowded = true;
+  *wait_ms = -1;
+  if (server->nr_cut > 0)
+    return WAIT;
+  oldest = oldest_handshake (server);
+  if (oldest == NULL)
+    return WAIT;
+  age = now_ms () - oldest->started_ms;
+  if (age < PLACE_MS) {
+    *wait_ms = PLACE_MS - age;
+    return WAIT;
+  }
+  debug_request ("nbd: a client that is slow in its handshake is cut off "
+                 "to make room");
+  server->nr_cut++;
+  oldest->cut_for_room = true;
+  connection_cut (oldest);
+  return WAIT;
+}
+
+static void
+sooner (int *wait_ms, int64_t ms)
+{
+  if (ms < 0)
+    ms = 0;
+  if (*wait_ms == -1 || *wait_ms > ms)
+    *wait_ms = ms;
+}
+
+/* Called with server->lock. */
+static void
+look_at_handshakes (struct nbd_server *server, int64_t now, int *wait_ms)
+{
+  const int64_t limit = server->limits.handshake_seconds * INT64_C (1000);
+
+  if (server->nr_handshaking == 0)
+    return;
+  for (struct connection *c = server->live; c != NULL; c = c->next) {
+    if (!atomic_load (&c->handshaking) || atomic_load (&c->dead))
+      continue;
+    if (now - c->started_ms < limit)
+      sooner (wait_ms, c->started_ms + limit - now);
+    else {
+      client_error (server, "nbd: a client has not finished its handshake "
+                    "in %u seconds: its connection is closed",
+                    server->limits.handshake_seconds);
+      connection_cut (c);
+    }
+  }
+}
+
+static bool
+stalls (struct connection *c, int64_t now)
+{
+  const uint64_t moved =
+    atomic_load_explicit (&c->received, memory_order_relaxed) +
+    atomic_load_explicit (&c->sent, memory_order_relaxed);
+
+  if (!(atomic_load_explicit (&c->is_receiving, memory_order_relaxed) ||
+        atomic_load_explicit (&c->is_sending, memory_order_relaxed)) ||
+      c->stalled_since == 0 || moved - c->moved >= STALL_BYTES) {
+    c->moved = moved;
+    c->stalled_since = now;
+  }
+  return now - c->stalled_since >= stall_ms;
+}
+
+/* Called with server->lock. */
+static void
+look_for_stalls (struct nbd_server *server, int64_t now)
+{
+  bool somebody_waits = false;
+
+  for (struct connection *c = server->live; c != NULL; c = c->next) {
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->budget.lock);
+
+    if (!stalls (c, now) && c->waiting_for_memory > 0)
+      somebody_waits = true;
+    c->holds_memory = c->held > 0;
+  }
+  if (!somebody_waits)
+    return;
+  for (struct connection *c = server->live; c != NULL; c = c->next)
+    if (c->holds_memory && now - c->stalled_since >= stall_ms &&
+        !atomic_load (&c->dead)) {
+      client_error (server, "nbd: a client that holds memory others wait for "
+                    "takes or sends almost nothing: its connection is "
+                    "closed");
+      connection_cut (c);
+    }
+}
+
+/* Nobody was looked at for a while: begin anew. */
+static void
+forget_stalls (struct nbd_server *server)
+{
+  for (struct connection *c = server->live; c != NULL; c = c->next)
+    c->stalled_since = 0;
+}
+
+int
+bounds_look (struct nbd_server *server)
+{
+  const int64_t now = now_ms ();
+  int wait_ms = -1;
+
+  {
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
+
+    look_at_handshakes (server, now, &wait_ms);
+    if (budget_is_short (&server->budget)) {
+      look_for_stalls (server, now);
+      sooner (&wait_ms, LOOK_MS);
+      server->was_short = true;
+    }
+    else if (server->was_short) {
+      forget_stalls (server);
+      server->was_short = false;
+    }
+  }
+  if (now >= server->next_trim && budget_trim (&server->budget))
+    server->next_trim = now + TRIM_MS;
+  if (server->next_trim > now)
+    sooner (&wait_ms, server->next_trim - now);
+  return wait_ms;
+}
+
+void
+client_error (struct nbd_server *server, const char *fmt, ...)
+{
+  const int64_t now = now_ms ();
+  unsigned nr_more = 0;
+  char text[256];
+  va_list args;
+
+  {
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->errors.lock);
+
+    if (now - server->errors.since >= ERRORS_MS) {
+      if (server->errors.nr > ERRORS_AT_ONCE)
+        nr_more = server->errors.nr - ERRORS_AT_ONCE;
+      server->errors.since = now;
+      server->errors.nr = 0;
+    }
+    if (++server->errors.nr > ERRORS_AT_ONCE)
+      return;
+  }
+  if (nr_more > 0)
+    report_error ("nbd: %u more errors of clients were not shown", nr_more);
+  va_start (args, fmt);
+  vsnprintf (text, sizeof text, fmt, args);
+  va_end (args);
+  report_error ("%s", text);
+}
+
+void
+client_errors_end (struct nbd_server *server)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->errors.lock);
+  if (server->errors.nr > ERRORS_AT_ONCE)
+    report_error ("nbd: %u more errors of clients were not shown",
+                  server->errors.nr - ERRORS_AT_ONCE);
+  server->errors.nr = 0;
+}
