@@ -319,6 +319,7 @@ start_server (void)
   const struct nbd_options options = {
     .readonly = disk_is_readonly (disk),
     .tls = tls,
+    .limits = parameters.limits,
   };
 
   server = nbd_server_new (disk, &options);

@@ -33,6 +33,9 @@
 #define MIN_CACHE_SIZE ((int64_t) 1 << 20)
 #define MAX_CACHE_SIZE ((int64_t) 64 << 30)
 
+#define MAX_MEMORY ((int64_t) 1 << 40)
+#define MAX_SECONDS (24 * 60 * 60)
+
 const char parameters_help[] =
   "dirty-bitmap=NAME              Record into this bitmap, create it if absent\n"
   "                               (may be repeated).\n"
@@ -48,7 +51,14 @@ const char parameters_help[] =
   "dirty-bitmap-server=auto|on|off\n"
   "                               Stand in for nbdkit's server, which cannot\n"
   "                               show bitmaps to clients (default: auto).\n"
-  "dirty-bitmap-listen=ADDRESS    Serve also on this Unix socket or HOST:PORT.";
+  "dirty-bitmap-listen=ADDRESS    Serve also on this Unix socket or HOST:PORT.\n"
+  "dirty-bitmap-max-connections=N Clients at once (default: 256).\n"
+  "dirty-bitmap-max-requests=N    Requests of a client at once (default: 16).\n"
+  "dirty-bitmap-max-memory=SIZE   Memory for all clients (default: 512M).\n"
+  "dirty-bitmap-handshake-timeout=SECONDS\n"
+  "                               Time for a handshake (default: 30).\n"
+  "dirty-bitmap-idle-timeout=SECONDS\n"
+  "                               Close idle connections (default: 0, never).";
 
 /* Add a string of which this takes care, and frees it if it is there
  * already.
@@ -221,6 +231,77 @@ take_cache_size (struct parameters *p, const char *key, const char *value)
   return 1;
 }
 
+/* A number from min to max, if it was not given already. */
+static int
+take_number (const char *key, const char *value, bool given,
+             unsigned min, unsigned max, unsigned *number)
+{
+  const size_t digits = strspn (value, "0123456789");
+  unsigned long n;
+
+  if (given)
+    return repeated (key);
+  n = digits > 0 && digits < 10 ? strtoul (value, NULL, 10) : max + 1UL;
+  if (value[digits] != '\0' || n < min || n > max) {
+    report_error ("%s: must be a number from %u to %u: %s",
+                  key, min, max, value);
+    return -1;
+  }
+  *number = n;
+  return 1;
+}
+
+static int
+take_max_connections (struct parameters *p, const char *key,
+                      const char *value)
+{
+  return take_number (key, value, p->limits.connections != 0,
+                      1, NBD_MAX_CONNECTIONS, &p->limits.connections);
+}
+
+static int
+take_max_requests (struct parameters *p, const char *key, const char *value)
+{
+  return take_number (key, value, p->limits.requests != 0,
+                      1, NBD_MAX_REQUESTS, &p->limits.requests);
+}
+
+static int
+take_handshake_timeout (struct parameters *p, const char *key,
+                        const char *value)
+{
+  return take_number (key, value, p->limits.handshake_seconds != 0,
+                      1, MAX_SECONDS, &p->limits.handshake_seconds);
+}
+
+static int
+take_idle_timeout (struct parameters *p, const char *key, const char *value)
+{
+  const int r = take_number (key, value, p->idle_timeout_given,
+                             0, MAX_SECONDS, &p->limits.idle_seconds);
+
+  p->idle_timeout_given = true;
+  return r;
+}
+
+static int
+take_max_memory (struct parameters *p, const char *key, const char *value)
+{
+  int64_t size;
+
+  if (p->limits.memory != 0)
+    return repeated (key);
+  size = parse_size (key, value);
+  if (size == -1)
+    return -1;
+  if (size < (int64_t) NBD_MIN_MEMORY || size > MAX_MEMORY) {
+    report_error ("%s: must be from 128M to 1T: %s", key, value);
+    return -1;
+  }
+  p->limits.memory = size;
+  return 1;
+}
+
 static int
 take_server (struct parameters *p, const char *key, const char *value)
 {
@@ -284,7 +365,12 @@ parameters_take (struct parameters *p, const char *key, const char *value)
     { "dirty-bitmap-cache-size", take_cache_size },
     { "dirty-bitmap-expose", take_expose },
     { "dirty-bitmap-granularity", take_granularity },
+    { "dirty-bitmap-handshake-timeout", take_handshake_timeout },
+    { "dirty-bitmap-idle-timeout", take_idle_timeout },
     { "dirty-bitmap-listen", take_listen },
+    { "dirty-bitmap-max-connections", take_max_connections },
+    { "dirty-bitmap-max-memory", take_max_memory },
+    { "dirty-bitmap-max-requests", take_max_requests },
     { "dirty-bitmap-server", take_server },
     { "dirty-bitmap-snapshot", take_snapshot },
   };

@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 #include "listen.h"
+#include "nbd/nbd.h"
 
 enum server_mode { SERVER_AUTO, SERVER_ON, SERVER_OFF };
 
@@ -32,7 +33,10 @@ struct parameters {
   bool listens;                 /* dirty-bitmap-listen */
   struct listen_address listen;
 
-  bool cache_size_given, server_given;
+  /* dirty-bitmap-max-connections and the others; 0: not given. */
+  struct nbd_limits limits;
+
+  bool cache_size_given, server_given, idle_timeout_given;
 };
 
 #define PARAMETERS_DEFAULT_CACHE_SIZE ((uint64_t) 40 << 20)

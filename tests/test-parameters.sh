@@ -27,11 +27,29 @@ done
 for size in 0 -1 x "" 99999999999999999999; do
   no cache-size dirty-bitmap-cache-size="$size"
 done
+for number in "" -1 x 1x " 1" 0x10 10001 4294967297 99999999999999999999; do
+  no max-connections dirty-bitmap-max-connections="$number"
+  no max-requests dirty-bitmap-max-requests="$number"
+done
+for seconds in "" -1 x 1s 86401 4294967297; do
+  no handshake-timeout dirty-bitmap-handshake-timeout="$seconds"
+  no idle-timeout dirty-bitmap-idle-timeout="$seconds"
+done
+for parameter in max-connections max-requests handshake-timeout; do
+  no "$parameter" dirty-bitmap-$parameter=0
+done
+no max-requests dirty-bitmap-max-requests=17
+for size in 0 -1 x "" 127M 2T 99999999999999999999; do
+  no max-memory dirty-bitmap-max-memory="$size"
+done
 for word in "" yes 1 ON maybe; do
   no dirty-bitmap-server dirty-bitmap-server="$word"
 done
 for parameter in dirty-bitmap-granularity=64k dirty-bitmap-cache-size=8M \
-                 dirty-bitmap-server=auto dirty-bitmap-listen=x; do
+                 dirty-bitmap-server=auto dirty-bitmap-listen=x \
+                 dirty-bitmap-max-connections=9 dirty-bitmap-max-requests=9 \
+                 dirty-bitmap-handshake-timeout=9 dirty-bitmap-max-memory=1G \
+                 dirty-bitmap-idle-timeout=0; do
   no "${parameter%=*}" dirty-bitmap=b "$parameter" "$parameter"
 done
 no 'name|empty' dirty-bitmap=
@@ -48,4 +66,9 @@ for size in 1M 32M 1G; do
   shell 'h.pwrite(b"x", 0)'
   stop_server
 done
+serve disk.qcow2 dirty-bitmap-max-connections=1 dirty-bitmap-max-requests=1 \
+      dirty-bitmap-handshake-timeout=1 dirty-bitmap-idle-timeout=1 \
+      dirty-bitmap-max-memory=128M
+shell 'h.pwrite(b"x" * 10485760, 0)'
+stop_server
 check_image disk.qcow2

@@ -48,7 +48,7 @@ unsigned stall_ms = 5000;
 /* How often to look at connections while memory is short, and at what
  * the budget keeps.
  */
-#define LOOK_MS 500
+#define LOOK_MS 250
 #define TRIM_MS (IDLE_SECONDS * 1000)
 
 /* Descriptors that are not for clients. */

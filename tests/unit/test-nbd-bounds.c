@@ -46,7 +46,7 @@ teardown (void **state)
   return 0;
 }
 
-/* The address space that is in use now, in bytes. */
+/* The memory of this process, in bytes. */
 static size_t
 resident (void)
 {
@@ -340,7 +340,7 @@ test_max_requests (void **state)
 /* Clients that ask for all they can in large pieces and take nothing, in
  * simple replies and structured ones.
  */
-enum { HOGS = 12, ASKED = 16 };
+enum { HOGS = 4, ASKED = 16 };
 
 static int
 hog (unsigned kind)
@@ -406,7 +406,7 @@ make_fragments (void)
 static void
 test_hogs (void **state)
 {
-  const uint64_t bound = NBD_MIN_MEMORY;
+  const uint64_t bound = 2 * NBD_MIN_MEMORY;
   int fd[2 * HOGS], good;
   size_t before;
   unsigned start;
@@ -476,7 +476,7 @@ test_slow_but_steady (void **state)
   const unsigned start = milliseconds ();
   uint8_t *buf = calloc (1, 32 * MiB);
   int fd, good;
-  size_t sent = 1;
+  size_t sent = 1 + MiB;
 
   (void) state;
   f.limits.memory = NBD_MIN_MEMORY;
@@ -484,6 +484,7 @@ test_slow_but_steady (void **state)
   fixture_start (&f, false);
   good = client_open (&f, NULL);
   fd = slow_writer ();
+  send_bytes (fd, buf, MiB);    /* more than the socket holds */
   send_request (good, 0, NBD_CMD_WRITE, 1, 0, 32 * MiB);
   while (milliseconds () - start < 3000) {
     send_bytes (fd, buf, 256 * 1024);
