@@ -12,7 +12,7 @@
  * The handshake.  All of it, TLS included, has one deadline, however the
  * client spends its time.  Connections in the handshake may be half of
  * all.  If there are no more places, the oldest one in the handshake has
- * to go, but each has a second that nobody takes from it, and meanwhile
+ * to go, but each has a second (place_ms) that nobody takes from it, and meanwhile
  * newcomers wait in the backlog: so a crowd that comes at once is let in,
  * and those who come to occupy places occupy them for a second each.  A
  * connection that is through the handshake is never cut for a newcomer.
@@ -39,17 +39,14 @@
 #include "common/cleanup.h"
 #include "nbd/internal.h"
 
-/* A place in the handshake is the client's for this long. */
-#define PLACE_MS 1000
+unsigned place_ms = 1000;
+unsigned stall_ms = 5000;
+unsigned trim_ms = IDLE_SECONDS * 1000;
 
 #define STALL_BYTES (64 * 1024)
-unsigned stall_ms = 5000;
 
-/* How often to look at connections while memory is short, and at what
- * the budget keeps.
- */
+/* How often to look at connections while memory is short. */
 #define LOOK_MS 250
-#define TRIM_MS (IDLE_SECONDS * 1000)
 
 /* Descriptors that are not for clients. */
 #define SPARE_DESCRIPTORS 64
@@ -123,8 +120,8 @@ bounds_admit (struct nbd_server *server, int *wait_ms)
   if (oldest == NULL)
     return WAIT;
   age = now_ms () - oldest->started_ms;
-  if (age < PLACE_MS) {
-    *wait_ms = PLACE_MS - age;
+  if (age < place_ms) {
+    *wait_ms = place_ms - age;
     return WAIT;
   }
   debug_request ("nbd: a client that is slow in its handshake is cut off "
@@ -236,7 +233,7 @@ bounds_look (struct nbd_server *server)
     }
   }
   if (now >= server->next_trim && budget_trim (&server->budget))
-    server->next_trim = now + TRIM_MS;
+    server->next_trim = now + trim_ms;
   if (server->next_trim > now)
     sooner (&wait_ms, server->next_trim - now);
   return wait_ms;

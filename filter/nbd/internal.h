@@ -339,10 +339,11 @@ extern void server_handshake_done (struct connection *);
 /* CLOCK_MONOTONIC, in milliseconds. */
 extern int64_t now_ms (void);
 
-/* How long a client may hold memory that others wait for without moving
- * data.  Variable for the unit tests.
+/* How long a place in the handshake is a client's own, a client may hold
+ * memory that others wait for without moving data, and a free buffer is
+ * kept.  Variable for the unit tests.
  */
-extern unsigned stall_ms;
+extern unsigned place_ms, stall_ms, trim_ms;
 
 /* Lower the number of connections to what the limit of open files allows
  * for.

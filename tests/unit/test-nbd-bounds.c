@@ -24,7 +24,7 @@
 #define SIZE (UINT64_C (256) * 1024 * 1024)
 #define MiB (UINT32_C (1) << 20)
 
-extern unsigned stall_ms;
+extern unsigned place_ms, stall_ms, trim_ms;
 
 static struct fixture f;
 
@@ -34,7 +34,9 @@ setup (void **state)
   (void) state;
   fixture_init (&f, SIZE);
   fake_disk_add_bitmap (f.disk, "b", 512);
+  place_ms = 1000;
   stall_ms = 5000;
+  trim_ms = 5000;
   return 0;
 }
 
@@ -146,7 +148,7 @@ test_too_many_clients (void **state)
     close (fd[i]);
 }
 
-/* Those who say nothing occupy half of the places for a second each. */
+/* Those who say nothing occupy half of the places for a while each. */
 static void
 test_silent_clients_make_room (void **state)
 {
@@ -156,6 +158,7 @@ test_silent_clients_make_room (void **state)
 
   (void) state;
   f.limits.connections = N;
+  place_ms = 100;
   fixture_start (&f, false);
   other = client_open (&f, NULL);
   for (int i = 0; i < SILENT; ++i)
@@ -166,7 +169,7 @@ test_silent_clients_make_room (void **state)
   start = milliseconds ();
   good = client_open (&f, NULL);
   client_check_alive (&f, good);
-  assert_true (milliseconds () - start < 25000);
+  assert_true (milliseconds () - start < 15000);
   client_check_alive (&f, other);
 
   for (int i = 0; i < SILENT; ++i)
@@ -279,7 +282,7 @@ test_idle (void **state)
   assert_true (ends_within (fd, 20000));
   assert_true (milliseconds () - start >= 900);
   close (fd);
-  assert_false (ends_within (busy, 2500));
+  assert_false (ends_within (busy, 1500));
   gate_open ();
   expect_error (busy, 1, 0);
   client_check_alive (&f, busy);
@@ -457,7 +460,7 @@ test_hog_alone (void **state)
   fixture_start (&f, false);
   good = client_open (&f, NULL);
   fd = hog (1);
-  sleep_ms (2500);
+  sleep_ms (1200);
   client_check_alive (&f, good);
   for (unsigned i = 0; i < ASKED; ++i) {
     recv_reply (fd, &reply, 0);
@@ -486,7 +489,7 @@ test_slow_but_steady (void **state)
   fd = slow_writer ();
   send_bytes (fd, buf, MiB);    /* more than the socket holds */
   send_request (good, 0, NBD_CMD_WRITE, 1, 0, 32 * MiB);
-  while (milliseconds () - start < 3000) {
+  while (milliseconds () - start < 2500) {
     send_bytes (fd, buf, 256 * 1024);
     sent += 256 * 1024;
     sleep_ms (50);
@@ -511,6 +514,7 @@ test_memory_is_given_back (void **state)
   if (instrumented ())
     skip ();
   memset (f.disk->data, 1, SIZE);
+  trim_ms = 200;
   fixture_start (&f, false);
   fd = client_open (&f, NULL);
   before = resident ();
