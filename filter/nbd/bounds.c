@@ -12,7 +12,8 @@
  * The handshake.  All of it, TLS included, has one deadline, however the
  * client spends its time.  Connections in the handshake may be half of
  * all.  If there are no more places, the oldest one in the handshake has
- * to go, but each has a second (place_ms) that nobody takes from it, and meanwhile
+ * to go, but each has a second (place_ms) that nobody takes from it, or a
+ * quarter of that if its client has not said a word, and meanwhile
  * newcomers wait in the backlog: so a crowd that comes at once is let in,
  * and those who come to occupy places occupy them for a second each.  A
  * connection that is through the handshake is never cut for a newcomer.
@@ -101,7 +102,7 @@ bounds_admit (struct nbd_server *server, int *wait_ms)
 {
   const struct nbd_limits *limits = &server->limits;
   struct connection *oldest;
-  int64_t age;
+  int64_t age, place;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
   server->crowded = false;
@@ -119,9 +120,11 @@ bounds_admit (struct nbd_server *server, int *wait_ms)
   oldest = oldest_handshake (server);
   if (oldest == NULL)
     return WAIT;
+  place = atomic_load_explicit (&oldest->received, memory_order_relaxed) > 0
+    ? place_ms : place_ms / 4;
   age = now_ms () - oldest->started_ms;
-  if (age < place_ms) {
-    *wait_ms = place_ms - age;
+  if (age < place) {
+    *wait_ms = place - age;
     return WAIT;
   }
   debug_request ("nbd: a client that is slow in its handshake is cut off "
