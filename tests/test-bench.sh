@@ -29,8 +29,8 @@ def measured(run, filesystem, row, side, rounds, **figures):
             "run": run, "row": row, "side": side,
             "circumstances": {
                 "date": "-", "filesystem": filesystem, "cpus": 2,
-                "kernel": "-", "rounds": 5, "seconds": 1, "cold": False,
-                "load": 0, "versions": []},
+                "kernel": "-", "rounds": 5, "seconds": 1, "load": 0,
+                "versions": []},
             "figures": {name.replace("_", " "): [figure * scale, unit]
                         for name, (figure, unit) in figures.items()}}))
 
