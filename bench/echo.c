@@ -10,9 +10,9 @@
  * How this works: one thread a connection.  Requests are received as
  * many as there are and answered as many as were received, in order,
  * with one sendmsg.  A read is answered out of one buffer that never
- * changes, a write is received into one that nobody reads, a flush does
- * nothing.  Replies are simple ones, the shortest that there are.  It is
- * a measuring stick and not a server: it keeps nothing.
+ * changes, a write is received and forgotten, a flush does nothing.
+ * Replies are simple ones, the shortest that there are.  It is a
+ * measuring stick and not a server: it keeps nothing.
  */
 
 #include <config.h>
@@ -36,7 +36,7 @@
 #include "nbd/protocol.h"
 
 #define MAX_BATCH 256           /* requests answered by one sendmsg */
-#define RECEIVE_BYTES 65536
+#define RECEIVE_BYTES (256 * 1024)
 #define MAX_OPTION_BYTES 65536
 
 static const char *socket_path;
@@ -52,7 +52,7 @@ struct connection {
   struct nbd_simple_reply replies[MAX_BATCH];
   struct iovec iov[2 * MAX_BATCH];
   size_t nr_replies, nr_iov;
-  char sink[NBD_MAX_PAYLOAD];   /* where writes go */
+  char sink[NBD_MAX_PAYLOAD];   /* the rest of a write */
 };
 
 static int
@@ -215,8 +215,8 @@ add_reply (struct connection *c, uint64_t cookie_be, uint32_t payload,
   return c->nr_replies == MAX_BATCH ? send_replies (c) : 0;
 }
 
-/* The payload of a write begins at in[*at]; what is not there yet is
- * received.
+/* The payload of a write begins at in[*at]; what is not there yet goes
+ * where nobody reads it.
  */
 static int
 take_payload (struct connection *c, size_t *at, uint32_t length)
@@ -225,9 +225,8 @@ take_payload (struct connection *c, size_t *at, uint32_t length)
 
   if (here > length)
     here = length;
-  memcpy (c->sink, &c->in[*at], here);
   *at += here;
-  return receive_all (c->fd, &c->sink[here], length - here);
+  return receive_all (c->fd, c->sink, length - here);
 }
 
 /* Serve the request at in[*at] and move *at behind it. */
@@ -255,9 +254,6 @@ serve (struct connection *c, size_t *at)
   case NBD_CMD_READ:
     return add_reply (c, r.cookie, outside ? 0 : length, outside);
   case NBD_CMD_WRITE:
-    /* Those before it should not wait for a payload to come. */
-    if (c->have - *at < length && send_replies (c) == -1)
-      return -1;
     if (take_payload (c, at, length) == -1)
       return -1;
     return add_reply (c, r.cookie, 0, outside);
