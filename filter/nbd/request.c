@@ -621,7 +621,9 @@ receive_payload (struct worker *w, int *err, const char **reason)
   struct connection *c = w->connection;
   const uint32_t length = w->request.length;
 
-  if (*err == 0 && length > 0 && worker_payload (w, length) == NULL) {
+  if (length == 0)
+    return 0;
+  if (*err == 0 && worker_payload (w, length) == NULL) {
     *err = ENOMEM;
     *reason = "no memory";
   }

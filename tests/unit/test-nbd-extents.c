@@ -112,6 +112,7 @@ recv_status (int fd, uint32_t id, bool last, uint64_t length)
     if (reply.cookie != FLUSH_COOKIE)
       break;
     assert_int_equal (reply.error, 0);
+    free (reply.data);
     nr_flushed++;
   }
   assert_true (reply.structured);

@@ -922,25 +922,34 @@ setup_huge (void **state)
   return 0;
 }
 
-static uint64_t last_count, last_offset;
+/* What came to the disk, in pieces that follow each other and are cut
+ * where no cluster is cut.
+ */
+static uint64_t noted_offset, noted_count;
+static bool noted_badly;
 
 static int
 note_range (struct disk *d, enum fake_op op, uint64_t offset, uint64_t count)
 {
   (void) d;
   (void) op;
-  last_offset = offset;
-  last_count += count;
+  if (noted_count == 0)
+    noted_offset = offset;
+  else if (offset != noted_offset + noted_count || offset % (1 << 30) != 0)
+    noted_badly = true;
+  noted_count += count;
   return 0;
 }
 
 static void
 check_huge_change (int fd, uint16_t type, uint64_t offset, uint64_t length)
 {
-  last_count = 0;
+  noted_count = 0;
+  noted_badly = false;
   send_request (fd, 0, type, COOKIE, offset, length);
   expect_error (fd, COOKIE, 0);
-  assert_true (last_count == length);
+  assert_true (noted_offset == offset && noted_count == length);
+  assert_false (noted_badly);
 }
 
 static void
