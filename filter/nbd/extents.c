@@ -49,6 +49,7 @@ struct builder {
   const struct connection *connection;
   struct extents *extents;
   bool extended;                /* their form */
+  bool full;                    /* no memory for more was to be had */
   uint64_t length;              /* of the last extent */
   uint32_t flags;
   uint64_t min_run;             /* 0: tell all */
@@ -59,7 +60,8 @@ struct builder {
 #define MIN_CAPACITY 512
 
 /* Make room for more.  There is always room for one more than may be
- * kept, see add.
+ * kept, see add.  It may have to be waited for, so where there is none it
+ * is asked for once.
  */
 static bool
 grow (struct builder *b)
@@ -70,11 +72,15 @@ grow (struct builder *b)
                                   : sizeof (struct nbd_extent);
   void *p;
 
+  if (b->full)
+    return false;
+  b->full = true;
   if (!worker_extents_room (e, capacity * size))
     return false;
   p = reallocarray (e->wire, capacity, size);
   if (p == NULL)
     return false;
+  b->full = false;
   e->wire = p;
   e->capacity = capacity;
   return true;

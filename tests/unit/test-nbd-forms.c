@@ -906,6 +906,42 @@ test_pipelined (void **state)
   free (seen);
 }
 
+/* A request of which a part has come, however large, does not keep the
+ * answers to those before it.
+ */
+static void
+test_half_a_request (void **state)
+{
+  static const uint16_t types[] = {
+    NBD_CMD_WRITE, NBD_CMD_TRIM, NBD_CMD_BLOCK_STATUS, 77
+  };
+  enum { LENGTH = 5000 };
+  const size_t header = sizeof (struct nbd_extended_request);
+  static const size_t parts[] = {
+    1, 31, 32, 33, 32 + LENGTH / 2, 32 + LENGTH - 1
+  };
+  uint8_t buf[2 * sizeof (struct nbd_extended_request) + LENGTH] = { 0 };
+  const struct asked read = {
+    .form = EXTENDED, .command = &commands[0], .type = NBD_CMD_READ,
+    .offset = good.offset, .length = good.length,
+  };
+  int fd = open_form (EXTENDED);
+
+  (void) state;
+  for (size_t i = 0; i < sizeof types / sizeof types[0]; ++i)
+    for (size_t j = 0; j < sizeof parts / sizeof parts[0]; ++j) {
+      put_extended_request (buf, 0, NBD_CMD_READ, COOKIE, good.offset,
+                            good.length);
+      put_extended_request (buf + header, PAYLOAD_LEN, types[i], 9, 0,
+                            LENGTH);
+      send_bytes (fd, buf, header + parts[j]);
+      assert_int_equal (answer (fd, &read), 0);
+      send_bytes (fd, buf + header + parts[j], header + LENGTH - parts[j]);
+      expect_error (fd, 9, types[i] == NBD_CMD_WRITE ? 0 : NBD_EINVAL);
+    }
+  close (fd);
+}
+
 /* 16 TiB. */
 
 #define HUGE (UINT64_C (16) << 40)
@@ -1029,6 +1065,7 @@ main (void)
     TEST (test_selection),
     TEST (test_bad_selection),
     TEST (test_pipelined),
+    TEST (test_half_a_request),
     cmocka_unit_test_setup_teardown (test_huge, setup_huge, teardown),
     cmocka_unit_test_setup_teardown (test_stop_in_huge_requests, setup_huge,
                                      teardown),
