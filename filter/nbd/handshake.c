@@ -140,7 +140,8 @@ opt_export_name (struct option *o, struct selection *selection,
   };
 
   /* The only way to refuse this option is to disconnect. */
-  if (c->extended || length > NBD_MAX_STRING || (name = malloc (length + 1)) == NULL ||
+  if (c->extended || length > NBD_MAX_STRING ||
+      (name = malloc (length + 1)) == NULL ||
       option_read (o, name, length) != 0)
     return -1;
   contexts_bind (c, selection, name, length);

@@ -477,7 +477,9 @@ extern unsigned input_timeout_seconds (const struct nbd_server *);
 extern int input_header (struct connection *, void *header,
                          struct worker *idle);
 
-/* Is anything buffered (as far as it is decrypted), and is it a whole request, payload included? */
+/* Is anything buffered (as far as it is decrypted), and is it a whole
+ * request, payload included?
+ */
 extern bool input_is_empty (const struct connection *);
 extern bool input_has_request (const struct connection *);
 

@@ -15,6 +15,18 @@
 #include "common/cleanup.h"
 #include "fake-disk.h"
 
+/* The data of a disk that is larger than this cannot be read or written
+ * behind it: the tools that watch programs do not map as much as the
+ * kernel would.
+ */
+#define MOST_MAPPED (UINT64_C (16) << 30)
+
+static uint64_t
+mapped (const struct disk *d)
+{
+  return min_u64 (d->size, MOST_MAPPED);
+}
+
 struct disk *
 fake_disk_new (uint64_t size)
 {
@@ -24,7 +36,7 @@ fake_disk_new (uint64_t size)
     abort ();
   d->size = size;
   d->block_size = 65536;
-  d->data = mmap (NULL, size, PROT_READ | PROT_WRITE,
+  d->data = mmap (NULL, mapped (d), PROT_READ | PROT_WRITE,
                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (d->data == MAP_FAILED)
     abort ();
@@ -40,7 +52,7 @@ fake_disk_free (struct disk *d)
   free (d->bitmaps);
   free (d->flags);
   free (d->depths);
-  munmap (d->data, d->size);
+  munmap (d->data, mapped (d));
   pthread_mutex_destroy (&d->lock);
   free (d);
 }
@@ -135,16 +147,16 @@ disk_write (struct disk *d, const void *buf, uint32_t count,
 static void
 clear (struct disk *d, uint64_t count, uint64_t offset)
 {
-  const uint64_t page = 4096;
-  const uint64_t from = round_up (offset, page);
-  const uint64_t to = round_down (offset + count, page);
+  const uint64_t page = 4096, end = min_u64 (offset + count, mapped (d));
+  const uint64_t from = round_up (offset, page), to = round_down (end, page);
 
   if (from >= to) {
-    memset (d->data + offset, 0, count);
+    if (offset < end)
+      memset (d->data + offset, 0, end - offset);
     return;
   }
   memset (d->data + offset, 0, from - offset);
-  memset (d->data + to, 0, offset + count - to);
+  memset (d->data + to, 0, end - to);
   if (madvise (d->data + from, to - from, MADV_DONTNEED) == -1)
     memset (d->data + from, 0, to - from);
 }
