@@ -50,6 +50,7 @@ enum {
   NO_META_CONTEXTS_OPTION,
   NO_SR_OPTION,
   RUN_OPTION,
+  SELINUX_LABEL_OPTION,
   TIMEOUT_OPTION,
   TLS_OPTION,
   TLS_CERTIFICATES_OPTION,
@@ -101,7 +102,7 @@ static const struct option long_options[] = {
   { "read-only", no_argument, NULL, 'r' },
   { "readonly", no_argument, NULL, 'r' },
   { "run", required_argument, NULL, RUN_OPTION },
-  { "selinux-label", required_argument, NULL, OTHER_OPTION },
+  { "selinux-label", required_argument, NULL, SELINUX_LABEL_OPTION },
   { "short-options", no_argument, NULL, OTHER_OPTION },
   { "single", no_argument, NULL, 's' },
   { "stdin", no_argument, NULL, 's' },
@@ -197,6 +198,7 @@ take_option (struct command_line *cl, struct server_options *o,
   case NO_META_CONTEXTS_OPTION: o->no_meta_contexts = true; break;
   case NO_SR_OPTION: o->no_sr = true; break;
   case RUN_OPTION: o->run = true; break;
+  case SELINUX_LABEL_OPTION: cl->selinux_label = arg; break;
   case TIMEOUT_OPTION: o->timeout = true; break;
   case TLS_OPTION: cl->tls.mode = parse_tls_mode (arg); break;
   case TLS_CERTIFICATES_OPTION: cl->tls.certificates = arg; break;

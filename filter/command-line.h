@@ -36,6 +36,8 @@ struct command_line {
   const char *unix_path;
   const char *port;
 
+  const char *selinux_label;    /* of nbdkit's sockets, or NULL */
+
   struct command_line_tls tls;
 
   /* What was asked of nbdkit's protocol server that ours does not do,

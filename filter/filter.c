@@ -250,7 +250,8 @@ dirty_bitmap_get_ready (int thread_model)
 
   /* Last, so that no error of ours leaves a Unix socket behind. */
   if (parameters.listens &&
-      listen_open (&parameters.listen, &listen_sockets) == -1)
+      listen_open (&parameters.listen, command_line.selinux_label,
+                   &listen_sockets) == -1)
     return -1;
   if (sockets_note_others (&command_line) == -1) {
     listen_unlink (&listen_sockets);

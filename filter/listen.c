@@ -13,11 +13,15 @@
  * was killed.  Such a socket refuses connections; it is replaced.  One
  * that somebody answers, and anything that is not a socket, is left
  * alone and is an error.
+ *
+ * A new one has what nbdkit's own would have: the mode that the umask
+ * leaves, and the label of --selinux-label.
  */
 
 #include <config.h>
 
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <netdb.h>
 #include <netinet/in.h>
@@ -276,13 +280,37 @@ open_tcp (const struct listen_address *a, struct listen_sockets *s)
   return 0;
 }
 
-int
-listen_open (const struct listen_address *a, struct listen_sockets *s)
+/* Choose the SELinux label of the sockets that this thread makes from now
+ * on; NULL for the usual one.  There is a library for this, which does no
+ * more.
+ */
+static int
+set_socket_label (const char *label)
 {
-  int r;
+  CLEANUP_CLOSE int fd = open ("/proc/thread-self/attr/sockcreate",
+                               O_WRONLY | O_CLOEXEC);
+  const size_t n = label != NULL ? strlen (label) + 1 : 0;
+
+  if (fd == -1 || write (fd, label, n) != (ssize_t) n) {
+    report_error (PARAMETER ": --selinux-label: %m");
+    return -1;
+  }
+  return 0;
+}
+
+int
+listen_open (const struct listen_address *a, const char *selinux_label,
+             struct listen_sockets *s)
+{
+  int r = 0;
 
   memset (s, 0, sizeof *s);
-  r = a->path != NULL ? open_unix (a, s) : open_tcp (a, s);
+  if (selinux_label != NULL)
+    r = set_socket_label (selinux_label);
+  if (r == 0)
+    r = a->path != NULL ? open_unix (a, s) : open_tcp (a, s);
+  if (r == 0 && selinux_label != NULL)
+    r = set_socket_label (NULL);
   if (r == -1) {
     listen_unlink (s);
     listen_close (s);

@@ -35,9 +35,11 @@ struct listen_sockets {
 extern int listen_parse (const char *address, struct listen_address *);
 extern void listen_address_free (struct listen_address *);
 
-/* Bind and listen.  -1, with the reason reported. */
+/* Bind and listen.  The sockets get the SELinux label, if it is not NULL.
+ * -1, with the reason reported.
+ */
 extern int listen_open (const struct listen_address *,
-                        struct listen_sockets *);
+                        const char *selinux_label, struct listen_sockets *);
 
 /* Remove the Unix socket, if it is still ours. */
 extern void listen_unlink (struct listen_sockets *);

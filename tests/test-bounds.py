@@ -203,7 +203,7 @@ for n in range(6):
                          request(0, 0, 32 * MiB, flags=4) * 16))
     hogs.append(converse(STRUCTURED + option(10, query(BITMAP)) + GO,
                          request(7, 0, 64 * MiB) * 16 +
-                         request(1, 0, 32 * MiB) + b"1"))
+                         request(1, 0, 32 * MiB, flags=1) + b"1"))
     check_memory()
 good.stop()
 good = Good()

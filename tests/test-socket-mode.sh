@@ -28,3 +28,16 @@ for mask in 077 000 022 117; do
   stop_server
   rm -f "$sock"
 done
+
+# So it is with the label, and where there can be none that is an error.
+if [ -d /sys/fs/selinux/booleans ]; then
+  label=$(stat -c %C disk.qcow2)
+  start_nbdkit --selinux-label="$label" --filter="$FILTER" file disk.qcow2 \
+               dirty-bitmap-listen="$d/own"
+  same "dirty" "" "$(dirty b "nbd+unix:///?socket=$d/own")"
+  stop_server
+else
+  refused 'dirty-bitmap-listen: --selinux-label' --selinux-label=a:b:c \
+          --filter="$FILTER" file disk.qcow2 dirty-bitmap-listen="$d/own"
+  [ ! -e "$d/own" ] || fail "a socket was left behind"
+fi

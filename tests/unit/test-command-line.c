@@ -490,6 +490,21 @@ test_read (void **state)
   command_line_free (&cl);
 }
 
+static void
+test_selinux_label (void **state)
+{
+  struct command_line cl;
+
+  (void) state;
+  assert_int_equal (parse (&cl, "nbdkit --selinux-label a:b --selinux-label=c "
+                           "file"), 0);
+  assert_string_equal (cl.selinux_label, "c");
+  command_line_free (&cl);
+  assert_int_equal (parse (&cl, "nbdkit file"), 0);
+  assert_null (cl.selinux_label);
+  command_line_free (&cl);
+}
+
 #define TEST(f) cmocka_unit_test_setup (f, setup)
 
 int
@@ -502,6 +517,7 @@ main (void)
     TEST (test_getopt_is_put_back),
     TEST (test_server_feature),
     TEST (test_tls),
+    TEST (test_selinux_label),
     TEST (test_where_nbdkit_listens),
     TEST (test_objections),
     TEST (test_bytes),

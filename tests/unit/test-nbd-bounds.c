@@ -369,13 +369,15 @@ hog (unsigned kind)
   return fd;
 }
 
-/* And such as announce a payload and send one byte of it. */
+/* And such as announce a payload, which with FUA is received whole, and
+ * send one byte of it.
+ */
 static int
 slow_writer (void)
 {
   int fd = client_open (&f, NULL);
 
-  send_request (fd, 0, NBD_CMD_WRITE, 1, 128 * MiB, 32 * MiB);
+  send_request (fd, NBD_CMD_FLAG_FUA, NBD_CMD_WRITE, 1, 128 * MiB, 32 * MiB);
   send_bytes (fd, "x", 1);
   return fd;
 }
@@ -388,7 +390,7 @@ check_large_requests (int fd)
 
   assert_non_null (buf);
   memset (buf, 0x5a, 32 * MiB);
-  send_request (fd, 0, NBD_CMD_WRITE, 1, 64 * MiB, 32 * MiB);
+  send_request (fd, NBD_CMD_FLAG_FUA, NBD_CMD_WRITE, 1, 64 * MiB, 32 * MiB);
   send_bytes (fd, buf, 32 * MiB);
   expect_error (fd, 1, 0);
   send_request (fd, NBD_CMD_FLAG_DF, NBD_CMD_READ, 2, 64 * MiB, 32 * MiB);
@@ -490,7 +492,7 @@ test_slow_but_steady (void **state)
   good = client_open (&f, NULL);
   fd = slow_writer ();
   send_bytes (fd, buf, MiB);    /* more than the socket holds */
-  send_request (good, 0, NBD_CMD_WRITE, 1, 0, 32 * MiB);
+  send_request (good, NBD_CMD_FLAG_FUA, NBD_CMD_WRITE, 1, 0, 32 * MiB);
   while (milliseconds () - start < 2500) {
     send_bytes (fd, buf, 256 * 1024);
     sent += 256 * 1024;

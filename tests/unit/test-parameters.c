@@ -117,18 +117,18 @@ test_listen_unix (void **state)
   assert_non_null (mkdtemp (dir));
   snprintf (path, sizeof path, "%s/s", dir);
   assert_int_equal (listen_parse (path, &a), 0);
-  assert_int_equal (listen_open (&a, &s1), 0);
+  assert_int_equal (listen_open (&a, NULL, &s1), 0);
   assert_int_equal (s1.nr, 1);
 
   /* In use. */
-  assert_int_equal (listen_open (&a, &s2), -1);
+  assert_int_equal (listen_open (&a, NULL, &s2), -1);
   assert_int_equal (nr_reports, 1);
   assert_int_equal (access (path, F_OK), 0);
 
   /* Left behind by a process that was killed. */
   listen_close (&s1);
   assert_int_equal (access (path, F_OK), 0);
-  assert_int_equal (listen_open (&a, &s2), 0);
+  assert_int_equal (listen_open (&a, NULL, &s2), 0);
   listen_unlink (&s2);
   assert_int_equal (access (path, F_OK), -1);
   listen_close (&s2);
@@ -137,12 +137,12 @@ test_listen_unix (void **state)
   fp = fopen (path, "w");
   assert_non_null (fp);
   fclose (fp);
-  assert_int_equal (listen_open (&a, &s2), -1);
+  assert_int_equal (listen_open (&a, NULL, &s2), -1);
   assert_int_equal (access (path, F_OK), 0);
   assert_int_equal (unlink (path), 0);
 
   /* Another's in our place is left alone. */
-  assert_int_equal (listen_open (&a, &s1), 0);
+  assert_int_equal (listen_open (&a, NULL, &s1), 0);
   assert_int_equal (unlink (path), 0);
   fp = fopen (path, "w");
   assert_non_null (fp);
