@@ -18,9 +18,11 @@
  * each of two a third, each of n one part of n + 1, and one such part
  * remains for those that hold nothing.  They get what they ask for
  * unless that leaves less than an eighth, which is kept for those that
- * ask for little.  As long as one that holds nothing has to wait, the
- * others get nothing more: what they hold comes back sooner or later,
- * since bounds.c cuts clients because of whom it does not.
+ * ask for little.  As long as one that holds nothing has to wait, those
+ * that do hold something get nothing more; and if it has waited for
+ * OVERDUE_MS, nor does anybody who comes behind it, but for little.  What
+ * the others hold comes back sooner or later, since bounds.c cuts clients
+ * because of whom it does not.
  *
  * Invariants:
  * - used is the sum of what connections hold; used + cached is what is
@@ -50,6 +52,9 @@
 
 /* Names, selected contexts, the structs themselves. */
 #define HANDSHAKE_COST (48 * 1024)
+
+/* How long others may go first. */
+#define OVERDUE_MS 1000
 
 #define WORKER_COST                                             \
   (STACK_COST + OUTPUT_SIZE + SMALL_PAYLOAD + SMALL_EXTENTS)
@@ -103,64 +108,111 @@ budget_divide (struct nbd_server *server)
   return 0;
 }
 
+/* Who waits.  The line begins with who came first. */
+struct budget_waiter {
+  const struct connection *connection;
+  int64_t since;
+  struct budget_waiter *next;
+};
+
+/* Does somebody in the line come first?  This one is me in it, or NULL if
+ * it is not in it.
+ */
 static bool
-fits (const struct budget *b, const struct connection *c, size_t count)
+must_stand_back (const struct budget *b, const struct connection *c,
+                 size_t count, const struct budget_waiter *me)
+{
+  const int64_t now = b->line != NULL ? now_ms () : 0;
+  bool ahead = true;
+
+  for (const struct budget_waiter *w = b->line; w != NULL; w = w->next) {
+    if (w == me)
+      ahead = false;
+    if (w->connection == c || w->connection->held > 0)
+      continue;
+    if (c->held > 0)
+      return true;
+    if (ahead && count > b->size / 64 && now - w->since >= OVERDUE_MS)
+      return true;
+  }
+  return false;
+}
+
+static bool
+fits (const struct budget *b, const struct connection *c, size_t count,
+      const struct budget_waiter *me)
 {
   size_t left;
 
-  if (count > b->size - b->used)
+  if (count > b->size - b->used || must_stand_back (b, c, count, me))
     return false;
   left = b->size - b->used - count;
   if (c->held == 0)
     return left >= b->size / 8 || count <= left;
-  return b->nr_empty_handed == 0 && c->held + count <= left;
+  return c->held + count <= left;
 }
 
 /* Wait to be woken, but not beyond the deadline (0: there is none).
  * Called with b->lock.  False if it has passed.
  */
 static bool
-wait_for_room (struct budget *b, struct connection *c, int64_t deadline)
+wait_to_be_woken (struct budget *b, int64_t deadline)
 {
-  const bool empty_handed = c->held == 0;
-  struct timespec ts = {
+  const struct timespec ts = {
     .tv_sec = deadline / 1000,
     .tv_nsec = deadline % 1000 * 1000000,
   };
-  int r = 0;
 
-  b->nr_empty_handed += empty_handed;
-  if (deadline == 0)
+  if (deadline == 0) {
     pthread_cond_wait (&b->freed, &b->lock);
-  else
-    r = pthread_cond_timedwait (&b->freed, &b->lock, &ts);
-  b->nr_empty_handed -= empty_handed;
-  return r != ETIMEDOUT;
+    return true;
+  }
+  return pthread_cond_timedwait (&b->freed, &b->lock, &ts) != ETIMEDOUT;
 }
 
-/* Count what connection c is to have, when there is room.  False if it
- * is cut, or it is too late.  Called with b->lock.
+/* Stand in line until there is room.  False if the connection is cut, or
+ * it is too late.  Called with b->lock.
+ */
+static bool
+wait_for_room (struct connection *c, size_t count, int64_t deadline)
+{
+  struct budget *b = &c->server->budget;
+  struct budget_waiter me = { .connection = c, .since = now_ms () };
+  struct budget_waiter **p = &b->line;
+  bool in_time = true, is_room;
+
+  debug_request ("nbd: waiting for %zu bytes of memory", count);
+  while (*p != NULL)
+    p = &(*p)->next;
+  *p = &me;
+  c->waiting_for_memory++;
+  if (atomic_fetch_add (&b->waiting, 1) == 0)
+    server_wake (c->server);
+
+  while (!(is_room = fits (b, c, count, &me)) &&
+         !atomic_load (&c->dead) && in_time)
+    in_time = wait_to_be_woken (b, deadline);
+
+  atomic_fetch_sub (&b->waiting, 1);
+  c->waiting_for_memory--;
+  for (p = &b->line; *p != &me; p = &(*p)->next)
+    ;
+  *p = me.next;
+  /* Others may have stood back for this one. */
+  pthread_cond_broadcast (&b->freed);
+  return is_room;
+}
+
+/* Count what the connection is to have, when there is room.  False if
+ * there will be none.  Called with b->lock.
  */
 static bool
 acquire (struct connection *c, size_t count, int64_t deadline)
 {
   struct budget *b = &c->server->budget;
-  bool in_time = true;
 
-  if (!fits (b, c, count)) {
-    debug_request ("nbd: waiting for %zu bytes of memory", count);
-    if (atomic_fetch_add (&b->waiting, 1) == 0)
-      server_wake (c->server);
-    c->waiting_for_memory++;
-    while (!fits (b, c, count) && !atomic_load (&c->dead) && in_time)
-      in_time = wait_for_room (b, c, deadline);
-    c->waiting_for_memory--;
-    atomic_fetch_sub (&b->waiting, 1);
-    /* Others may have waited on account of this one. */
-    pthread_cond_broadcast (&b->freed);
-    if (!fits (b, c, count))
-      return false;
-  }
+  if (!fits (b, c, count, NULL) && !wait_for_room (c, count, deadline))
+    return false;
   b->used += count;
   c->held += count;
   return true;

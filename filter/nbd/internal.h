@@ -99,6 +99,8 @@ struct budget_class {
   unsigned nr_spare;            /* the least nr since the last look */
 };
 
+struct budget_waiter;
+
 /* From twice SMALL_PAYLOAD to NBD_MAX_PAYLOAD. */
 #define BUDGET_CLASSES 8
 
@@ -113,8 +115,7 @@ struct budget {
   pthread_mutex_t lock;
   pthread_cond_t freed;
   uint64_t used, cached;
-  unsigned nr_empty_handed;     /* that wait and whose connection holds
-                                   nothing */
+  struct budget_waiter *line;   /* who waits */
   bool watched;                 /* budget_trim will be called */
   struct budget_class class[BUDGET_CLASSES];
 };

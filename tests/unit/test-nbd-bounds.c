@@ -11,6 +11,8 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -448,6 +450,57 @@ test_hogs (void **state)
   close (good);
 }
 
+/* However busy others are, and though each of them asks for less, one
+ * that needs much gets its turn.
+ */
+static atomic_bool busy_ends;
+
+static void *
+be_busy (void *vp)
+{
+  int fd = client_open (&f, NULL);
+  struct reply reply;
+  unsigned i;
+
+  (void) vp;
+  for (i = 0; i < 4 || !atomic_load (&busy_ends); ++i) {
+    send_request (fd, NBD_CMD_FLAG_DF, NBD_CMD_READ, i, 0, 4 * MiB);
+    if (i >= 4) {
+      recv_reply (fd, &reply, 0);
+      assert_int_equal (reply.error, 0);
+      free (reply.data);
+    }
+  }
+  close (fd);
+  return NULL;
+}
+
+static void
+test_large_request_among_busy_ones (void **state)
+{
+  enum { BUSY = 8 };
+  unsigned ms = 20;
+  pthread_t thread[BUSY];
+  int fd;
+
+  (void) state;
+  f.limits.memory = NBD_MIN_MEMORY;
+  f.disk->opaque = &ms;
+  f.disk->hook = hook_sleep;
+  fixture_start (&f, false);
+  fd = client_open (&f, NULL);
+  atomic_store (&busy_ends, false);
+  for (unsigned i = 0; i < BUSY; ++i)
+    assert_int_equal (pthread_create (&thread[i], NULL, be_busy, NULL), 0);
+  sleep_ms (200);
+  check_large_requests (fd);
+  atomic_store (&busy_ends, true);
+  for (unsigned i = 0; i < BUSY; ++i)
+    pthread_join (thread[i], NULL);
+  f.disk->hook = NULL;
+  close (fd);
+}
+
 /* Nobody waits on account of a client that does not read: it is not
  * cut, however long it takes, and gets its replies in the end.  Its own
  * requests wait.
@@ -638,6 +691,7 @@ main (void)
     TEST (test_not_idle),
     TEST (test_max_requests),
     TEST (test_hogs),
+    TEST (test_large_request_among_busy_ones),
     TEST (test_hog_alone),
     TEST (test_slow_but_steady),
     TEST (test_memory_is_given_back),
