@@ -221,6 +221,12 @@ h.shutdown()
 server.stop()
 harness.check("disk.qcow2")
 
+# What cannot be is said.
+server = Server("disk.qcow2", "dirty-bitmap-max-connections=10000",
+                "dirty-bitmap-max-memory=128M")
+assert "connections at most, not 10000" in server.messages()
+server.stop()
+
 # Idle connections are closed if that is asked for.
 server = Server("disk.qcow2", "dirty-bitmap-idle-timeout=1")
 idle = converse(GO)

@@ -75,12 +75,7 @@ bounds_for_descriptors (struct nbd_limits *limits)
     return;
   most = limit.rlim_cur > 2 * SPARE_DESCRIPTORS
     ? limit.rlim_cur - SPARE_DESCRIPTORS : limit.rlim_cur / 2;
-  if (most == 0 || limits->connections <= most)
-    return;
-  report_warning ("the limit of %llu open files allows for %llu connections, "
-                  "not %u", (unsigned long long) limit.rlim_cur,
-                  (unsigned long long) most, limits->connections);
-  limits->connections = most;
+  limits->connections = max_u64 (1, min_u64 (limits->connections, most));
 }
 
 /* The one in the handshake that came first, and is not cut already.

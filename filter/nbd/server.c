@@ -151,6 +151,10 @@ nbd_server_new (struct disk *disk, const struct nbd_options *options)
     errno = saved_errno;
     return NULL;
   }
+  if (server->limits.connections < options->limits.connections)
+    report_warning ("nbd: %u connections at most, not %u: memory, or the "
+                    "limit of open files, does not allow for more",
+                    server->limits.connections, options->limits.connections);
   return server;
 }
 
