@@ -16,6 +16,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -87,11 +88,12 @@ def no_freelocale():
     return path
 
 
-def environment():
+def environment(sanitizer="detect_leaks=0"):
+    """nbdkit's, with options for AddressSanitizer."""
     env = dict(os.environ)
     if PRELOAD:
         env["LD_PRELOAD"] = PRELOAD + " " + no_freelocale()
-        env["ASAN_OPTIONS"] = "detect_leaks=0:abort_on_error=0"
+        env["ASAN_OPTIONS"] = sanitizer + ":abort_on_error=0"
         env["UBSAN_OPTIONS"] = "print_stacktrace=1"
     return env
 
@@ -141,6 +143,13 @@ def flags(path, name):
     return None
 
 
+def free_port():
+    """A TCP port that is free at this moment."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def contents(path):
     """The guest's disk, as QEMU reads it from the image."""
     raw = os.path.join(tmp, "contents.raw")
@@ -164,7 +173,7 @@ class Server:
     count = 0
 
     def __init__(self, disk=None, *params, options=(), args=None,
-                 kind=SERVER):
+                 kind=SERVER, **sanitizer):
         Server.count += 1
         self.socket = os.path.join(tmp, "sock%d" % Server.count)
         self.log = os.path.join(tmp, "log%d" % Server.count)
@@ -186,7 +195,7 @@ class Server:
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL,
                                             stdout=log, stderr=log,
-                                            env=environment()
+                                            env=environment(**sanitizer)
                                             if command[0] == "nbdkit"
                                             else None)
         servers.append(self)
@@ -237,7 +246,7 @@ class Server:
 
     def sane(self):
         for line in self.messages().splitlines():
-            assert "AddressSanitizer" not in line and \
+            assert "Sanitizer:" not in line and \
                 "runtime error:" not in line, self.messages()
 
     def alive(self):

@@ -1,0 +1,322 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* The client's requests, and the judgement on their replies.
+ *
+ * No two requests of a connection that are in flight overlap, so that
+ * what a read has to find is known.
+ */
+
+#include <config.h>
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/bytes.h"
+#include "nbd/protocol.h"
+#include "peer.h"
+
+#define MAX_CHUNK (64 * 1024 * 1024)
+
+unsigned
+peer_in_flight (const struct peer *c)
+{
+  unsigned n = 0;
+
+  for (unsigned i = 0; i < DEPTH; ++i)
+    n += c->pending[i].used;
+  return n;
+}
+
+void
+peer_put_header (struct peer *c, uint16_t type, uint16_t flags,
+                   uint64_t cookie, uint64_t offset, uint32_t length)
+{
+  const struct nbd_request header = {
+    .magic = htobe32 (NBD_REQUEST_MAGIC),
+    .flags = htobe16 (flags),
+    .type = htobe16 (type),
+    .cookie = cookie,
+    .offset = htobe64 (offset),
+    .length = htobe32 (length),
+  };
+
+  peer_put (c, &header, sizeof header);
+}
+
+static struct pending *
+free_pending (struct peer *c)
+{
+  for (unsigned i = 0; i < DEPTH; ++i)
+    if (!c->pending[i].used)
+      return &c->pending[i];
+  return NULL;
+}
+
+static bool
+is_free (const struct peer *c, uint32_t first, uint32_t count)
+{
+  for (unsigned i = 0; i < DEPTH; ++i) {
+    const struct pending *p = &c->pending[i];
+
+    if (p->used && first < p->first + p->count && p->first < first + count)
+      return false;
+  }
+  return true;
+}
+
+static bool
+begin_change (struct peer *c, struct pending *p)
+{
+  enum change change = p->type == NBD_CMD_WRITE ? CHANGE_WRITE
+    : p->type == NBD_CMD_TRIM ? CHANGE_TRIM : CHANGE_ZERO;
+
+  if (p->type != NBD_CMD_WRITE && p->type != NBD_CMD_TRIM &&
+      p->type != NBD_CMD_WRITE_ZEROES)
+    return true;
+  p->operation = model_begin (c->model, c->slot, change, p->first, p->count);
+  return p->operation != NULL;
+}
+
+static void
+put_payload (struct peer *c, const struct pending *p)
+{
+  uint8_t bytes[SECTOR];
+
+  for (uint32_t i = 0; i < p->count; ++i) {
+    model_fill (bytes, p->first + i, p->operation->stamp);
+    peer_put (c, bytes, sizeof bytes);
+  }
+}
+
+bool
+peer_request (struct peer *c, uint16_t type, uint16_t flags,
+                uint32_t max_sectors)
+{
+  struct pending *p = free_pending (c);
+  struct pending new = { .used = true, .type = type, .flags = flags };
+  uint64_t offset;
+
+  if (p == NULL)
+    return false;
+  if (type != NBD_CMD_FLUSH) {
+    model_place (c->model, c->slot, max_sectors, &new.first, &new.count);
+    if (!is_free (c, new.first, new.count) || !begin_change (c, &new))
+      return false;
+  }
+  if (type == NBD_CMD_READ) {
+    new.data = malloc (new.count * SECTOR);
+    if (new.data == NULL)
+      abort ();
+  }
+  new.cookie = ++c->next_cookie;
+  offset = (uint64_t) new.first * SECTOR;
+  if (type == NBD_CMD_CACHE && model_draw (c->slot, 2) == 0) {
+    offset += (uint64_t) c->model->nr_sectors * SECTOR;
+    new.invalid = true;
+  }
+  peer_put_header (c, type, flags, new.cookie, offset, new.count * SECTOR);
+  if (type == NBD_CMD_WRITE)
+    put_payload (c, &new);
+  *p = new;
+  c->slot->nr_requests++;
+  return true;
+}
+
+static void
+check_data (struct peer *c, const struct pending *p)
+{
+  if (p->received != p->count * SECTOR)
+    peer_failure (c, "a read of %" PRIu32 " bytes got %" PRIu32,
+                    p->count * SECTOR, p->received);
+  for (uint32_t i = 0; i < p->count; ++i) {
+    const uint32_t number = p->first + i;
+
+    if (model_is_sure (c->model, number) &&
+        !model_allows (c->model, number, p->data + i * SECTOR)) {
+      model_explain (c->model, number, p->data + i * SECTOR);
+      peer_failure (c, "wrong data in sector %" PRIu32 " of a read of "
+                      "%" PRIu32 " at %" PRIu32, number, p->count, p->first);
+    }
+  }
+}
+
+/* A request is done, with an error of the protocol or 0. */
+static void
+complete (struct peer *c, struct pending *p, uint32_t error)
+{
+  const bool may_refuse = p->invalid ||
+    ((p->flags & NBD_CMD_FLAG_FAST_ZERO) != 0 && error == NBD_ENOTSUP);
+
+  if (error != 0 && !may_refuse) {
+    /* It is not for us to say what has become of it. */
+    if (!atomic_load (&c->model->stopping))
+      peer_failure (c, "command %u, %" PRIu32 " sectors at %" PRIu32
+                      ": error %" PRIu32, p->type, p->count, p->first, error);
+  }
+  else if (error == 0 && p->invalid)
+    peer_failure (c, "a request past the end succeeds");
+  else if (p->operation != NULL && error != 0)
+    model_refused (p->operation);
+  else if (p->operation != NULL)
+    model_acked (c->model, p->operation);
+  else if (p->type == NBD_CMD_READ)
+    check_data (c, p);
+
+  if (error == 0)
+    c->slot->nr_acked++;
+  free (p->data);
+  *p = (struct pending) { .used = false };
+}
+
+static struct pending *
+find_pending (struct peer *c, uint64_t cookie)
+{
+  for (unsigned i = 0; i < DEPTH; ++i)
+    if (c->pending[i].used && c->pending[i].cookie == cookie)
+      return &c->pending[i];
+  peer_failure (c, "a reply to a request that was not made: %" PRIx64,
+                  cookie);
+}
+
+static void
+take_data (struct peer *c, struct pending *p, uint64_t offset,
+           const uint8_t *data, uint32_t length)
+{
+  const uint64_t at = offset - (uint64_t) p->first * SECTOR;
+
+  if (p->type != NBD_CMD_READ || offset < (uint64_t) p->first * SECTOR ||
+      range_exceeds (at, length, p->count * SECTOR))
+    peer_failure (c, "data that were not asked for");
+  if (data != NULL)
+    memcpy (p->data + at, data, length);
+  else
+    memset (p->data + at, 0, length);
+  p->received += length;
+}
+
+/* What was changed and acknowledged has to be dirty in every bitmap. */
+static void
+check_dirty (struct peer *c, const struct pending *p, unsigned context,
+             uint64_t start, uint64_t end)
+{
+  for (uint32_t i = p->first; i < p->first + p->count; ++i)
+    if ((uint64_t) i * SECTOR >= start && (uint64_t) (i + 1) * SECTOR <= end &&
+        (c->model->sectors[i].flags & SECTOR_CHANGED) != 0)
+      peer_failure (c, "sector %" PRIu32 " was changed, but is not dirty "
+                      "in %s", i, peer_contexts[context]);
+}
+
+static void
+take_extents (struct peer *c, const struct pending *p,
+              const uint8_t *data, uint32_t length)
+{
+  uint64_t offset = (uint64_t) p->first * SECTOR;
+  unsigned context = 0;
+
+  while (context < NR_CONTEXTS && c->contexts[context] != get_be32 (data))
+    context++;
+  if (p->type != NBD_CMD_BLOCK_STATUS || context == NR_CONTEXTS ||
+      length % 8 != 4 || length < 12)
+    peer_failure (c, "extents that were not asked for");
+  for (uint32_t i = 4; i < length; i += 8) {
+    const uint64_t end = offset + get_be32 (data + i);
+
+    if (end == offset)
+      peer_failure (c, "an empty extent");
+    if (context > 0 && (get_be32 (data + i + 4) & 1) == 0)
+      check_dirty (c, p, context, offset, end);
+    offset = end;
+  }
+}
+
+static void
+take_chunk (struct peer *c, uint16_t type, uint16_t flags, uint64_t cookie,
+            const uint8_t *data, uint32_t length)
+{
+  struct pending *p = find_pending (c, cookie);
+  uint32_t error = 0;
+
+  switch (type) {
+  case NBD_REPLY_TYPE_NONE:
+    break;
+  case NBD_REPLY_TYPE_OFFSET_DATA:
+    if (length < 8)
+      peer_failure (c, "a short chunk");
+    take_data (c, p, get_be64 (data), data + 8, length - 8);
+    break;
+  case NBD_REPLY_TYPE_BLOCK_STATUS:
+    take_extents (c, p, data, length);
+    break;
+  default:
+    if ((type & 0x8000) == 0 || length < 6)
+      peer_failure (c, "a chunk of type %u", type);
+    error = get_be32 (data);
+  }
+  if (error != 0 || (flags & NBD_REPLY_FLAG_DONE) != 0)
+    complete (c, p, error);
+}
+
+static int
+structured_reply (struct peer *c)
+{
+  struct nbd_structured_reply h;
+  uint32_t length;
+
+  if (peer_need (c, sizeof h) == -1)
+    return -1;
+  memcpy (&h, c->in.data + c->in.start, sizeof h);
+  length = be32toh (h.length);
+  if (!c->structured || length > MAX_CHUNK)
+    peer_failure (c, "a chunk of %" PRIu32 " bytes", length);
+  if (peer_need (c, sizeof h + length) == -1)
+    return -1;
+  c->in.start += sizeof h + length;
+  take_chunk (c, be16toh (h.type), be16toh (h.flags), h.cookie,
+              c->in.data + c->in.start - length, length);
+  return 0;
+}
+
+static int
+simple_reply (struct peer *c)
+{
+  struct nbd_simple_reply h;
+  struct pending *p;
+  uint32_t length = 0;
+
+  if (peer_need (c, sizeof h) == -1)
+    return -1;
+  memcpy (&h, c->in.data + c->in.start, sizeof h);
+  p = find_pending (c, h.cookie);
+  if (p->type == NBD_CMD_READ && h.error == 0) {
+    if (c->structured)
+      peer_failure (c, "a simple reply to a read");
+    length = p->count * SECTOR;
+  }
+  if (peer_need (c, sizeof h + length) == -1)
+    return -1;
+  c->in.start += sizeof h + length;
+  if (length > 0)
+    take_data (c, p, (uint64_t) p->first * SECTOR,
+               c->in.data + c->in.start - length, length);
+  complete (c, p, be32toh (h.error));
+  return 0;
+}
+
+int
+peer_reply (struct peer *c)
+{
+  uint32_t magic;
+
+  if (peer_need (c, sizeof magic) == -1)
+    return -1;
+  magic = get_be32 (c->in.data + c->in.start);
+  if (magic == NBD_STRUCTURED_REPLY_MAGIC)
+    return structured_reply (c);
+  if (magic != NBD_SIMPLE_REPLY_MAGIC)
+    peer_failure (c, "%08" PRIx32 " where a reply should begin", magic);
+  return simple_reply (c);
+}
