@@ -61,6 +61,8 @@ struct slot {
   stamp last_stamp;
   uint64_t random;
   uint64_t nr_lives, nr_requests, nr_acked, nr_avoided;
+  uint32_t last_first, last_count;      /* where a change was acknowledged
+                                           last */
   struct operation operations[DEPTH];
 };
 

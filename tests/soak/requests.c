@@ -92,6 +92,23 @@ put_payload (struct peer *c, const struct pending *p)
   }
 }
 
+/* What has just been acknowledged, by this connection or the one before
+ * it, is asked for more often than chance would have it.
+ */
+static void
+draw_place (struct peer *c, struct pending *p, uint32_t max)
+{
+  const struct slot *s = c->slot;
+
+  if ((p->type == NBD_CMD_READ || p->type == NBD_CMD_BLOCK_STATUS) &&
+      s->last_count > 0 && model_draw (c->slot, 2) == 0) {
+    p->first = s->last_first;
+    p->count = s->last_count;
+  }
+  else
+    model_place (c->model, c->slot, max, &p->first, &p->count);
+}
+
 bool
 peer_request (struct peer *c, uint16_t type, uint16_t flags,
                 uint32_t max_sectors)
@@ -103,7 +120,7 @@ peer_request (struct peer *c, uint16_t type, uint16_t flags,
   if (p == NULL)
     return false;
   if (type != NBD_CMD_FLUSH) {
-    model_place (c->model, c->slot, max_sectors, &new.first, &new.count);
+    draw_place (c, &new, max_sectors);
     if (!is_free (c, new.first, new.count) || !begin_change (c, &new))
       return false;
   }
@@ -161,8 +178,11 @@ complete (struct peer *c, struct pending *p, uint32_t error)
     peer_failure (c, "a request past the end succeeds");
   else if (p->operation != NULL && error != 0)
     model_refused (p->operation);
-  else if (p->operation != NULL)
+  else if (p->operation != NULL) {
     model_acked (c->model, p->operation);
+    c->slot->last_first = p->first;
+    c->slot->last_count = p->count;
+  }
   else if (p->type == NBD_CMD_READ)
     check_data (c, p);
 
