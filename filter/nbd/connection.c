@@ -28,6 +28,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "common/buffer.h"
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "nbd/internal.h"
@@ -124,7 +125,7 @@ worker_free (struct worker *w)
   if (w == NULL)
     return;
   worker_trim (w);
-  free (w->output);
+  buffer_free (w->output, OUTPUT_SIZE);
   free (w);
 }
 
@@ -137,7 +138,7 @@ worker_new (struct connection *c)
     return NULL;
   w->connection = c;
   w->extents.connection = c;
-  w->output = malloc (OUTPUT_SIZE);
+  w->output = buffer_new (OUTPUT_SIZE);
   if (w->output == NULL) {
     free (w);
     return NULL;
@@ -229,7 +230,7 @@ connection_free (struct connection *c)
   pthread_cond_destroy (&c->role_freed);
   tls_free (c->tls);
   free (c->contexts);
-  free (c->in.data);
+  buffer_free (c->in.data, INPUT_SIZE);
   free (c);
 }
 
@@ -306,11 +307,11 @@ connection_start (struct nbd_server *server, int fd)
   c->started_ms = now_ms ();
   atomic_store (&c->handshaking, true);
   disk_client_begin (server->disk, &c->client);
-  c->in.data = malloc (INPUT_SIZE);
+  c->in.data = buffer_new (INPUT_SIZE);
   w = worker_new (c);
   if (c->in.data == NULL || w == NULL || init_locks (c) == -1) {
     worker_free (w);
-    free (c->in.data);
+    buffer_free (c->in.data, INPUT_SIZE);
     free (c);
     return NULL;
   }

@@ -53,6 +53,7 @@
 #include <string.h>
 #include <sys/socket.h>
 
+#include "common/buffer.h"
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "nbd/internal.h"
@@ -233,8 +234,8 @@ tls_new (struct nbd_server *server)
   if (tls == NULL)
     return NULL;
   pthread_mutex_init (&tls->lock, NULL);
-  tls->in = malloc (TLS_INPUT_SIZE);
-  tls->out = malloc (TLS_OUTPUT_SIZE);
+  tls->in = buffer_new (TLS_INPUT_SIZE);
+  tls->out = buffer_new (TLS_OUTPUT_SIZE);
   tls->joined = malloc (RECORD_SIZE);
   if (tls->in == NULL || tls->out == NULL || tls->joined == NULL) {
     tls_free (tls);
@@ -499,8 +500,8 @@ tls_free (struct tls *tls)
   if (tls->session != NULL)
     gnutls_deinit (tls->session);
   pthread_mutex_destroy (&tls->lock);
-  free (tls->in);
-  free (tls->out);
+  buffer_free (tls->in, TLS_INPUT_SIZE);
+  buffer_free (tls->out, TLS_OUTPUT_SIZE);
   free (tls->joined);
   free (tls);
 }

@@ -148,10 +148,13 @@ work (struct peer *c)
 static int
 read_to_end (struct peer *c)
 {
-  while (peer_in_flight (c) > 0)
-    if (peer_reply (c) == -1)
-      peer_failure (c, "%u requests are not answered",
-                      peer_in_flight (c));
+  while (peer_in_flight (c) > 0) {
+    if (peer_reply (c) == 0)
+      continue;
+    if (atomic_load (&c->model->stopping))
+      return -1;
+    peer_failure (c, "%u requests are not answered", peer_in_flight (c));
+  }
   if (peer_need (c, 1) == 0)
     peer_failure (c, "a reply too many");
   return 0;
@@ -176,7 +179,7 @@ end_disconnect_busy (struct peer *c)
   peer_put_header (c, NBD_CMD_DISC, 0, 0, 0, 0);
   if (peer_flush (c) == -1)
     return -1;
-  return atomic_load (&c->model->stopping) ? 0 : read_to_end (c);
+  return read_to_end (c);
 }
 
 static int
@@ -186,7 +189,7 @@ end_half_close (struct peer *c)
   if (peer_flush (c) == -1)
     return -1;
   peer_half_close (c);
-  return atomic_load (&c->model->stopping) ? 0 : read_to_end (c);
+  return read_to_end (c);
 }
 
 static int
