@@ -217,11 +217,11 @@ end_at_once (struct peer *c)
 static int
 end_in_header (struct peer *c)
 {
-  uint8_t bytes[sizeof (struct nbd_request)];
+  const size_t before = c->out.end - c->out.start;
 
-  memset (bytes, 0, sizeof bytes);
-  put_be32 (bytes, NBD_REQUEST_MAGIC);
-  peer_put (c, bytes, 1 + model_draw (c->slot, sizeof bytes - 1));
+  peer_put_header (c, NBD_CMD_READ, 0, 0, 0, SECTOR);
+  c->out.end = c->out.start + before + 1 +
+    model_draw (c->slot, sizeof (struct nbd_request) - 1);
   return peer_flush (c);
 }
 

@@ -81,7 +81,7 @@ int
 peer_connect (struct peer *c, const struct address *address, bool tcp)
 {
   c->session = NULL;
-  c->structured = false;
+  c->structured = c->extended = false;
   for (unsigned i = 0; i < NR_CONTEXTS; ++i)
     c->contexts[i] = UINT32_MAX;
   if (open_socket (c, address, tcp) == -1) {
@@ -396,10 +396,12 @@ peer_negotiate (struct peer *c)
   struct nbd_info_export export;
 
   if (model_draw (c->slot, 4) > 0) {
-    peer_put_option (c, NBD_OPT_STRUCTURED_REPLY, NULL, 0);
+    c->structured = true;
+    c->extended = model_draw (c->slot, 2) == 0;
+    peer_put_option (c, c->extended ? NBD_OPT_EXTENDED_HEADERS
+                     : NBD_OPT_STRUCTURED_REPLY, NULL, 0);
     if (wait_for_ack (c) == -1)
       return -1;
-    c->structured = true;
     if (model_draw (c->slot, 2) == 0 && set_contexts (c) == -1)
       return -1;
   }
@@ -408,7 +410,7 @@ peer_negotiate (struct peer *c)
     if (wait_for_ack (c) == -1)
       return -1;
   }
-  if (model_draw (c->slot, 4) == 0) {
+  if (!c->extended && model_draw (c->slot, 4) == 0) {
     peer_put_option (c, NBD_OPT_EXPORT_NAME, NULL, 0);
     if (peer_need (c, offsetof (struct nbd_export_name_reply, zeroes))
         == -1)

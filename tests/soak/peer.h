@@ -50,8 +50,7 @@ struct peer {
   struct slot *slot;
   int fd;
   gnutls_session_t session;     /* or NULL */
-  bool structured;
-  bool wants_contexts;
+  bool structured, extended;    /* the latter has the former */
   uint32_t contexts[NR_CONTEXTS];       /* ids, or UINT32_MAX */
   uint64_t next_cookie;
   struct pending pending[DEPTH];

@@ -43,8 +43,22 @@ peer_put_header (struct peer *c, uint16_t type, uint16_t flags,
     .offset = htobe64 (offset),
     .length = htobe32 (length),
   };
+  struct nbd_extended_request extended = {
+    .magic = htobe32 (NBD_EXTENDED_REQUEST_MAGIC),
+    .flags = htobe16 (flags),
+    .type = htobe16 (type),
+    .cookie = cookie,
+    .offset = htobe64 (offset),
+    .length = htobe64 (length),
+  };
 
-  peer_put (c, &header, sizeof header);
+  if (!c->extended) {
+    peer_put (c, &header, sizeof header);
+    return;
+  }
+  if (type == NBD_CMD_WRITE)
+    extended.flags |= htobe16 (NBD_CMD_FLAG_PAYLOAD_LEN);
+  peer_put (c, &extended, sizeof extended);
 }
 
 static struct pending *
@@ -234,20 +248,25 @@ static void
 take_extents (struct peer *c, const struct pending *p,
               const uint8_t *data, uint32_t length)
 {
+  const uint32_t head = c->extended ? 8 : 4, each = c->extended ? 16 : 8;
   uint64_t offset = (uint64_t) p->first * SECTOR;
   unsigned context = 0;
 
+  if (p->type != NBD_CMD_BLOCK_STATUS || length < head + each ||
+      length % each != head)
+    peer_failure (c, "extents that were not asked for");
   while (context < NR_CONTEXTS && c->contexts[context] != get_be32 (data))
     context++;
-  if (p->type != NBD_CMD_BLOCK_STATUS || context == NR_CONTEXTS ||
-      length % 8 != 4 || length < 12)
-    peer_failure (c, "extents that were not asked for");
-  for (uint32_t i = 4; i < length; i += 8) {
-    const uint64_t end = offset + get_be32 (data + i);
+  if (context == NR_CONTEXTS)
+    peer_failure (c, "a context that was not asked for");
+  for (uint32_t i = head; i < length; i += each) {
+    const uint64_t n = c->extended ? get_be64 (data + i) : get_be32 (data + i);
+    const uint64_t end = offset + n;
 
-    if (end == offset)
-      peer_failure (c, "an empty extent");
-    if (context > 0 && (get_be32 (data + i + 4) & 1) == 0)
+    if (n == 0 || end < offset)
+      peer_failure (c, "an impossible extent");
+    /* The lowest bit of what comes last. */
+    if (context > 0 && (data[i + each - 1] & 1) == 0)
       check_dirty (c, p, context, offset, end);
     offset = end;
   }
@@ -269,6 +288,9 @@ take_chunk (struct peer *c, uint16_t type, uint16_t flags, uint64_t cookie,
     take_data (c, p, get_be64 (data), data + 8, length - 8);
     break;
   case NBD_REPLY_TYPE_BLOCK_STATUS:
+  case NBD_REPLY_TYPE_BLOCK_STATUS_EXT:
+    if ((type == NBD_REPLY_TYPE_BLOCK_STATUS_EXT) != c->extended)
+      peer_failure (c, "a chunk of type %u", type);
     take_extents (c, p, data, length);
     break;
   default:
@@ -290,8 +312,28 @@ structured_reply (struct peer *c)
     return -1;
   memcpy (&h, c->in.data + c->in.start, sizeof h);
   length = be32toh (h.length);
-  if (!c->structured || length > MAX_CHUNK)
+  if (!c->structured || c->extended || length > MAX_CHUNK)
     peer_failure (c, "a chunk of %" PRIu32 " bytes", length);
+  if (peer_need (c, sizeof h + length) == -1)
+    return -1;
+  c->in.start += sizeof h + length;
+  take_chunk (c, be16toh (h.type), be16toh (h.flags), h.cookie,
+              c->in.data + c->in.start - length, length);
+  return 0;
+}
+
+static int
+extended_reply (struct peer *c)
+{
+  struct nbd_extended_reply h;
+  uint64_t length;
+
+  if (peer_need (c, sizeof h) == -1)
+    return -1;
+  memcpy (&h, c->in.data + c->in.start, sizeof h);
+  length = be64toh (h.length);
+  if (!c->extended || length > MAX_CHUNK)
+    peer_failure (c, "a chunk of %" PRIu64 " bytes", length);
   if (peer_need (c, sizeof h + length) == -1)
     return -1;
   c->in.start += sizeof h + length;
@@ -336,7 +378,9 @@ peer_reply (struct peer *c)
   magic = get_be32 (c->in.data + c->in.start);
   if (magic == NBD_STRUCTURED_REPLY_MAGIC)
     return structured_reply (c);
-  if (magic != NBD_SIMPLE_REPLY_MAGIC)
+  if (magic == NBD_EXTENDED_REPLY_MAGIC)
+    return extended_reply (c);
+  if (magic != NBD_SIMPLE_REPLY_MAGIC || c->extended)
     peer_failure (c, "%08" PRIx32 " where a reply should begin", magic);
   return simple_reply (c);
 }
