@@ -5,9 +5,10 @@
 """A soak: many connections that open, work, and vanish anyhow.
 
 The clients (soak/soak.c) come over a Unix socket and TCP, with TLS and
-without, with simple replies, structured ones, or extended headers.  They end in good order,
-or are gone in the middle of a handshake, a request, or a reply; and their
-processes are killed.  They know what every sector may hold.
+without, with simple replies, structured ones, or extended headers.  They
+end in good order, or are gone in the middle of a handshake, a request, or
+a reply; and their processes are killed.  They know what every sector may
+hold.
 
 They work in rounds.  After each all of them are gone; then the server
 has no thread, no descriptor and no memory more than it had, the disk
@@ -28,7 +29,7 @@ import harness
 from harness import CONTEXT, PATIENCE, Server
 from qcow2image import Image
 
-seconds = float(os.environ.get("SECONDS_TO_RUN") or 5)
+seconds = float(os.environ.get("SECONDS_TO_RUN") or 4)
 connections = int(os.environ.get("CONNECTIONS") or 40)
 rnd = harness.seeded()
 
@@ -47,7 +48,7 @@ WARM_ROUNDS = max(2, nr_rounds // 5)
 SLACK = 8 * 1024
 # And without sanitizers, how much more than before all of them: caches,
 # bitmaps, and what malloc keeps.
-REST = 24 * 1024
+REST = 32 * 1024
 # AddressSanitizer remembers threads that have ended, ThreadSanitizer all
 # memory that was ever used.
 SLACK_A_LIFE = 0.5 if harness.PRELOAD else 0
