@@ -72,6 +72,7 @@ crash_refcount_blocks (unsigned *nr_states)
   struct crash_image base = image_of (c), state = crash_image_new (ROOM);
   struct crash_log *log = crash_log_new (&base, 3);
   struct crash_replay *replay;
+  const unsigned states = how_often (STATES, STATES, STATES / 16);
   uint64_t seed = 3;
   size_t length;
 
@@ -80,11 +81,11 @@ crash_refcount_blocks (unsigned *nr_states)
   replay = crash_replay_new (log);
   length = crash_log_length (log);
   error[0] = '\0';
-  for (unsigned i = 0; error[0] == '\0' && i < STATES; ++i) {
+  for (unsigned i = 0; error[0] == '\0' && i < states; ++i) {
     struct checked checked;
 
     *nr_states = i + 1;
-    crash_replay_advance (replay, length * i / STATES);
+    crash_replay_advance (replay, length * i / states);
     crash_replay_state (replay, &state, &seed);
     if (!check_image (&checked, &state))
       strcpy (error, checked.error);

@@ -148,6 +148,15 @@ get_number (const char *name, uint64_t *value)
     *value = strtoull (s, NULL, 0);
 }
 
+unsigned
+how_often (unsigned plain, unsigned with_sanitizers,
+           unsigned under_valgrind)
+{
+  if (getenv ("UNDER_VALGRIND") != NULL)
+    return under_valgrind;
+  return getenv ("UNDER_SANITIZERS") != NULL ? with_sanitizers : plain;
+}
+
 uint64_t
 random_next (uint64_t *state)
 {

@@ -72,7 +72,9 @@ compare_runs (struct bits *bits, const uint8_t *model, uint64_t from,
 static void
 compare (struct bits *bits, const uint8_t *model, uint64_t n, uint64_t *seed)
 {
-  for (unsigned i = 0; i < 300; ++i) {
+  const unsigned nr = how_often (300, 300, 60);
+
+  for (unsigned i = 0; i < nr; ++i) {
     uint64_t from = random_next (seed) % n;
     uint64_t end = from + 1 + random_next (seed) % (n - from);
 

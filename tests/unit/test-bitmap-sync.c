@@ -431,7 +431,7 @@ test_failures (void **state)
       unsigned nth = 0;
 
       while (fail_nth (cluster_bits, nth, mode & 1, mode & 2))
-        nth++;
+        nth += how_often (1, 1, 6);
       print_message ("%u operations\n", nth);
       assert_true (nth > 40);
     }
@@ -476,7 +476,7 @@ test_random (void **state)
   unsigned long n = 0;
 
   (void) state;
-  for (unsigned round = 0; round < 40; ++round) {
+  for (unsigned round = 0; round < how_often (40, 40, 8); ++round) {
     uint64_t seed = round;
     struct world w;
 

@@ -1089,8 +1089,7 @@ main (void)
   if (run_command ("qemu-img --version >/dev/null 2>&1 && "
                    "qemu-io --version >/dev/null 2>&1") != 0)
     return 77;
-  if (getenv ("UNDER_VALGRIND") != NULL)
-    every = 199;
+  every = how_often (1, 7, 397);
   report_sink = note_line;
   signal (SIGALRM, hangs);
   return cmocka_run_group_tests (tests, NULL, NULL);

@@ -17,6 +17,7 @@
 
 #include "common/bytes.h"
 #include "common/cleanup.h"
+#include "image.h"
 #include "test-nbd-client.h"
 
 #define SIZE (UINT64_C (128) * 1024 * 1024)
@@ -254,7 +255,7 @@ client_main (void *vp)
   uint8_t *model = calloc (1, PART);
   int fd = client_open (&f, NULL);
 
-  for (int i = 0; i < 60; ++i)
+  for (unsigned i = how_often (60, 60, 10); i > 0; --i)
     one_round (fd, &w->seed, w->offset, model);
   close (fd);
   free (model);

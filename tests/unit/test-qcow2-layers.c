@@ -229,7 +229,8 @@ static void
 run_kind (const struct kind *k)
 {
   struct files f;
-  const unsigned nr = getenv ("UNDER_VALGRIND") != NULL ? 90 : 900;
+  const unsigned nr = how_often (900, 300, 90);
+  const unsigned reopen = how_often (3, 3, 1);
 
   if (getenv ("VERBOSE") != NULL)
     fprintf (stderr, "--- %s\n", k->name);
@@ -246,7 +247,7 @@ run_kind (const struct kind *k)
   for (unsigned i = 0; i < nr; ++i) {
     r.q = f.q;
     assert_int_equal (random_request (&r), 0);
-    if (i % (nr / 3) == nr / 3 - 1) {
+    if (i % (nr / reopen) == nr / reopen - 1) {
       stop_and_compare (k, &f, r.model);
       open_files (&f);
     }
@@ -260,6 +261,8 @@ static void
 test_random (void **state)
 {
   (void) state;
+  if (getenv ("THREADS_ONLY") != NULL)
+    skip ();
   for (unsigned i = 0; i < sizeof kinds / sizeof kinds[0]; ++i)
     run_kind (&kinds[i]);
 }
@@ -276,7 +279,8 @@ work (void *arg)
 {
   struct worker *w = arg;
 
-  const unsigned nr = getenv ("UNDER_VALGRIND") != NULL ? 50 : 500;
+  const unsigned nr =
+    getenv ("THREADS_ONLY") != NULL ? 60 : how_often (500, 200, 50);
 
   for (unsigned i = 0; i < nr; ++i)
     assert_int_equal (random_request (&w->r), 0);
@@ -488,7 +492,8 @@ test_entry_at_once (void **state)
   open_files (&f);
   t.q = f.q;
   assert_int_equal (pthread_create (&thread, NULL, write_and_trim, &t), 0);
-  const unsigned nr = getenv ("UNDER_VALGRIND") != NULL ? 2000 : 200000;
+  const unsigned nr =
+    getenv ("THREADS_ONLY") != NULL ? 20000 : how_often (200000, 50000, 2000);
 
   for (unsigned i = 0; i < nr; ++i) {
     assert_int_equal (qcow2_read (f.q, &byte, 1, 9 * 65536 + i % 65536), 0);

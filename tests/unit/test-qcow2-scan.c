@@ -718,7 +718,7 @@ test_missing_blocks (void **state)
 
   (void) state;
   for (unsigned i = 0; i < NR_OPTIONS; ++i)
-    for (unsigned one_in = 1; one_in < 4; ++one_in) {
+    for (unsigned one_in = 1; one_in < how_often (4, 4, 2); ++one_in) {
       struct container *c;
 
       if (strstr (all_options[i], "compat") != NULL)
@@ -968,7 +968,8 @@ crash_everywhere (struct container *c, uint64_t *seed)
 
   open_and_close (log);
   replay = crash_replay_new (log);
-  for (size_t point = 0; point <= crash_log_length (log); ++point) {
+  for (size_t point = 0; point <= crash_log_length (log);
+       point += how_often (1, 3, 16)) {
     crash_replay_advance (replay, point);
     crash_replay_kill (replay, &crashed);
     check_crashed (&crashed, disk, seed);

@@ -31,6 +31,7 @@
 #include "qcow2/qcow2.h"
 #include "random-requests.h"
 
+#define MIB (UINT64_C (1) << 20)
 #define GIB (UINT64_C (1) << 30)
 
 static uint64_t first_seed = 1;
@@ -46,10 +47,16 @@ open_image (struct container *c, uint64_t cache)
 }
 
 static void
-random_run (const char *options, const char *size, uint64_t cache,
+random_run (const char *options, uint64_t size, uint64_t cache,
             unsigned requests, uint64_t max)
 {
-  struct container *c = image_create (options, size, 64 * GIB);
+  /* Of what happens under valgrind the most is comparing bytes. */
+  char text[32];
+  const unsigned parts = how_often (1, 2, 8);
+  const unsigned reopen = how_often (3, 3, 1);
+
+  snprintf (text, sizeof text, "%" PRIu64, size / parts / 512 * 512);
+  struct container *c = image_create (options, text, 64 * GIB);
   struct qcow2 *q = open_image (c, cache);
   const uint64_t bytes = qcow2_size (q);
   uint8_t *model = calloc (1, bytes);
@@ -58,12 +65,11 @@ random_run (const char *options, const char *size, uint64_t cache,
   };
 
   assert_non_null (model);
-  if (getenv ("UNDER_VALGRIND") != NULL)
-    requests /= 10;
+  requests /= how_often (1, 3, 10);
   for (unsigned i = 0; i < requests; ++i) {
     r.q = q;
     assert_int_equal (random_request (&r), 0);
-    if (i % (requests / 3) == 0) {
+    if (i % (requests / reopen) == 0) {
       compare_all (q, model);
       assert_int_equal (qcow2_stop (q, NULL), 0);
       qcow2_close (q);
@@ -85,23 +91,25 @@ test_random (void **state)
   (void) state;
   if (getenv ("THREADS_ONLY") != NULL)
     skip ();
-  random_run ("-o cluster_size=512", "3M", 65536, 3000, 20000);
-  random_run ("-o cluster_size=512,refcount_bits=64", "3M", 1 << 20, 3000,
+  random_run ("-o cluster_size=512", 3 * MIB, 65536, 3000, 20000);
+  random_run ("-o cluster_size=512,refcount_bits=64", 3 * MIB, 1 << 20, 3000,
               20000);
-  random_run ("-o cluster_size=4k,refcount_bits=1", "20M", 1 << 20, 3000,
+  random_run ("-o cluster_size=4k,refcount_bits=1", 20 * MIB, 1 << 20, 3000,
               100000);
-  random_run ("-o cluster_size=4k,refcount_bits=2", "20000000", 65536, 3000,
+  random_run ("-o cluster_size=4k,refcount_bits=2", 20000000, 65536, 3000,
               100000);
-  random_run ("-o cluster_size=4k,refcount_bits=4", "20M", 65536, 1000, 100000);
-  random_run ("-o cluster_size=4k,refcount_bits=8", "20M", 65536, 1000, 100000);
-  random_run ("-o cluster_size=64k", "64M", 1 << 20, 3000, 1000000);
-  random_run ("-o cluster_size=64k,compat=0.10", "33333760", 1 << 20, 3000,
+  random_run ("-o cluster_size=4k,refcount_bits=4", 20 * MIB, 65536, 1000,
+              100000);
+  random_run ("-o cluster_size=4k,refcount_bits=8", 20 * MIB, 65536, 1000,
+              100000);
+  random_run ("-o cluster_size=64k", 64 * MIB, 1 << 20, 3000, 1000000);
+  random_run ("-o cluster_size=64k,compat=0.10", 33333760, 1 << 20, 3000,
               1000000);
-  random_run ("-o cluster_size=64k,preallocation=metadata", "64M", 1 << 20,
+  random_run ("-o cluster_size=64k,preallocation=metadata", 64 * MIB, 1 << 20,
               1000, 1000000);
-  random_run ("-o cluster_size=64k,preallocation=full", "32M", 1 << 20,
+  random_run ("-o cluster_size=64k,preallocation=full", 32 * MIB, 1 << 20,
               1000, 1000000);
-  random_run ("-o cluster_size=2M,refcount_bits=32", "100M", 4 << 20, 600,
+  random_run ("-o cluster_size=2M,refcount_bits=32", 100 * MIB, 4 << 20, 600,
               5000000);
 }
 
@@ -271,8 +279,10 @@ test_discard_races (void **state)
   (void) state;
   assert_int_equal (pthread_create (&thread, NULL, discard_and_flush, &race),
                     0);
-  for (unsigned i = getenv ("THREADS_ONLY") != NULL ? 18000 : 0; i < 20000;
-       ++i) {
+  const unsigned nr =
+    getenv ("THREADS_ONLY") != NULL ? 2000 : how_often (20000, 8000, 1000);
+
+  for (unsigned i = 0; i < nr; ++i) {
     const unsigned cluster = random_next (&seed) % 32;
 
     /* Every cluster has its own byte. */
@@ -477,7 +487,7 @@ faults_run (const char *options, int err, bool lasting)
   long k;
 
   /* Every one of the first, then a sample of the rest. */
-  for (k = 0; happened; k += 1 + k / 12)
+  for (k = 0; happened; k += 1 + k / how_often (12, 12, 3))
     one_fault (options, k, err, lasting, &happened);
   assert_true (k > 20);
 }
