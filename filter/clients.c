@@ -9,7 +9,8 @@
  * callbacks.  All connections have the same disk, and the plugin below
  * was opened once for all of them: so open never calls next, next is
  * NULL in every callback, and every callback has to be here, since the
- * default of a missing one would use next.
+ * default of a missing one would use next.  What a connection is to is
+ * decided in open, by the name that the client gave.
  *
  * nbdkit calls back from connections that it still accepts while it
  * ends, and from requests that a worker began just before the end.  So
@@ -25,6 +26,7 @@
 #include <errno.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 #include <nbdkit-filter.h>
@@ -40,6 +42,7 @@
 
 static struct {
   struct disk *disk;
+  struct export_options exports;
   bool is_rotational;
   atomic_bool closed;           /* the gate */
   atomic_long in_flight;
@@ -67,9 +70,11 @@ leave (int r, int *err)
 }
 
 void
-clients_start (struct disk *disk, bool is_rotational)
+clients_start (struct disk *disk, const struct export_options *exports,
+               bool is_rotational)
 {
   gate.disk = disk;
+  gate.exports = *exports;
   gate.is_rotational = is_rotational;
   atomic_store (&gate.closed, false);
 }
@@ -97,27 +102,81 @@ clients_stop (void)
 }
 
 static int
-list_exports (nbdkit_next_list_exports *next, nbdkit_backend *nxdata,
-              int readonly, int is_tls, struct nbdkit_exports *exports)
+add_export (void *exports, const char *name, const char *description)
 {
-  /* The disk has every name.  This one is the shortest. */
-  (void) next; (void) nxdata; (void) readonly; (void) is_tls;
-  return nbdkit_add_export (exports, "", NULL);
+  return nbdkit_add_export (exports, name, description);
 }
 
+static int
+list_exports_of_disk (nbdkit_next_list_exports *next, nbdkit_backend *nxdata,
+                      int readonly, int is_tls,
+                      struct nbdkit_exports *exports)
+{
+  int err, r;
+  struct disk *disk = enter (&err);
+
+  (void) next; (void) nxdata; (void) readonly; (void) is_tls;
+  if (disk == NULL)
+    return -1;
+  r = exports_list (disk, &gate.exports, add_export, exports);
+  leave (0, &err);
+  return r;
+}
+
+/* The empty name is one as any other: if it is not the disk's, it is
+ * nobody's, and NULL makes nbdkit say so.
+ */
 static const char *
 default_export (nbdkit_next_default_export *next, nbdkit_backend *nxdata,
                 int readonly, int is_tls)
 {
   (void) next; (void) nxdata; (void) readonly; (void) is_tls;
-  return "";
+  return gate.exports.name == NULL || gate.exports.name[0] == '\0'
+    ? "" : NULL;
 }
 
 /* The handle of a connection. */
 struct connection {
   bool readonly;
+  struct export export;
+  char *description;            /* the export's, or NULL */
   struct disk_client client;
 };
+
+static void
+close_connection (void *handle)
+{
+  struct connection *c = handle;
+
+  if (c == NULL)
+    return;
+  free (c->description);
+  free (c);
+}
+
+static struct connection *
+connection_new (struct disk *disk, bool readonly, const char *exportname)
+{
+  struct export export;
+  struct connection *c;
+
+  if (!export_find (disk, &gate.exports, exportname, strlen (exportname),
+                    &export)) {
+    nbdkit_error ("there is no export '%s'", exportname);
+    return NULL;
+  }
+  c = calloc (1, sizeof *c);
+  if (c == NULL ||
+      export_describe (disk, &gate.exports, &export, &c->description) == -1) {
+    nbdkit_error ("malloc: %m");
+    close_connection (c);
+    return NULL;
+  }
+  c->export = export;
+  c->readonly = readonly || export.is_delta;
+  disk_client_begin (disk, &c->client);
+  return c;
+}
 
 static void *
 open_connection (nbdkit_next_open *next, nbdkit_context *context,
@@ -127,26 +186,14 @@ open_connection (nbdkit_next_open *next, nbdkit_context *context,
   int err;
   struct disk *disk = enter (&err);
 
-  (void) next; (void) context; (void) exportname; (void) is_tls;
+  (void) next; (void) context; (void) is_tls;
   if (disk == NULL) {
     nbdkit_error ("the server is shutting down");
     return NULL;
   }
-  c = calloc (1, sizeof *c);
-  if (c == NULL)
-    nbdkit_error ("calloc: %m");
-  else {
-    c->readonly = readonly;
-    disk_client_begin (disk, &c->client);
-  }
+  c = connection_new (disk, readonly, exportname);
   leave (0, &err);
   return c;
-}
-
-static void
-close_connection (void *handle)
-{
-  free (handle);
 }
 
 static int64_t
@@ -167,8 +214,10 @@ get_size (nbdkit_next *next, void *handle)
 static const char *
 export_description (nbdkit_next *next, void *handle)
 {
-  (void) next; (void) handle;
-  return NULL;
+  const struct connection *c = handle;
+
+  (void) next;
+  return c->description;
 }
 
 static int
@@ -242,12 +291,15 @@ static int
 pread_disk (nbdkit_next *next, void *handle, void *buf, uint32_t count,
             uint64_t offset, uint32_t flags, int *err)
 {
+  const struct connection *c = handle;
   struct disk *disk = enter (err);
 
-  (void) next; (void) handle; (void) flags;
+  (void) next; (void) flags;
   if (disk == NULL)
     return -1;
-  return leave (disk_read (disk, buf, count, offset), err);
+  return leave (c->export.is_delta
+                ? disk_delta_read (disk, c->export.bitmap, buf, count, offset)
+                : disk_read (disk, buf, count, offset), err);
 }
 
 static int
@@ -303,13 +355,24 @@ zero_disk (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
                            flags & NBDKIT_FLAG_FUA), err);
 }
 
+static int
+get_extent (struct disk *disk, const struct export *export, uint64_t offset,
+            uint64_t end, uint64_t *length, uint32_t *flags)
+{
+  if (export->is_delta)
+    return disk_delta_extent (disk, export->bitmap, offset, end, length,
+                              flags);
+  return disk_extent (disk, offset, end, length, flags);
+}
+
 /* Add the extents of [offset, end) and nothing beyond: nbdkit before
  * 1.44 aborts on some that go further.  nbdkit's flags are NBD's, and
- * it merges neighbours.
+ * it merges neighbours, and where they are too many ends its reply early,
+ * which is what is right for a delta too (build_delta of nbd/).
  */
 static int
-add_extents (struct disk *disk, uint64_t offset, uint64_t end, bool only_one,
-             struct nbdkit_extents *extents)
+add_extents (struct disk *disk, const struct export *export, uint64_t offset,
+             uint64_t end, bool only_one, struct nbdkit_extents *extents)
 {
   bool is_first = true;
   uint32_t first_flags = 0;
@@ -318,7 +381,7 @@ add_extents (struct disk *disk, uint64_t offset, uint64_t end, bool only_one,
     uint64_t length;
     uint32_t flags;
 
-    if (disk_extent (disk, offset, end, &length, &flags) == -1)
+    if (get_extent (disk, export, offset, end, &length, &flags) == -1)
       return -1;
     if (is_first)
       first_flags = flags;
@@ -336,12 +399,13 @@ static int
 extents_disk (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
               uint32_t flags, struct nbdkit_extents *extents, int *err)
 {
+  const struct connection *c = handle;
   struct disk *disk = enter (err);
 
-  (void) next; (void) handle;
+  (void) next;
   if (disk == NULL)
     return -1;
-  return leave (add_extents (disk, offset, offset + count,
+  return leave (add_extents (disk, &c->export, offset, offset + count,
                              flags & NBDKIT_FLAG_REQ_ONE, extents), err);
 }
 
@@ -362,7 +426,7 @@ clients_set_callbacks (struct nbdkit_filter *f)
 {
   atomic_store (&gate.closed, true);
 
-  f->list_exports = list_exports;
+  f->list_exports = list_exports_of_disk;
   f->default_export = default_export;
   f->open = open_connection;
   f->close = close_connection;

@@ -12,10 +12,15 @@
 
 #include <stdbool.h>
 
+#include "nbd/exports.h"
+
 struct disk;
 
-/* From now on requests are answered from the disk. */
-extern void clients_start (struct disk *, bool is_rotational);
+/* From now on requests are answered from the disk.  The strings of the
+ * options outlive the clients.
+ */
+extern void clients_start (struct disk *, const struct export_options *,
+                           bool is_rotational);
 
 /* From now on requests and new connections are refused.  Those under
  * way go on.

@@ -153,6 +153,15 @@ get_disk_options (struct disk_options *o)
     chain_give (chain, o);
 }
 
+static struct export_options
+get_export_options (void)
+{
+  return (struct export_options) {
+    .name = parameters.exportname,
+    .description = parameters.description,
+  };
+}
+
 /* Open the files that the image refers to. */
 static int
 open_chain (struct container *image, bool readonly)
@@ -269,6 +278,7 @@ open_disk (nbdkit_backend *backend)
     .readonly = is_readonly (),
     .serialize = serialize,
   };
+  const struct export_options exports = get_export_options ();
   struct disk_options options;
   struct container *container;
   bool is_rotational;
@@ -290,7 +300,7 @@ open_disk (nbdkit_backend *backend)
     container_close (container);
     return -1;
   }
-  clients_start (disk, is_rotational);
+  clients_start (disk, &exports, is_rotational);
   return 0;
 }
 
@@ -319,6 +329,7 @@ start_server (void)
 {
   const struct nbd_options options = {
     .readonly = disk_is_readonly (disk),
+    .export = get_export_options (),
     .tls = tls,
     .limits = parameters.limits,
   };

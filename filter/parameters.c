@@ -20,12 +20,16 @@
 
 #include "common/bytes.h"
 #include "common/report.h"
+#include "nbd/exports.h"
 #include "parameters.h"
 
 /* The limits of bitmaps in QEMU, which is to read what we write. */
 #define MIN_GRANULARITY ((int64_t) 512)
 #define MAX_GRANULARITY ((int64_t) 1 << 31)
 #define MAX_NAME_BYTES 1023
+
+/* The protocol's limit of a string. */
+#define MAX_STRING_BYTES 4096
 
 /* A few tables of the largest cluster size have to fit.  All tables of
  * the largest images that there are take less than the maximum.
@@ -45,6 +49,8 @@ const char parameters_help[] =
   "                               (may be repeated, default: all).\n"
   "dirty-bitmap-allow-path=DIR    Folder that backing and data files may be in,\n"
   "                               besides the image's own (may be repeated).\n"
+  "dirty-bitmap-exportname=NAME   Name of the export (default: any name).\n"
+  "dirty-bitmap-description=TEXT  Description of the export.\n"
   "dirty-bitmap-snapshot=NAME_OR_ID\n"
   "                               Serve this internal snapshot, read-only.\n"
   "dirty-bitmap-cache-size=SIZE   Memory for the image's tables (default: 40M).\n"
@@ -338,6 +344,90 @@ take_snapshot (struct parameters *p, const char *key, const char *value)
   return 1;
 }
 
+/* The length of the first character of s, which is not empty, or 0 if it
+ * is none of UTF-8 (RFC 3629): not too long an encoding, no surrogate,
+ * nothing above U+10FFFF.  The NUL at the end is no continuation byte.
+ */
+static unsigned
+utf8_length (const unsigned char *s)
+{
+  static const struct {
+    unsigned char first, last;  /* of the lead byte */
+    unsigned char second_first, second_last;
+    unsigned length;
+  } forms[] = {
+    { 0x01, 0x7f, 0, 0, 1 },
+    { 0xc2, 0xdf, 0x80, 0xbf, 2 },
+    { 0xe0, 0xe0, 0xa0, 0xbf, 3 },
+    { 0xe1, 0xec, 0x80, 0xbf, 3 },
+    { 0xed, 0xed, 0x80, 0x9f, 3 },
+    { 0xee, 0xef, 0x80, 0xbf, 3 },
+    { 0xf0, 0xf0, 0x90, 0xbf, 4 },
+    { 0xf1, 0xf3, 0x80, 0xbf, 4 },
+    { 0xf4, 0xf4, 0x80, 0x8f, 4 },
+  };
+
+  for (size_t i = 0; i < sizeof forms / sizeof forms[0]; ++i) {
+    if (s[0] < forms[i].first || s[0] > forms[i].last)
+      continue;
+    if (forms[i].length > 1 &&
+        (s[1] < forms[i].second_first || s[1] > forms[i].second_last))
+      return 0;
+    for (unsigned j = 2; j < forms[i].length; ++j)
+      if (s[j] < 0x80 || s[j] > 0xbf)
+        return 0;
+    return forms[i].length;
+  }
+  return 0;
+}
+
+/* A string for clients. */
+static int
+take_string (char **string, const char *key, const char *value)
+{
+  const unsigned char *s = (const unsigned char *) value;
+  unsigned n;
+
+  if (*string != NULL)
+    return repeated (key);
+  if (strlen (value) > MAX_STRING_BYTES) {
+    report_error ("%s: has more than the %d bytes of the protocol",
+                  key, MAX_STRING_BYTES);
+    return -1;
+  }
+  for (; *s != '\0'; s += n) {
+    n = utf8_length (s);
+    if (n == 0) {
+      report_error ("%s: must be in UTF-8", key);
+      return -1;
+    }
+  }
+  *string = strdup (value);
+  if (*string == NULL) {
+    report_error ("malloc: %m");
+    return -1;
+  }
+  return 1;
+}
+
+static int
+take_exportname (struct parameters *p, const char *key, const char *value)
+{
+  if (strncmp (value, EXPORT_DELTA_PREFIX,
+               strlen (EXPORT_DELTA_PREFIX)) == 0) {
+    report_error ("%s: names that begin with " EXPORT_DELTA_PREFIX
+                  " are those of the delta exports: %s", key, value);
+    return -1;
+  }
+  return take_string (&p->exportname, key, value);
+}
+
+static int
+take_description (struct parameters *p, const char *key, const char *value)
+{
+  return take_string (&p->description, key, value);
+}
+
 static int
 take_listen (struct parameters *p, const char *key, const char *value)
 {
@@ -363,6 +453,8 @@ parameters_take (struct parameters *p, const char *key, const char *value)
     { "dirty-bitmap", take_require },
     { "dirty-bitmap-allow-path", take_allow },
     { "dirty-bitmap-cache-size", take_cache_size },
+    { "dirty-bitmap-description", take_description },
+    { "dirty-bitmap-exportname", take_exportname },
     { "dirty-bitmap-expose", take_expose },
     { "dirty-bitmap-granularity", take_granularity },
     { "dirty-bitmap-handshake-timeout", take_handshake_timeout },
@@ -415,6 +507,8 @@ parameters_free (struct parameters *p)
   free_names (&p->expose);
   free_names (&p->allow);
   free (p->snapshot);
+  free (p->exportname);
+  free (p->description);
   listen_address_free (&p->listen);
   memset (p, 0, sizeof *p);
 }

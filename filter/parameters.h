@@ -30,6 +30,8 @@ struct parameters {
   uint64_t cache_size;          /* dirty-bitmap-cache-size */
   enum server_mode server;      /* dirty-bitmap-server */
   char *snapshot;               /* dirty-bitmap-snapshot, or NULL */
+  char *exportname;             /* dirty-bitmap-exportname, or NULL */
+  char *description;            /* dirty-bitmap-description, or NULL */
   bool listens;                 /* dirty-bitmap-listen */
   struct listen_address listen;
 

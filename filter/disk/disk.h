@@ -181,4 +181,23 @@ disk_bitmap_run (const struct disk *d, size_t i, uint64_t offset,
   return end - offset;
 }
 
+/* delta.c: the disk as bitmap i has it.  What is dirty is the disk's data,
+ * also where those are zeroes or a hole, since that may be the change;
+ * what is clean reads as zeroes.
+ */
+extern int disk_delta_read (struct disk *, size_t i, void *buf,
+                            uint32_t count, uint64_t offset);
+
+/* As disk_extent. */
+extern int disk_delta_extent (struct disk *, size_t i, uint64_t offset,
+                              uint64_t limit, uint64_t *length,
+                              uint32_t *flags);
+
+/* What base:allocation says of a dirty or clean run. */
+static inline uint32_t
+disk_delta_flags (bool dirty)
+{
+  return dirty ? 0 : DISK_EXTENT_HOLE | DISK_EXTENT_ZERO;
+}
+
 #endif /* DIRTY_BITMAP_DISK_H */

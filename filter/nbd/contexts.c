@@ -8,7 +8,7 @@
  *
  * The names and ids are qemu-nbd's (base:allocation is 0,
  * qemu:allocation-depth is 1, the bitmaps begin at 2), and so is what the
- * queries match; but qemu-nbd offers qemu:allocation-depth only when told
+ * queries match; a delta export has base:allocation only; and qemu-nbd offers qemu:allocation-depth only when told
  * to.  LIST takes "base:", "qemu:" and "qemu:dirty-bitmap:"
  * as prefixes, SET exact names only; what we do not know matches
  * nothing, without an error.
@@ -62,6 +62,7 @@ contexts_index (struct nbd_server *server)
 struct matches {
   uint8_t *bit;
   bool all_bitmaps;
+  bool only_base;               /* the export has no other */
 };
 
 static size_t
@@ -81,6 +82,8 @@ match (struct matches *m, size_t id)
 static bool
 matched (const struct matches *m, size_t id)
 {
+  if (m->only_base && id != CONTEXT_BASE_ALLOCATION)
+    return false;
   return (m->bit[id / 8] & 1 << id % 8) != 0 ||
     (id >= CONTEXT_FIRST_BITMAP && m->all_bitmaps);
 }
@@ -134,6 +137,21 @@ read_query (struct option *o, char *query, bool list, struct matches *m)
   query[length] = '\0';
   match_query (o->worker->connection->server, query, list, m);
   return 0;
+}
+
+/* The export whose contexts it is about.  Returns as read_queries. */
+static int
+read_export (struct option *o, char *name, uint32_t *length,
+             struct matches *m)
+{
+  struct export export;
+  int r = option_export_name (o, name, length);
+
+  if (r == 0)
+    r = option_find_export (o, name, *length, &export);
+  if (r == 0)
+    m->only_base = export.is_delta;
+  return r;
 }
 
 /* Take all queries, and nothing must follow.  Returns 0; 1 if the
@@ -218,7 +236,7 @@ contexts_list (struct option *o)
 
   if (name == NULL || bits == NULL)
     return -1;
-  r = option_export_name (o, name, &length);
+  r = read_export (o, name, &length, &m);
   if (r == 0)
     r = read_queries (o, true, &m);
   if (r != 0)
@@ -269,8 +287,8 @@ contexts_set (struct option *o, struct selection *selection)
     selection->export_name = malloc (NBD_MAX_STRING);
   if (selection->export_name == NULL || bits == NULL)
     return -1;
-  r = option_export_name (o, selection->export_name,
-                          &selection->export_name_length);
+  r = read_export (o, selection->export_name,
+                   &selection->export_name_length, &m);
   if (r == 0)
     r = read_queries (o, false, &m);
   if (r != 0)

@@ -12,6 +12,7 @@
  * - There are at most extents_max of them (R8).
  * - They are in the form of the wire from the beginning: 32 bits for
  *   length and flags, or 64 where extended headers were negotiated.
+ * (For delta exports build_delta has other rules.)
  *
  * Where a range has more, it is told coarser, over its whole length and
  * by one measure: a run shorter than the minimum run length is told as
@@ -297,11 +298,41 @@ build_bitmap (struct builder *b, struct disk *disk, size_t bitmap,
   } while (offset < limit && !req_one && !is_abandoned (b));
 }
 
+/* base:allocation of a delta export.  What is clean must not be told as
+ * data, of which a client would put zeroes over what it has, nor what is
+ * dirty as a hole: so this is never coarsened, and where there is no room
+ * for more extents the reply ends early, as the protocol allows.
+ */
+static void
+build_delta (struct builder *b, struct disk *disk, size_t bitmap,
+             uint64_t offset, uint64_t limit, bool req_one)
+{
+  const struct extents *e = b->extents;
+  uint64_t ends[256];
+
+  do {
+    bool dirty;
+    size_t nr;
+
+    if (!has_room (b, 1))
+      break;
+    nr = min_u64 (extents_max, e->capacity - 1) - e->nr;
+    nr = disk_bitmap_runs (disk, bitmap, offset, limit, ends,
+                           req_one ? 1 : min_u64 (nr, 256), &dirty);
+    for (size_t i = 0; i < nr; ++i) {
+      put (b, ends[i] - offset, disk_delta_flags (dirty));
+      offset = ends[i];
+      dirty = !dirty;
+    }
+  } while (offset < limit && !req_one && !is_abandoned (b));
+}
+
 int
 extents_build (struct worker *w, uint32_t id,
                uint64_t offset, uint64_t length, bool req_one)
 {
   struct disk *disk = w->connection->server->disk;
+  const struct export *export = &w->connection->export;
   const uint64_t limit = offset + length;
   const size_t bitmap = id - CONTEXT_FIRST_BITMAP;
   struct builder b = {
@@ -316,6 +347,10 @@ extents_build (struct worker *w, uint32_t id,
     return ENOMEM;
   switch (id) {
   case CONTEXT_BASE_ALLOCATION:
+    if (export->is_delta) {
+      build_delta (&b, disk, export->bitmap, offset, limit, req_one);
+      break;
+    }
     b.granularity = disk_preferred_block_size (disk);
     b.safe = 0;
     err = build_allocation (&b, disk, base_extent, offset, limit, req_one);

@@ -14,7 +14,8 @@
  * Functions that handle an option return 0 to go on, 1 if transmission
  * begins, -1 if the connection ends.
  *
- * Any export name is accepted, as nbdkit's file plugin does.
+ * Which names there are is for exports.c to say; one that is unknown is
+ * refused by every option that has one.
  *
  * STARTTLS.  Where TLS is required, every other option is refused until
  * it has come (haggle).  Whoever sits between client and server can put
@@ -120,10 +121,29 @@ option_export_name (struct option *o, char *name, uint32_t *length)
   return 0;
 }
 
-static uint16_t
-transmission_flags (const struct connection *c, bool selects_contexts)
+int
+option_find_export (struct option *o, const char *name, uint32_t length,
+                    struct export *export)
 {
-  return c->server->eflags | (c->structured ? NBD_FLAG_SEND_DF : 0) |
+  const struct nbd_server *server = o->worker->connection->server;
+
+  if (export_find (server->disk, &server->export, name, length, export))
+    return 0;
+  return option_error (o, NBD_REP_ERR_UNKNOWN,
+                       "there is no export of this name") == -1 ? -1 : 1;
+}
+
+static uint16_t
+transmission_flags (const struct connection *c, const struct export *export,
+                    bool selects_contexts)
+{
+  const uint16_t changes = NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES |
+    NBD_FLAG_SEND_FAST_ZERO;
+  uint16_t flags = c->server->eflags;
+
+  if (export->is_delta)
+    flags = (flags & ~changes) | NBD_FLAG_READ_ONLY;
+  return flags | (c->structured ? NBD_FLAG_SEND_DF : 0) |
     (c->extended && selects_contexts ? NBD_FLAG_BLOCK_STATUS_PAYLOAD : 0);
 }
 
@@ -136,14 +156,16 @@ opt_export_name (struct option *o, struct selection *selection,
   uint32_t length = o->remaining;
   struct nbd_export_name_reply reply = {
     .exportsize = htobe64 (c->server->size),
-    .eflags = htobe16 (transmission_flags (c, false)),
   };
 
   /* The only way to refuse this option is to disconnect. */
   if (c->extended || length > NBD_MAX_STRING ||
       (name = malloc (length + 1)) == NULL ||
-      option_read (o, name, length) != 0)
+      option_read (o, name, length) != 0 ||
+      !export_find (c->server->disk, &c->server->export, name, length,
+                    &c->export))
     return -1;
+  reply.eflags = htobe16 (transmission_flags (c, &c->export, false));
   contexts_bind (c, selection, name, length);
   if (output_append (o->worker, &reply, no_zeroes
                      ? offsetof (struct nbd_export_name_reply, zeroes)
@@ -153,16 +175,29 @@ opt_export_name (struct option *o, struct selection *selection,
 }
 
 static int
+reply_export (void *option, const char *name, const char *description)
+{
+  struct option *o = option;
+  const size_t length = strlen (name);
+  CLEANUP_FREE uint8_t *data = malloc (sizeof (uint32_t) + length);
+
+  if (data == NULL)
+    return -1;
+  put_be32 (data, length);
+  memcpy (data + sizeof (uint32_t), name, length);
+  return option_reply2 (o, NBD_REP_SERVER, data, sizeof (uint32_t) + length,
+                        description,
+                        description != NULL ? strlen (description) : 0);
+}
+
+static int
 opt_list (struct option *o)
 {
-  const char *description = o->worker->connection->server->description;
-  const uint32_t name_length = 0;
+  const struct nbd_server *server = o->worker->connection->server;
 
   if (o->remaining > 0)
     return option_error (o, NBD_REP_ERR_INVALID, "list: unexpected data");
-  if (option_reply2 (o, NBD_REP_SERVER, &name_length, sizeof name_length,
-                     description,
-                     description != NULL ? strlen (description) : 0) == -1)
+  if (exports_list (server->disk, &server->export, reply_export, o) == -1)
     return -1;
   return option_reply (o, NBD_REP_ACK, NULL, 0);
 }
@@ -259,18 +294,34 @@ read_info_requests (struct option *o, unsigned *wanted)
   return 0;
 }
 
+/* Nothing, if the export has no description. */
+static int
+reply_description (struct option *o, const struct export *export)
+{
+  const struct nbd_server *server = o->worker->connection->server;
+  const uint16_t info = htobe16 (NBD_INFO_DESCRIPTION);
+  CLEANUP_FREE char *description = NULL;
+
+  if (export_describe (server->disk, &server->export, export,
+                       &description) == -1)
+    return -1;
+  if (description == NULL)
+    return 0;
+  return option_reply2 (o, NBD_REP_INFO, &info, sizeof info,
+                        description, strlen (description));
+}
+
 static int
 reply_infos (struct option *o, unsigned wanted, bool selects_contexts,
-             const char *name, uint32_t length)
+             const struct export *export, const char *name, uint32_t length)
 {
   const struct connection *c = o->worker->connection;
   const struct nbd_server *server = c->server;
   const uint16_t info_name = htobe16 (NBD_INFO_NAME);
-  const uint16_t info_description = htobe16 (NBD_INFO_DESCRIPTION);
   const struct nbd_info_export info_export = {
     .info = htobe16 (NBD_INFO_EXPORT),
     .exportsize = htobe64 (server->size),
-    .eflags = htobe16 (transmission_flags (c, selects_contexts)),
+    .eflags = htobe16 (transmission_flags (c, export, selects_contexts)),
   };
   const struct nbd_info_block_size block_size = {
     .info = htobe16 (NBD_INFO_BLOCK_SIZE),
@@ -284,10 +335,7 @@ reply_infos (struct option *o, unsigned wanted, bool selects_contexts,
                      name, length) == -1)
     return -1;
   if ((wanted & 1u << NBD_INFO_DESCRIPTION) != 0 &&
-      server->description != NULL &&
-      option_reply2 (o, NBD_REP_INFO,
-                     &info_description, sizeof info_description,
-                     server->description, strlen (server->description)) == -1)
+      reply_description (o, export) == -1)
     return -1;
   /* Not only if it was asked for: every client can make use of it. */
   if (option_reply (o, NBD_REP_INFO, &block_size, sizeof block_size) == -1)
@@ -300,6 +348,7 @@ opt_info_or_go (struct option *o, struct selection *selection)
 {
   struct connection *c = o->worker->connection;
   CLEANUP_FREE char *name = malloc (NBD_MAX_STRING);
+  struct export export;
   uint32_t length;
   unsigned wanted;
   bool selects;
@@ -310,17 +359,20 @@ opt_info_or_go (struct option *o, struct selection *selection)
   r = option_export_name (o, name, &length);
   if (r == 0)
     r = read_info_requests (o, &wanted);
+  if (r == 0)
+    r = option_find_export (o, name, length, &export);
   if (r != 0)
     return r == 1 ? 0 : -1;
 
   /* INFO tells what may yet be had. */
   selects = o->option == NBD_OPT_INFO ||
     contexts_selected (c, selection, name, length);
-  if (reply_infos (o, wanted, selects, name, length) == -1 ||
+  if (reply_infos (o, wanted, selects, &export, name, length) == -1 ||
       option_reply (o, NBD_REP_ACK, NULL, 0) == -1)
     return -1;
   if (o->option != NBD_OPT_GO)
     return 0;
+  c->export = export;
   contexts_bind (c, selection, name, length);
   return 1;
 }

@@ -18,6 +18,7 @@
  *   tls.c         encryption between these two and the socket
  *   tls-credentials.c  what TLS needs, loaded once
  *   handshake.c   option haggling
+ *   exports.c     what the names of exports stand for
  *   contexts.c    metadata contexts: names, queries, selection
  *   request.c     requests: receive, validate, execute, reply
  *   extents.c     the extents of one context
@@ -133,7 +134,7 @@ struct nbd_server {
   uint64_t size;
   uint32_t preferred_block_size;
   bool readonly;
-  char *description;            /* or NULL */
+  struct export_options export;
   const struct nbd_tls *tls;    /* or NULL: there is none */
   uint16_t eflags;              /* transmission flags without DF */
   struct context_name *contexts;
@@ -266,6 +267,7 @@ struct connection {
   struct tls *tls;
 
   /* Negotiated; fixed when transmission begins. */
+  struct export export;
   bool structured;              /* replies are structured or extended */
   bool extended;                /* headers, both ways */
   uint32_t *contexts;           /* the ids that are selected, ascending */
@@ -547,6 +549,12 @@ extern int option_error (struct option *, uint32_t reply,
  */
 extern int option_export_name (struct option *, char *name,
                                uint32_t *length);
+
+/* The export of a name that the client gave: 0; 1 if there is none, and
+ * an error reply was sent; -1.
+ */
+extern int option_find_export (struct option *, const char *name,
+                               uint32_t length, struct export *);
 
 /* contexts.c */
 

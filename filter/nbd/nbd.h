@@ -8,7 +8,8 @@
 
 /* An NBD server over a disk: fixed newstyle, TLS, structured replies, and
  * the metadata contexts base:allocation, qemu:allocation-depth and
- * qemu:dirty-bitmap:NAME.
+ * qemu:dirty-bitmap:NAME.  Besides the disk there is an export
+ * delta:BITMAP for each bitmap, which has base:allocation only.
  *
  * It serves listening sockets that it is given and owns from then on.
  * Nothing that a client sends ends more than its own connection.
@@ -17,6 +18,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+
+#include "nbd/exports.h"
 
 struct disk;
 struct nbd_server;
@@ -64,7 +67,8 @@ struct nbd_limits {
 
 struct nbd_options {
   bool readonly;                /* clients may not write */
-  const char *description;      /* of the export, or NULL */
+  struct export_options export; /* names and descriptions; strings that
+                                   outlive the server */
   struct nbd_tls *tls;          /* or NULL: none.  Stays the caller's */
   struct nbd_limits limits;
 };

@@ -138,7 +138,8 @@ validate (const struct connection *c, const struct request *r,
   REFUSE_IF (!valid_flags (c, r, &flags), EINVAL, "unknown command");
   REFUSE_IF ((r->flags & ~flags) != 0,
              EINVAL, "flags that this command does not have");
-  REFUSE_IF (c->server->readonly && is_change (r->type),
+  REFUSE_IF ((c->server->readonly || c->export.is_delta) &&
+             is_change (r->type),
              EPERM, "the export is read-only");
   REFUSE_IF (r->type == NBD_CMD_FLUSH && (r->offset != 0 || r->length != 0),
              EINVAL, "flush needs offset and length 0");
@@ -366,6 +367,9 @@ execute_read (struct worker *w, struct disk *disk)
     data = worker_payload (w, r->length);
   if (data == NULL)
     return -1;
+  if (w->connection->export.is_delta)
+    return disk_delta_read (disk, w->connection->export.bitmap, data,
+                            r->length, r->offset);
   return disk_read (disk, data, r->length, r->offset);
 }
 

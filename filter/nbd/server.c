@@ -133,12 +133,9 @@ nbd_server_new (struct disk *disk, const struct nbd_options *options)
   server->tls = options->tls;
   server->limits = options->limits;
   complete_limits (&server->limits);
-  if (options->description != NULL && options->description[0] != '\0')
-    server->description = strndup (options->description, NBD_MAX_STRING);
+  server->export = options->export;
   server->wake_fd = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);
-  if ((options->description != NULL && options->description[0] != '\0' &&
-       server->description == NULL) ||
-      server->wake_fd == -1 ||
+  if (server->wake_fd == -1 ||
       contexts_index (server) == -1 || budget_divide (server) == -1 ||
       init_locks (server) == -1) {
     int saved_errno = errno;
@@ -146,7 +143,6 @@ nbd_server_new (struct disk *disk, const struct nbd_options *options)
     if (server->wake_fd != -1)
       close (server->wake_fd);
     free (server->contexts);
-    free (server->description);
     free (server);
     errno = saved_errno;
     return NULL;
@@ -454,6 +450,5 @@ nbd_server_free (struct nbd_server *server)
   pthread_cond_destroy (&server->changed);
   pthread_cond_destroy (&server->monitor_wake);
   free (server->contexts);
-  free (server->description);
   free (server);
 }

@@ -60,6 +60,7 @@ fixture_init (struct fixture *f, uint64_t size)
   f->server = NULL;
   f->tls = NULL;
   memset (&f->limits, 0, sizeof f->limits);
+  f->export_name = NULL;
   snprintf (f->dir, sizeof f->dir, "%s/nbdXXXXXX",
             tmp != NULL && strlen (tmp) < 40 ? tmp : "/tmp");
   assert_non_null (mkdtemp (f->dir));
@@ -71,7 +72,7 @@ fixture_start (struct fixture *f, bool readonly)
 {
   struct nbd_options options = {
     .readonly = readonly,
-    .description = "a fake disk",
+    .export = { f->export_name, "a fake disk" },
   };
   struct sockaddr_un addr = { .sun_family = AF_UNIX };
   int fd = socket (AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);

@@ -28,6 +28,7 @@ struct fixture {
   char dir[64], path[96];
   struct nbd_tls *tls;          /* may be set before fixture_start, */
   struct nbd_limits limits;     /* and these */
+  const char *export_name;
 };
 
 /* Set to require TLS of all servers to come.  Clients then speak it

@@ -212,7 +212,7 @@ test_stop_in_a_flood (void **state)
 static void
 test_never_started (void **state)
 {
-  const struct nbd_options options = { .description = "" };
+  const struct nbd_options options = { .export.description = "" };
   struct nbd_server *server = nbd_server_new (f.disk, &options);
 
   (void) state;
