@@ -123,16 +123,13 @@ list_exports_of_disk (nbdkit_next_list_exports *next, nbdkit_backend *nxdata,
   return r;
 }
 
-/* The empty name is one as any other: if it is not the disk's, it is
- * nobody's, and NULL makes nbdkit say so.
- */
+/* The empty name is one as any other: open says whether it is known. */
 static const char *
 default_export (nbdkit_next_default_export *next, nbdkit_backend *nxdata,
                 int readonly, int is_tls)
 {
   (void) next; (void) nxdata; (void) readonly; (void) is_tls;
-  return gate.exports.name == NULL || gate.exports.name[0] == '\0'
-    ? "" : NULL;
+  return "";
 }
 
 /* The handle of a connection. */

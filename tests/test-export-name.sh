@@ -17,7 +17,8 @@ text='What the web server writes, Größe 10M'
 # The list: names and descriptions.
 list ()
 {
-  nbdsh -c 'import sys
+  /usr/bin/python3 -c 'import nbd, sys
+h = nbd.NBD ()
 h.set_opt_mode (True)
 h.connect_unix (sys.argv[1])
 h.opt_list (lambda name, text: print ("%s|%s" % (name, text)))
@@ -27,7 +28,8 @@ h.opt_abort ()' "$sock"
 # can_open NAME: GO works, and a byte can be read.
 can_open ()
 {
-  nbdsh -c 'import sys
+  /usr/bin/python3 -c 'import nbd, sys
+h = nbd.NBD ()
 h.set_export_name (sys.argv[2])
 h.connect_unix (sys.argv[1])
 h.pread (1, 0)' "$sock" "$1" >open.log 2>&1
