@@ -158,10 +158,8 @@ parse_tls_mode (const char *s)
 }
 
 static const char *
-server_feature (const struct command_line *cl, const struct server_options *o)
+server_feature (const struct server_options *o)
 {
-  if (cl->listens_on_stdin)
-    return "-s was given";
   if (o->oldstyle)
     return "the oldstyle protocol was asked for";
   /* Fixed newstyle and no-zeroes, the only two flags that there are. */
@@ -265,7 +263,7 @@ command_line_parse (struct command_line *cl, int argc, char **argv)
     /* Since 1.36, --run alone implies "-U -". */
     cl->on_unix = o.run && cl->port == NULL;
   }
-  cl->server_feature = server_feature (cl, &o);
+  cl->server_feature = server_feature (&o);
   return 0;
 }
 

@@ -41,7 +41,7 @@ struct command_line {
   struct command_line_tls tls;
 
   /* What was asked of nbdkit's protocol server that ours does not do,
-   * as a clause ("-s was given"); NULL if nothing.
+   * as a clause ("--timeout was given"); NULL if nothing.
    */
   const char *server_feature;
 

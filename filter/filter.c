@@ -15,7 +15,8 @@
  *              certificates loaded, the listening address bound, and it
  *              is decided who answers the clients
  * after_fork   the plugin and the disk are opened.  Either our server
- *              stands in for nbdkit's (sockets.c), or nbdkit's own one
+ *              stands in for nbdkit's (sockets.c, and single.c for
+ *              nbdkit -s), or nbdkit's own one
  *              answers (clients.c) and a thread makes it end when it
  *              should (quit-watcher.c)
  * cleanup      the clients' servers have ended, or are ended here; what
@@ -54,6 +55,7 @@
 #include "nbd/nbd.h"
 #include "parameters.h"
 #include "quit-watcher.h"
+#include "single.h"
 #include "sockets.h"
 #include "tls-options.h"
 
@@ -238,6 +240,13 @@ decide_who_answers (void)
   return objection != NULL ? cannot_stand_in (objection) : 0;
 }
 
+/* nbdkit -s, and our server stands in. */
+static bool
+serves_single (void)
+{
+  return stands_in && command_line.listens_on_stdin;
+}
+
 static int
 dirty_bitmap_get_ready (int thread_model)
 {
@@ -262,7 +271,8 @@ dirty_bitmap_get_ready (int thread_model)
       listen_open (&parameters.listen, command_line.selinux_label,
                    &listen_sockets) == -1)
     return -1;
-  if (sockets_note_others (&command_line) == -1) {
+  if (sockets_note_others (&command_line) == -1 ||
+      (serves_single () && single_take () == -1)) {
     listen_unlink (&listen_sockets);
     return -1;
   }
@@ -310,7 +320,11 @@ add_sockets (void)
 {
   size_t i;
 
-  if (stands_in && sockets_take_over (server) == -1)
+  if (single_is_taken ()) {
+    if (single_serve (server) == -1)
+      return -1;
+  }
+  else if (stands_in && sockets_take_over (server) == -1)
     return -1;
   for (i = 0; i < listen_sockets.nr; ++i) {
     const int fd = listen_sockets.fd[i];
@@ -366,7 +380,7 @@ start_serving (nbdkit_backend *backend)
 
   if (nr_sockets == -1)
     return -1;
-  if (stands_in && nr_sockets == 0 &&
+  if (stands_in && nr_sockets == 0 && !single_is_taken () &&
       cannot_stand_in ("its listening sockets were not found") == -1)
     return -1;
   if (open_disk (backend) == -1)
@@ -399,9 +413,20 @@ dirty_bitmap_after_fork (nbdkit_backend *backend)
 
   /* nbdkit is about to exit and calls nothing of ours any more. */
   stop_server ();
+  single_stop (0);
   if (disk != NULL && !disk_is_readonly (disk))
     disk_stop (disk);
   listen_unlink (&listen_sockets);
+  return -1;
+}
+
+static int
+dirty_bitmap_preconnect (nbdkit_next_preconnect *next,
+                         nbdkit_backend *nxdata, int readonly)
+{
+  if (!single_is_taken ())
+    return next (nxdata, readonly);
+  single_wait ();
   return -1;
 }
 
@@ -411,6 +436,7 @@ dirty_bitmap_cleanup (nbdkit_backend *backend)
   (void) backend;
   quit_watcher_stop ();
   stop_server ();
+  single_stop (STOP_GRACE_MS);
   clients_stop ();
   listen_unlink (&listen_sockets);
 
@@ -456,6 +482,7 @@ static struct nbdkit_filter filter = {
   .get_ready = dirty_bitmap_get_ready,
   .after_fork = dirty_bitmap_after_fork,
   .cleanup = dirty_bitmap_cleanup,
+  .preconnect = dirty_bitmap_preconnect,
 };
 
 /* The callbacks of requests are in clients.c, and have to be in the

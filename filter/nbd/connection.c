@@ -23,6 +23,7 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -257,6 +258,8 @@ finish (struct connection *c)
   if (c->cut_for_room)
     server->nr_cut--;
   pthread_cond_broadcast (&server->changed);
+  if (c->ended_fd != -1)
+    eventfd_write (c->ended_fd, 1);
   server_wake (server);
 }
 
@@ -305,6 +308,7 @@ connection_start (struct nbd_server *server, int fd)
   c->server = server;
   c->fd = fd;
   c->started_ms = now_ms ();
+  c->ended_fd = fd == server->client_fd ? server->ended_fd : -1;
   atomic_store (&c->handshaking, true);
   disk_client_begin (server->disk, &c->client);
   c->in.data = buffer_new (INPUT_SIZE);
@@ -321,6 +325,8 @@ connection_start (struct nbd_server *server, int fd)
     connection_free (c);
     return NULL;
   }
+  if (fd == server->client_fd)
+    server->client_fd = -1;
   return c;
 }
 

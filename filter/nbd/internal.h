@@ -144,6 +144,11 @@ struct nbd_server {
   struct budget budget;
   struct client_errors errors;
 
+  /* nbd_server_add_client's, or -1; -1 again when there is a connection
+   * of this fd.  ended_fd is an eventfd.
+   */
+  int client_fd, ended_fd;
+
   /* Fixed once nbd_server_start has returned. */
   int *sockets;
   size_t nr_sockets;
@@ -248,6 +253,7 @@ struct worker {
 struct connection {
   struct nbd_server *server;
   int fd;
+  int ended_fd;                 /* an eventfd to write to at the end, or -1 */
   struct connection *prev, *next; /* server->lock */
   struct disk_client client;
   int64_t started_ms;

@@ -82,6 +82,13 @@ extern struct nbd_server *nbd_server_new (struct disk *,
  */
 extern int nbd_server_add_socket (struct nbd_server *, int fd);
 
+/* Serve a client that is connected already, by a stream socket, from
+ * nbd_server_start on.  The descriptor becomes the server's.  When the
+ * connection has ended, or could not be begun, ended is written to: an
+ * eventfd, which remains the caller's, or -1.  Once a server.
+ */
+extern void nbd_server_add_client (struct nbd_server *, int fd, int ended);
+
 /* Begin to accept.  The threads block all signals. */
 extern int nbd_server_start (struct nbd_server *);
 

@@ -134,6 +134,7 @@ nbd_server_new (struct disk *disk, const struct nbd_options *options)
   server->limits = options->limits;
   complete_limits (&server->limits);
   server->export = options->export;
+  server->client_fd = server->ended_fd = -1;
   server->wake_fd = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (server->wake_fd == -1 ||
       contexts_index (server) == -1 || budget_divide (server) == -1 ||
@@ -207,6 +208,30 @@ add_connection (struct nbd_server *server, int fd)
   server->live = c;
   server->nr_live++;
   server->nr_handshaking++;
+}
+
+void
+nbd_server_add_client (struct nbd_server *server, int fd, int ended)
+{
+  server->client_fd = fd;
+  server->ended_fd = ended;
+}
+
+static void
+start_client (struct nbd_server *server)
+{
+  if (server->client_fd == -1)
+    return;
+  set_socket_options (server, server->client_fd);
+  add_connection (server, server->client_fd);
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
+  if (server->client_fd == -1)
+    return;
+  /* There is no connection, and the descriptor is closed. */
+  server->client_fd = -1;
+  if (server->ended_fd != -1)
+    eventfd_write (server->ended_fd, 1);
 }
 
 /* Take one client.  False if that had better be tried again later. */
@@ -357,6 +382,7 @@ nbd_server_start (struct nbd_server *server)
     err = server_create_thread (&server->accept_thread, accept_main, server);
     if (err == 0) {
       server->started = true;
+      start_client (server);
       return 0;
     }
     monitor_quit (server);
@@ -442,6 +468,8 @@ nbd_server_free (struct nbd_server *server)
   if (server == NULL)
     return;
   close_sockets (server);
+  if (server->client_fd != -1)
+    close (server->client_fd);
   close (server->wake_fd);
   pthread_mutex_destroy (&server->lock);
   pthread_mutex_destroy (&server->monitor_lock);

@@ -205,9 +205,9 @@ test_server_feature (void **state)
   } cases[] = {
     { "nbdkit file", NULL },
     { "nbdkit -n --newstyle file", NULL },
-    { "nbdkit -s file", "-s" },
-    { "nbdkit --single file", "-s" },
-    { "nbdkit --stdin file", "-s" },
+    { "nbdkit -s file", NULL },
+    { "nbdkit --single file", NULL },
+    { "nbdkit --stdin file", NULL },
     { "nbdkit -o file", "oldstyle" },
     { "nbdkit --old-style file", "oldstyle" },
     { "nbdkit -o -n file", NULL },
