@@ -49,7 +49,8 @@ for parameter in dirty-bitmap-granularity=64k dirty-bitmap-cache-size=8M \
                  dirty-bitmap-server=auto dirty-bitmap-listen=x \
                  dirty-bitmap-max-connections=9 dirty-bitmap-max-requests=9 \
                  dirty-bitmap-handshake-timeout=9 dirty-bitmap-max-memory=1G \
-                 dirty-bitmap-idle-timeout=0; do
+                 dirty-bitmap-idle-timeout=0 \
+                 dirty-bitmap-exportname=x dirty-bitmap-description=x; do
   no "${parameter%=*}" dirty-bitmap=b "$parameter" "$parameter"
 done
 no 'name|empty' dirty-bitmap=

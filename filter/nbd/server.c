@@ -217,6 +217,7 @@ nbd_server_add_client (struct nbd_server *server, int fd, int ended)
   server->ended_fd = ended;
 }
 
+/* Called when the threads run. */
 static void
 start_client (struct nbd_server *server)
 {
@@ -224,6 +225,9 @@ start_client (struct nbd_server *server)
     return;
   set_socket_options (server, server->client_fd);
   add_connection (server, server->client_fd);
+
+  /* The time of its handshake is to be looked at. */
+  server_wake (server);
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
   if (server->client_fd == -1)
