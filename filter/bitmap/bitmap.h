@@ -74,6 +74,27 @@ extern const struct qcow2_flush_hooks *bitmap_set_hooks (struct bitmap_set *);
  */
 extern bool bitmap_set_all_stored (struct bitmap_set *);
 
+/* How often the bitmaps were written to the image: numbers that have
+ * failed, and succeeded.  Times, in nanoseconds, are taken only while
+ * meter_is_on; bytes are those of bits and bitmap tables.
+ */
+struct bitmap_set_numbers {
+  uint64_t syncs[2], sync_ns[2], sync_bytes[2];
+};
+extern void bitmap_set_get_numbers (const struct bitmap_set *,
+                                    struct bitmap_set_numbers *);
+
+/* The bitmaps that record, whether they are offered or not. */
+extern size_t bitmap_set_nr_recording (const struct bitmap_set *);
+extern const struct bitmap *bitmap_set_recording (const struct bitmap_set *,
+                                                  size_t i);
+
+/* How many bytes of a disk of size bytes are dirty, and how much memory
+ * the bits take where any is set.  This looks at all of them.
+ */
+extern uint64_t bitmap_dirty_bytes (const struct bitmap *, uint64_t size,
+                                    uint64_t *memory_bytes);
+
 /* The bitmaps that clients are offered. */
 extern size_t bitmap_set_nr_exposed (const struct bitmap_set *);
 extern const struct bitmap *bitmap_set_exposed (const struct bitmap_set *,

@@ -113,6 +113,25 @@ bits_set_in_piece (struct bits *bits, uint64_t first, uint64_t last)
   return changed;
 }
 
+uint64_t
+bits_count (const struct bits *bits, uint64_t *bytes)
+{
+  uint64_t n = 0, pieces = 0;
+
+  for (uint64_t i = 0; i < div_round_up (bits->nr_pieces, 64); ++i)
+    for (uint64_t flags = load (&bits->populated[i]); flags != 0;
+         flags &= flags - 1) {
+      const uint64_t piece = i * 64 + __builtin_ctzll (flags);
+
+      for (unsigned w = 0; w < PIECE_WORDS; ++w)
+        n += __builtin_popcountll (load (&bits->words[piece * PIECE_WORDS
+                                                      + w]));
+      pieces++;
+    }
+  *bytes = pieces * PIECE_BYTES;
+  return n;
+}
+
 /* The first populated piece at or after from, or nr_pieces. */
 static uint64_t
 next_populated (const struct bits *bits, uint64_t from)

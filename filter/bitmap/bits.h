@@ -69,6 +69,9 @@ extern bool bits_set_in_piece (struct bits *, uint64_t first, uint64_t last);
 extern uint64_t bits_next_clear (const struct bits *, uint64_t from,
                                  uint64_t end);
 
+/* How many bits are set, and the bytes of the pieces that hold them. */
+extern uint64_t bits_count (const struct bits *, uint64_t *bytes);
+
 /* The runs of equal bits from from on, up to max of them (at least 1):
  * run k ends before bit ends[k] >> shift.  Returns how many there are; the
  * last of all ends at end.  *set says what the bits of the first run are;

@@ -63,6 +63,7 @@
 #include "bitmap/bitmap.h"
 #include "bitmap/changes.h"
 #include "common/grace.h"
+#include "common/meter.h"
 #include "qcow2/bitmap-directory.h"
 #include "qcow2/qcow2.h"
 
@@ -162,6 +163,8 @@ struct bitmap_set {
   /* The flush's. */
   struct qcow2_flush_hooks hooks;
   enum sync_phase phase;
+  uint64_t sync_began, sync_bytes;
+  tally syncs[2], syncs_ns[2], syncs_bytes[2]; /* failed, succeeded */
   uint8_t *buffer;
 };
 

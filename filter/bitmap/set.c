@@ -340,6 +340,32 @@ bitmap_set_hooks (struct bitmap_set *set)
 }
 
 size_t
+bitmap_set_nr_recording (const struct bitmap_set *set)
+{
+  return set->nr_recording;
+}
+
+const struct bitmap *
+bitmap_set_recording (const struct bitmap_set *set, size_t i)
+{
+  return set->recording[i];
+}
+
+/* The last granule may be shorter than the others. */
+uint64_t
+bitmap_dirty_bytes (const struct bitmap *b, uint64_t size,
+                    uint64_t *memory_bytes)
+{
+  const uint64_t dirty = bits_count (&b->bits, memory_bytes) << b->shift;
+  const uint64_t n = b->bits.nr_bits, end = n << b->shift;
+
+  if (n == 0 || size >= end || (end - size) >> b->shift != 0 ||
+      !bits_all_set (&b->bits, n - 1, n - 1))
+    return dirty;
+  return dirty - min_u64 (dirty, end - size);
+}
+
+size_t
 bitmap_set_nr_exposed (const struct bitmap_set *set)
 {
   return set->nr_exposed;

@@ -107,6 +107,7 @@ write_bits (struct bitmap_set *set, struct bitmap *b,
     if (qcow2_write_metadata (set->image, QCOW2_BITMAP_DATA,
                               set->buffer, n, host_offset) == -1)
       return -1;
+    set->sync_bytes += n;
     offset += n;
     host_offset += n;
     count -= n;
@@ -199,6 +200,8 @@ sync_data (void *opaque)
     return 0;
 
   set->phase = SYNC_DATA;
+  set->sync_began = meter_clock ();
+  set->sync_bytes = 0;
   grace_synchronize (&set->grace);
   for (size_t i = 0; i < set->nr_recording; ++i) {
     struct bitmap *b = set->recording[i];
@@ -238,6 +241,7 @@ write_pending (struct bitmap_set *set, struct bitmap *b)
                               8 * (size_t) (end - first),
                               b->table_offset + 8 * (uint64_t) first) == -1)
       return -1;
+    set->sync_bytes += 8 * (uint64_t) (end - first);
   }
   return 0;
 }
@@ -364,6 +368,9 @@ end_flush (struct bitmap_set *set, bool success)
     b->settling = false;
   }
   set->phase = SYNC_IDLE;
+  tally_add (&set->syncs[success], 1);
+  tally_add (&set->syncs_ns[success], meter_clock () - set->sync_began);
+  tally_add (&set->syncs_bytes[success], set->sync_bytes);
 }
 
 static void
@@ -416,6 +423,17 @@ const struct qcow2_flush_hooks bitmap_sync_hooks = {
   .done = sync_done,
   .failed = sync_failed,
 };
+
+void
+bitmap_set_get_numbers (const struct bitmap_set *set,
+                        struct bitmap_set_numbers *n)
+{
+  for (unsigned i = 0; i < 2; ++i) {
+    n->syncs[i] = tally_get (&set->syncs[i]);
+    n->sync_ns[i] = tally_get (&set->syncs_ns[i]);
+    n->sync_bytes[i] = tally_get (&set->syncs_bytes[i]);
+  }
+}
 
 bool
 bitmap_set_all_stored (struct bitmap_set *set)

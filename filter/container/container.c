@@ -144,7 +144,12 @@ container_reserve (struct container *c, uint64_t end)
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->grow_lock);
   if (end <= container_size (c))
     return 0;                   /* Another thread was faster. */
-  return c->ops->grow (c, end);
+
+  const uint64_t before = container_size (c);
+  const int r = c->ops->grow (c, end);
+
+  tally_add (&c->grown_bytes, container_size (c) - before);
+  return r;
 }
 
 int

@@ -30,6 +30,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "common/meter.h"
+
 struct container;
 
 struct container_ops {
@@ -74,6 +76,7 @@ struct container {
   const struct container_ops *ops;
   _Atomic uint64_t size;        /* bytes; only grows, until truncate */
   bool readonly;
+  tally grown_bytes;            /* in all; changed under grow_lock */
   pthread_mutex_t grow_lock;    /* protects growth, taken last of all */
 };
 

@@ -489,3 +489,61 @@ disk_bitmap_runs (const struct disk *d, size_t i, uint64_t offset,
     ends[nr++] = limit;
   return nr;
 }
+
+void
+disk_get_numbers (const struct disk *d, struct disk_numbers *n)
+{
+  qcow2_get_numbers (d->qcow2, &n->qcow2);
+  bitmap_set_get_numbers (d->bitmaps, &n->bitmaps);
+  n->image_bytes = container_size (d->container);
+  n->grown_bytes = tally_get (&d->container->grown_bytes);
+}
+
+static bool
+is_recording (const struct disk *d, const struct bitmap *b)
+{
+  for (size_t i = 0; i < bitmap_set_nr_recording (d->bitmaps); ++i)
+    if (bitmap_set_recording (d->bitmaps, i) == b)
+      return true;
+  return false;
+}
+
+static bool
+is_offered (const struct disk *d, const struct bitmap *b)
+{
+  for (size_t i = 0; i < d->nr_offered; ++i)
+    if (d->offered[i].bitmap == b)
+      return true;
+  return false;
+}
+
+static void
+get_bitmap_numbers (const struct disk *d, const struct offered *o,
+                    struct disk_bitmap_numbers *n)
+{
+  n->name = bitmap_name (o->bitmap);
+  n->granularity = bitmap_granularity (o->bitmap);
+  n->records = is_recording (d, o->bitmap);
+  n->dirty_bytes = bitmap_dirty_bytes (o->bitmap, o->size, &n->memory_bytes);
+}
+
+void
+disk_each_bitmap (const struct disk *d,
+                  void (*fn) (const struct disk_bitmap_numbers *, void *),
+                  void *opaque)
+{
+  struct disk_bitmap_numbers n;
+
+  for (size_t i = 0; i < d->nr_offered; ++i) {
+    get_bitmap_numbers (d, &d->offered[i], &n);
+    fn (&n, opaque);
+  }
+  for (size_t i = 0; i < bitmap_set_nr_recording (d->bitmaps); ++i) {
+    const struct offered o = { bitmap_set_recording (d->bitmaps, i), d->size };
+
+    if (is_offered (d, o.bitmap))
+      continue;
+    get_bitmap_numbers (d, &o, &n);
+    fn (&n, opaque);
+  }
+}

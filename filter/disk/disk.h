@@ -25,6 +25,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "bitmap/bitmap.h"
 #include "qcow2/qcow2.h"
 
 struct container;
@@ -169,6 +170,28 @@ extern uint64_t disk_bitmap_granularity (const struct disk *, size_t i);
 extern size_t disk_bitmap_runs (const struct disk *, size_t i,
                                 uint64_t offset, uint64_t limit,
                                 uint64_t *ends, size_t max, bool *dirty);
+
+/* What has been going on since the disk was opened, in the image and not
+ * in its backing files, as qcow2.h and bitmap.h have it.
+ */
+struct disk_numbers {
+  struct qcow2_numbers qcow2;
+  struct bitmap_set_numbers bitmaps;
+  uint64_t image_bytes;         /* the size of the image file */
+  uint64_t grown_bytes;         /* by which it grew, in all */
+};
+extern void disk_get_numbers (const struct disk *, struct disk_numbers *);
+
+/* Call fn for each bitmap that clients are offered or that records. */
+struct disk_bitmap_numbers {
+  const char *name;
+  uint64_t granularity, dirty_bytes, memory_bytes;
+  bool records;
+};
+extern void disk_each_bitmap (const struct disk *,
+                              void (*fn) (const struct disk_bitmap_numbers *,
+                                          void *opaque),
+                              void *opaque);
 
 /* The length of the first of them. */
 static inline uint64_t

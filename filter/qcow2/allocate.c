@@ -107,6 +107,7 @@ make_block (struct qcow2 *q, uint64_t block_index, uint64_t at)
     registry_set (q, QCOW2_DATA, at, 1);
     return -1;
   }
+  tally_add (&rc->allocated, 1);
   rc->fresh = max_u64 (rc->fresh, at + 1);
   return 0;
 }
@@ -198,6 +199,7 @@ take_run (struct qcow2 *q, enum qcow2_class class, uint64_t first, uint64_t nr)
     registry_set (q, QCOW2_DATA, first, nr);
     return -1;
   }
+  tally_add (&q->rc.allocated, nr);
   q->rc.fresh = max_u64 (q->rc.fresh, first + nr);
   return 0;
 }
@@ -242,8 +244,10 @@ shrink_table (struct qcow2 *q, uint64_t old_entries)
 
   refcount_forget (q, old_entries);
   for (uint64_t i = old_entries; i < rc->table_entries; ++i)
-    if (rc->table[i] != 0)
+    if (rc->table[i] != 0) {
       registry_set (q, QCOW2_DATA, rc->table[i] >> q->cluster_bits, 1);
+      tally_add (&rc->freed, 1);
+    }
   rc->table_entries = old_entries;
   for (size_t i = 0; i < rc->nr_dirty_table; ++i)
     if (rc->dirty_table[i] < old_entries)
@@ -254,6 +258,7 @@ shrink_table (struct qcow2 *q, uint64_t old_entries)
 static void
 give_up_run (struct qcow2 *q, uint64_t first, uint64_t nr)
 {
+  tally_add (&q->rc.freed, nr);
   registry_set (q, QCOW2_DATA, first, nr);
   for (uint64_t c = first; c < first + nr; ++c)
     if (refcount_block_exists (q, block_of (q, c)))
@@ -412,6 +417,7 @@ allocate_undo (struct qcow2 *q, uint64_t host_offset, uint64_t nr)
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
   registry_set (q, QCOW2_DATA, first, nr);
+  tally_add (&q->rc.freed, nr);
   for (uint64_t c = first; c < first + nr; ++c)
     if (refcount_set (q, c, 0) == -1)
       report_warning ("a cluster is leaked at host offset %#" PRIx64,

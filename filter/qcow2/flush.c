@@ -81,15 +81,45 @@ struct flush {
   unsigned long lost;           /* barriers, before this began */
 };
 
+static int
+barrier (struct qcow2 *q, struct container *c)
+{
+  const uint64_t began = meter_clock ();
+
+  if (container_flush (c) == -1) {
+    atomic_fetch_add (&q->lost, 1);
+    return -1;
+  }
+  atomic_fetch_add_explicit (&q->barriers, 1, memory_order_relaxed);
+  atomic_fetch_add_explicit (&q->barrier_ns, meter_clock () - began,
+                             memory_order_relaxed);
+  return 0;
+}
+
 int
 qcow2_barrier (struct qcow2 *q)
 {
-  if (container_flush (q->container) == -1) {
-    atomic_fetch_add (&q->lost, 1);
+  if (barrier (q, q->container) == -1) {
     report_error ("cannot flush the image: %m");
     return -1;
   }
   return 0;
+}
+
+void
+qcow2_get_numbers (const struct qcow2 *q, struct qcow2_numbers *n)
+{
+  l2_get_numbers (q, &n->l2);
+  refcounts_get_numbers (q, &n->refcounts);
+  n->allocated = tally_get (&q->rc.allocated);
+  n->freed = tally_get (&q->rc.freed);
+  for (unsigned i = 0; i < 2; ++i) {
+    n->flushes[i] = tally_get (&q->flushes[i]);
+    n->flush_ns[i] = tally_get (&q->flush_ns[i]);
+  }
+  n->barriers[0] = atomic_load (&q->lost);
+  n->barriers[1] = tally_get (&q->barriers);
+  n->barrier_ns = tally_get (&q->barrier_ns);
 }
 
 unsigned long
@@ -201,8 +231,7 @@ write_slices (struct qcow2 *q, struct flush *f, size_t n)
 static int
 data_barrier (struct qcow2 *q)
 {
-  if (q->has_data_file && container_flush (q->data) == -1) {
-    atomic_fetch_add (&q->lost, 1);
+  if (q->has_data_file && barrier (q, q->data) == -1) {
     report_error ("cannot flush the external data file: %m");
     return -1;
   }
@@ -275,6 +304,7 @@ static int
 flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
 {
   const unsigned long number = atomic_fetch_add (&q->flushes_begun, 1) + 1;
+  const uint64_t began = meter_clock ();
   struct flush f = { .hooks = hooks, .lost = qcow2_lost (q) };
   int r, err;
 
@@ -290,6 +320,8 @@ flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
   release_flush_ends (q, r == 0);
   if (hooks != NULL)
     (r == 0 ? hooks->done : hooks->failed) (hooks->opaque);
+  tally_add (&q->flushes[r == 0], 1);
+  tally_add (&q->flush_ns[r == 0], meter_clock () - began);
   free (f.copies);
   free (f.data);
   if (r == 0) {

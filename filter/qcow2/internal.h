@@ -137,6 +137,8 @@ struct refcount_slice {
 };
 
 struct refcounts {
+  tally lookups, misses, evictions, slices_loaded;
+  tally allocated, freed;       /* clusters */
   unsigned slice_bytes;
   unsigned slice_entries_bits;  /* log2 of entries in a slice */
   unsigned block_entries_bits;  /* log2 of entries in a refcount block */
@@ -203,6 +205,8 @@ struct l2_set {
 };
 
 struct l2_cache {
+  struct meter lookups;         /* while meter_is_on */
+  _Atomic uint64_t misses, evictions, slots_used;
   unsigned slice_bits;          /* log2 of entries in a slice */
   unsigned entry_bits;          /* log2 of 64-bit words in an entry */
   size_t nr_sets;               /* a power of two */
@@ -278,12 +282,14 @@ struct qcow2 {
   struct range_lock *ranges;
 
   atomic_ulong lost;            /* barriers that have failed (flush.c) */
+  _Atomic uint64_t barriers, barrier_ns; /* that have succeeded */
   atomic_bool reftable_unknown; /* see header_set_reftable */
 
   pthread_mutex_t flush_lock;   /* protects what follows */
   unsigned long lost_redone;    /* as lost was when that was made good */
   atomic_ulong flushes_begun;
   unsigned long flush_succeeded[2]; /* without, with hooks */
+  tally flushes[2], flush_ns[2]; /* that have failed, succeeded */
 };
 
 /* header.c */
@@ -341,6 +347,10 @@ extern uint64_t refcount_entry (const struct qcow2 *, const uint8_t *block,
                                 uint64_t i);
 /* Write all that is dirty, and make it durable. */
 extern int refcounts_write_durably (struct qcow2 *);
+
+/* This one without. */
+extern void refcounts_get_numbers (const struct qcow2 *,
+                                   struct qcow2_cache_numbers *);
 
 /* refcount.c: without alloc_lock, under flush_lock. */
 extern int refcounts_flush (struct qcow2 *, unsigned long lost);
@@ -401,6 +411,8 @@ extern void l2_cache_free (struct qcow2 *);
 /* Read nr entries from guest cluster on, all of one slice. */
 extern int l2_get (struct qcow2 *, uint64_t guest_cluster, unsigned nr,
                    struct l2_entry *entries);
+extern void l2_get_numbers (const struct qcow2 *,
+                            struct qcow2_cache_numbers *);
 /* Set nr entries from guest cluster on, all of one slice, whose L2 table
  * exists.  EAGAIN if the cache has to be flushed first.
  */

@@ -237,6 +237,42 @@ end_change (struct l2_slot *slot, uint64_t slice)
                          memory_order_release);
 }
 
+/* For the statistics.  A miss reads from the disk, so it may share a
+ * counter with others; a look-up may not.
+ */
+static void
+count_lookup (struct qcow2 *q)
+{
+  if (meter_wanted ())
+    meter_add (&q->l2.lookups, 1);
+}
+
+static void
+count_miss (struct qcow2 *q)
+{
+  atomic_fetch_add_explicit (&q->l2.misses, 1, memory_order_relaxed);
+}
+
+static void
+count_fill (struct l2_cache *l2, const struct l2_slot *slot)
+{
+  const bool is_empty = atomic_load_explicit (&slot->tag, memory_order_relaxed)
+    >> VERSION_BITS == 0;
+
+  atomic_fetch_add_explicit (is_empty ? &l2->slots_used : &l2->evictions, 1,
+                             memory_order_relaxed);
+}
+
+void
+l2_get_numbers (const struct qcow2 *q, struct qcow2_cache_numbers *n)
+{
+  n->misses = tally_get (&q->l2.misses);
+  n->hits = meter_total (&q->l2.lookups);
+  n->hits -= min_u64 (n->hits, n->misses);
+  n->evictions = tally_get (&q->l2.evictions);
+  n->bytes = tally_get (&q->l2.slots_used) * l2_slice_bytes (q);
+}
+
 /* With the set's lock held: put a slice into a slot. */
 static void
 fill (struct qcow2 *q, struct l2_set *set, unsigned way, uint64_t slice,
@@ -245,6 +281,7 @@ fill (struct qcow2 *q, struct l2_set *set, unsigned way, uint64_t slice,
   struct l2_slot *slot = &set->way[way];
   _Atomic uint64_t *words = slot_words (q, slot_index (q, set, way));
 
+  count_fill (&q->l2, slot);
   begin_change (slot);
   for (unsigned i = 0; i < words_in_slice (q); ++i)
     atomic_store_explicit (&words[i], buf[i], memory_order_release);
@@ -270,12 +307,14 @@ l2_get (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
   uint64_t buf[MAX_SLICE_WORDS];
   int way;
 
+  count_lookup (q);
   if (peek (q, set, slice, first, nr, entries))
     return 0;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->lock);
   if (peek (q, set, slice, first, nr, entries))
     return 0;
+  count_miss (q);
   if (read_slice (q, slice, buf) == -1)
     return -1;
   /* Where there is no slot the disk has what is true, as the slice is
@@ -303,9 +342,11 @@ l2_set (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
   uint64_t buf[MAX_SLICE_WORDS];
   int way;
 
+  count_lookup (q);
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->lock);
   way = find_way (set, slice);
   if (way < 0) {
+    count_miss (q);
     way = find_victim (set);
     if (way < 0) {
       errno = EAGAIN;

@@ -90,6 +90,22 @@ extern struct container *qcow2_container (const struct qcow2 *);
  */
 extern uint64_t qcow2_tables_bytes (const struct qcow2 *);
 
+/* What has been going on since the image was opened.  Times, in
+ * nanoseconds, and lookups are counted only while meter_is_on.
+ */
+struct qcow2_cache_numbers {
+  uint64_t hits, misses, evictions, bytes;
+};
+
+struct qcow2_numbers {
+  struct qcow2_cache_numbers l2, refcounts; /* slices of tables, in RAM */
+  uint64_t allocated, freed;    /* clusters */
+  uint64_t flushes[2], flush_ns[2]; /* that have failed, succeeded */
+  uint64_t barriers[2];         /* the same */
+  uint64_t barrier_ns;          /* of those that have succeeded */
+};
+extern void qcow2_get_numbers (const struct qcow2 *, struct qcow2_numbers *);
+
 /* Guest data.  Ranges lie inside qcow2_size. */
 extern int qcow2_read (struct qcow2 *, void *buf, uint64_t count,
                        uint64_t offset);

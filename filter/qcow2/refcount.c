@@ -343,6 +343,7 @@ find_durable (struct refcounts *rc)
       s->referenced = false;
       continue;
     }
+    tally_add (&rc->evictions, 1);
     unhash (rc, s);
     return s;
   }
@@ -369,18 +370,24 @@ get_slice (struct qcow2 *q, uint64_t cluster)
   const uint64_t index = cluster >> rc->slice_entries_bits;
   struct refcount_slice **chain = hash_chain (rc, index), *s;
 
+  tally_add (&rc->lookups, 1);
   for (s = *chain; s != NULL; s = s->next)
     if (s->index == index) {
       s->referenced = true;
       return s;
     }
 
+  tally_add (&rc->misses, 1);
   s = find_victim (q);
   if (s == NULL)
     return NULL;
-  if (s->data == NULL && (s->data = malloc (rc->slice_bytes)) == NULL) {
-    report_error ("malloc: %m");
-    return NULL;
+  if (s->data == NULL) {
+    s->data = malloc (rc->slice_bytes);
+    if (s->data == NULL) {
+      report_error ("malloc: %m");
+      return NULL;
+    }
+    tally_add (&rc->slices_loaded, 1);
   }
   if (container_pread (q->container, s->data, rc->slice_bytes,
                        slice_offset (rc, index)) == -1) {
@@ -392,6 +399,18 @@ get_slice (struct qcow2 *q, uint64_t cluster)
   s->next = *chain;
   *chain = s;
   return s;
+}
+
+void
+refcounts_get_numbers (const struct qcow2 *q, struct qcow2_cache_numbers *n)
+{
+  const struct refcounts *rc = &q->rc;
+
+  n->misses = tally_get (&rc->misses);
+  n->hits = tally_get (&rc->lookups);
+  n->hits -= min_u64 (n->hits, n->misses);
+  n->evictions = tally_get (&rc->evictions);
+  n->bytes = tally_get (&rc->slices_loaded) * rc->slice_bytes;
 }
 
 static uint64_t

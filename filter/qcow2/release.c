@@ -208,6 +208,7 @@ free_run (struct qcow2 *q, uint64_t cluster, uint64_t nr)
   while (c < cluster + nr && refcount_set (q, c, 0) == 0)
     c++;
   q->rc.cursor = min_u64 (q->rc.cursor, cluster);
+  tally_add (&q->rc.freed, c - cluster);
   return c - cluster;
 }
 

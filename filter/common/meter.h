@@ -1,0 +1,66 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_METER_H
+#define DIRTY_BITMAP_METER_H
+
+/* Counting what goes on, for statistics that somebody has asked for.
+ *
+ * What is counted under a lock that is held anyway, or by one thread, is
+ * a plain addition (tally_add), made always.  What is counted on the
+ * fast path, by many threads at once, is counted only while
+ * meter_is_on, in a place that few other threads share (struct meter).
+ * Time is taken only while meter_is_on.
+ *
+ * Whoever reads may do so at any time.  Counters that belong together
+ * are not read at one moment.
+ */
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+/* Set before other threads begin, and never changed by them. */
+extern bool meter_is_on;
+
+static inline bool
+meter_wanted (void)
+{
+  return __builtin_expect (meter_is_on, 0);
+}
+
+/* Nanoseconds since some moment, or 0 if nobody wants to know. */
+extern uint64_t meter_clock (void);
+
+/* Has one writer at a time. */
+typedef _Atomic uint64_t tally;
+
+static inline uint64_t
+tally_get (const tally *t)
+{
+  return atomic_load_explicit (t, memory_order_relaxed);
+}
+
+static inline void
+tally_add (tally *t, uint64_t n)
+{
+  atomic_store_explicit (t, tally_get (t) + n, memory_order_relaxed);
+}
+
+/* Has many writers. */
+#define METER_SHARDS 16
+
+struct meter {
+  struct {
+    _Alignas (64) _Atomic uint64_t count;
+  } shard[METER_SHARDS];
+};
+
+/* The shard of this thread: threads are spread over them. */
+extern unsigned meter_shard (void);
+extern void meter_add (struct meter *, uint64_t n);
+extern uint64_t meter_total (const struct meter *);
+
+#endif /* DIRTY_BITMAP_METER_H */
