@@ -34,6 +34,7 @@
 #include "clients.h"
 #include "common/bytes.h"
 #include "disk/disk.h"
+#include "stats/stats.h"
 
 /* nbdkit takes 64 MiB, but qemu's servers, and ours, take this much:
  * clients see the same whoever answers.
@@ -44,6 +45,7 @@ static struct {
   struct disk *disk;
   struct export_options exports;
   bool is_rotational;
+  struct stats *stats;          /* or NULL */
   atomic_bool closed;           /* the gate */
   atomic_long in_flight;
 } gate;
@@ -67,6 +69,23 @@ leave (int r, int *err)
     *err = errno != 0 ? errno : EIO;
   atomic_fetch_sub (&gate.in_flight, 1);
   return r;
+}
+
+void
+clients_count (struct stats *stats)
+{
+  gate.stats = stats;
+}
+
+/* Leave with the result of a request, and count it. */
+static int
+leave_request (int r, int *err, uint64_t began, enum stats_command command,
+               uint64_t count)
+{
+  if (r == -1 && errno == 0)
+    errno = EIO;
+  stats_end (gate.stats, began, command, count, r == -1 ? errno : 0);
+  return leave (r, err);
 }
 
 void
@@ -141,10 +160,8 @@ struct connection {
 };
 
 static void
-close_connection (void *handle)
+connection_free (struct connection *c)
 {
-  struct connection *c = handle;
-
   if (c == NULL)
     return;
   free (c->description);
@@ -166,7 +183,7 @@ connection_new (struct disk *disk, bool readonly, const char *exportname)
   if (c == NULL ||
       export_describe (disk, &gate.exports, &export, &c->description) == -1) {
     nbdkit_error ("malloc: %m");
-    close_connection (c);
+    connection_free (c);
     return NULL;
   }
   c->export = export;
@@ -189,8 +206,17 @@ open_connection (nbdkit_next_open *next, nbdkit_context *context,
     return NULL;
   }
   c = connection_new (disk, readonly, exportname);
+  if (c != NULL)
+    stats_connection_opened (gate.stats);
   leave (0, &err);
   return c;
+}
+
+static void
+close_connection (void *handle)
+{
+  stats_connection_closed (gate.stats);
+  connection_free (handle);
 }
 
 static int64_t
@@ -289,67 +315,78 @@ pread_disk (nbdkit_next *next, void *handle, void *buf, uint32_t count,
             uint64_t offset, uint32_t flags, int *err)
 {
   const struct connection *c = handle;
+  const uint64_t began = stats_begin (gate.stats);
   struct disk *disk = enter (err);
 
   (void) next; (void) flags;
   if (disk == NULL)
     return -1;
-  return leave (c->export.is_delta
-                ? disk_delta_read (disk, c->export.bitmap, buf, count, offset)
-                : disk_read (disk, buf, count, offset), err);
+  return leave_request (c->export.is_delta
+                        ? disk_delta_read (disk, c->export.bitmap, buf, count,
+                                           offset)
+                        : disk_read (disk, buf, count, offset),
+                        err, began, STATS_READ, count);
 }
 
 static int
 pwrite_disk (nbdkit_next *next, void *handle, const void *buf, uint32_t count,
              uint64_t offset, uint32_t flags, int *err)
 {
+  const uint64_t began = stats_begin (gate.stats);
   struct disk *disk = enter (err);
 
   (void) next; (void) handle;
   if (disk == NULL)
     return -1;
-  return leave (disk_write (disk, buf, count, offset,
-                            flags & NBDKIT_FLAG_FUA), err);
+  return leave_request (disk_write (disk, buf, count, offset,
+                                    flags & NBDKIT_FLAG_FUA), err,
+                        began, STATS_WRITE, count);
 }
 
 static int
 flush_disk (nbdkit_next *next, void *handle, uint32_t flags, int *err)
 {
   struct connection *c = handle;
+  const uint64_t began = stats_begin (gate.stats);
   struct disk *disk = enter (err);
 
   (void) next; (void) flags;
   if (disk == NULL)
     return -1;
-  return leave (disk_flush (disk, &c->client), err);
+  return leave_request (disk_flush (disk, &c->client), err,
+                        began, STATS_FLUSH, 0);
 }
 
 static int
 trim_disk (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
            uint32_t flags, int *err)
 {
+  const uint64_t began = stats_begin (gate.stats);
   struct disk *disk = enter (err);
 
   (void) next; (void) handle;
   if (disk == NULL)
     return -1;
-  return leave (disk_trim (disk, count, offset, flags & NBDKIT_FLAG_FUA),
-                err);
+  return leave_request (disk_trim (disk, count, offset,
+                                   flags & NBDKIT_FLAG_FUA), err,
+                        began, STATS_TRIM, count);
 }
 
 static int
 zero_disk (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
            uint32_t flags, int *err)
 {
+  const uint64_t began = stats_begin (gate.stats);
   struct disk *disk = enter (err);
 
   (void) next; (void) handle;
   if (disk == NULL)
     return -1;
-  return leave (disk_zero (disk, count, offset,
-                           !(flags & NBDKIT_FLAG_MAY_TRIM),
-                           flags & NBDKIT_FLAG_FAST_ZERO,
-                           flags & NBDKIT_FLAG_FUA), err);
+  return leave_request (disk_zero (disk, count, offset,
+                                   !(flags & NBDKIT_FLAG_MAY_TRIM),
+                                   flags & NBDKIT_FLAG_FAST_ZERO,
+                                   flags & NBDKIT_FLAG_FUA), err,
+                        began, STATS_WRITE_ZEROES, count);
 }
 
 static int
@@ -397,25 +434,30 @@ extents_disk (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
               uint32_t flags, struct nbdkit_extents *extents, int *err)
 {
   const struct connection *c = handle;
+  const uint64_t began = stats_begin (gate.stats);
   struct disk *disk = enter (err);
 
   (void) next;
   if (disk == NULL)
     return -1;
-  return leave (add_extents (disk, &c->export, offset, offset + count,
-                             flags & NBDKIT_FLAG_REQ_ONE, extents), err);
+  return leave_request (add_extents (disk, &c->export, offset,
+                                     offset + count,
+                                     flags & NBDKIT_FLAG_REQ_ONE, extents),
+                        err, began, STATS_BLOCK_STATUS, count);
 }
 
 static int
 cache_disk (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
             uint32_t flags, int *err)
 {
+  const uint64_t began = stats_begin (gate.stats);
   struct disk *disk = enter (err);
 
   (void) next; (void) handle; (void) flags;
   if (disk == NULL)
     return -1;
-  return leave (disk_cache (disk, count, offset), err);
+  return leave_request (disk_cache (disk, count, offset), err,
+                        began, STATS_CACHE, count);
 }
 
 void

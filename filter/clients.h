@@ -15,6 +15,10 @@
 #include "nbd/exports.h"
 
 struct disk;
+struct stats;
+
+/* Count what clients will ask for, if stats is not NULL. */
+extern void clients_count (struct stats *);
 
 /* From now on requests are answered from the disk.  The strings of the
  * options outlive the clients.

@@ -176,12 +176,23 @@ server_feature (const struct server_options *o)
   return NULL;
 }
 
+/* nbdkit has checked that N is a number. */
+static void
+take_debug_flag (struct command_line *cl, const char *arg)
+{
+  static const char flag[] = "dirty_bitmap.request=";
+
+  if (strncmp (arg, flag, sizeof flag - 1) == 0)
+    cl->debug_request = strtol (arg + sizeof flag - 1, NULL, 0);
+}
+
 /* Act on one option. */
 static void
 take_option (struct command_line *cl, struct server_options *o,
              int c, const char *arg)
 {
   switch (c) {
+  case 'D': take_debug_flag (cl, arg); break;
   case 'n': o->oldstyle = false; break;
   case 'o': o->oldstyle = true; break;
   case 'p': cl->port = arg; break;

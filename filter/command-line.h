@@ -40,6 +40,11 @@ struct command_line {
 
   struct command_line_tls tls;
 
+  /* -D dirty_bitmap.request=N, or 0.  nbdkit looks for the name of the
+   * filter, which has a dash, and leaves this one to us.
+   */
+  int debug_request;
+
   /* What was asked of nbdkit's protocol server that ours does not do,
    * as a clause ("--timeout was given"); NULL if nothing.
    */

@@ -45,6 +45,7 @@
 #include "clients.h"
 #include "command-line.h"
 #include "common/cleanup.h"
+#include "common/meter.h"
 #include "common/report.h"
 #include "container/container.h"
 #include "container/next.h"
@@ -57,6 +58,8 @@
 #include "quit-watcher.h"
 #include "single.h"
 #include "sockets.h"
+#include "stats-file.h"
+#include "stats/stats.h"
 #include "tls-options.h"
 
 /* How long clients of our server have to take their last replies. */
@@ -73,6 +76,7 @@ static struct chain *chain;     /* what the image refers to */
 static struct disk *disk;
 static struct nbd_tls *tls;     /* or NULL: none */
 static struct nbd_server *server;
+static struct stats *stats;     /* or NULL: nobody wants them */
 static bool failed;             /* to write at the end */
 
 static void
@@ -248,11 +252,28 @@ serves_single (void)
 }
 
 static int
+prepare_stats (void)
+{
+  if (stats_file_prepare (parameters.stats) == -1)
+    return -1;
+  meter_is_on = true;
+  stats = stats_new ();
+  if (stats == NULL) {
+    nbdkit_error ("dirty-bitmap-stats: %m");
+    return -1;
+  }
+  clients_count (stats);
+  return 0;
+}
+
+static int
 dirty_bitmap_get_ready (int thread_model)
 {
   serialize = thread_model < NBDKIT_THREAD_MODEL_PARALLEL;
   if (command_line_read (&command_line) == -1)
     return -1;
+  if (command_line.debug_request != 0)
+    dirty_bitmap_debug_request = command_line.debug_request;
   if (decide_who_answers () == -1)
     return -1;
   filter_stack_warn (&command_line);
@@ -264,6 +285,8 @@ dirty_bitmap_get_ready (int thread_model)
 
   if (image_file_open (&image_file, &command_line, is_readonly ()) == -1 ||
       check_image () == -1)
+    return -1;
+  if (parameters.stats != NULL && prepare_stats () == -1)
     return -1;
 
   /* Last, so that no error of ours leaves a Unix socket behind. */
@@ -346,6 +369,7 @@ start_server (void)
     .export = get_export_options (),
     .tls = tls,
     .limits = parameters.limits,
+    .stats = stats,
   };
 
   server = nbd_server_new (disk, &options);
@@ -388,6 +412,9 @@ start_serving (nbdkit_backend *backend)
   if ((stands_in || parameters.listens) && start_server () == -1)
     return -1;
   if (!stands_in && quit_watcher_start (disk, stop_server) == -1)
+    return -1;
+  if (stats != NULL &&
+      stats_file_start (stats, disk, parameters.stats_interval) == -1)
     return -1;
   return 0;
 }
@@ -447,6 +474,7 @@ dirty_bitmap_cleanup (nbdkit_backend *backend)
                     "stay marked as in use");
       failed = true;
     }
+    stats_file_stop ();
     disk_close (disk);
     disk = NULL;
   }
@@ -462,6 +490,8 @@ dirty_bitmap_unload (void)
   listen_close (&listen_sockets);
   sockets_free ();
   nbd_tls_free (tls);
+  stats_file_free ();
+  stats_free (stats);
   parameters_free (&parameters);
   command_line_free (&command_line);
   report_sink = NULL;

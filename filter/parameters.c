@@ -14,11 +14,13 @@
 
 #include <ctype.h>
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 
 #include "common/bytes.h"
+#include "common/cleanup.h"
 #include "common/report.h"
 #include "nbd/exports.h"
 #include "parameters.h"
@@ -39,6 +41,9 @@
 
 #define MAX_MEMORY ((int64_t) 1 << 40)
 #define MAX_SECONDS (24 * 60 * 60)
+
+/* A week. */
+#define MAX_STATS_INTERVAL 604800
 
 const char parameters_help[] =
   "dirty-bitmap=NAME              Record into this bitmap, create it if absent\n"
@@ -64,7 +69,11 @@ const char parameters_help[] =
   "dirty-bitmap-handshake-timeout=SECONDS\n"
   "                               Time for a handshake (default: 30).\n"
   "dirty-bitmap-idle-timeout=SECONDS\n"
-  "                               Close idle connections (default: 0, never).";
+  "                               Close idle connections (default: 0, never).\n"
+  "dirty-bitmap-stats=FILE        Write statistics to this file, for Prometheus,\n"
+  "                               at the end and on SIGUSR1.\n"
+  "dirty-bitmap-stats-interval=SECONDS\n"
+  "                               And every so many seconds.";
 
 /* Add a string of which this takes care, and frees it if it is there
  * already.
@@ -443,6 +452,70 @@ take_listen (struct parameters *p, const char *key, const char *value)
   return 1;
 }
 
+/* As it is found from any folder: nbdkit leaves the one that it was
+ * started in.  The file need not exist, its folder has to.
+ */
+static char *
+absolute_path (const char *path)
+{
+  const char *slash = strrchr (path, '/');
+  CLEANUP_FREE char *folder = NULL, *absolute_folder = NULL;
+  char *absolute = realpath (path, NULL);
+
+  if (absolute != NULL || errno != ENOENT)
+    return absolute;
+  folder = slash == NULL ? strdup (".")
+    : strndup (path, slash == path ? 1 : slash - path);
+  if (folder == NULL)
+    return NULL;
+  absolute_folder = realpath (folder, NULL);
+  if (absolute_folder == NULL)
+    return NULL;
+  if (asprintf (&absolute, "%s/%s", absolute_folder,
+                slash == NULL ? path : slash + 1) == -1)
+    return NULL;
+  return absolute;
+}
+
+static int
+take_stats (struct parameters *p, const char *key, const char *value)
+{
+  if (p->stats != NULL)
+    return repeated (key);
+  if (*value == '\0') {
+    report_error ("%s: the name of a file must not be empty", key);
+    return -1;
+  }
+  p->stats = absolute_path (value);
+  if (p->stats == NULL) {
+    report_error ("%s: %s: %m", key, value);
+    return -1;
+  }
+  return 1;
+}
+
+static int
+take_stats_interval (struct parameters *p, const char *key, const char *value)
+{
+  unsigned long n = 0;
+  char *end;
+
+  if (p->stats_interval != 0)
+    return repeated (key);
+  if (*value >= '0' && *value <= '9') {
+    n = strtoul (value, &end, 10);
+    if (*end != '\0')
+      n = 0;
+  }
+  if (n == 0 || n > MAX_STATS_INTERVAL) {
+    report_error ("%s: must be a number of seconds from 1 to %d: %s",
+                  key, MAX_STATS_INTERVAL, value);
+    return -1;
+  }
+  p->stats_interval = n;
+  return 1;
+}
+
 int
 parameters_take (struct parameters *p, const char *key, const char *value)
 {
@@ -465,6 +538,8 @@ parameters_take (struct parameters *p, const char *key, const char *value)
     { "dirty-bitmap-max-requests", take_max_requests },
     { "dirty-bitmap-server", take_server },
     { "dirty-bitmap-snapshot", take_snapshot },
+    { "dirty-bitmap-stats", take_stats },
+    { "dirty-bitmap-stats-interval", take_stats_interval },
   };
   size_t i;
 
@@ -483,6 +558,11 @@ parameters_complete (struct parameters *p)
     report_error ("%s: the bitmaps of an image are not offered with a "
                   "snapshot (dirty-bitmap-snapshot)",
                   p->require.nr != 0 ? "dirty-bitmap" : "dirty-bitmap-expose");
+    return -1;
+  }
+  if (p->stats_interval != 0 && p->stats == NULL) {
+    report_error ("dirty-bitmap-stats-interval: says how often a file is "
+                  "written, which dirty-bitmap-stats would name");
     return -1;
   }
   if (!p->cache_size_given)
@@ -509,6 +589,7 @@ parameters_free (struct parameters *p)
   free (p->snapshot);
   free (p->exportname);
   free (p->description);
+  free (p->stats);
   listen_address_free (&p->listen);
   memset (p, 0, sizeof *p);
 }

@@ -32,6 +32,8 @@ struct parameters {
   char *snapshot;               /* dirty-bitmap-snapshot, or NULL */
   char *exportname;             /* dirty-bitmap-exportname, or NULL */
   char *description;            /* dirty-bitmap-description, or NULL */
+  char *stats;                  /* dirty-bitmap-stats, absolute, or NULL */
+  unsigned stats_interval;      /* dirty-bitmap-stats-interval, or 0 */
   bool listens;                 /* dirty-bitmap-listen */
   struct listen_address listen;
 

@@ -161,6 +161,7 @@ work (struct worker *w)
 static void *
 worker_main (void *vp)
 {
+  trace_thread (vp);
   work (vp);
   return NULL;
 }
@@ -242,6 +243,7 @@ finish (struct connection *c)
   struct nbd_server *server = c->server;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
+  stats_connection_closed (server->stats);
   if (c->prev != NULL)
     c->prev->next = c->next;
   else
@@ -269,13 +271,16 @@ connection_main (void *vp)
   struct worker *w = vp;
   struct connection *c = w->connection;
 
+  trace_thread (w);
   if (handshake (w) == 0) {
     server_handshake_done (c);
+    trace_opened (c);
     work (w);
     /* Input has ended, so nobody adds a worker any more. */
     for (unsigned i = 1; i < c->nr_workers; ++i)
       pthread_join (c->workers[i]->thread, NULL);
   }
+  trace_closed (c);
   linger (c);
   atomic_fetch_sub (&c->server->nr_extra_threads, c->nr_workers - 1);
   finish (c);
@@ -306,6 +311,7 @@ connection_start (struct nbd_server *server, int fd)
   if (c == NULL)
     return NULL;
   c->server = server;
+  c->serial = server->nr_served + 1;
   c->fd = fd;
   c->started_ms = now_ms ();
   c->ended_fd = fd == server->client_fd ? server->ended_fd : -1;

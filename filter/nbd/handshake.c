@@ -166,6 +166,7 @@ opt_export_name (struct option *o, struct selection *selection,
                     &c->export))
     return -1;
   reply.eflags = htobe16 (transmission_flags (c, &c->export, false));
+  trace_export (c, name, length);
   contexts_bind (c, selection, name, length);
   if (output_append (o->worker, &reply, no_zeroes
                      ? offsetof (struct nbd_export_name_reply, zeroes)
@@ -373,6 +374,7 @@ opt_info_or_go (struct option *o, struct selection *selection)
   if (o->option != NBD_OPT_GO)
     return 0;
   c->export = export;
+  trace_export (c, name, length);
   contexts_bind (c, selection, name, length);
   return 1;
 }
@@ -401,6 +403,7 @@ haggle (struct option *o, struct selection *selection, bool no_zeroes)
     return opt_export_name (o, selection, no_zeroes);
 
   case NBD_OPT_ABORT:
+    trace_ending (o->worker->connection, "the client gave up", 0);
     if (option_skip (o, o->remaining) == 0)
       option_reply (o, NBD_REP_ACK, NULL, 0);
     output_flush (o->worker);

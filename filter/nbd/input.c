@@ -68,11 +68,15 @@ receive (struct connection *c, void *buf, size_t count, size_t ahead)
     ? tls_receive (c, iov) : receive_plain (c, iov);
 
   if (r == 0) {
+    trace_ending (c, "the client closed it", 0);
     errno = ECONNRESET;
     return -1;
   }
-  if (r == -1)
+  if (r == -1) {
+    if (errno != EAGAIN)
+      trace_ending (c, "receiving failed", errno);
     return -1;
+  }
 
   connection_moved (&c->received, r);
   in->start = in->end = 0;

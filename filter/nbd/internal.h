@@ -22,6 +22,7 @@
  *   contexts.c    metadata contexts: names, queries, selection
  *   request.c     requests: receive, validate, execute, reply
  *   extents.c     the extents of one context
+ *   trace.c       what is told, and counted, of connections and requests
  *
  * Locks, in the order in which they may be taken: server->lock, then
  * connection->lock.  connection->send_lock and server->monitor_lock are
@@ -43,14 +44,15 @@
 #include "nbd/nbd.h"
 #include "nbd/protocol.h"
 #include "nbd/tls.h"
+#include "stats/stats.h"
 
-/* -D dirty-bitmap.request=1 */
-extern int dirty_bitmap_debug_request;
-
+/* Among nbdkit's debug messages, after the number of the connection and
+ * of the request that the thread is serving, if it is.
+ */
 #define debug_request(...)                                              \
   do {                                                                  \
     if (__builtin_expect (dirty_bitmap_debug_request, 0))               \
-      report_debug (__VA_ARGS__);                                       \
+      trace_debug (__VA_ARGS__);                                        \
   } while (0)
 
 #define MAX_WORKERS NBD_MAX_REQUESTS
@@ -136,6 +138,7 @@ struct nbd_server {
   bool readonly;
   struct export_options export;
   const struct nbd_tls *tls;    /* or NULL: there is none */
+  struct stats *stats;          /* or NULL: nobody wants them */
   uint16_t eflags;              /* transmission flags without DF */
   struct context_name *contexts;
   size_t nr_bitmaps;
@@ -172,6 +175,7 @@ struct nbd_server {
   unsigned nr_cut;              /* of these, to make room */
   bool crowded;                 /* nobody was let in for want of room */
   struct connection *finished;  /* to be joined and freed */
+  uint64_t nr_served;           /* the serial number of the last one */
 
   /* The accepting thread's own. */
   bool was_short;               /* of memory */
@@ -237,6 +241,9 @@ struct worker {
   bool measured;                /* see role.c, "pace" */
   bool measured_eager;
   long sleeps;
+  uint64_t number;              /* of the request at hand, or 0 */
+  uint64_t began;               /* see stats.h */
+  int error;                    /* an errno: how the request failed, or 0 */
 
   /* Replies: output[0, gathered) is complete and not yet sent; the
    * reply to the request at hand is output[reply_at, +reply_length)
@@ -252,6 +259,7 @@ struct worker {
 
 struct connection {
   struct nbd_server *server;
+  uint64_t serial;              /* from 1 on */
   int fd;
   int ended_fd;                 /* an eventfd to write to at the end, or -1 */
   struct connection *prev, *next; /* server->lock */
@@ -278,6 +286,13 @@ struct connection {
   bool extended;                /* headers, both ways */
   uint32_t *contexts;           /* the ids that are selected, ascending */
   size_t nr_contexts;
+
+  /* What is told of it (trace.c).  The holder of the role counts. */
+  char export_name[64];         /* made printable, and cut */
+  _Atomic (const char *) ending;        /* why it ends, or NULL */
+  atomic_int ending_errno;      /* or 0 */
+  uint64_t nr_requests;
+  uint64_t bytes[2];            /* of NBD_CMD_READ, of NBD_CMD_WRITE */
 
   /* What the holder of the role owns. */
   struct input in;
@@ -594,6 +609,63 @@ extern void contexts_bind (struct connection *, const struct selection *,
 
 /* Receive, execute and answer one request.  -1 if there are no more. */
 extern int request_serve (struct worker *);
+
+/* trace.c */
+extern void trace_debug (const char *fmt, ...)
+  __attribute__ ((format (printf, 1, 2)));
+
+/* This thread is the worker's. */
+extern void trace_thread (struct worker *);
+
+/* The export that the client has chosen; its transmission phase begins;
+ * it has ended.
+ */
+extern void trace_export (struct connection *,
+                          const char *name, uint32_t length);
+extern void trace_opened (struct connection *);
+extern void trace_closed (struct connection *);
+
+/* Why it ends, with an errno, or 0.  The first who knows is believed. */
+extern void trace_ending (struct connection *, const char *why, int err);
+
+/* A request: its header is here, and it has the next number. */
+extern void trace_show_header (struct worker *);
+
+static inline void
+trace_header (struct worker *w)
+{
+  w->number = ++w->connection->nr_requests;
+  if (__builtin_expect (dirty_bitmap_debug_request, 0))
+    trace_show_header (w);
+}
+
+/* It is here whole, and was refused with an errno, or 0 if not.  This and
+ * the one above are for the holder of the role.
+ */
+static inline void
+trace_begin (struct worker *w, int err)
+{
+  struct connection *c = w->connection;
+
+  if (err == 0 && w->request.type <= NBD_CMD_WRITE)
+    c->bytes[w->request.type] += w->request.length;
+  w->error = 0;
+  w->began = stats_begin (c->server->stats);
+}
+
+/* It is done, except for sending the reply. */
+extern void trace_count (struct worker *);
+
+static inline void
+trace_end (struct worker *w)
+{
+  if (__builtin_expect (w->connection->server->stats != NULL, 0))
+    trace_count (w);
+  w->number = 0;
+}
+
+/* It says that there will be no others, and is none itself. */
+extern void trace_disconnect (struct worker *);
 
 /* extents.c */
 

@@ -24,6 +24,7 @@
 struct disk;
 struct nbd_server;
 struct nbd_tls;
+struct stats;
 
 /* What TLS is to be like: by keys that server and clients share, or else
  * by certificates.
@@ -71,7 +72,11 @@ struct nbd_options {
                                    outlive the server */
   struct nbd_tls *tls;          /* or NULL: none.  Stays the caller's */
   struct nbd_limits limits;
+  struct stats *stats;          /* counts, or NULL.  Stays the caller's */
 };
+
+/* -D dirty-bitmap.request=1: show every option and request. */
+extern int dirty_bitmap_debug_request;
 
 /* Make a server with no sockets yet, and no threads.  NULL with errno. */
 extern struct nbd_server *nbd_server_new (struct disk *,

@@ -56,7 +56,7 @@ send_all_plain (struct connection *c, struct iovec *iov, size_t nr)
     if (r == -1) {
       if (errno == EINTR || connection_may_wait (c, &since))
         continue;
-      debug_request ("nbd: send: %m");
+      trace_ending (c, "sending failed", errno);
       connection_cut (c);
       return;
     }
@@ -87,7 +87,7 @@ send_all (struct connection *c, struct iovec *iov, size_t nr)
   if (c->tls == NULL || !tls_is_ours (c->tls))
     send_all_plain (c, iov, nr);
   else if (tls_send (c, iov, nr) == -1) {
-    debug_request ("nbd: send: %m");
+    trace_ending (c, "sending failed", errno);
     connection_cut (c);
   }
   atomic_store_explicit (&c->is_sending, false, memory_order_relaxed);

@@ -249,6 +249,7 @@ reply_error (struct worker *w, int err, const char *message)
   const size_t n = strlen (message);
   struct nbd_error_chunk *reply;
 
+  w->error = err;
   debug_request ("nbd: command %u, offset %" PRIu64 ", length %" PRIu64
                  ": %s", r->type, r->offset, r->length, message);
   if (!w->connection->structured) {
@@ -523,7 +524,7 @@ receive_header (struct worker *w)
   if (be32toh (wire.compact.magic) != (c->extended
                                        ? NBD_EXTENDED_REQUEST_MAGIC
                                        : NBD_REQUEST_MAGIC)) {
-    debug_request ("nbd: bad magic, client is cut off");
+    trace_ending (c, "a request with bad magic", 0);
     return -1;
   }
   r->flags = be16toh (wire.compact.flags);
@@ -532,10 +533,11 @@ receive_header (struct worker *w)
   r->offset = be64toh (wire.compact.offset);
   r->length = c->extended ? be64toh (wire.extended.length)
                           : be32toh (wire.compact.length);
-  debug_request ("nbd: command %u, flags 0x%x, offset %" PRIu64
-                 ", length %" PRIu64,
-                 r->type, r->flags, r->offset, r->length);
-  return r->type == NBD_CMD_DISC ? -1 : 0;
+  trace_header (w);
+  if (r->type != NBD_CMD_DISC)
+    return 0;
+  trace_disconnect (w);
+  return -1;
 }
 
 static bool
@@ -647,7 +649,7 @@ receive_request (struct worker *w, int *err, const char **reason)
   if (receive_header (w) == -1)
     return -1;
   if (!is_in_step (c, r)) {
-    debug_request ("nbd: unusable payload length, client is cut off");
+    trace_ending (w->connection, "a payload of unusable length", 0);
     return -1;
   }
   if (r->type == NBD_CMD_BLOCK_STATUS) {
@@ -669,12 +671,14 @@ request_serve (struct worker *w)
   if (receive_request (w, &err, &reason) == -1)
     return -1;
 
+  trace_begin (w, err);
   w->reply_at = w->gathered;
   w->reply_length = 0;
   if (err != 0)
     reply_error (w, err, reason);
   else
     execute_and_reply (w);
+  trace_end (w);
   output_reply (w);
   worker_end_request (w);
   return 0;

@@ -135,6 +135,7 @@ nbd_server_new (struct disk *disk, const struct nbd_options *options)
   complete_limits (&server->limits);
   server->export = options->export;
   server->client_fd = server->ended_fd = -1;
+  server->stats = options->stats;
   server->wake_fd = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (server->wake_fd == -1 ||
       contexts_index (server) == -1 || budget_divide (server) == -1 ||
@@ -199,9 +200,12 @@ add_connection (struct nbd_server *server, int fd)
     ? connection_start (server, fd) : NULL;
   if (c == NULL) {
     debug_request ("nbd: client refused, %u are connected", server->nr_live);
+    stats_connection_refused (server->stats);
     close (fd);
     return;
   }
+  server->nr_served++;
+  stats_connection_opened (server->stats);
   c->next = server->live;
   if (c->next != NULL)
     c->next->prev = c;

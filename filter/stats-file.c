@@ -1,0 +1,324 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* How this works
+ *
+ * A thread sleeps until an eventfd is written to or the interval is over,
+ * and writes the file.  Who reads it never sees half of it, since it is
+ * written under another name and renamed.  That name does not end in
+ * ".prom", so that node_exporter's textfile collector passes it over.
+ *
+ * SIGUSR1 is caught by a handler that writes to the eventfd, in whatever
+ * thread it interrupts: nobody's signal mask is changed, which children
+ * of plugins would inherit.  System calls are restarted.  The handler is
+ * there before nbdkit forks, so that none comes too early.  With --run
+ * there are two processes then, which have the eventfd in common, and it
+ * does not matter which of them is signalled.
+ *
+ * A file that is there and is not one of ours is not replaced: it may be
+ * the image.  An empty one has nothing to lose.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "common/cleanup.h"
+#include "common/report.h"
+#include "disk/disk.h"
+#include "stats-file.h"
+#include "stats/stats.h"
+
+/* How every file of ours begins. */
+#define BEGINNING "# HELP nbdkit_dirty_bitmap_"
+
+static const char *path;
+static int wake_fd = -1;
+static struct sigaction saved_action;
+static bool handles_signal;
+
+/* The thread's. */
+static pthread_t thread;
+static bool is_running;
+static atomic_bool stop;
+static struct stats *stats;
+static struct disk *disk;
+static unsigned interval_s;
+static bool complained;
+
+static void
+handle_signal (int sig)
+{
+  const int saved_errno = errno;
+  const uint64_t one = 1;
+  ssize_t r;
+
+  (void) sig;
+  r = write (wake_fd, &one, sizeof one);
+  (void) r;                     /* If it is full the thread wakes anyway. */
+  errno = saved_errno;
+}
+
+/* Open the file under its other name, empty, with the mode that nbdkit's
+ * umask gives, 0644.
+ */
+static int
+open_temporary (char **name)
+{
+  int fd;
+
+  if (asprintf (name, "%s.%ld.tmp", path, (long) getpid ()) == -1) {
+    *name = NULL;
+    return -1;
+  }
+  /* One that is left from a process of our number that was killed. */
+  unlink (*name);
+  fd = open (*name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC,
+             0666);
+  if (fd == -1) {
+    const int err = errno;
+
+    free (*name);
+    *name = NULL;
+    errno = err;
+  }
+  return fd;
+}
+
+static int
+write_to (int fd)
+{
+  FILE *f = fdopen (fd, "w");
+  int r, err;
+
+  if (f == NULL) {
+    err = errno;
+    close (fd);
+    errno = err;
+    return -1;
+  }
+  r = stats_write (stats, disk, f);
+  if (r == 0 && ferror (f)) {
+    errno = EIO;
+    r = -1;
+  }
+  err = errno;
+  if (fclose (f) == EOF)
+    return -1;
+  errno = err;
+  return r;
+}
+
+static int
+replace_file (void)
+{
+  CLEANUP_FREE char *name = NULL;
+  const int fd = open_temporary (&name);
+  int err;
+
+  if (fd == -1)
+    return -1;
+  if (write_to (fd) == 0 && rename (name, path) == 0)
+    return 0;
+  err = errno;
+  unlink (name);
+  errno = err;
+  return -1;
+}
+
+static void
+write_file (void)
+{
+  if (replace_file () == 0)
+    complained = false;
+  else if (!complained) {
+    report_warning ("dirty-bitmap-stats: %s: cannot be written: %m", path);
+    complained = true;
+  }
+}
+
+/* Is what is there to be replaced? */
+static int
+check_file (void)
+{
+  char beginning[sizeof BEGINNING - 1];
+  struct stat statbuf;
+
+  if (lstat (path, &statbuf) == -1) {
+    if (errno == ENOENT)
+      return 0;
+    report_error ("dirty-bitmap-stats: %s: %m", path);
+    return -1;
+  }
+  if (!S_ISREG (statbuf.st_mode)) {
+    report_error ("dirty-bitmap-stats: %s: is not a regular file", path);
+    return -1;
+  }
+  if (statbuf.st_size == 0)
+    return 0;
+
+  CLEANUP_CLOSE int fd = open (path, O_RDONLY | O_CLOEXEC | O_NOCTTY);
+  if (fd == -1) {
+    report_error ("dirty-bitmap-stats: %s: %m", path);
+    return -1;
+  }
+  if (pread (fd, beginning, sizeof beginning, 0) != sizeof beginning ||
+      memcmp (beginning, BEGINNING, sizeof beginning) != 0) {
+    report_error ("dirty-bitmap-stats: %s: there is a file already that does "
+                  "not hold these statistics, and it is not replaced", path);
+    return -1;
+  }
+  return 0;
+}
+
+/* Can a file be made beside it? */
+static int
+check_folder (void)
+{
+  CLEANUP_FREE char *name = NULL;
+  const int fd = open_temporary (&name);
+
+  if (fd == -1) {
+    report_error ("dirty-bitmap-stats: %s: cannot be created: %m", path);
+    return -1;
+  }
+  close (fd);
+  unlink (name);
+  return 0;
+}
+
+int
+stats_file_prepare (const char *file)
+{
+  struct sigaction sa = { .sa_handler = handle_signal,
+                          .sa_flags = SA_RESTART };
+
+  path = file;
+  if (check_file () == -1 || check_folder () == -1)
+    return -1;
+  wake_fd = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);
+  if (wake_fd == -1) {
+    report_error ("eventfd: %m");
+    return -1;
+  }
+  sigemptyset (&sa.sa_mask);
+  if (sigaction (SIGUSR1, &sa, &saved_action) == -1) {
+    report_error ("sigaction: %m");
+    return -1;
+  }
+  handles_signal = true;
+  return 0;
+}
+
+static int64_t
+now_ms (void)
+{
+  struct timespec ts;
+
+  clock_gettime (CLOCK_MONOTONIC, &ts);
+  return (int64_t) ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
+
+/* Sleep until somebody wakes us, or it is time.  A time that was slept
+ * through is not made up for.
+ */
+static void
+sleep_until (int64_t *due_ms)
+{
+  struct pollfd fd = { .fd = wake_fd, .events = POLLIN };
+  int64_t now = now_ms ();
+  eventfd_t ignored;
+
+  if (interval_s == 0)
+    poll (&fd, 1, -1);
+  else {
+    poll (&fd, 1, *due_ms > now ? *due_ms - now : 0);
+    now = now_ms ();
+    while (*due_ms <= now)
+      *due_ms += (int64_t) interval_s * 1000;
+  }
+  eventfd_read (wake_fd, &ignored);
+}
+
+static void *
+write_repeatedly (void *unused)
+{
+  int64_t due_ms = now_ms () + (int64_t) interval_s * 1000;
+
+  (void) unused;
+  while (!atomic_load (&stop)) {
+    write_file ();
+    sleep_until (&due_ms);
+  }
+  return NULL;
+}
+
+int
+stats_file_start (struct stats *s, struct disk *d, unsigned seconds)
+{
+  sigset_t all, saved;
+  int r;
+
+  stats = s;
+  disk = d;
+  interval_s = seconds;
+  atomic_store (&stop, false);
+
+  /* The handler may interrupt anybody else. */
+  sigfillset (&all);
+  pthread_sigmask (SIG_SETMASK, &all, &saved);
+  r = pthread_create (&thread, NULL, write_repeatedly, NULL);
+  pthread_sigmask (SIG_SETMASK, &saved, NULL);
+  if (r != 0) {
+    errno = r;
+    report_error ("pthread_create: %m");
+    return -1;
+  }
+  is_running = true;
+  return 0;
+}
+
+void
+stats_file_stop (void)
+{
+  if (!is_running)
+    return;
+  signal (SIGUSR1, SIG_IGN);
+  atomic_store (&stop, true);
+  eventfd_write (wake_fd, 1);
+  pthread_join (thread, NULL);
+  is_running = false;
+  write_file ();
+}
+
+void
+stats_file_free (void)
+{
+  if (handles_signal && !is_running) {
+    struct sigaction now;
+
+    /* Where nothing was served; at the end of what was it is ignored. */
+    if (sigaction (SIGUSR1, NULL, &now) == 0 &&
+        now.sa_handler == handle_signal)
+      sigaction (SIGUSR1, &saved_action, NULL);
+  }
+  handles_signal = false;
+  if (wake_fd != -1)
+    close (wake_fd);
+  wake_fd = -1;
+}

@@ -1,0 +1,48 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_STATS_HISTOGRAM_H
+#define DIRTY_BITMAP_STATS_HISTOGRAM_H
+
+/* Durations by their size, in nanoseconds: every power of two is cut
+ * into HISTOGRAM_STEPS buckets of the same width, so that a duration is
+ * known to 1/64 of itself, whatever it is.  Those of less than
+ * HISTOGRAM_STEPS nanoseconds have a bucket each, and those of more than
+ * 18 minutes share the last.
+ */
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+#define HISTOGRAM_STEP_BITS 5
+#define HISTOGRAM_STEPS (1 << HISTOGRAM_STEP_BITS)
+#define HISTOGRAM_MAX_BITS 40
+#define HISTOGRAM_BUCKETS                                               \
+  ((HISTOGRAM_MAX_BITS - HISTOGRAM_STEP_BITS + 1) * HISTOGRAM_STEPS)
+
+static inline unsigned
+histogram_bucket (uint64_t ns)
+{
+  unsigned octave;
+
+  if (ns >= UINT64_C (1) << HISTOGRAM_MAX_BITS)
+    return HISTOGRAM_BUCKETS - 1;
+  if (ns < HISTOGRAM_STEPS)
+    return ns;
+  octave = 63 - __builtin_clzll (ns) - HISTOGRAM_STEP_BITS;
+  return (octave + 1) * HISTOGRAM_STEPS
+    + (ns >> octave) % HISTOGRAM_STEPS;
+}
+
+/* The middle of a bucket. */
+extern double histogram_middle_ns (unsigned bucket);
+
+/* Of the total durations that are counted in buckets: the one that
+ * quantile (0 to 1) of them do not exceed.  total is not 0.
+ */
+extern double histogram_quantile_ns (const uint64_t *buckets, uint64_t total,
+                                     double quantile);
+
+#endif /* DIRTY_BITMAP_STATS_HISTOGRAM_H */

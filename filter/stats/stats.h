@@ -1,0 +1,80 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_STATS_H
+#define DIRTY_BITMAP_STATS_H
+
+/* Statistics: what clients asked for, counted by whoever answers them
+ * (nbd/, and clients.c where nbdkit's server answers), and what the disk
+ * says of itself, written out together.
+ *
+ * Every function may be called from any thread at any time.  Those that
+ * count take NULL for statistics that nobody has asked for, and do
+ * nothing then.
+ */
+
+#include <stdint.h>
+#include <stdio.h>
+
+#include "common/meter.h"
+
+struct disk;
+struct stats;
+
+/* The protocol's commands.  Those of others are unknown. */
+enum stats_command {
+  STATS_READ,
+  STATS_WRITE,
+  STATS_FLUSH,
+  STATS_TRIM,
+  STATS_CACHE,
+  STATS_WRITE_ZEROES,
+  STATS_BLOCK_STATUS,
+  STATS_UNKNOWN,
+  STATS_NR_COMMANDS,
+};
+
+/* NULL with errno.  meter_is_on has to be set for its durations. */
+extern struct stats *stats_new (void);
+extern void stats_free (struct stats *);
+
+extern void stats_count_request (struct stats *, uint64_t began,
+                                 enum stats_command, uint64_t bytes, int err);
+
+/* A request was received whole.  What this returns goes to stats_end. */
+static inline uint64_t
+stats_begin (const struct stats *s)
+{
+  return __builtin_expect (s != NULL, 0) ? meter_clock () : 0;
+}
+
+/* It is done, with an errno, or 0 if it succeeded.  bytes is the length
+ * of its range, and counts only if it succeeded.
+ */
+static inline void
+stats_end (struct stats *s, uint64_t began, enum stats_command command,
+           uint64_t bytes, int err)
+{
+  if (__builtin_expect (s != NULL, 0))
+    stats_count_request (s, began, command, bytes, err);
+}
+
+extern void stats_connection_opened (struct stats *);
+extern void stats_connection_closed (struct stats *);
+extern void stats_connection_refused (struct stats *);
+
+/* All of it, and the disk's, in Prometheus's text format, version 0.0.4
+ * (https://prometheus.io/docs/instrumenting/exposition_formats/).  -1
+ * with errno; the stream's own error is left for fclose to tell.
+ */
+extern int stats_write (struct stats *, struct disk *, FILE *);
+
+/* The value of a label: quoted, and escaped so that any bytes give valid
+ * UTF-8, and different ones different values.  What is not UTF-8, and
+ * control characters, become \xNN, as does a backslash before an x.
+ */
+extern void stats_write_label (FILE *, const char *value);
+
+#endif /* DIRTY_BITMAP_STATS_H */
