@@ -102,8 +102,10 @@ stop_server
 
 echo "keys, as a daemon, on TCP"
 port=$(free_port)
+rm -f pid
 nbdkit -P pid -p "$port" -i 127.0.0.1 --tls=require --tls-psk=keys.psk \
        --filter="$FILTER" file disk.qcow2 2>daemon.log
+wait_until test -s pid          # which the daemon writes
 server_pid=$(cat pid)
 tcp_uri="nbds://alice@127.0.0.1:$port/?tls-psk-file=$d/keys.psk"
 nbdinfo --map=qemu:dirty-bitmap:b "$tcp_uri" > tcp.map
