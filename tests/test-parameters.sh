@@ -53,6 +53,15 @@ for parameter in dirty-bitmap-granularity=64k dirty-bitmap-cache-size=8M \
                  dirty-bitmap-exportname=x dirty-bitmap-description=x; do
   no "${parameter%=*}" dirty-bitmap=b "$parameter" "$parameter"
 done
+for parameter in dirty-bitmap-stats=s.prom dirty-bitmap-stats-interval=1; do
+  no "${parameter%=*}" dirty-bitmap-stats=t.prom "$parameter" "$parameter"
+done
+for seconds in 0 -1 x "" 1.5 1s 604801 99999999999999999999; do
+  no stats-interval dirty-bitmap-stats=s.prom \
+     dirty-bitmap-stats-interval="$seconds"
+done
+no 'stats-interval.*dirty-bitmap-stats' dirty-bitmap-stats-interval=1
+no 'dirty-bitmap-stats.*empty' dirty-bitmap-stats=
 no 'name|empty' dirty-bitmap=
 no 'expose.*empty|name' dirty-bitmap-expose=
 for dir in "" nosuch disk.qcow2; do
