@@ -126,6 +126,7 @@ bounds_admit (struct nbd_server *server, int *wait_ms)
                  "to make room");
   server->nr_cut++;
   oldest->cut_for_room = true;
+  trace_ending (oldest, "slow, and others wait for its place", 0);
   connection_cut (oldest);
   return WAIT;
 }
@@ -156,6 +157,7 @@ look_at_handshakes (struct nbd_server *server, int64_t now, int *wait_ms)
       client_error (server, "nbd: a client has not finished its handshake "
                     "in %u seconds: its connection is closed",
                     server->limits.handshake_seconds);
+      trace_ending (c, "too slow", 0);
       connection_cut (c);
     }
   }
@@ -198,6 +200,7 @@ look_for_stalls (struct nbd_server *server, int64_t now)
       client_error (server, "nbd: a client that holds memory others wait for "
                     "takes or sends almost nothing: its connection is "
                     "closed");
+      trace_ending (c, "it stalls, and holds memory others wait for", 0);
       connection_cut (c);
     }
 }

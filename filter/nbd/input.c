@@ -112,7 +112,7 @@ idle_too_long (struct connection *c, int64_t *since)
     *since = now - input_timeout_seconds (c->server) * 1000;
   if (now - *since < limit)
     return false;
-  debug_request ("nbd: client is idle for too long, it is cut off");
+  trace_ending (c, "idle for too long", 0);
   return true;
 }
 
