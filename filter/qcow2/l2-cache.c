@@ -254,7 +254,7 @@ count_miss (struct qcow2 *q)
 }
 
 static void
-count_fill (struct l2_cache *l2, const struct l2_slot *slot)
+count_fill (struct l2_cache *l2, struct l2_slot *slot)
 {
   const bool is_empty = atomic_load_explicit (&slot->tag, memory_order_relaxed)
     >> VERSION_BITS == 0;

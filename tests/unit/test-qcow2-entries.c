@@ -25,6 +25,8 @@
 
 #include <cmocka.h>
 
+#include "common/meter.h"       /* counts nothing that is tested here */
+
 /* What happens, before which load or store from now on. */
 static void (*meanwhile) (void);
 static int places_left = -1;
