@@ -38,7 +38,9 @@ def carry(read, write, sock):
     socket, of which there are copies, has to be said."""
     try:
         while True:
-            data = os.read(read, 1 << 16)
+            # Less than a pipe holds, so that it is never empty and a
+            # writer who has more would sleep.
+            data = os.read(read, 12345)
             if not data:
                 break
             while data:
@@ -235,6 +237,7 @@ def does_not_read(pipes):
     while "in-use" not in harness.flags("disk.qcow2", "b"):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    time.sleep(0.5)             # for what is on the way to fill up
     s.process.send_signal(signal.SIGTERM)
     s.ends(quiet=False)
     assert dirty() == {48}
