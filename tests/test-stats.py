@@ -269,6 +269,22 @@ def readonly():
     assert stats("recording", bitmap="b") == 0
 
 
+def refused_connections():
+    """Where there is room for one."""
+    harness.create("disk.qcow2", MIB, "b")
+    server = Server("disk.qcow2", "dirty-bitmap-stats=full.prom",
+                    "dirty-bitmap-max-connections=1")
+    served("full.prom")
+    h = server.connect()
+    for _ in range(3):
+        fails(server.connect)
+    stats = refresh(server.pid, "full.prom")
+    assert stats("connections") == stats("connections_accepted_total") == 1
+    assert stats("connections_refused_total") == 3
+    h.shutdown()
+    server.stop()
+
+
 def names():
     """Bitmaps' names are any bytes, and stay different."""
     labels = {
@@ -500,6 +516,7 @@ def debug():
 for off in False, True:
     requests(off)
 readonly()
+refused_connections()
 names()
 times()
 later_failures()
