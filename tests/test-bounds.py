@@ -259,8 +259,7 @@ for options in (["--tls=require", "--tls-psk=keys.psk"], ["--tls=off"]):
         s.close()
         assert said is not None and len(said) > 18
         # Not in what it asked for by name, and is told.
-        names = message.startswith(option(9, b"", 0)[:12]) or \
-            message.startswith(option(10, b"", 0)[:12])
+        names = any(message.startswith(option(n)[:12]) for n in (3, 9, 10))
         for secret in secrets:
             if options == ["--tls=off"] and names and secret == b"secret":
                 continue
