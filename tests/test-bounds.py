@@ -224,6 +224,7 @@ harness.check("disk.qcow2")
 # What cannot be is said.
 server = Server("disk.qcow2", "dirty-bitmap-max-connections=10000",
                 "dirty-bitmap-max-memory=128M")
+server.connect().shutdown()     # It has started then.
 assert "connections at most, not 10000" in server.messages()
 server.stop()
 
