@@ -206,7 +206,10 @@ def start():
         "disk.qcow2", "dirty-bitmap-listen=127.0.0.1:%d" % port,
         # Of those that are gone some are still being worked for.
         "dirty-bitmap-max-connections=%d" % (connections * 4 + 16),
-        "dirty-bitmap-handshake-timeout=120"],
+        "dirty-bitmap-handshake-timeout=120",
+        # A client that is slow because the machine is busy is not to be
+        # cut off for others that wait for memory.
+        "dirty-bitmap-max-memory=%dM" % (connections * 16 + 256)],
         sanitizer="detect_leaks=1:quarantine_size_mb=4:"
                   "thread_local_quarantine_size_kb=16")
 

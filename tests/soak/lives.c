@@ -115,14 +115,25 @@ put_batch (struct peer *c)
   }
 }
 
-/* Ask for new keys now and then, in the middle of everything. */
+/* Ask for new keys now and then; GnuTLS allows eight times a second.  With
+ * nothing in flight there is room in the socket, so that this need not be
+ * called again later.
+ */
 static void
 change_keys (struct peer *c)
 {
-  if (c->session != NULL && c->out.start == c->out.end &&
+  struct timespec now;
+
+  clock_gettime (CLOCK_MONOTONIC, &now);
+  if (c->session != NULL && now.tv_sec != c->keys_changed &&
+      peer_in_flight (c) == 0 &&
       gnutls_protocol_get_version (c->session) == GNUTLS_TLS1_3 &&
-      model_draw (c->slot, 20) == 0)
-    gnutls_session_key_update (c->session, GNUTLS_KU_PEER);
+      model_draw (c->slot, 10) == 0) {
+    c->keys_changed = now.tv_sec;
+    if (gnutls_session_key_update (c->session, GNUTLS_KU_PEER) != 0 &&
+        !atomic_load (&c->model->stopping))
+      peer_failure (c, "cannot ask for new keys");
+  }
 }
 
 static int
@@ -135,7 +146,8 @@ work (struct peer *c)
   for (; n > 0 && !atomic_load (&c->model->over); --n) {
     change_keys (c);
     put_batch (c);
-    if (wait_for_replies (c, model_draw (c->slot, DEPTH / 2)) == -1)
+    if (wait_for_replies (c, model_draw (c->slot, 3) == 0 ? 0
+                          : model_draw (c->slot, DEPTH / 2)) == -1)
       return -1;
     pause_ms (model_draw (c->slot, pause + 1));
   }

@@ -17,6 +17,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <time.h>
 #include <gnutls/gnutls.h>
 
 #include "model.h"
@@ -50,6 +51,7 @@ struct peer {
   struct slot *slot;
   int fd;
   gnutls_session_t session;     /* or NULL */
+  time_t keys_changed;          /* in which second */
   bool structured, extended;    /* the latter has the former */
   uint32_t contexts[NR_CONTEXTS];       /* ids, or UINT32_MAX */
   uint64_t next_cookie;
