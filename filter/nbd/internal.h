@@ -21,6 +21,7 @@
  *   exports.c     what the names of exports stand for
  *   contexts.c    metadata contexts: names, queries, selection
  *   request.c     requests: receive, validate, execute, reply
+ *   parts.c       large data, part by part
  *   extents.c     the extents of one context
  *   trace.c       what is told, and counted, of connections and requests
  *
@@ -79,6 +80,9 @@
 
 /* What TLS costs a connection. */
 #define TLS_COST (320 * 1024)
+
+/* Data longer than this are moved part by part (parts.c). */
+#define PART_SIZE (128 * 1024)
 
 /* How long a worker is idle before it gives its buffers back. */
 #define IDLE_SECONDS 5
@@ -211,6 +215,13 @@ struct request {
   uint64_t length;              /* the effect length */
 };
 
+/* What of a READ or WRITE is moved now: most often the whole. */
+struct part {
+  uint64_t offset;
+  uint32_t length;
+  bool is_whole, is_last;
+};
+
 struct extents {
   struct connection *connection; /* whose budget it is */
   size_t reserved;              /* bytes out of the budget */
@@ -231,6 +242,7 @@ struct worker {
   atomic_uint_fast64_t ticket;  /* the role word of what it executes, or
                                    0; see output_flush_robbed */
   struct request request;
+  struct part part;             /* of it */
   uint8_t *payload;             /* of a WRITE, or a large READ: one of */
   uint8_t *small;               /* SMALL_PAYLOAD bytes, or NULL */
   uint8_t *large;               /* out of the budget, or NULL */
@@ -609,6 +621,25 @@ extern void contexts_bind (struct connection *, const struct selection *,
 
 /* Receive, execute and answer one request.  -1 if there are no more. */
 extern int request_serve (struct worker *);
+
+/* parts.c */
+
+/* Begin with the whole of a READ or WRITE as its only part. */
+extern void part_whole (struct worker *);
+
+/* The first part of a READ that may be answered in several chunks; and
+ * the next one.
+ */
+extern void part_first_read (struct worker *);
+extern void part_next_read (struct worker *);
+
+/* Receive the payload of a WRITE into w->payload.  If it is a large one
+ * all but its last part are written already, and what is left to be done
+ * is w->part.  Returns 0, with an errno in *err if that failed, after
+ * which the payload is gone; or -1 if there are no more requests.  By the
+ * holder of the role.
+ */
+extern int part_receive (struct worker *, int *err);
 
 /* trace.c */
 extern void trace_debug (const char *fmt, ...)

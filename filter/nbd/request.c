@@ -178,10 +178,20 @@ is_slow_by_nature (const struct request *r)
 }
 
 static bool
-is_large (const struct request *r)
+is_large (const struct worker *w)
 {
-  return (r->type == NBD_CMD_READ || r->type == NBD_CMD_WRITE) &&
-    r->length >= LARGE_DATA;
+  const struct request *r = &w->request;
+
+  return (r->type == NBD_CMD_READ && r->length >= LARGE_DATA) ||
+    (r->type == NBD_CMD_WRITE && w->part.length >= LARGE_DATA);
+}
+
+/* The monitor does not see that these take long: each part is short. */
+static bool
+has_many_parts (const struct worker *w)
+{
+  return w->request.type == NBD_CMD_READ && !w->part.is_last &&
+    w->request.length > LARGE_RANGE;
 }
 
 /* Replies: one function each.  They put it behind w->reply_at. */
@@ -241,8 +251,12 @@ reply_simple (struct worker *w, uint32_t error)
   reply->cookie = w->request.cookie;
 }
 
+/* offset says where in a READ, of which what was sent before is valid, or
+ * is NULL.
+ */
 static void
-reply_error (struct worker *w, int err, const char *message)
+reply_error_at (struct worker *w, int err, const char *message,
+                const uint64_t *offset)
 {
   const struct request *r = &w->request;
   const uint32_t error = nbd_errno (err);
@@ -256,12 +270,21 @@ reply_error (struct worker *w, int err, const char *message)
     reply_simple (w, error);
     return;
   }
-  put_chunk (w, NBD_REPLY_TYPE_ERROR, NBD_REPLY_FLAG_DONE,
-             sizeof *reply + n);
+  put_chunk (w, offset ? NBD_REPLY_TYPE_ERROR_OFFSET : NBD_REPLY_TYPE_ERROR,
+             NBD_REPLY_FLAG_DONE,
+             sizeof *reply + n + (offset ? sizeof *offset : 0));
   reply = reply_space (w, sizeof *reply);
   reply->error = htobe32 (error);
   reply->message_length = htobe16 (n);
   memcpy (reply_space (w, n), message, n);
+  if (offset)
+    put_be64 (reply_space (w, sizeof *offset), *offset);
+}
+
+static void
+reply_error (struct worker *w, int err, const char *message)
+{
+  reply_error_at (w, err, message, NULL);
 }
 
 /* Success, and nothing to say. */
@@ -282,13 +305,13 @@ read_header_size (const struct worker *w)
   return chunk_size (w->connection) + sizeof (struct nbd_offset_data);
 }
 
-/* A successful READ: the data are in the payload, or already behind the
+/* A successful READ, or a part of it: the data are in the payload, or already behind the
  * header that is made here.  No data needs another kind of chunk.
  */
 static void
 reply_read (struct worker *w)
 {
-  const uint32_t length = w->request.length;
+  const uint32_t length = w->part.length;
   struct nbd_offset_data *reply;
 
   if (!w->connection->structured)
@@ -296,10 +319,11 @@ reply_read (struct worker *w)
   else if (length == 0)
     put_chunk (w, NBD_REPLY_TYPE_NONE, NBD_REPLY_FLAG_DONE, 0);
   else {
-    put_chunk (w, NBD_REPLY_TYPE_OFFSET_DATA, NBD_REPLY_FLAG_DONE,
+    put_chunk (w, NBD_REPLY_TYPE_OFFSET_DATA,
+               w->part.is_last ? NBD_REPLY_FLAG_DONE : 0,
                sizeof *reply + length);
     reply = reply_space (w, sizeof *reply);
-    reply->offset = htobe64 (w->request.offset);
+    reply->offset = htobe64 (w->part.offset);
   }
   if (length <= REPLY_ROOM)
     w->reply_length += length;
@@ -361,17 +385,17 @@ reply_block_status (struct worker *w, uint32_t id, bool last)
 static int
 execute_read (struct worker *w, struct disk *disk)
 {
-  const struct request *r = &w->request;
+  const struct part *p = &w->part;
   uint8_t *data = w->output + w->reply_at + read_header_size (w);
 
-  if (r->length > REPLY_ROOM)
-    data = worker_payload (w, r->length);
+  if (p->length > REPLY_ROOM)
+    data = worker_payload (w, p->length);
   if (data == NULL)
     return -1;
   if (w->connection->export.is_delta)
     return disk_delta_read (disk, w->connection->export.bitmap, data,
-                            r->length, r->offset);
-  return disk_read (disk, data, r->length, r->offset);
+                            p->length, p->offset);
+  return disk_read (disk, data, p->length, p->offset);
 }
 
 /* The contexts of allocation come first, and only they can fail.  If the
@@ -458,7 +482,7 @@ execute (struct worker *w)
   case NBD_CMD_READ:
     return execute_read (w, disk);
   case NBD_CMD_WRITE:
-    return disk_write (disk, w->payload, r->length, r->offset,
+    return disk_write (disk, w->payload, w->part.length, w->part.offset,
                        (r->flags & NBD_CMD_FLAG_FUA) != 0);
   case NBD_CMD_BLOCK_STATUS:
     return execute_block_status (w);
@@ -467,18 +491,15 @@ execute (struct worker *w)
   }
 }
 
-/* Execute with the role or without, and make the reply. */
+/* Give the role up, or keep it while the request is executed. */
 static void
-execute_and_reply (struct worker *w)
+begin_executing (struct worker *w, bool slow)
 {
   struct connection *c = w->connection;
-  const struct request *r = &w->request;
-  bool slow = is_slow_by_nature (r);
   bool more = !input_is_empty (c);
-  int result, err;
 
   pace_begin (w, slow);
-  if ((more && (slow || is_large (r))) ||
+  if ((more && (slow || is_large (w))) || has_many_parts (w) ||
       atomic_load_explicit (&c->eager, memory_order_relaxed)) {
     role_release (w);
     w->reply_at = 0;
@@ -488,9 +509,20 @@ execute_and_reply (struct worker *w)
     output_flush_keeping_role (w);
     w->reply_at = 0;
   }
+}
+
+/* Execute a request or a part of it, with the role or without, and make
+ * the reply.  -1 if that is an error.
+ */
+static int
+execute_and_reply (struct worker *w, bool slow)
+{
+  const struct request *r = &w->request;
+  const struct part *p = &w->part;
+  int result, err;
+
   if (w->has_role)
     role_begin_executing (w, slow);
-
   result = execute (w);
   err = errno;
   if (w->has_role)
@@ -498,11 +530,34 @@ execute_and_reply (struct worker *w)
   pace_end (w);
 
   if (result == -1)
-    reply_error (w, err, "request failed");
+    reply_error_at (w, err, "request failed",
+                    r->type == NBD_CMD_READ && !p->is_whole ? &p->offset
+                                                            : NULL);
   else if (r->type == NBD_CMD_READ)
     reply_read (w);
   else if (r->type != NBD_CMD_BLOCK_STATUS)
     reply_done (w);
+  return result;
+}
+
+/* Do what a valid request asks, and make the reply, of which the parts
+ * before the last are sent.
+ */
+static void
+serve_valid (struct worker *w)
+{
+  const bool slow = is_slow_by_nature (&w->request);
+
+  if (w->request.type == NBD_CMD_READ)
+    part_first_read (w);
+  begin_executing (w, slow);
+  while (execute_and_reply (w, slow) == 0 &&
+         w->request.type == NBD_CMD_READ && !w->part.is_last) {
+    output_reply (w);
+    w->reply_at = w->gathered;
+    w->measured = false;        /* the first part speaks for all */
+    part_next_read (w);
+  }
 }
 
 /* A request's header, in the form that was negotiated.  They differ
@@ -624,17 +679,10 @@ receive_block_status_payload (struct worker *w, int *err, const char **reason)
 static int
 receive_payload (struct worker *w, int *err, const char **reason)
 {
-  struct connection *c = w->connection;
-  const uint32_t length = w->request.length;
-
-  if (length == 0)
-    return 0;
-  if (*err == 0 && worker_payload (w, length) == NULL) {
-    *err = ENOMEM;
-    *reason = "no memory";
-  }
-  return *err == 0 ? input_read (c, w->payload, length)
-                   : input_skip (c, length);
+  if (*err != 0)
+    return input_skip (w->connection, w->request.length);
+  *reason = "request failed";
+  return part_receive (w, err);
 }
 
 /* Receive a request and, if it has one, its payload.  Returns 0 with
@@ -677,7 +725,7 @@ request_serve (struct worker *w)
   if (err != 0)
     reply_error (w, err, reason);
   else
-    execute_and_reply (w);
+    serve_valid (w);
   trace_end (w);
   output_reply (w);
   worker_end_request (w);

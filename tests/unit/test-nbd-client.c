@@ -423,7 +423,8 @@ recv_chunk (int fd, struct reply *reply)
     assert_true (reply->length >= 6);
     reply->error = get_be32 (reply->data);
     assert_int_not_equal (reply->error, 0);
-    assert_int_equal (reply->length, 6 + get_be16 (reply->data + 4));
+    assert_int_equal (reply->length, 6 + get_be16 (reply->data + 4) +
+                      (reply->type == NBD_REPLY_TYPE_ERROR_OFFSET ? 8 : 0));
   }
 }
 
@@ -450,6 +451,119 @@ recv_reply (int fd, struct reply *reply, uint32_t simple_length)
     assert_non_null (reply->data);
     recv_bytes (fd, reply->data, simple_length);
   }
+}
+
+/* Replies of which chunks have come, and the last has not. */
+static _Thread_local struct partial {
+  int fd;
+  struct reply reply;
+} partials[64];
+static _Thread_local size_t nr_partials;
+
+static struct partial *
+find_partial (int fd, uint64_t cookie)
+{
+  for (size_t i = 0; i < nr_partials; ++i)
+    if (partials[i].fd == fd && partials[i].reply.cookie == cookie)
+      return &partials[i];
+  return NULL;
+}
+
+/* Put the data of a chunk behind those before it. */
+static void
+join_chunk (struct reply *whole, struct reply *chunk)
+{
+  const uint32_t n = chunk->length - 8;
+
+  assert_int_equal (chunk->type, NBD_REPLY_TYPE_OFFSET_DATA);
+  assert_true (get_be64 (chunk->data) ==
+               get_be64 (whole->data) + whole->length - 8);
+  whole->data = realloc (whole->data, whole->length + n + 1);
+  assert_non_null (whole->data);
+  memcpy (whole->data + whole->length, chunk->data + 8, n);
+  whole->length += n;
+  whole->flags = chunk->flags;
+  free (chunk->data);
+}
+
+void
+recv_whole_reply (int fd, struct reply *reply, uint32_t simple_length)
+{
+  for (;;) {
+    struct partial *p;
+
+    recv_reply (fd, reply, simple_length);
+    p = find_partial (fd, reply->cookie);
+    if (p != NULL && reply->error == 0) {
+      join_chunk (&p->reply, reply);
+      *reply = p->reply;
+    }
+    else if (p != NULL)
+      free (p->reply.data);
+    if (p != NULL)
+      *p = partials[--nr_partials];
+    if (!reply->structured || (reply->flags & NBD_REPLY_FLAG_DONE) != 0)
+      return;
+    assert_int_equal (reply->type, NBD_REPLY_TYPE_OFFSET_DATA);
+    assert_true (nr_partials < sizeof partials / sizeof partials[0]);
+    partials[nr_partials++] = (struct partial) { fd, *reply };
+  }
+}
+
+static void
+take_chunk (struct read_reply *read, const struct reply *chunk,
+            uint64_t offset, uint32_t length, uint8_t *buf)
+{
+  if (chunk->type == NBD_REPLY_TYPE_OFFSET_DATA) {
+    const uint64_t at = get_be64 (chunk->data);
+    const uint32_t count = chunk->length - 8;
+
+    /* In order, so none overlap. */
+    assert_true (count > 0 && at == offset + read->got);
+    assert_true (count <= length - read->got);
+    memcpy (buf + read->got, chunk->data + 8, count);
+    read->got += count;
+    read->nr_chunks++;
+  }
+  else if (chunk->type & 0x8000) {
+    read->error = chunk->error;
+    if (chunk->type == NBD_REPLY_TYPE_ERROR_OFFSET)
+      read->error_offset = get_be64 (chunk->data + chunk->length - 8);
+    assert_int_equal (chunk->flags, NBD_REPLY_FLAG_DONE);
+  }
+  else
+    assert_int_equal (chunk->type, NBD_REPLY_TYPE_NONE);
+}
+
+struct read_reply
+recv_read (int fd, uint64_t cookie, uint64_t offset, uint32_t length,
+           uint8_t *buf)
+{
+  struct read_reply read = { .error_offset = UINT64_MAX };
+  struct reply reply;
+  bool done;
+
+  do {
+    recv_reply (fd, &reply, length);
+    assert_true (reply.cookie == cookie);
+    if (is_extended[fd])
+      assert_true (reply.offset == offset);
+    done = !reply.structured || (reply.flags & NBD_REPLY_FLAG_DONE) != 0;
+    if (reply.structured)
+      take_chunk (&read, &reply, offset, length, buf);
+    else {
+      read.error = reply.error;
+      if (read.error == 0) {
+        memcpy (buf, reply.data, length);
+        read.got = length;
+        read.nr_chunks = 1;
+      }
+    }
+    free (reply.data);
+  } while (!done);
+  if (read.error == 0)
+    assert_int_equal (read.got, length);
+  return read;
 }
 
 void

@@ -119,6 +119,25 @@ struct reply {
  */
 extern void recv_reply (int fd, struct reply *, uint32_t simple_length);
 
+/* The same, but if it is to a READ that is answered in several chunks,
+ * wait for them all, and give them as one.  Those of replies that are not
+ * complete yet are kept for the thread's next call.
+ */
+extern void recv_whole_reply (int fd, struct reply *, uint32_t simple_length);
+
+/* The whole reply to a READ of length bytes from offset, which may come
+ * in several chunks: the data in buf, each byte at most once, and if there
+ * is no error all of them.
+ */
+struct read_reply {
+  unsigned nr_chunks;           /* of data, or 1 for a simple reply */
+  uint32_t got;                 /* bytes */
+  uint32_t error;
+  uint64_t error_offset;        /* or UINT64_MAX: the error has none */
+};
+extern struct read_reply recv_read (int fd, uint64_t cookie, uint64_t offset,
+                                    uint32_t length, uint8_t *buf);
+
 /* A reply without data, to cookie, with error. */
 extern void expect_error (int fd, uint64_t cookie, uint32_t error);
 

@@ -347,7 +347,7 @@ check_read (int fd, uint64_t offset, uint32_t length)
   struct reply reply;
 
   send_request (fd, 0, NBD_CMD_READ, 5, offset, length);
-  recv_reply (fd, &reply, 0);
+  recv_whole_reply (fd, &reply, 0);
   assert_int_equal (reply.error, 0);
   assert_int_equal (reply.type, NBD_REPLY_TYPE_OFFSET_DATA);
   assert_int_equal (reply.length, 8 + length);

@@ -59,7 +59,7 @@ check_slow_one_is_passed (uint16_t type, uint64_t offset, uint32_t length)
                  i == SLOW ? offset : 8192, i == SLOW ? length : 512);
   send_bytes (fd, buf, sizeof buf);
   for (int i = 0; i < N - 1; ++i) {
-    recv_reply (fd, &reply, 0);
+    recv_whole_reply (fd, &reply, 0);
     assert_int_equal (reply.error, 0);
     assert_int_not_equal (reply.cookie, SLOW);
     assert_true (reply.cookie < N && (seen & 1u << reply.cookie) == 0);
@@ -67,7 +67,7 @@ check_slow_one_is_passed (uint16_t type, uint64_t offset, uint32_t length)
     free (reply.data);
   }
   gate_open ();
-  recv_reply (fd, &reply, 0);
+  recv_whole_reply (fd, &reply, 0);
   assert_int_equal (reply.cookie, SLOW);
   assert_int_equal (reply.error, 0);
   free (reply.data);
@@ -131,7 +131,7 @@ test_parallel (void **state)
   for (int i = 0; i < N; ++i)
     send_request (fd, 0, NBD_CMD_READ, i, 512 * i, 512);
   for (int i = 0; i < N; ++i) {
-    recv_reply (fd, &reply, 0);
+    recv_whole_reply (fd, &reply, 0);
     assert_int_equal (reply.error, 0);
     free (reply.data);
   }
@@ -167,7 +167,7 @@ cache_many (int fd, int nr)
     if (i < nr)
       send_request (fd, 0, NBD_CMD_CACHE, i, 0, 512);
     if (i >= 64) {
-      recv_reply (fd, &reply, 0);
+      recv_whole_reply (fd, &reply, 0);
       assert_int_equal (reply.error, 0);
     }
   }
@@ -235,7 +235,7 @@ one_round (int fd, unsigned *seed, uint64_t part, uint8_t *model)
   for (unsigned i = 0; i < DEPTH; ++i) {
     uint64_t c;
 
-    recv_reply (fd, &reply, 0);
+    recv_whole_reply (fd, &reply, 0);
     c = reply.cookie;
     assert_true (c < DEPTH && (seen & 1u << c) == 0);
     assert_int_equal (reply.error, 0);
@@ -360,7 +360,7 @@ test_replies_once (void **state)
   for (unsigned i = 0; i < ONCE_N; ++i) {
     if (i % 200 == 0)
       sleep_ms (15);
-    recv_reply (fd, &reply, 0);
+    recv_whole_reply (fd, &reply, 0);
     assert_true (reply.cookie < ONCE_N && !seen[reply.cookie]);
     seen[reply.cookie] = 1;
     assert_int_equal (reply.length, 8 + ONCE_LENGTH);
@@ -396,7 +396,7 @@ test_client_that_sends_first (void **state)
         send_bytes (fd, buf, LENGTH);
     }
     for (int i = 0; i < N; ++i) {
-      recv_reply (fd, &reply, 0);
+      recv_whole_reply (fd, &reply, 0);
       assert_int_equal (reply.error, 0);
       free (reply.data);
     }
@@ -418,7 +418,7 @@ test_greedy_client_delays_nobody (void **state)
   assert_true (milliseconds () - start < 10000);
   /* It is answered in the end. */
   for (int i = 0; i < 200; ++i) {
-    recv_reply (greedy, &reply, 0);
+    recv_whole_reply (greedy, &reply, 0);
     assert_int_equal (reply.error, 0);
     free (reply.data);
   }

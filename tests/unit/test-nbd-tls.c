@@ -626,7 +626,7 @@ check_data (void)
     send_bytes (fd, data, length);
     expect_error (fd, 1, 0);
     send_request (fd, 0, NBD_CMD_READ, 2, 77, length);
-    recv_reply (fd, &reply, 0);
+    recv_whole_reply (fd, &reply, 0);
     assert_int_equal (reply.length, 8 + length);
     assert_memory_equal (reply.data + 8, data, length);
     free (reply.data);
