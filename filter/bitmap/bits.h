@@ -94,6 +94,11 @@ extern void bits_copy_out (const struct bits *, void *buf,
 extern void *bits_bytes (struct bits *, uint64_t offset);
 extern void bits_loaded (struct bits *, uint64_t offset, uint64_t count);
 
+/* All of these bytes will be filled: memory for them may come in large
+ * pages.
+ */
+extern void bits_expect (struct bits *, uint64_t offset, uint64_t count);
+
 /* The same, where all bits of these bytes are set in the image.  It takes
  * hardly any memory, however many they are.
  */

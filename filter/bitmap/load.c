@@ -232,6 +232,26 @@ check_table_memory (const struct bitmap_set *set, struct bitmap_damage *damage)
   return 0;
 }
 
+/* Tell where the image has data for a stretch of the bits. */
+static void
+expect_data (struct bitmap *b, uint64_t cluster_size)
+{
+  const uint64_t array_bytes = b->bits.nr_pieces * PIECE_BYTES;
+
+  for (uint32_t i = 0, n; i < b->table_entries; i += n) {
+    const uint64_t offset = i * cluster_size;
+
+    for (n = 0; i + n < b->table_entries; ++n)
+      if (!bitmap_table_entry_is_data (b->table[i + n]))
+        break;
+    if (n > 0)
+      bits_expect (&b->bits, offset,
+                   min_u64 (n * cluster_size, array_bytes - offset));
+    else
+      n = 1;
+  }
+}
+
 /* Read the bits of a bitmap: contiguous data clusters at once. */
 static int
 load_bits (struct bitmap_set *set, struct bitmap *b,
@@ -241,6 +261,7 @@ load_bits (struct bitmap_set *set, struct bitmap *b,
   const uint64_t array_bytes = b->bits.nr_pieces * PIECE_BYTES;
   uint32_t i = 0, n;
 
+  expect_data (b, cluster_size);
   for (; i < b->table_entries; i += n) {
     uint64_t entry = b->table[i], offset = i * cluster_size, bytes;
 
