@@ -12,6 +12,13 @@
  * than one header is received ahead, because what follows is likely to
  * be a large payload too, and would have to be copied.
  *
+ * A client that has several requests in flight on each of several
+ * connections sends the next ones one by one while it takes our replies.
+ * If we ran as soon as the first comes, we would receive, answer and sleep
+ * for each, and the threads of all connections would take turns.  So where
+ * requests have come together we let others run before we receive again,
+ * and find several.
+ *
  * The descriptor has a receive time-out: when it fires between two
  * requests the worker that receives gives its buffers back, and a client
  * that is idle for too long may be told to leave.
@@ -20,6 +27,7 @@
 #include <config.h>
 
 #include <errno.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/socket.h>
 
@@ -191,6 +199,13 @@ input_skip (struct connection *c, uint64_t count)
   }
 }
 
+static bool
+has_neighbours (const struct connection *c)
+{
+  return atomic_load_explicit (&c->server->nr_live,
+                               memory_order_relaxed) > 1;
+}
+
 /* Usually one request in flight is answered before the next comes, or
  * many are received at once; either way this is one receive call at
  * most.
@@ -204,6 +219,13 @@ input_header (struct connection *c, void *header, struct worker *idle)
   size_t done = take (in, p, size);
   int64_t since = 0;
 
+  if (done == size)
+    in->pipelined = true;
+  else {
+    if (in->pipelined && has_neighbours (c))
+      sched_yield ();
+    in->pipelined = false;
+  }
   while (done < size) {
     ssize_t r = receive (c, p + done, size - done,
                          in->header_only ? 0 : INPUT_SIZE);

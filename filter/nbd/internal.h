@@ -174,7 +174,7 @@ struct nbd_server {
   pthread_mutex_t lock;
   pthread_cond_t changed;       /* nr_live has fallen */
   struct connection *live;
-  unsigned nr_live;
+  atomic_uint nr_live;          /* may be read without it */
   unsigned nr_handshaking;      /* of these */
   unsigned nr_cut;              /* of these, to make room */
   bool crowded;                 /* nobody was let in for want of room */
@@ -205,6 +205,8 @@ enum role_state { ROLE_FREE = 0, ROLE_OWNED = 1, ROLE_EXECUTING = 2 };
 struct input {
   uint8_t *data;                /* INPUT_SIZE bytes */
   size_t start, end;            /* what is received and not yet taken */
+  bool pipelined;               /* since data was received last a whole
+                                   header was there already */
   bool header_only;             /* after a large payload: receive no more
                                    than the next header ahead */
 };
