@@ -17,8 +17,9 @@
  * there are two processes then, which have the eventfd in common, and it
  * does not matter which of them is signalled.
  *
- * A file that is there and is not one of ours is not replaced: it may be
- * the image.  An empty one has nothing to lose.
+ * What is there and is not one of ours is not replaced, at the start or
+ * later: it may be the image, or nbdkit's socket.  An empty file that is
+ * not in use has nothing to lose.
  */
 
 #include <config.h>
@@ -124,16 +125,63 @@ write_to (int fd)
   return r;
 }
 
+/* An empty file may be an image of QEMU's, or what is behind one. */
+static bool
+is_locked (int fd)
+{
+  struct flock fl = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+
+  return fcntl (fd, F_OFD_GETLK, &fl) == 0 && fl.l_type != F_UNLCK;
+}
+
+/* Is what is there to be replaced?  If not, *why says why, or is NULL and
+ * errno does.
+ */
 static int
-replace_file (void)
+check_file (const char **why)
+{
+  char beginning[sizeof BEGINNING - 1];
+  struct stat statbuf;
+
+  *why = NULL;
+  if (lstat (path, &statbuf) == -1)
+    return errno == ENOENT ? 0 : -1;
+  if (!S_ISREG (statbuf.st_mode)) {
+    *why = "is not a regular file";
+    return -1;
+  }
+
+  CLEANUP_CLOSE int fd = open (path, O_RDONLY | O_CLOEXEC | O_NOCTTY |
+                               O_NOFOLLOW | O_NONBLOCK);
+  if (fd == -1)
+    return -1;
+  if (statbuf.st_size == 0) {
+    if (!is_locked (fd))
+      return 0;
+    *why = "is locked by somebody who uses it, and it is not replaced";
+    return -1;
+  }
+  if (pread (fd, beginning, sizeof beginning, 0) != sizeof beginning ||
+      memcmp (beginning, BEGINNING, sizeof beginning) != 0) {
+    *why = "there is a file already that does not hold these statistics, "
+      "and it is not replaced";
+    return -1;
+  }
+  return 0;
+}
+
+/* -1 with the reason as check_file has it. */
+static int
+replace_file (const char **why)
 {
   CLEANUP_FREE char *name = NULL;
   const int fd = open_temporary (&name);
   int err;
 
+  *why = NULL;
   if (fd == -1)
     return -1;
-  if (write_to (fd) == 0 && rename (name, path) == 0)
+  if (write_to (fd) == 0 && check_file (why) == 0 && rename (name, path) == 0)
     return 0;
   err = errno;
   unlink (name);
@@ -144,46 +192,17 @@ replace_file (void)
 static void
 write_file (void)
 {
-  if (replace_file () == 0)
+  const char *why;
+
+  if (replace_file (&why) == 0) {
     complained = false;
-  else if (!complained) {
+    return;
+  }
+  if (!complained && why != NULL)
+    report_warning ("dirty-bitmap-stats: %s: %s", path, why);
+  else if (!complained)
     report_warning ("dirty-bitmap-stats: %s: cannot be written: %m", path);
-    complained = true;
-  }
-}
-
-/* Is what is there to be replaced? */
-static int
-check_file (void)
-{
-  char beginning[sizeof BEGINNING - 1];
-  struct stat statbuf;
-
-  if (lstat (path, &statbuf) == -1) {
-    if (errno == ENOENT)
-      return 0;
-    report_error ("dirty-bitmap-stats: %s: %m", path);
-    return -1;
-  }
-  if (!S_ISREG (statbuf.st_mode)) {
-    report_error ("dirty-bitmap-stats: %s: is not a regular file", path);
-    return -1;
-  }
-  if (statbuf.st_size == 0)
-    return 0;
-
-  CLEANUP_CLOSE int fd = open (path, O_RDONLY | O_CLOEXEC | O_NOCTTY);
-  if (fd == -1) {
-    report_error ("dirty-bitmap-stats: %s: %m", path);
-    return -1;
-  }
-  if (pread (fd, beginning, sizeof beginning, 0) != sizeof beginning ||
-      memcmp (beginning, BEGINNING, sizeof beginning) != 0) {
-    report_error ("dirty-bitmap-stats: %s: there is a file already that does "
-                  "not hold these statistics, and it is not replaced", path);
-    return -1;
-  }
-  return 0;
+  complained = true;
 }
 
 /* Can a file be made beside it? */
@@ -208,8 +227,17 @@ stats_file_prepare (const char *file)
   struct sigaction sa = { .sa_handler = handle_signal,
                           .sa_flags = SA_RESTART };
 
+  const char *why;
+
   path = file;
-  if (check_file () == -1 || check_folder () == -1)
+  if (check_file (&why) == -1) {
+    if (why != NULL)
+      report_error ("dirty-bitmap-stats: %s: %s", path, why);
+    else
+      report_error ("dirty-bitmap-stats: %s: %m", path);
+    return -1;
+  }
+  if (check_folder () == -1)
     return -1;
   wake_fd = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (wake_fd == -1) {

@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import threading
@@ -387,6 +388,32 @@ def later_failures():
     harness.check("disk.qcow2")
 
 
+def appears_later():
+    """What was put there after the start is not replaced, nor is a socket
+    that nbdkit has made where the file should be."""
+    harness.create("disk.qcow2", MIB, "b")
+    server = Server("disk.qcow2", "dirty-bitmap-stats=later.prom")
+    served("later.prom")
+    with open("precious", "w") as f:
+        f.write("not to be lost\n")
+    os.rename("precious", "later.prom")
+    os.kill(server.pid, signal.SIGUSR1)
+    until(lambda: "later.prom: there is a file already" in server.messages(),
+          "the warning")
+    os.remove("later.prom")
+    os.kill(server.pid, signal.SIGUSR1)
+    served("later.prom")
+    server.stop()
+
+    server = Server("disk.qcow2", "dirty-bitmap-listen=./listen.sock",
+                    "dirty-bitmap-stats=listen.sock")
+    until(lambda: "listen.sock: is not a regular file" in server.messages(),
+          "the warning")
+    assert stat.S_ISSOCK(os.stat("listen.sock").st_mode)
+    server.stop()
+    assert not [n for n in os.listdir(".") if n.endswith(".tmp")]
+
+
 def refusals():
     """What cannot be created, or had better not be replaced."""
     harness.create("disk.qcow2", MIB, "b")
@@ -414,6 +441,14 @@ def refusals():
         assert len(errors) == 1 and "dirty-bitmap-stats" in errors[0], out
     assert before == [harness.sha256(p) for p in
                       ("disk.qcow2", "other.qcow2", "text")]
+
+    # An empty file that is in use is neither, here behind the image.
+    open("base.raw", "w").close()
+    harness.run("qemu-img", "create", "-q", "-f", "qcow2", "-b", "base.raw",
+                "-F", "raw", "top.qcow2", "1M")
+    harness.refused("top.qcow2", "dirty-bitmap-stats=base.raw",
+                    pattern="base.raw: is locked")
+    assert os.path.getsize("base.raw") == 0
 
     # An empty file, and one of ours, are.
     open("empty.prom", "w").close()
@@ -520,6 +555,7 @@ refused_connections()
 names()
 times()
 later_failures()
+appears_later()
 refusals()
 processes()
 debug()
