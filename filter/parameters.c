@@ -71,7 +71,7 @@ const char parameters_help[] =
   "dirty-bitmap-idle-timeout=SECONDS\n"
   "                               Close idle connections (default: 0, never).\n"
   "dirty-bitmap-stats=FILE        Write statistics to this file, for Prometheus,\n"
-  "                               at the end and on SIGUSR1.\n"
+  "                               at the start, the end and on SIGUSR1.\n"
   "dirty-bitmap-stats-interval=SECONDS\n"
   "                               And every so many seconds.";
 
