@@ -56,6 +56,27 @@ free_large (struct worker *w)
   w->large_capacity = 0;
 }
 
+static void
+free_extents (struct extents *e)
+{
+  free (e->wire);
+  e->wire = NULL;
+  e->capacity = 0;
+  if (e->reserved > 0)
+    budget_unreserve (e->connection, e->reserved);
+  e->reserved = 0;
+}
+
+/* Those that count in the budget: who waits for memory must not wait for
+ * what it has itself.
+ */
+static void
+give_back_extents (struct worker *w)
+{
+  if (w->extents.reserved > 0)
+    free_extents (&w->extents);
+}
+
 uint8_t *
 worker_payload (struct worker *w, uint32_t length)
 {
@@ -65,6 +86,7 @@ worker_payload (struct worker *w, uint32_t length)
     w->payload = w->large;
   else {
     free_large (w);
+    give_back_extents (w);
     w->large = budget_take (w->connection, length, &w->large_capacity);
     if (w->large == NULL)
       w->large_capacity = 0;
@@ -88,26 +110,14 @@ worker_extents_room (struct extents *e, size_t size)
   return true;
 }
 
-static void
-free_extents (struct extents *e)
-{
-  free (e->wire);
-  e->wire = NULL;
-  e->capacity = 0;
-  if (e->reserved > 0)
-    budget_unreserve (e->connection, e->reserved);
-  e->reserved = 0;
-}
-
 void
 worker_end_request (struct worker *w)
 {
   if (w->large != NULL)
     free_large (w);
-  if (w->extents.reserved > KEPT_EXTENTS ||
-      (w->extents.reserved > 0 &&
-       budget_is_short (&w->connection->server->budget)))
-    free_extents (&w->extents);
+  if (!w->has_role || w->extents.reserved > KEPT_EXTENTS ||
+      budget_is_short (&w->connection->server->budget))
+    give_back_extents (w);
 }
 
 void

@@ -75,7 +75,9 @@
 #define SMALL_PAYLOAD INPUT_SIZE
 #define SMALL_EXTENTS (32 * 1024)
 
-/* An array of extents of so many bytes is kept for the next request. */
+/* An array of extents of so many bytes is kept for the next request by the
+ * holder of the role.  Others may have to wait long for one.
+ */
 #define KEPT_EXTENTS (1024 * 1024)
 
 /* What TLS costs a connection. */
