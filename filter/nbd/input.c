@@ -179,24 +179,42 @@ input_read (struct connection *c, void *buf, size_t count)
   return r;
 }
 
-int
-input_skip (struct connection *c, uint64_t count)
+static int
+skip_rest (struct connection *c, uint64_t count)
 {
   struct input *in = &c->in;
   int64_t since = 0;
 
-  for (;;) {
-    uint64_t n = min_u64 (count, buffered (in));
+  while (count > 0) {
+    uint64_t n;
 
+    if (receive (c, NULL, 0, min_u64 (count, INPUT_SIZE)) == -1) {
+      if (errno != EAGAIN || idle_too_long (c, &since))
+        return -1;
+      continue;
+    }
+    since = 0;
+    n = min_u64 (count, buffered (in));
     in->start += n;
     count -= n;
-    if (count == 0)
-      return 0;
-    if (receive (c, NULL, 0, min_u64 (count, INPUT_SIZE)) != -1)
-      since = 0;
-    else if (errno != EAGAIN || idle_too_long (c, &since))
-      return -1;
   }
+  return 0;
+}
+
+int
+input_skip (struct connection *c, uint64_t count)
+{
+  struct input *in = &c->in;
+  const uint64_t n = min_u64 (count, buffered (in));
+  int r;
+
+  in->start += n;
+  if (n == count)
+    return 0;
+  atomic_store_explicit (&c->is_receiving, true, memory_order_relaxed);
+  r = skip_rest (c, count - n);
+  atomic_store_explicit (&c->is_receiving, false, memory_order_relaxed);
+  return r;
 }
 
 static bool

@@ -476,6 +476,71 @@ test_extents_nobody_takes (void **state)
   close (good);
 }
 
+/* Has a worker of fd keep an array of extents of 1 MiB, until it has been
+ * idle for a while.
+ */
+static void
+keep_extents (int fd)
+{
+  struct reply reply;
+
+  send_request (fd, 0, NBD_CMD_BLOCK_STATUS, 1, 0, 50 * MiB);
+  recv_reply (fd, &reply, 0);
+  assert_int_equal (reply.type, NBD_REPLY_TYPE_BLOCK_STATUS);
+  assert_int_equal (reply.length, 4 + 50 * MiB / 512 * 8);
+  free (reply.data);
+}
+
+static const char *const b_context[] = { "qemu:dirty-bitmap:b", NULL };
+
+/* What a worker keeps for its next request must not be what this waits
+ * for: where memory is small 1 MiB less is too little.
+ */
+static void
+test_large_request_after_extents (void **state)
+{
+  unsigned start;
+  int fd;
+
+  (void) state;
+  make_fragments ();
+  f.limits.memory = NBD_MIN_MEMORY;
+  fixture_start (&f, false);
+  fd = client_open (&f, b_context);
+  keep_extents (fd);
+  start = milliseconds ();
+  check_large_requests (fd);
+  assert_true (milliseconds () - start < 4000);
+  close (fd);
+}
+
+/* Clients that keep extents, and announce payloads that are refused and
+ * do not come.
+ */
+static void
+test_refused_payloads_that_stall (void **state)
+{
+  enum { STALLING = 24 };
+  int fd[STALLING], good;
+
+  (void) state;
+  make_fragments ();
+  f.limits.memory = NBD_MIN_MEMORY;
+  stall_ms = 500;
+  fixture_start (&f, false);
+  good = client_open (&f, NULL);
+  for (unsigned i = 0; i < STALLING; ++i) {
+    fd[i] = client_open (&f, b_context);
+    keep_extents (fd[i]);
+    send_request (fd[i], 0, NBD_CMD_WRITE, 2, SIZE, MiB);
+  }
+  check_large_requests (good);
+  client_check_alive (&f, good);
+  for (unsigned i = 0; i < STALLING; ++i)
+    close (fd[i]);
+  close (good);
+}
+
 /* However busy others are, and though each of them asks for less, one
  * that needs much gets its turn.
  */
@@ -721,6 +786,8 @@ main (void)
     TEST (test_max_requests),
     TEST (test_hogs),
     TEST (test_extents_nobody_takes),
+    TEST (test_large_request_after_extents),
+    TEST (test_refused_payloads_that_stall),
     TEST (test_large_request_among_busy_ones),
     TEST (test_hog_alone),
     TEST (test_slow_but_steady),
