@@ -67,11 +67,8 @@ free_extents (struct extents *e)
   e->reserved = 0;
 }
 
-/* Those that count in the budget: who waits for memory must not wait for
- * what it has itself.
- */
-static void
-give_back_extents (struct worker *w)
+void
+worker_give_extents (struct worker *w)
 {
   if (w->extents.reserved > 0)
     free_extents (&w->extents);
@@ -86,7 +83,7 @@ worker_payload (struct worker *w, uint32_t length)
     w->payload = w->large;
   else {
     free_large (w);
-    give_back_extents (w);
+    worker_give_extents (w);
     w->large = budget_take (w->connection, length, &w->large_capacity);
     if (w->large == NULL)
       w->large_capacity = 0;
@@ -117,7 +114,7 @@ worker_end_request (struct worker *w)
     free_large (w);
   if (!w->has_role || w->extents.reserved > KEPT_EXTENTS ||
       budget_is_short (&w->connection->server->budget))
-    give_back_extents (w);
+    worker_give_extents (w);
 }
 
 void
@@ -192,6 +189,22 @@ connection_add_worker (struct connection *c)
     return;
   }
   c->workers[c->nr_workers++] = w;
+}
+
+/* The client may take as long as it likes, and keep us from noticing that
+ * it does by sending a byte now and then.
+ */
+int
+connection_may_receive (struct connection *c)
+{
+  if (atomic_load_explicit (&c->server->stopping, memory_order_relaxed) ||
+      atomic_load_explicit (&c->dead, memory_order_relaxed)) {
+    errno = ESHUTDOWN;
+    return -1;
+  }
+  if (c->holder != NULL && budget_is_short (&c->server->budget))
+    worker_give_extents (c->holder);
+  return 0;
 }
 
 void

@@ -50,11 +50,8 @@ receive_plain (struct connection *c, struct iovec iov[2])
   ssize_t r;
 
   do {
-    if (atomic_load_explicit (&c->server->stopping, memory_order_relaxed) ||
-        atomic_load_explicit (&c->dead, memory_order_relaxed)) {
-      errno = ESHUTDOWN;
+    if (connection_may_receive (c) == -1)
       return -1;
-    }
     r = recvmsg (c->fd, &msg, 0);
   } while (r == -1 && errno == EINTR);
   return r;

@@ -331,7 +331,8 @@ struct connection {
   unsigned waiting;             /* workers that wait for the role */
   unsigned nr_workers;
   struct worker *workers[MAX_WORKERS];
-  struct worker *holder;        /* who has the role, or had it last */
+  struct worker *holder;        /* who has the role, or had it last: it
+                                   may read this without the lock */
   struct worker *robbed;        /* whose gathered replies are to be sent
                                    by the next holder, or NULL */
   uint64_t robbed_ticket;       /* the word at which that happened */
@@ -460,6 +461,12 @@ extern void connection_add_worker (struct connection *);
 /* No more replies can be sent, no more requests are wanted. */
 extern void connection_cut (struct connection *);
 
+/* To be asked before each call that receives, which may take long: if it
+ * is of no use any more, -1 with errno.  By the holder of the role, who
+ * keeps no extents if memory is short, or in the handshake.
+ */
+extern int connection_may_receive (struct connection *);
+
 /* Sending has failed with errno: go on trying? */
 extern bool connection_may_wait (struct connection *, int64_t *since);
 
@@ -484,6 +491,11 @@ extern bool worker_extents_room (struct extents *, size_t size);
 
 /* The request is answered: give back what is large. */
 extern void worker_end_request (struct worker *);
+
+/* Give back the array of extents, if it counts in the budget: before
+ * waiting, for memory or for the client.
+ */
+extern void worker_give_extents (struct worker *);
 
 /* Idle: give back all that can be. */
 extern void worker_trim (struct worker *);

@@ -307,11 +307,8 @@ fill (struct connection *c)
   ssize_t r;
 
   do {
-    if (atomic_load_explicit (&c->server->stopping, memory_order_relaxed) ||
-        atomic_load_explicit (&c->dead, memory_order_relaxed)) {
-      errno = ESHUTDOWN;
+    if (connection_may_receive (c) == -1)
       return -1;
-    }
     r = recv (c->fd, tls->in, TLS_INPUT_SIZE, 0);
   } while (r == -1 && errno == EINTR);
 

@@ -522,6 +522,7 @@ test_refused_payloads_that_stall (void **state)
 {
   enum { STALLING = 24 };
   int fd[STALLING], good;
+  unsigned start;
 
   (void) state;
   make_fragments ();
@@ -534,10 +535,65 @@ test_refused_payloads_that_stall (void **state)
     keep_extents (fd[i]);
     send_request (fd[i], 0, NBD_CMD_WRITE, 2, SIZE, MiB);
   }
+  start = milliseconds ();
   check_large_requests (good);
+  assert_true (milliseconds () - start < 4000);
   client_check_alive (&f, good);
   for (unsigned i = 0; i < STALLING; ++i)
     close (fd[i]);
+  close (good);
+}
+
+static atomic_bool large_done;
+
+static void *
+be_large (void *vp)
+{
+  check_large_requests (*(int *) vp);
+  atomic_store (&large_done, true);
+  return NULL;
+}
+
+/* Clients that keep extents, and send the next request byte by byte: they
+ * are not cut, and nobody waits for the last one.
+ */
+static void
+test_headers_byte_by_byte (void **state)
+{
+  enum { SLOW = 24, STEP_MS = 500 };
+  uint8_t header[sizeof (struct nbd_request)];
+  int fd[SLOW], good;
+  pthread_t thread;
+
+  (void) state;
+  make_fragments ();
+  f.limits.memory = NBD_MIN_MEMORY;
+  fixture_start (&f, false);
+  good = client_open (&f, NULL);
+  for (unsigned i = 0; i < SLOW; ++i) {
+    fd[i] = client_open (&f, b_context);
+    keep_extents (fd[i]);
+  }
+  atomic_store (&large_done, false);
+  assert_int_equal (pthread_create (&thread, NULL, be_large, &good), 0);
+  put_request (header, 0, NBD_CMD_READ, 7, 0, 1);
+  for (unsigned n = 0; n < sizeof header; ++n) {
+    if (n == 8)
+      assert_true (atomic_load (&large_done));
+    for (unsigned i = 0; i < SLOW; ++i)
+      send_bytes (fd[i], &header[n], 1);
+    if (!atomic_load (&large_done))
+      sleep_ms (STEP_MS);
+  }
+  pthread_join (thread, NULL);
+  for (unsigned i = 0; i < SLOW; ++i) {
+    struct reply reply;
+
+    recv_reply (fd[i], &reply, 0);
+    assert_int_equal (reply.error, 0);
+    free (reply.data);
+    close (fd[i]);
+  }
   close (good);
 }
 
@@ -788,6 +844,7 @@ main (void)
     TEST (test_extents_nobody_takes),
     TEST (test_large_request_after_extents),
     TEST (test_refused_payloads_that_stall),
+    TEST (test_headers_byte_by_byte),
     TEST (test_large_request_among_busy_ones),
     TEST (test_hog_alone),
     TEST (test_slow_but_steady),
