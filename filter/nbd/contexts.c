@@ -8,10 +8,10 @@
  *
  * The names and ids are qemu-nbd's (base:allocation is 0,
  * qemu:allocation-depth is 1, the bitmaps begin at 2), and so is what the
- * queries match; a delta export has base:allocation only; and qemu-nbd offers qemu:allocation-depth only when told
- * to.  LIST takes "base:", "qemu:" and "qemu:dirty-bitmap:"
- * as prefixes, SET exact names only; what we do not know matches
- * nothing, without an error.
+ * queries match, except that qemu-nbd offers qemu:allocation-depth only
+ * when told to.  A delta export has base:allocation only.  LIST takes
+ * "base:", "qemu:" and "qemu:dirty-bitmap:" as prefixes, SET exact names
+ * only; what we do not know matches nothing, without an error.
  *
  * Queries are taken one at a time, and what they match is noted in a
  * set of ids.  So a client may send any number of them, and the replies
