@@ -305,8 +305,9 @@ read_header_size (const struct worker *w)
   return chunk_size (w->connection) + sizeof (struct nbd_offset_data);
 }
 
-/* A successful READ, or a part of it: the data are in the payload, or already behind the
- * header that is made here.  No data needs another kind of chunk.
+/* A successful READ, or a part of it: the data are in the payload, or
+ * already behind the header that is made here.  No data needs another
+ * kind of chunk.
  */
 static void
 reply_read (struct worker *w)
