@@ -359,6 +359,25 @@ def times():
     assert os.listdir("metrics") == ["disk.prom"], os.listdir("metrics")
 
 
+def large_writes():
+    """The time of all parts of a large write counts."""
+    harness.create("disk.qcow2", 8 * MIB, "b")
+    server = Server(args=[
+        "--filter=" + harness.FILTER, "--filter=delay", "file", "disk.qcow2",
+        "wdelay=100ms", "dirty-bitmap-stats=large.prom"])
+    served("large.prom")
+    h = server.connect()
+    began = time.monotonic()
+    h.pwrite(b"x" * MIB, 0)
+    wall = time.monotonic() - began
+    # The connection may become eager after some parts, and have the rest
+    # written at once, but not before the fourth.
+    stats = refresh(server.pid, "large.prom")
+    total = stats("request_duration_seconds_sum", command="write")
+    assert 0.35 <= total <= wall, (total, wall)
+    server.kill()                   # The delay filter fails at the end.
+
+
 def later_failures():
     """Are told once, and harm nobody."""
     harness.create("disk.qcow2", MIB, "b")
@@ -554,6 +573,7 @@ readonly()
 refused_connections()
 names()
 times()
+large_writes()
 later_failures()
 appears_later()
 refusals()

@@ -259,6 +259,7 @@ struct worker {
   long sleeps;
   uint64_t number;              /* of the request at hand, or 0 */
   uint64_t began;               /* see stats.h */
+  uint64_t spent;               /* before that, on parts of it */
   int error;                    /* an errno: how the request failed, or 0 */
 
   /* Replies: output[0, gathered) is complete and not yet sent; the
@@ -697,7 +698,8 @@ trace_begin (struct worker *w, int err)
   if (err == 0 && w->request.type <= NBD_CMD_WRITE)
     c->bytes[w->request.type] += w->request.length;
   w->error = 0;
-  w->began = stats_begin (c->server->stats);
+  w->began = stats_begin (c->server->stats) - w->spent;
+  w->spent = 0;
 }
 
 /* It is done, except for sending the reply. */

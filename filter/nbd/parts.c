@@ -103,6 +103,7 @@ static int
 write_part (struct worker *w)
 {
   struct connection *c = w->connection;
+  const uint64_t began = stats_begin (c->server->stats);
   int r, err;
 
   c->until_sample = 0;
@@ -111,6 +112,7 @@ write_part (struct worker *w)
                   w->part.offset, false);
   err = errno;
   pace_end (w);
+  w->spent += stats_begin (c->server->stats) - began;
   return r == 0 ? 0 : err;
 }
 

@@ -16,11 +16,11 @@
  * with the new block, which so counts itself.  Only where a long run is
  * asked for a block goes to its first cluster, and the run is one cluster
  * later: then it may be counted by another new block, made before it
- * (refcount.c writes their table entries in that order).  A new table is made in the same
- * way: the table in RAM is made larger first, so that blocks for the
- * clusters of the new table itself can be noted in it; then blocks,
- * then table, barrier, header, barrier.  If that fails the old table,
- * which the header still points to, is as it was.
+ * (refcount.c writes their table entries in that order).  A new table is
+ * made in the same way: the table in RAM is made larger first, so that
+ * blocks for the clusters of the new table itself can be noted in it;
+ * then blocks, then table, barrier, header, barrier.  If that fails the
+ * old table, which the header still points to, is as it was.
  *
  * All but the entry points are called with alloc_lock held.
  */

@@ -43,7 +43,9 @@ extern void stats_free (struct stats *);
 extern void stats_count_request (struct stats *, uint64_t began,
                                  enum stats_command, uint64_t bytes, int err);
 
-/* A request was received whole.  What this returns goes to stats_end. */
+/* A request was received whole.  What this returns goes to stats_end,
+ * less the nanoseconds that it took before, while it was received.
+ */
 static inline uint64_t
 stats_begin (const struct stats *s)
 {
