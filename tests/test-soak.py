@@ -22,6 +22,7 @@ AddressSanitizer leaks are looked for at the end.
 """
 
 import os
+import statistics
 import subprocess
 import time
 
@@ -187,11 +188,13 @@ def remains(pid):
 
 
 def judge_memory(resting, peaks, lives):
-    """After warming up, memory is flat: both at rest and at work."""
+    """After warming up, memory is flat: both at rest and at work.  What an
+    allocator of a sanitizer keeps goes up and down, so no one round is
+    judged by itself."""
     warm = max(resting[:WARM_ROUNDS])
     allowed = warm + SLACK + \
         (lives[-1] - lives[WARM_ROUNDS - 1]) * SLACK_A_LIFE
-    assert resting[-1] <= allowed, \
+    assert statistics.median(resting[-5:]) <= allowed, \
         "the server at rest grows: %s KiB" % resting
     assert max(peaks[WARM_ROUNDS:]) <= \
         1.3 * max(peaks[:WARM_ROUNDS]) + allowed - warm, \

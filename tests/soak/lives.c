@@ -237,10 +237,13 @@ end_in_header (struct peer *c)
   return peer_flush (c);
 }
 
-/* A write that must not be: it lacks its last bytes. */
+/* A write that lacks its last bytes.  What has come of it may be written,
+ * but not a sector of which a byte is missing.
+ */
 static int
 end_in_payload (struct peer *c)
 {
+  const struct operation *o = NULL;
   uint32_t first, count, sent;
   uint8_t bytes[SECTOR];
 
@@ -250,10 +253,15 @@ end_in_payload (struct peer *c)
   peer_put_header (c, NBD_CMD_WRITE, 0, 0, (uint64_t) first * SECTOR,
                      count * SECTOR);
   sent = model_draw (c->slot, count * SECTOR);
+  if (sent >= SECTOR) {
+    o = model_begin (c->model, c->slot, CHANGE_WRITE, first, sent / SECTOR);
+    if (o == NULL)
+      sent %= SECTOR;
+  }
   for (uint32_t i = 0; sent > 0; ++i) {
     const uint32_t n = min_u64 (sent, SECTOR);
 
-    model_fill (bytes, first + i, STAMP_NEVER);
+    model_fill (bytes, first + i, n == SECTOR ? o->stamp : STAMP_NEVER);
     peer_put (c, bytes, n);
     sent -= n;
   }

@@ -30,7 +30,7 @@
 typedef uint32_t stamp;
 #define STAMP_ZERO 0
 
-/* A stamp that no request that was sent whole has. */
+/* A stamp of what must not be written. */
 #define STAMP_NEVER UINT32_C (0xffffffff)
 
 struct sector {
