@@ -83,7 +83,7 @@
 /* What TLS costs a connection. */
 #define TLS_COST (320 * 1024)
 
-/* Data longer than this are moved part by part (parts.c). */
+/* Large data are moved in parts of this size (parts.c). */
 #define PART_SIZE (128 * 1024)
 
 /* How long a worker is idle before it gives its buffers back. */
@@ -209,6 +209,8 @@ struct input {
   size_t start, end;            /* what is received and not yet taken */
   bool pipelined;               /* since data was received last a whole
                                    header was there already */
+  bool is_brisk;                /* do not sleep at once when there is
+                                   nothing */
   bool header_only;             /* after a large payload: receive no more
                                    than the next header ahead */
 };
@@ -640,6 +642,11 @@ extern void contexts_bind (struct connection *, const struct selection *,
 extern int request_serve (struct worker *);
 
 /* parts.c */
+
+/* Data longer than this are moved part by part.  Variable for the unit
+ * tests.
+ */
+extern uint32_t parts_above;
 
 /* Begin with the whole of a READ or WRITE as its only part. */
 extern void part_whole (struct worker *);
