@@ -5,10 +5,11 @@
 
 /* Large data, part by part.
  *
- * Between the socket and the disk data are copied twice.  If that is
- * done in parts which stay in the CPU's cache in between, and which the
- * socket takes without sleeping, it costs half of what it costs if a
- * large buffer is filled first.  And a small buffer is enough.
+ * Up to a limit, data are received whole before they are written, and read
+ * whole before they are sent, so that the threads of a connection copy
+ * the data of several requests at once.  Above it they are moved in parts
+ * that stay in the CPU's cache between the two copies, and a small buffer
+ * is enough.
  *
  * A READ with structured replies is answered by a chunk a part.  If one
  * cannot be read, an error with its offset ends the reply, and the chunks
@@ -40,6 +41,8 @@
 #include "common/bytes.h"
 #include "nbd/internal.h"
 
+uint32_t parts_above = 1024 * 1024;
+
 void
 part_whole (struct worker *w)
 {
@@ -68,7 +71,7 @@ part_first_read (struct worker *w)
 {
   const struct request *r = &w->request;
 
-  if (r->length <= PART_SIZE || !w->connection->structured ||
+  if (r->length <= parts_above || !w->connection->structured ||
       (r->flags & NBD_CMD_FLAG_DF) != 0)
     part_whole (w);
   else
@@ -91,7 +94,8 @@ write_size (const struct worker *w)
 static bool
 is_to_be_cut (const struct worker *w)
 {
-  return w->part.length > write_size (w) &&
+  return w->request.length > parts_above &&
+    w->part.length > write_size (w) &&
     (w->request.flags & NBD_CMD_FLAG_FUA) == 0 &&
     !atomic_load_explicit (&w->connection->eager, memory_order_relaxed);
 }

@@ -17,6 +17,7 @@
 
 #include "common/bytes.h"
 #include "common/cleanup.h"
+#include "nbd/internal.h"
 #include "test-nbd-client.h"
 
 #define SIZE (UINT64_C (64) * 1024 * 1024)
@@ -51,6 +52,7 @@ static int
 setup (void **state)
 {
   (void) state;
+  parts_above = PART;
   data = malloc (MAX);
   buf = malloc (MAX);
   for (size_t i = 0; i < MAX; ++i)
