@@ -22,6 +22,7 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/report.h"
+#include "common/utf8.h"
 #include "nbd/exports.h"
 #include "parameters.h"
 
@@ -351,43 +352,6 @@ take_snapshot (struct parameters *p, const char *key, const char *value)
     return -1;
   }
   return 1;
-}
-
-/* The length of the first character of s, which is not empty, or 0 if it
- * is none of UTF-8 (RFC 3629): not too long an encoding, no surrogate,
- * nothing above U+10FFFF.  The NUL at the end is no continuation byte.
- */
-static unsigned
-utf8_length (const unsigned char *s)
-{
-  static const struct {
-    unsigned char first, last;  /* of the lead byte */
-    unsigned char second_first, second_last;
-    unsigned length;
-  } forms[] = {
-    { 0x01, 0x7f, 0, 0, 1 },
-    { 0xc2, 0xdf, 0x80, 0xbf, 2 },
-    { 0xe0, 0xe0, 0xa0, 0xbf, 3 },
-    { 0xe1, 0xec, 0x80, 0xbf, 3 },
-    { 0xed, 0xed, 0x80, 0x9f, 3 },
-    { 0xee, 0xef, 0x80, 0xbf, 3 },
-    { 0xf0, 0xf0, 0x90, 0xbf, 4 },
-    { 0xf1, 0xf3, 0x80, 0xbf, 4 },
-    { 0xf4, 0xf4, 0x80, 0x8f, 4 },
-  };
-
-  for (size_t i = 0; i < sizeof forms / sizeof forms[0]; ++i) {
-    if (s[0] < forms[i].first || s[0] > forms[i].last)
-      continue;
-    if (forms[i].length > 1 &&
-        (s[1] < forms[i].second_first || s[1] > forms[i].second_last))
-      return 0;
-    for (unsigned j = 2; j < forms[i].length; ++j)
-      if (s[j] < 0x80 || s[j] > 0xbf)
-        return 0;
-    return forms[i].length;
-  }
-  return 0;
 }
 
 /* A string for clients. */

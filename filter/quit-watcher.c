@@ -43,6 +43,7 @@
 #include "clients.h"
 #include "common/cleanup.h"
 #include "common/report.h"
+#include "common/threads.h"
 #include "disk/disk.h"
 #include "quit-watcher.h"
 #include "sockets.h"
@@ -121,18 +122,13 @@ watch (void *unused)
 int
 quit_watcher_start (struct disk *disk, void (*on_quit) (void))
 {
-  sigset_t all, saved;
   int r;
 
   watched = disk;
   quit_callback = on_quit;
   stop = false;
 
-  /* Signals are for nbdkit's threads. */
-  sigfillset (&all);
-  pthread_sigmask (SIG_SETMASK, &all, &saved);
-  r = pthread_create (&thread, NULL, watch, NULL);
-  pthread_sigmask (SIG_SETMASK, &saved, NULL);
+  r = thread_create (&thread, watch, NULL);
   if (r != 0) {
     errno = r;
     report_error ("pthread_create: %m");

@@ -29,7 +29,6 @@
 #include <limits.h>
 #include <poll.h>
 #include <pthread.h>
-#include <signal.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -42,6 +41,7 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/report.h"
+#include "common/threads.h"
 #include "nbd/nbd.h"
 #include "single.h"
 
@@ -218,27 +218,13 @@ carry_to_client (void *unused)
   return NULL;
 }
 
-/* Signals are for nbdkit's threads. */
-static int
-create_thread (pthread_t *thread, void *(*start) (void *))
-{
-  sigset_t all, saved;
-  int err;
-
-  sigfillset (&all);
-  pthread_sigmask (SIG_SETMASK, &all, &saved);
-  err = pthread_create (thread, NULL, start, NULL);
-  pthread_sigmask (SIG_SETMASK, &saved, NULL);
-  return err;
-}
-
 static int
 start_relay (void)
 {
-  int err = create_thread (&s.to_server, carry_to_server);
+  int err = thread_create (&s.to_server, carry_to_server, NULL);
 
   if (err == 0) {
-    err = create_thread (&s.to_client, carry_to_client);
+    err = thread_create (&s.to_client, carry_to_client, NULL);
     if (err == 0) {
       s.relays = true;
       return 0;

@@ -41,6 +41,7 @@
 
 #include "common/cleanup.h"
 #include "common/report.h"
+#include "common/threads.h"
 #include "disk/disk.h"
 #include "stats-file.h"
 #include "stats/stats.h"
@@ -299,7 +300,6 @@ write_repeatedly (void *unused)
 int
 stats_file_start (struct stats *s, struct disk *d, unsigned seconds)
 {
-  sigset_t all, saved;
   int r;
 
   stats = s;
@@ -307,11 +307,7 @@ stats_file_start (struct stats *s, struct disk *d, unsigned seconds)
   interval_s = seconds;
   atomic_store (&stop, false);
 
-  /* The handler may interrupt anybody else. */
-  sigfillset (&all);
-  pthread_sigmask (SIG_SETMASK, &all, &saved);
-  r = pthread_create (&thread, NULL, write_repeatedly, NULL);
-  pthread_sigmask (SIG_SETMASK, &saved, NULL);
+  r = thread_create (&thread, write_repeatedly, NULL);
   if (r != 0) {
     errno = r;
     report_error ("pthread_create: %m");

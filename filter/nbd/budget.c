@@ -82,8 +82,6 @@ budget_divide (struct nbd_server *server)
   struct budget *b = &server->budget;
   const size_t cost = connection_cost (server);
   const uint64_t fixed = limits->memory / 8 * 5;
-  pthread_condattr_t attr;
-  int err;
 
   if (limits->memory / 2 / cost == 0) {
     errno = EINVAL;
@@ -96,14 +94,8 @@ budget_divide (struct nbd_server *server)
              (uint64_t) limits->connections * (limits->requests - 1));
   b->size = limits->memory - fixed;
 
-  err = pthread_condattr_init (&attr);
-  if (err != 0) {
-    errno = err;
+  if (monotonic_cond_init (&b->freed) == -1)
     return -1;
-  }
-  pthread_condattr_setclock (&attr, CLOCK_MONOTONIC);
-  pthread_cond_init (&b->freed, &attr);
-  pthread_condattr_destroy (&attr);
   pthread_mutex_init (&b->lock, NULL);
   return 0;
 }

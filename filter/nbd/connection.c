@@ -183,7 +183,7 @@ connection_add_worker (struct connection *c)
   if (atomic_fetch_add (count, 1) + c->nr_workers <=
       c->server->max_extra_threads)
     w = worker_new (c);
-  if (w == NULL || server_create_thread (&w->thread, worker_main, w) != 0) {
+  if (w == NULL || thread_create (&w->thread, worker_main, w) != 0) {
     worker_free (w);
     atomic_fetch_sub (count, 1);
     return;
@@ -313,13 +313,8 @@ connection_main (void *vp)
 static int
 init_locks (struct connection *c)
 {
-  pthread_condattr_t attr;
-
-  if (pthread_condattr_init (&attr) != 0)
+  if (monotonic_cond_init (&c->role_freed) == -1)
     return -1;
-  pthread_condattr_setclock (&attr, CLOCK_MONOTONIC);
-  pthread_cond_init (&c->role_freed, &attr);
-  pthread_condattr_destroy (&attr);
   pthread_mutex_init (&c->lock, NULL);
   pthread_mutex_init (&c->send_lock, NULL);
   return 0;
@@ -350,7 +345,7 @@ connection_start (struct nbd_server *server, int fd)
   }
   c->workers[c->nr_workers++] = w;
 
-  if (server_create_thread (&w->thread, connection_main, w) != 0) {
+  if (thread_create (&w->thread, connection_main, w) != 0) {
     connection_free (c);
     return NULL;
   }

@@ -41,6 +41,7 @@
 #include <sys/uio.h>
 
 #include "common/report.h"
+#include "common/threads.h"
 #include "disk/disk.h"
 #include "nbd/nbd.h"
 #include "nbd/protocol.h"
@@ -368,9 +369,6 @@ extent_size (const struct connection *c)
 }
 
 /* server.c */
-
-/* Start a thread with all signals blocked.  Returns 0 or an error. */
-extern int server_create_thread (pthread_t *, void *(*) (void *), void *);
 
 /* Let the accepting thread look at what there is to do. */
 extern void server_wake (struct nbd_server *);

@@ -23,7 +23,6 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -48,19 +47,6 @@ __attribute__ ((visibility ("default"))) int dirty_bitmap_debug_request;
  */
 __asm__ (".globl \"dirty-bitmap_debug_request\"\n"
          ".set \"dirty-bitmap_debug_request\", dirty_bitmap_debug_request\n");
-
-int
-server_create_thread (pthread_t *thread, void *(*start) (void *), void *arg)
-{
-  sigset_t all, old;
-  int err;
-
-  sigfillset (&all);
-  pthread_sigmask (SIG_SETMASK, &all, &old);
-  err = pthread_create (thread, NULL, start, arg);
-  pthread_sigmask (SIG_SETMASK, &old, NULL);
-  return err;
-}
 
 static uint32_t
 preferred_block_size (struct disk *disk)
@@ -87,16 +73,8 @@ transmission_flags (bool readonly)
 static int
 init_locks (struct nbd_server *server)
 {
-  pthread_condattr_t attr;
-  int err = pthread_condattr_init (&attr);
-
-  if (err != 0) {
-    errno = err;
+  if (monotonic_cond_init (&server->changed) == -1)
     return -1;
-  }
-  pthread_condattr_setclock (&attr, CLOCK_MONOTONIC);
-  pthread_cond_init (&server->changed, &attr);
-  pthread_condattr_destroy (&attr);
   pthread_cond_init (&server->monitor_wake, NULL);
   pthread_mutex_init (&server->lock, NULL);
   pthread_mutex_init (&server->monitor_lock, NULL);
@@ -385,9 +363,9 @@ nbd_server_start (struct nbd_server *server)
     report_error ("nbd: %m");
     return -1;
   }
-  err = server_create_thread (&server->monitor_thread, monitor_main, server);
+  err = thread_create (&server->monitor_thread, monitor_main, server);
   if (err == 0) {
-    err = server_create_thread (&server->accept_thread, accept_main, server);
+    err = thread_create (&server->accept_thread, accept_main, server);
     if (err == 0) {
       server->started = true;
       start_client (server);

@@ -21,6 +21,7 @@
 
 #include "common/bytes.h"
 #include "common/cleanup.h"
+#include "common/utf8.h"
 #include "disk/disk.h"
 #include "stats/internal.h"
 
@@ -75,40 +76,6 @@ put_one (FILE *f, const char *name, const char *type, const char *help,
 {
   head (f, name, type, help);
   fprintf (f, PREFIX "%s %" PRIu64 "\n", name, value);
-}
-
-/* The length of the UTF-8 character at p, or 0 if there is none
- * (RFC 3629, section 4).  A NUL ends the text and is in no character.
- */
-static unsigned
-utf8_length (const unsigned char *p)
-{
-  unsigned n = 0, min = 0x80, max = 0xbf;
-
-  if (p[0] < 0x80)
-    return 1;
-  if (p[0] >= 0xc2 && p[0] <= 0xdf)
-    n = 2;
-  else if (p[0] >= 0xe0 && p[0] <= 0xef) {
-    n = 3;
-    if (p[0] == 0xe0)
-      min = 0xa0;
-    if (p[0] == 0xed)
-      max = 0x9f;
-  }
-  else if (p[0] >= 0xf0 && p[0] <= 0xf4) {
-    n = 4;
-    if (p[0] == 0xf0)
-      min = 0x90;
-    if (p[0] == 0xf4)
-      max = 0x8f;
-  }
-  if (n == 0 || p[1] < min || p[1] > max)
-    return 0;
-  for (unsigned i = 2; i < n; ++i)
-    if (p[i] < 0x80 || p[i] > 0xbf)
-      return 0;
-  return n;
 }
 
 void

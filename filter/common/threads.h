@@ -1,0 +1,19 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_THREADS_H
+#define DIRTY_BITMAP_THREADS_H
+
+#include <pthread.h>
+
+/* Start a thread with all signals blocked: they are for nbdkit's threads.
+ * Returns 0 or an error.
+ */
+extern int thread_create (pthread_t *, void *(*) (void *), void *);
+
+/* A condition whose timed waits are by CLOCK_MONOTONIC.  -1 with errno. */
+extern int monotonic_cond_init (pthread_cond_t *);
+
+#endif /* DIRTY_BITMAP_THREADS_H */
