@@ -254,7 +254,7 @@ test_growth (void **state)
 {
   struct container *c = open_fake (false, false);
   uint64_t size;
-  char buf[3] = "abc";
+  char buf[3] = { 'a', 'b', 'c' };
 
   (void) state;
   container_next_set_growth (c, fake.fd, NULL);

@@ -237,7 +237,7 @@ test_required (void **state)
     for (uint32_t n = 0; n <= length; ++n) {
       send_option (fd, options[i], query, n);
       expect_option_reply (fd, options[i], NBD_REP_ERR_TLS_REQD, &reply);
-      assert_string_equal (reply.data, "TLS is required");
+      assert_string_equal ((char *) reply.data, "TLS is required");
     }
   send_option (fd, NBD_OPT_STARTTLS, "x", 1);
   expect_option_reply (fd, NBD_OPT_STARTTLS, NBD_REP_ERR_INVALID, NULL);
