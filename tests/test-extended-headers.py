@@ -152,6 +152,16 @@ for size in (1, 512, 65536, 65537, 1 << 20, 32 << 20):
     c.pwrite(data, at, FUA if size == 512 else 0)
     assert c.pread(size, at) == data
     assert h.pread(size, at) == data
+# QEMU's client, from 8.2 on, does not say that a WRITE has a payload.
+for flags in (0, FUA):
+    at = SIZE - (64 << 20) + 7 * flags
+    c.succeeds(WRITE, at, 5, flags, b"QEMU%d" % flags)
+    assert c.pread(5, at) == h.pread(5, at) == b"QEMU%d" % flags
+# Refused ones leave the stream in step, too.
+(kind, data), = c.request(WRITE, SIZE - 4, 8, 0, b"too long")
+assert kind == 0x8001 and data[:4] == b"\0\0\0\x1c"
+(kind, data), = c.request(WRITE, 0, (32 << 20) + 1, 0, bytes((32 << 20) + 1))
+assert kind == 0x8001 and data[:4] == b"\0\0\0\x16"
 # Data in several places, and holes of more than 4 GiB between them.
 for i in range(12):
     c.pwrite(bytes([65 + i]) * 100000, i * 11 * GIB + i * 1000)
@@ -218,6 +228,13 @@ if hasattr(h, "set_request_extended_headers"):
     assert found == told, "libnbd is told something else"
     n.pwrite(b"libnbd", 7 * TIB)
     assert n.pread(6, 7 * TIB) == b"libnbd"
+    if hasattr(nbd, "STRICT_AUTO_FLAG"):
+        # What is not told to set the flag does not set it.
+        n.set_strict_mode(0)
+        n.pwrite(b"strict", 7 * TIB)
+        assert n.pread(6, 7 * TIB) == b"strict"
+        n.pwrite(b"flags!", 7 * TIB, nbd.CMD_FLAG_PAYLOAD_LEN)
+        assert n.pread(6, 7 * TIB) == b"flags!"
     n.zero(5 * GIB, 7 * TIB)
     assert n.pread(6, 7 * TIB) == bytes(6)
     n.shutdown()

@@ -288,17 +288,17 @@ input_header (struct connection *c, void *header, struct worker *idle)
 static uint64_t
 request_payload_length (const struct connection *c, const void *header)
 {
-  struct nbd_request compact;
   struct nbd_extended_request extended;
+  struct nbd_request compact;   /* the other begins as this does */
 
-  if (c->extended) {
-    memcpy (&extended, header, sizeof extended);
-    return (be16toh (extended.flags) & NBD_CMD_FLAG_PAYLOAD_LEN) != 0
-      ? be64toh (extended.length) : 0;
-  }
   memcpy (&compact, header, sizeof compact);
-  return be16toh (compact.type) == NBD_CMD_WRITE
-    ? be32toh (compact.length) : 0;
+  if (!request_has_payload (c, be16toh (compact.type),
+                            be16toh (compact.flags)))
+    return 0;
+  if (!c->extended)
+    return be32toh (compact.length);
+  memcpy (&extended, header, sizeof extended);
+  return be64toh (extended.length);
 }
 
 bool

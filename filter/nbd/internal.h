@@ -316,6 +316,8 @@ struct connection {
 
   /* What the holder of the role owns. */
   struct input in;
+  bool out_of_step;             /* where the next request begins is not
+                                   known, so there is none */
   atomic_uint_fast64_t received; /* bytes */
   atomic_bool is_receiving;     /* a payload */
   uint64_t seq;                 /* of the request executed last */
@@ -359,6 +361,15 @@ request_header_size (const struct connection *c)
 {
   return c->extended ? sizeof (struct nbd_extended_request)
                      : sizeof (struct nbd_request);
+}
+
+/* Is the length of a request that of a payload behind its header? */
+static inline bool
+request_has_payload (const struct connection *c, uint16_t type,
+                     uint16_t flags)
+{
+  return type == NBD_CMD_WRITE ||
+    (c->extended && (flags & NBD_CMD_FLAG_PAYLOAD_LEN) != 0);
 }
 
 static inline size_t

@@ -21,8 +21,13 @@
  * all are simple.
  *
  * With extended headers a request says by a flag whether its length is
- * that of a payload behind it.  WRITE must have one, BLOCK_STATUS may; of
- * other commands it is thrown away, and they are refused.
+ * that of a payload behind it.  A WRITE always has one: the protocol wants
+ * the flag there, but QEMU's client, from 8.2 on, does not set it, and
+ * QEMU's server does not ask for it.  BLOCK_STATUS may have a payload; that
+ * of any other command is thrown away, and the command is refused.
+ *
+ * Where nothing is lost by it this is as lenient as qemu-nbd and nbdkit:
+ * what clients really send counts, and not the protocol document alone.
  */
 
 #include <config.h>
@@ -119,7 +124,8 @@ valid_flags (const struct connection *c, const struct request *r,
 
 /* Judge a request.  Returns 0, or an errno and the reason.  A zero
  * length is fine, and does nothing, except for BLOCK_STATUS, which could
- * not be answered.
+ * not be answered.  A FLUSH is always about the whole disk: its offset and
+ * length are reserved, and as in qemu-nbd they do not matter.
  */
 static int
 validate (const struct connection *c, const struct request *r,
@@ -141,15 +147,14 @@ validate (const struct connection *c, const struct request *r,
   REFUSE_IF ((c->server->readonly || c->export.is_delta) &&
              is_change (r->type),
              EPERM, "the export is read-only");
-  REFUSE_IF (r->type == NBD_CMD_FLUSH && (r->offset != 0 || r->length != 0),
-             EINVAL, "flush needs offset and length 0");
   REFUSE_IF (r->type == NBD_CMD_READ && r->length > NBD_MAX_PAYLOAD &&
              (r->flags & NBD_CMD_FLAG_DF) != 0,
              EOVERFLOW, "too long not to be fragmented");
   REFUSE_IF ((r->type == NBD_CMD_READ || r->type == NBD_CMD_WRITE) &&
              r->length > NBD_MAX_PAYLOAD,
              EINVAL, "more than 32 MiB");
-  REFUSE_IF (range_exceeds (r->offset, r->length, c->server->size),
+  REFUSE_IF (r->type != NBD_CMD_FLUSH &&
+             range_exceeds (r->offset, r->length, c->server->size),
              r->type == NBD_CMD_WRITE || r->type == NBD_CMD_WRITE_ZEROES
              ? ENOSPC : EINVAL, "past the end of the export");
   REFUSE_IF (r->type == NBD_CMD_BLOCK_STATUS && c->nr_contexts == 0,
@@ -574,7 +579,8 @@ receive_header (struct worker *w)
     struct nbd_extended_request extended;
   } wire;
 
-  if (atomic_load_explicit (&c->dead, memory_order_relaxed) ||
+  if (c->out_of_step ||
+      atomic_load_explicit (&c->dead, memory_order_relaxed) ||
       input_header (c, &wire, w) == -1)
     return -1;
   if (be32toh (wire.compact.magic) != (c->extended
@@ -599,22 +605,20 @@ receive_header (struct worker *w)
 static bool
 has_payload (const struct connection *c, const struct request *r)
 {
-  return c->extended ? (r->flags & NBD_CMD_FLAG_PAYLOAD_LEN) != 0
-                     : r->type == NBD_CMD_WRITE;
+  return request_has_payload (c, r->type, r->flags);
 }
 
-/* With extended headers, is it certain where the next request begins?
- * A WRITE that does not say that a payload follows may or may not mean
- * it, and what its client writes must not be taken for requests.  What
- * is longer than any payload that we take is not worth receiving.
+/* Is the payload worth receiving, to find the next request behind it?
+ * That of a WRITE is thrown away up to what one without extended headers
+ * can be, as nbdkit does up to a point.  Of the others, with which it is
+ * likely that no payload was meant, only what could be one: to wait for the
+ * rest would be to wait for ever.
  */
 static bool
 is_in_step (const struct connection *c, const struct request *r)
 {
-  if (!c->extended)
-    return true;
-  return has_payload (c, r) ? r->length <= NBD_MAX_PAYLOAD
-                            : r->type != NBD_CMD_WRITE;
+  return !has_payload (c, r) ||
+    r->length <= (r->type == NBD_CMD_WRITE ? UINT32_MAX : NBD_MAX_PAYLOAD);
 }
 
 static int
@@ -692,14 +696,18 @@ receive_payload (struct worker *w, int *err, const char **reason)
 static int
 receive_request (struct worker *w, int *err, const char **reason)
 {
-  const struct connection *c = w->connection;
-  const struct request *r = &w->request;
+  struct connection *c = w->connection;
+  struct request *r = &w->request;
 
   if (receive_header (w) == -1)
     return -1;
   if (!is_in_step (c, r)) {
-    trace_ending (w->connection, "a payload of unusable length", 0);
-    return -1;
+    /* The client is told, and then there are no more. */
+    trace_ending (c, "a payload of unusable length", 0);
+    c->out_of_step = true;
+    *err = EINVAL;
+    *reason = "the payload is too long";
+    return 0;
   }
   if (r->type == NBD_CMD_BLOCK_STATUS) {
     if (has_payload (c, r))
@@ -708,7 +716,11 @@ receive_request (struct worker *w, int *err, const char **reason)
     w->nr_contexts = c->nr_contexts;
   }
   *err = validate (c, r, reason);
-  return has_payload (c, r) ? receive_payload (w, err, reason) : 0;
+  if (has_payload (c, r))
+    return receive_payload (w, err, reason);
+  if (r->type == NBD_CMD_FLUSH)
+    r->length = 0;              /* not to be counted */
+  return 0;
 }
 
 int

@@ -227,6 +227,13 @@ is_extended_request (const uint8_t *p, size_t left)
     get_be32 (p) == NBD_EXTENDED_REQUEST_MAGIC;
 }
 
+/* Is the length in an extended request that of a payload? */
+static bool
+has_payload (uint16_t type, uint16_t flags)
+{
+  return type == NBD_CMD_WRITE || (flags & NBD_CMD_FLAG_PAYLOAD_LEN) != 0;
+}
+
 static size_t
 message_length (const uint8_t *p, size_t left, bool first)
 {
@@ -241,7 +248,7 @@ message_length (const uint8_t *p, size_t left, bool first)
       + (get_be16 (p + 6) == NBD_CMD_WRITE ? get_be32 (p + 24) : 0);
   else if (is_extended_request (p, left)) {
     n = sizeof (struct nbd_extended_request);
-    if ((get_be16 (p + 4) & NBD_CMD_FLAG_PAYLOAD_LEN) != 0)
+    if (has_payload (get_be16 (p + 6), get_be16 (p + 4)))
       n += min_u64 (get_be64 (p + 24), left);
   }
   return min_u64 (n, left);
@@ -284,10 +291,10 @@ make_extended_request (struct session *s, uint8_t *p, uint16_t type,
   const size_t header = sizeof (struct nbd_extended_request);
   uint16_t flags = any (s, 2) ? 0 : any (s, 32);
 
-  if (type == NBD_CMD_WRITE ? any (s, 20) > 0
+  if (type == NBD_CMD_WRITE ? any (s, 2)
       : type == NBD_CMD_BLOCK_STATUS ? any (s, 2) : any (s, 10) == 0)
     flags |= NBD_CMD_FLAG_PAYLOAD_LEN;
-  if ((flags & NBD_CMD_FLAG_PAYLOAD_LEN) != 0) {
+  if (has_payload (type, flags)) {
     if (type == NBD_CMD_BLOCK_STATUS)
       length = put_selection (s, p + header, length);
     else {
@@ -301,8 +308,8 @@ make_extended_request (struct session *s, uint8_t *p, uint16_t type,
   put_be64 (p + 8, any (s, 1000));
   put_be64 (p + 16, type == NBD_CMD_FLUSH ? 0 : offset);
   put_be64 (p + 24, type == NBD_CMD_FLUSH ? 0 : length);
-  return header + ((flags & NBD_CMD_FLAG_PAYLOAD_LEN) != 0 &&
-                   type != NBD_CMD_FLUSH ? length : 0);
+  return header + (has_payload (type, flags) && type != NBD_CMD_FLUSH
+                   ? length : 0);
 }
 
 /* A request of any kind, within the disk or just not. */
@@ -398,7 +405,7 @@ mend_length (uint8_t *p, size_t length)
   else if (is_request (p, length) && get_be16 (p + 6) == NBD_CMD_WRITE)
     put_be32 (p + 24, length - sizeof (struct nbd_request));
   else if (is_extended_request (p, length) &&
-           (get_be16 (p + 4) & NBD_CMD_FLAG_PAYLOAD_LEN) != 0)
+           has_payload (get_be16 (p + 6), get_be16 (p + 4)))
     put_be64 (p + 24, length - sizeof (struct nbd_extended_request));
 }
 

@@ -56,7 +56,8 @@ peer_put_header (struct peer *c, uint16_t type, uint16_t flags,
     peer_put (c, &header, sizeof header);
     return;
   }
-  if (type == NBD_CMD_WRITE)
+  /* As libnbd's clients do, and QEMU's do not: both are taken. */
+  if (type == NBD_CMD_WRITE && cookie % 2 == 0)
     extended.flags |= htobe16 (NBD_CMD_FLAG_PAYLOAD_LEN);
   peer_put (c, &extended, sizeof extended);
 }

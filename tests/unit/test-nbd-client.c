@@ -370,8 +370,6 @@ send_request (int fd, uint16_t flags, uint16_t type,
   uint8_t buf[sizeof (struct nbd_extended_request)];
 
   if (is_extended[fd]) {
-    if (type == NBD_CMD_WRITE)
-      flags |= NBD_CMD_FLAG_PAYLOAD_LEN;
     put_extended_request (buf, flags, type, cookie, offset, length);
     send_bytes (fd, buf, sizeof (struct nbd_extended_request));
     return;

@@ -257,8 +257,6 @@ test_refused (void **state)
     { 0, NBD_CMD_READ, 0, 0xffffffff, NBD_EINVAL },
     { NBD_CMD_FLAG_DF, NBD_CMD_READ, 0, MAX + 1, NBD_EOVERFLOW },
     { 0, NBD_CMD_BLOCK_STATUS, 0, 0, NBD_EINVAL },
-    { 0, NBD_CMD_FLUSH, 0, 1, NBD_EINVAL },
-    { 0, NBD_CMD_FLUSH, 512, 0, NBD_EINVAL },
   };
   int fd = client_open (&f, base);
 
