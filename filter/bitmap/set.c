@@ -330,6 +330,7 @@ bitmap_set_close (struct bitmap_set *set)
   free (set->buffer);
   free (set->prefix);
   pthread_mutex_destroy (&set->state_lock);
+  grace_free (&set->grace);
   free (set);
 }
 

@@ -6,7 +6,8 @@
 /* Grace periods.
  *
  * Sections are counted under the phase in which they were entered, 0
- * or 1.  grace_begin turns the phase, so that new sections are counted
+ * or 1: whether the number of the last period that has begun is even.
+ * Beginning a period turns the phase, so that new sections are counted
  * under the other one, and the period ends when the count of the old
  * phase has fallen to zero.
  *
@@ -14,12 +15,16 @@
  * the phase that it read, then reads the phase again, and starts over
  * if it has turned.  All of these are sequentially consistent.  If the
  * second read still saw the old phase, the count was raised before the
- * phase turned, so whoever turned it sees the count.
+ * phase turned, so the thread that turned it sees the count.
  *
  * Why the count that a new phase starts with is zero: the period that
- * emptied it has ended before the next one may begin.  (A section that
- * lost the race above raises and lowers the count of a past phase for a
+ * emptied it has ended before the next one begins.  (A section that lost
+ * the race above raises and lowers the count of a past phase for a
  * moment; this can only make a period seem longer.)
+ *
+ * A period that is asked for while another one is under way is the next
+ * one, since sections that were entered after the other one began are
+ * to be left, too.  All that ask meanwhile share it.
  */
 
 #include <config.h>
@@ -27,7 +32,8 @@
 #include <sched.h>
 #include <time.h>
 
-#include "grace.h"
+#include "common/cleanup.h"
+#include "common/grace.h"
 
 static atomic_uint next_shard;
 static _Thread_local unsigned my_shard; /* 1 + shard, or 0 if not chosen */
@@ -39,7 +45,15 @@ grace_init (struct grace *g)
     atomic_init (&g->shard[i].sections[0], 0);
     atomic_init (&g->shard[i].sections[1], 0);
   }
-  atomic_init (&g->phase, 0);
+  atomic_init (&g->begun, 0);
+  pthread_mutex_init (&g->lock, NULL);
+  g->ended = g->wanted = 0;
+}
+
+void
+grace_free (struct grace *g)
+{
+  pthread_mutex_destroy (&g->lock);
 }
 
 grace_ticket
@@ -50,10 +64,10 @@ grace_enter (struct grace *g)
 
   struct grace_counter *c = &g->shard[my_shard - 1];
   for (;;) {
-    unsigned phase = atomic_load (&g->phase) & 1;
+    unsigned phase = atomic_load (&g->begun) & 1;
 
     atomic_fetch_add (&c->sections[phase], 1);
-    if ((atomic_load (&g->phase) & 1) == phase)
+    if ((atomic_load (&g->begun) & 1) == phase)
       return phase;
     atomic_fetch_sub (&c->sections[phase], 1);
   }
@@ -67,16 +81,11 @@ grace_leave (struct grace *g, grace_ticket phase)
                              memory_order_release);
 }
 
-void
-grace_begin (struct grace *g)
+/* Have the sections of the phase that was turned last been left? */
+static bool
+old_phase_is_empty (struct grace *g)
 {
-  atomic_fetch_add (&g->phase, 1);
-}
-
-bool
-grace_ended (struct grace *g)
-{
-  unsigned old = (atomic_load (&g->phase) & 1) ^ 1;
+  const unsigned old = (atomic_load (&g->begun) & 1) ^ 1;
 
   for (unsigned i = 0; i < GRACE_SHARDS; ++i)
     if (atomic_load (&g->shard[i].sections[old]) != 0)
@@ -84,11 +93,41 @@ grace_ended (struct grace *g)
   return true;
 }
 
-void
-grace_synchronize (struct grace *g)
+/* With the lock held: end the period under way if it can be, and begin
+ * the one that was asked for meanwhile.
+ */
+static void
+advance (struct grace *g)
 {
-  grace_begin (g);
-  for (unsigned tries = 0; !grace_ended (g); ++tries) {
+  if (g->ended != g->begun && old_phase_is_empty (g))
+    g->ended = g->begun;
+  if (g->ended == g->begun && g->wanted > g->begun)
+    atomic_fetch_add (&g->begun, 1);
+}
+
+grace_period
+grace_begin (struct grace *g)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&g->lock);
+  const grace_period period = g->begun + 1;
+
+  g->wanted = period;
+  advance (g);
+  return period;
+}
+
+bool
+grace_ended (struct grace *g, grace_period period)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&g->lock);
+  advance (g);
+  return g->ended >= period;
+}
+
+void
+grace_wait (struct grace *g, grace_period period)
+{
+  for (unsigned tries = 0; !grace_ended (g, period); ++tries) {
     const struct timespec ts = { .tv_nsec = 50000 };
 
     if (tries < 100)

@@ -10,17 +10,20 @@
  * at some moment has ended, without a lock on the way of the sections.
  *
  * A section is entered and left with one atomic addition each, on a
- * counter that few other threads share.  A grace period is begun with
- * grace_begin and has ended when grace_ended says so: then every
+ * counter that few other threads share.  A grace period is asked for
+ * with grace_begin and has ended when grace_ended says so: then every
  * section that was entered before grace_begin has been left.
  *
- * One grace period is under way at a time; the callers of grace_begin,
- * grace_ended and grace_synchronize hold a lock of their own between
- * them.  Sections may nest in different graces, not in the same one.
+ * Any thread may ask for periods and wait for them at any time.  There is
+ * one lock in here, which is taken last of all and held for a moment; no
+ * section takes it.  Sections may nest in different graces, not in the
+ * same one.
  */
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stdint.h>
 
 #define GRACE_SHARDS 32
 
@@ -28,27 +31,43 @@ struct grace_counter {
   _Alignas (64) atomic_long sections[2];
 };
 
+/* Grace periods are numbered, from 1 on. */
+typedef uint64_t grace_period;
+
 struct grace {
   struct grace_counter shard[GRACE_SHARDS];
-  _Alignas (64) atomic_uint phase;
+  _Alignas (64) _Atomic grace_period begun; /* the last, under lock */
+  pthread_mutex_t lock;         /* protects what follows */
+  grace_period ended;           /* the last: begun, or the one before it */
+  grace_period wanted;          /* the last that was asked for */
 };
 
 /* What grace_enter returns and grace_leave wants back. */
 typedef unsigned grace_ticket;
 
 extern void grace_init (struct grace *);
+extern void grace_free (struct grace *);
 extern grace_ticket grace_enter (struct grace *);
 extern void grace_leave (struct grace *, grace_ticket);
 
-/* Begin a grace period.  The one before it must have ended. */
-extern void grace_begin (struct grace *);
-
-/* Has the grace period begun last ended? */
-extern bool grace_ended (struct grace *);
-
-/* Begin a grace period and sleep until it ends.  Never call it from
- * inside a section of the same grace.
+/* Ask for a grace period.  It begins at once; or else, once the one under
+ * way has ended, with the next call of any of these functions.
  */
-extern void grace_synchronize (struct grace *);
+extern grace_period grace_begin (struct grace *);
+
+/* Has it ended? */
+extern bool grace_ended (struct grace *, grace_period);
+
+/* Sleep until it ends.  Never call it from inside a section of the same
+ * grace.
+ */
+extern void grace_wait (struct grace *, grace_period);
+
+/* Both. */
+static inline void
+grace_synchronize (struct grace *g)
+{
+  grace_wait (g, grace_begin (g));
+}
 
 #endif /* DIRTY_BITMAP_GRACE_H */

@@ -262,6 +262,7 @@ struct qcow2 {
   struct release_list durable;  /* no longer referred to, on disk */
   struct release_list waiting;  /* for the requests that might use them */
   bool grace_under_way;
+  grace_period retiring;        /* what waiting waits for */
   atomic_size_t pending_ranges;         /* in all lists */
   _Atomic uint64_t pending_clusters;
   struct grace requests;        /* requests that use host offsets */

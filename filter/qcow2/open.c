@@ -100,6 +100,7 @@ qcow2_close (struct qcow2 *q)
   leaks_free (q);
   registry_free (q);
   header_free (q);
+  grace_free (&q->requests);
   free (q);
 }
 

@@ -286,7 +286,7 @@ release_forget (struct qcow2 *q)
 static bool
 grace_is_over (struct qcow2 *q, bool wait)
 {
-  for (unsigned tries = 0; !grace_ended (&q->requests); ++tries) {
+  for (unsigned tries = 0; !grace_ended (&q->requests, q->retiring); ++tries) {
     const struct timespec ts = { .tv_nsec = 100000 };
 
     if (!wait)
@@ -323,7 +323,7 @@ release_retire (struct qcow2 *q, bool wait)
   if (q->durable.nr != 0) {
     list_move (&q->waiting, &q->durable);
     q->grace_under_way = true;
-    grace_begin (&q->requests);
+    q->retiring = grace_begin (&q->requests);
   }
   pthread_mutex_unlock (&q->release_lock);
   return end_grace (q, wait);
