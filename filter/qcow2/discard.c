@@ -12,8 +12,9 @@
  *
  * A request that looked an entry up before it was changed may still
  * write to the old cluster.  That harms nobody: the cluster is not used
- * for something else until the request is done (release.c), and the
- * two were under way at once, so either order of them is right.
+ * for something else until the request is done (release.c), nor for the
+ * same part of the disk again (reuse.c), and the two were under way at
+ * once, so either order of them is right.
  *
  * Where there is a backing file a discarded cluster becomes explicit
  * zeroes, so that nothing shines through; in version 2, which knows no
@@ -125,6 +126,7 @@ replace_entries (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
       return -1;
   if (mapping_set (q, guest_cluster, nr, new) == -1)
     return -1;
+  reuse_entries_changed (q, nr, old, new);
   if (q->has_data_file)
     punch_data_file (q, guest_cluster, nr, old, new);
   else

@@ -14,6 +14,7 @@
  *   refcount.c        refcount blocks and their cache
  *   allocate.c        finding free clusters; new refcount blocks and tables
  *   release.c         clusters on their way from used to free
+ *   reuse.c           places that lost their data and stay the guest's
  *   l2-cache.c        L2 tables in RAM
  *   mapping.c         guest offset to host offset, L1 and L2 entries
  *   compressed.c      compressed clusters
@@ -35,8 +36,13 @@
  *   release_lock        the lists of clusters on their way to free
  *   registry.lock       changes to the registry
  *   header_state.lock   the copy of the header and its bits
+ *   grace.lock          inside of grace.c, for a moment
  * A read, or a write to a cluster that is allocated, takes none of them
  * unless an L2 slice has to be loaded.
+ *
+ * No thread waits for a range lock inside of a section of q->requests:
+ * what needs both takes the range lock first.  So the holder of a range
+ * lock may wait for the end of all sections (reuse.c).
  */
 
 #include <pthread.h>
@@ -266,6 +272,7 @@ struct qcow2 {
   atomic_size_t pending_ranges;         /* in all lists */
   _Atomic uint64_t pending_clusters;
   struct grace requests;        /* requests that use host offsets */
+  _Atomic grace_period emptied; /* what reuse.c waits for, or 0 */
 
   struct leaks leaks;
 
@@ -499,6 +506,20 @@ extern void mapping_l1_done (struct qcow2 *, struct l1_copies *,
                              bool written);
 /* Zero the new L2 tables once more, as far as nothing was set in them. */
 extern int mapping_zero_again (struct qcow2 *);
+
+/* reuse.c.  With a range lock held that covers them: */
+/* L2 entries were replaced, by such as have no data that the old ones had
+ * not.
+ */
+extern void reuse_entries_changed (struct qcow2 *, unsigned nr,
+                                   const struct l2_entry *old,
+                                   const struct l2_entry *new);
+/* Before the place of a mapping that is not data is filled: may requests
+ * be under way that take it for data?  Then wait for them, outside of any
+ * section.
+ */
+extern bool reuse_must_wait (struct qcow2 *, const struct mapping *);
+extern void reuse_wait (struct qcow2 *);
 
 /* compressed.c: read a compressed cluster whole into buf. */
 extern int compressed_read (struct qcow2 *, uint64_t descriptor, void *buf);

@@ -19,7 +19,8 @@
  * "New" are also clusters that the entry has already, for what it says
  * is not in there: explicit zeroes, or subclusters that are not
  * allocated; and any cluster of an external data file, where the place
- * of guest data is always the same.
+ * of guest data is always the same.  They are filled when no request is
+ * under way any more that takes them for data (reuse.c).
  */
 
 #include <config.h>
@@ -265,33 +266,64 @@ write_allocate (struct qcow2 *q, const struct mapping *m, const void *buf,
   return 0;
 }
 
+static bool
+can_be_written (const struct mapping *m)
+{
+  return m->kind == MAPPING_DATA && m->copied;
+}
+
+/* Write the beginning of a request, which could not be written in place
+ * when m was looked up.  m may have changed since.
+ */
+static int
+write_locked (struct qcow2 *q, struct mapping *m, const void *buf,
+              uint64_t offset, uint64_t *done)
+{
+  struct range_lock range;
+  grace_ticket ticket;
+  int r;
+
+  range_lock_take (q, &range, guest_cluster_of (q, offset),
+                   guest_cluster_of (q, offset + m->length - 1));
+  if (mapping_lookup (q, offset, m->length, m) == -1) {
+    range_lock_drop (q, &range);
+    return -1;
+  }
+  if (!can_be_written (m) && reuse_must_wait (q, m))
+    reuse_wait (q);
+  ticket = grace_enter (&q->requests);
+  if (can_be_written (m)) {
+    /* Another request has allocated it.  Once this one is in a section,
+     * the cluster stays what it is (release.c).
+     */
+    range_lock_drop (q, &range);
+    *done = m->length;
+    r = write_host (q, buf, m->length, m->host);
+  }
+  else {
+    r = write_allocate (q, m, buf, offset, done);
+    range_lock_drop (q, &range);
+  }
+  grace_leave (&q->requests, ticket);
+  return r;
+}
+
 /* Write the beginning of a request. */
 static int
 write_some (struct qcow2 *q, const void *buf, uint64_t count, uint64_t offset,
             uint64_t *done)
 {
+  const grace_ticket ticket = grace_enter (&q->requests);
   struct mapping m;
-  struct range_lock range;
-  int r = 0;
+  int r = mapping_lookup (q, offset, count, &m);
+  const bool in_place = r == 0 && can_be_written (&m);
 
-  if (mapping_lookup (q, offset, count, &m) == -1)
-    return -1;
-  if (m.kind != MAPPING_DATA || !m.copied) {
-    range_lock_take (q, &range, guest_cluster_of (q, offset),
-                     guest_cluster_of (q, offset + m.length - 1));
-    /* Someone may have allocated it meanwhile. */
-    r = mapping_lookup (q, offset, m.length, &m);
-    if (r == 0 && (m.kind != MAPPING_DATA || !m.copied)) {
-      r = write_allocate (q, &m, buf, offset, done);
-      range_lock_drop (q, &range);
-      return r;
-    }
-    range_lock_drop (q, &range);
-    if (r == -1)
-      return -1;
+  if (in_place) {
+    *done = m.length;
+    r = write_host (q, buf, m.length, m.host);
   }
-  *done = m.length;
-  return write_host (q, buf, m.length, m.host);
+  grace_leave (&q->requests, ticket);
+  return r == -1 || in_place ? r : write_locked (q, &m, buf, offset, done);
 }
 
 /* After a failure: was it for want of space that freed clusters, which
@@ -330,9 +362,7 @@ qcow2_write (struct qcow2 *q, const void *buf, uint64_t count, uint64_t offset)
     if (release_wants_reclaim (q))
       reclaim_quietly (q);
     report_hold_begin (&hold);
-    const grace_ticket ticket = grace_enter (&q->requests);
     r = write_some (q, p, count, offset, &done);
-    grace_leave (&q->requests, ticket);
     report_hold_end (&hold);
     if (r == -1) {
       if (write_may_retry (q, &hold, &retried))
