@@ -324,6 +324,7 @@ grow_table (struct qcow2 *q, uint64_t block_index)
   const uint64_t old_entries = rc->table_entries;
   const uint64_t old_first = rc->table_offset >> q->cluster_bits;
   uint64_t first = rc->cursor, nr, length;
+  uint8_t *holes;
 
   if (rc->growing) {
     report_error ("the refcount table cannot count its own clusters");
@@ -338,16 +339,25 @@ grow_table (struct qcow2 *q, uint64_t block_index)
   if (enlarge_in_ram (q, block_index) == -1)
     return -1;
   nr = rc->table_entries * 8 >> q->cluster_bits;
+  /* It is written whole. */
+  holes = calloc (1, div_round_up (rc->table_entries * 8, HOLES_CHUNK_BYTES));
+  if (holes == NULL) {
+    report_error ("calloc: %m");
+    shrink_table (q, old_entries);
+    return -1;
+  }
 
   rc->growing = true;
   if (find_run (q, nr, nr, &first, &length) == -1 ||
       take_run (q, QCOW2_REFCOUNT_TABLE, first, nr) == -1) {
     rc->growing = false;
+    free (holes);
     shrink_table (q, old_entries);
     return -1;
   }
   rc->growing = false;
   if (write_table (q, first) == -1) {
+    free (holes);
     shrink_table (q, old_entries);
     rc->abandoned = first;
     rc->nr_abandoned = nr;
@@ -356,6 +366,8 @@ grow_table (struct qcow2 *q, uint64_t block_index)
   }
 
   rc->table_offset = first << q->cluster_bits;
+  free (rc->table_holes);
+  rc->table_holes = holes;
   rc->tables++;
   rc->nr_dirty_table = rc->nr_written_table = 0;
   nr = old_entries * 8 >> q->cluster_bits;

@@ -482,7 +482,10 @@ header_begin_writing (struct qcow2 *q)
   if (begin_writing (q) == -1)
     return -1;
   leaks_release (q);
-  return 0;
+  if (!atomic_load (&q->corrupt))
+    return 0;
+  errno = EIO;                  /* It has said why. */
+  return -1;
 }
 
 int

@@ -15,6 +15,7 @@
  *   allocate.c        finding free clusters; new refcount blocks and tables
  *   release.c         clusters on their way from used to free
  *   reuse.c           places that lost their data and stay the guest's
+ *   holes.c           space for metadata that is written later
  *   l2-cache.c        L2 tables in RAM
  *   mapping.c         guest offset to host offset, L1 and L2 entries
  *   compressed.c      compressed clusters
@@ -57,6 +58,7 @@
 #include "common/order.h"
 #include "common/report.h"
 #include "container/container.h"
+#include "qcow2/holes.h"
 #include "qcow2/qcow2.h"
 
 /* Bits of L1 and L2 entries. */
@@ -137,6 +139,7 @@ struct registry {
 struct refcount_slice {
   uint64_t index;               /* UINT64_MAX if unused */
   uint8_t *data;
+  uint8_t holes;                /* in it, in the container (holes.c) */
   bool dirty, pinned, referenced;
   unsigned long written;        /* in which epoch, 0 if it is durable */
   struct refcount_slice *next;  /* in its hash chain */
@@ -151,6 +154,7 @@ struct refcounts {
   uint64_t *table;              /* host offsets of refcount blocks */
   uint64_t table_entries;
   uint64_t table_offset;        /* on disk */
+  uint8_t *table_holes;         /* of the table on disk (holes.c) */
   bool growing;                 /* a larger table is being made */
   uint64_t abandoned, nr_abandoned; /* clusters of one that was made in
                                        vain, while reftable_unknown */
@@ -200,7 +204,8 @@ struct l2_entry {
 struct l2_slot {
   _Atomic uint64_t tag;         /* (slice + 1) << 24 | version, or version */
   atomic_uint referenced;       /* since the clock hand passed */
-  bool dirty, pinned;           /* protected by the set's lock */
+  bool dirty, pinned;           /* protected by the set's lock, as is */
+  uint8_t holes;                /* in it, in the container (holes.c) */
 };
 
 struct l2_set {
@@ -280,6 +285,7 @@ struct qcow2 {
   atomic_bool *l2_proven;       /* COPIED flags of l1 that are known to be
                                    true, or NULL if all are believed */
   pthread_mutex_t l1_lock;      /* protects what follows */
+  uint8_t *l1_holes;            /* of the table on disk (holes.c) */
   uint32_t *dirty_l1;
   size_t nr_dirty_l1, max_dirty_l1;
 
@@ -422,7 +428,8 @@ extern int l2_get (struct qcow2 *, uint64_t guest_cluster, unsigned nr,
 extern void l2_get_numbers (const struct qcow2 *,
                             struct qcow2_cache_numbers *);
 /* Set nr entries from guest cluster on, all of one slice, whose L2 table
- * exists.  EAGAIN if the cache has to be flushed first.
+ * exists.  EAGAIN if the cache has to be flushed first.  ENOSPC, and none
+ * is set, if there would be no space for them in the table on disk.
  */
 extern int l2_set (struct qcow2 *, uint64_t guest_cluster, unsigned nr,
                    const struct l2_entry *entries);
@@ -432,6 +439,7 @@ extern int l2_set (struct qcow2 *, uint64_t guest_cluster, unsigned nr,
 struct l2_copy {
   uint64_t slice;
   size_t slot;
+  uint8_t holes;
 };
 extern size_t l2_copy_dirty (struct qcow2 *, size_t *next_set,
                              struct l2_copy *copies, uint8_t *data,

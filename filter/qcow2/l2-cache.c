@@ -25,6 +25,8 @@
  * them until the copies are on disk: a slot that is dirty or pinned is
  * not replaced, so nobody reads an old version back.  Where all slots of
  * a set are so, l2_set asks its caller to flush.
+ *
+ * What a slot is changed to has its space on disk before (holes.c).
  */
 
 #include <config.h>
@@ -286,6 +288,8 @@ fill (struct qcow2 *q, struct l2_set *set, unsigned way, uint64_t slice,
   for (unsigned i = 0; i < words_in_slice (q); ++i)
     atomic_store_explicit (&words[i], buf[i], memory_order_release);
   end_change (slot, slice);
+  if (!q->readonly)
+    slot->holes = holes_in (buf, l2_slice_bytes (q));
   atomic_store_explicit (&slot->referenced, 1, memory_order_relaxed);
 }
 
@@ -332,6 +336,28 @@ l2_get (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
   return 0;
 }
 
+/* With the set's lock held: see to it that nr entries of a slice, from
+ * first on, have their space on disk.
+ */
+static int
+fill_holes (struct qcow2 *q, struct l2_slot *slot, uint64_t slice,
+            unsigned first, unsigned nr, const struct l2_entry *entries)
+{
+  uint64_t location;
+
+  if (slot->holes == 0)
+    return 0;
+  if (slice_location (q, slice, &location) == -1)
+    return -1;
+  for (unsigned i = 0; i < nr; ++i)
+    if ((entries[i].descriptor | entries[i].bitmap) != 0 &&
+        holes_fill (q, QCOW2_L2_TABLE, &slot->holes, location,
+                    l2_slice_bytes (q),
+                    (size_t) (first + i) << (3 + q->l2.entry_bits)) == -1)
+      return -1;
+  return 0;
+}
+
 int
 l2_set (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
         const struct l2_entry *entries)
@@ -359,6 +385,8 @@ l2_set (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
 
   struct l2_slot *slot = &set->way[way];
   _Atomic uint64_t *words = slot_words (q, slot_index (q, set, way));
+  if (fill_holes (q, slot, slice, first, nr, entries) == -1)
+    return -1;
   if (q->extended_l2)
     begin_change (slot);
   for (unsigned i = 0; i < nr; ++i) {
@@ -390,6 +418,7 @@ copy_slot (struct qcow2 *q, struct l2_set *set, unsigned way,
   copy->slot = slot_index (q, set, way);
   copy->slice = (atomic_load_explicit (&slot->tag, memory_order_relaxed)
                  >> VERSION_BITS) - 1;
+  copy->holes = slot->holes;
   _Atomic uint64_t *words = slot_words (q, copy->slot);
   for (unsigned i = 0; i < words_in_slice (q); ++i)
     data[i] = atomic_load_explicit (&words[i], memory_order_relaxed);
@@ -432,10 +461,11 @@ l2_write_copy (struct qcow2 *q, const struct l2_copy *copy,
 {
   uint64_t location;
 
-  if (slice_location (q, copy->slice, &location) == -1)
+  if (header_begin_writing (q) == -1 ||
+      slice_location (q, copy->slice, &location) == -1)
     return -1;
-  return qcow2_write_metadata (q, QCOW2_L2_TABLE, data, l2_slice_bytes (q),
-                               location);
+  return holes_write_around (q, QCOW2_L2_TABLE, data, l2_slice_bytes (q),
+                             copy->holes, location);
 }
 
 void
@@ -469,8 +499,9 @@ zero_slice (struct qcow2 *q, struct l2_set *set, uint64_t slice)
     return 0;
   if (slice_location (q, slice, &location) == -1)
     return -1;
+  /* Nothing was set, so nothing needs the space. */
   if (container_zero (q->container, l2_slice_bytes (q), location,
-                      false) == -1) {
+                      true) == -1) {
     report_error ("cannot write a new L2 table: %m");
     return -1;
   }

@@ -22,7 +22,7 @@
  * Refcounts that are too low are another matter.  Such an image is
  * corrupt, but it is served: no leak is reclaimed, and with the first
  * change those refcounts are raised, so that no cluster which is in use
- * is taken for a free one.
+ * is taken for a free one.  If they cannot be, nothing is changed.
  */
 
 #include <config.h>
@@ -191,8 +191,11 @@ release_leak (struct qcow2 *q, const struct leak *leak)
   if (leak->set) {
     ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
     for (uint64_t c = leak->cluster; c < leak->cluster + leak->nr; ++c)
-      if (refcount_set (q, c, leak->count) == -1)
+      if (refcount_set (q, c, leak->count) == -1) {
+        if (q->leaks.corrupt)
+          header_set_corrupt (q);
         return;
+      }
   }
   if (!q->leaks.corrupt)
     release_clusters (q, leak->cluster, leak->nr);

@@ -17,7 +17,8 @@
  * An L1 entry in RAM changes once, from none to a new L2 table, which
  * has been zeroed in the container by then; so whatever part of the new
  * L1 entry and the new L2 entries is on disk after a crash, it is
- * consistent.
+ * consistent.  The flush will find space for the entry, as for those of
+ * the new table (holes.c).
  *
  * So it is where an L2 table is in common with snapshots (snapshots.c):
  * the new table is a copy of the old one, in the container.  No entry is
@@ -104,7 +105,10 @@ mapping_open (struct qcow2 *q)
   for (uint32_t i = 0; i < nr; ++i)
     if (load_l1_entry (q, i, be64toh (raw[i])) == -1)
       return -1;
-  return 0;
+  if (q->readonly)
+    return 0;
+  q->l1_holes = holes_in_table (raw, nr * UINT64_C (8));
+  return q->l1_holes == NULL ? -1 : 0;
 }
 
 void
@@ -112,6 +116,7 @@ mapping_free (struct qcow2 *q)
 {
   free (q->l1);
   free (q->l2_proven);
+  free (q->l1_holes);
   free (q->dirty_l1);
 }
 
@@ -444,6 +449,9 @@ make_l2 (struct qcow2 *q, uint32_t index, uint64_t old)
   if (allocate_clusters (q, QCOW2_L2_TABLE, 1, &host, &got, &zeroed) == -1)
     return -1;
   if (fill_l2 (q, old, host, zeroed) == -1 ||
+      holes_fill_table (q, QCOW2_L1_TABLE, q->l1_holes, q->header.l1_offset,
+                        q->header.l1_entries * UINT64_C (8),
+                        index * UINT64_C (8)) == -1 ||
       note_dirty_l1 (q, index | (old == 0 ? L1_NEW_TABLE : 0)) == -1) {
     const int err = errno;
 

@@ -20,6 +20,9 @@
  * what was written stays in the cache until a barrier has covered it: a
  * slice, and an entry of the table.  Where all slices wait for that, a
  * new one has to, too.
+ *
+ * A count is raised, and an entry of the table set, only where there is
+ * space on disk for it (holes.c).
  */
 
 #include <config.h>
@@ -103,6 +106,9 @@ load_table (struct qcow2 *q)
                   "or the end of the file");
     return -1;
   }
+  rc->table_holes = holes_in_table (rc->table, bytes);
+  if (rc->table_holes == NULL)
+    return -1;
 
   for (uint64_t i = 0; i < rc->table_entries; ++i) {
     uint64_t entry = get_be64 (&rc->table[i]);
@@ -163,6 +169,7 @@ refcounts_free (struct qcow2 *q)
   free (rc->slices);
   free (rc->hash);
   free (rc->table);
+  free (rc->table_holes);
   free (rc->dirty_table);
 }
 
@@ -189,18 +196,12 @@ slice_offset (const struct refcounts *rc, uint64_t index)
 }
 
 static int
-write_slice (struct qcow2 *q, uint64_t index, const uint8_t *data)
+write_slice (struct qcow2 *q, uint64_t index, const uint8_t *data,
+             uint8_t holes)
 {
-  const uint64_t offset = slice_offset (&q->rc, index);
-
-  if (registry_check (q, QCOW2_REFCOUNT_BLOCK, offset,
-                      q->rc.slice_bytes) == -1)
-    return -1;
-  if (container_pwrite (q->container, data, q->rc.slice_bytes, offset) == -1) {
-    report_error ("cannot write refcounts: %m");
-    return -1;
-  }
-  return 0;
+  return holes_write_around (q, QCOW2_REFCOUNT_BLOCK, data,
+                             q->rc.slice_bytes, holes,
+                             slice_offset (&q->rc, index));
 }
 
 static void
@@ -394,6 +395,7 @@ get_slice (struct qcow2 *q, uint64_t cluster)
     report_error ("cannot read refcounts: %m");
     return NULL;
   }
+  s->holes = holes_in (s->data, rc->slice_bytes);
   s->index = index;
   s->referenced = true;
   s->next = *chain;
@@ -439,6 +441,8 @@ refcount_get (struct qcow2 *q, uint64_t cluster, uint64_t *count)
 int
 refcount_set (struct qcow2 *q, uint64_t cluster, uint64_t count)
 {
+  const uint64_t i = entry_in_slice (&q->rc, cluster);
+  const unsigned order = q->header.refcount_order;
   struct refcount_slice *s = get_slice (q, cluster);
 
   if (s == NULL)
@@ -448,8 +452,14 @@ refcount_set (struct qcow2 *q, uint64_t cluster, uint64_t count)
     errno = EINVAL;
     return -1;
   }
-  entry_set (s->data, q->header.refcount_order,
-             entry_in_slice (&q->rc, cluster), count);
+  if (entry_get (s->data, order, i) == count)
+    return 0;
+  if (count != 0 &&
+      holes_fill (q, QCOW2_REFCOUNT_BLOCK, &s->holes,
+                  slice_offset (&q->rc, s->index), q->rc.slice_bytes,
+                  (i << order) / 8) == -1)
+    return -1;
+  entry_set (s->data, order, i, count);
   set_dirty (&q->rc, s);
   return 0;
 }
@@ -501,7 +511,13 @@ refcount_set_table_entry (struct qcow2 *q, uint64_t block_index,
                           uint64_t host_offset)
 {
   struct refcounts *rc = &q->rc;
+  const uint64_t on_disk = q->header.reftable_clusters * q->cluster_size;
 
+  /* The entries of a larger table are written when it is (allocate.c). */
+  if (block_index * 8 < on_disk &&
+      holes_fill_table (q, QCOW2_REFCOUNT_TABLE, rc->table_holes,
+                        rc->table_offset, on_disk, block_index * 8) == -1)
+    return -1;
   if (rc->nr_dirty_table == rc->max_dirty_table) {
     size_t max = rc->max_dirty_table * 2 + 16;
     uint64_t *p = realloc (rc->dirty_table, max * sizeof p[0]);
@@ -528,7 +544,7 @@ refcounts_write_all (struct qcow2 *q)
 
     if (!s->dirty || s->pinned)
       continue;
-    if (write_slice (q, s->index, s->data) == -1)
+    if (write_slice (q, s->index, s->data, s->holes) == -1)
       return -1;
     set_clean (rc, s);
     set_written (rc, s);
@@ -543,7 +559,7 @@ refcounts_write_all (struct qcow2 *q)
  */
 static size_t
 take_batch (struct qcow2 *q, size_t *next, size_t picked[BATCH],
-            uint64_t index[BATCH], uint8_t *copies)
+            uint64_t index[BATCH], uint8_t holes[BATCH], uint8_t *copies)
 {
   struct refcounts *rc = &q->rc;
   const size_t max = min_u64 (BATCH, rc->nr_slices / 2);
@@ -559,6 +575,7 @@ take_batch (struct qcow2 *q, size_t *next, size_t picked[BATCH],
     set_clean (rc, s);
     s->pinned = true;
     index[n] = s->index;
+    holes[n] = s->holes;
     picked[n++] = *next;
   }
   rc->nr_pinned = n;
@@ -591,6 +608,7 @@ flush_slices (struct qcow2 *q)
   CLEANUP_FREE uint8_t *copies = NULL;
   size_t next = 0, n, picked[BATCH];
   uint64_t index[BATCH];
+  uint8_t holes[BATCH];
 
   /* Read without the lock: a count raised before this flush began is
    * seen, since its request has been answered.
@@ -602,13 +620,14 @@ flush_slices (struct qcow2 *q)
     report_error ("malloc: %m");
     return -1;
   }
-  while ((n = take_batch (q, &next, picked, index, copies)) != 0) {
+  while ((n = take_batch (q, &next, picked, index, holes, copies)) != 0) {
     const unsigned long lost = qcow2_lost (q);
     size_t written = 0;
 
     while (written < n &&
            write_slice (q, index[written],
-                        copies + written * q->rc.slice_bytes) == 0)
+                        copies + written * q->rc.slice_bytes,
+                        holes[written]) == 0)
       written++;
     drop_batch (q, picked, n, written, lost);
     if (written < n)

@@ -1,0 +1,157 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* Space for metadata that is written later.
+ *
+ * A write is acknowledged when its data are in the container; the tables
+ * and refcounts that lead to them are written by the next flush.  Where
+ * the container is a sparse file these can lie in a hole: in the part by
+ * which the file grew, in a new image's L1 table, in a cluster that was
+ * freed and punched, in any table of an image that was copied with its
+ * zeroes left out.  If they got their storage only from the flush, data
+ * might have taken the last of it by then, and all that was acknowledged
+ * would be lost.
+ *
+ * So a write takes what it will need.  Whatever a sector holds other than
+ * zeroes it has storage for; so it is only when the first byte of
+ * a sector becomes other than zero that there may be none, and then zeroes
+ * are written to the sector before the byte is changed in RAM.  If that
+ * fails, so does the request.  Around the sector all others that are zero
+ * are written too: so a table that fills up from its beginning costs one
+ * write a chunk.
+ *
+ * This makes no difference to the order of writes, as the container has
+ * zeroes there already.  It may race with a flush that writes the same
+ * chunk: that leaves out the sectors that are holes to it.
+ *
+ * Storage that needs new space for what is overwritten (btrfs, ZFS, or
+ * anything below a snapshot of it) promises nothing, whatever is written
+ * first.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+
+#include "qcow2/holes.h"
+#include "qcow2/internal.h"
+
+static const uint8_t zeroes[HOLES_CHUNK_BYTES];
+
+uint8_t
+holes_in (const void *bytes, size_t count)
+{
+  const uint8_t *p = bytes;
+  uint8_t holes = 0;
+
+  for (size_t at = 0; at < count; at += HOLES_SECTOR_BYTES)
+    if (memcmp (p + at, zeroes, min_u64 (count - at,
+                                         HOLES_SECTOR_BYTES)) == 0)
+      holes |= 1 << at / HOLES_SECTOR_BYTES;
+  return holes;
+}
+
+uint8_t *
+holes_in_table (const void *bytes, size_t count)
+{
+  const uint8_t *p = bytes;
+  uint8_t *holes = malloc (div_round_up (count, HOLES_CHUNK_BYTES) + 1);
+
+  if (holes == NULL) {
+    report_error ("malloc: %m");
+    return NULL;
+  }
+  for (size_t at = 0; at < count; at += HOLES_CHUNK_BYTES)
+    holes[at / HOLES_CHUNK_BYTES] =
+      holes_in (p + at, min_u64 (count - at, HOLES_CHUNK_BYTES));
+  return holes;
+}
+
+static int
+write_sectors (struct qcow2 *q, enum qcow2_class class, const void *bytes,
+               size_t count, uint64_t host_offset)
+{
+  if (registry_check (q, class, host_offset, count) == -1)
+    return -1;
+  if (container_pwrite (q->container, bytes, count, host_offset) == -1) {
+    report_error ("cannot write %s at host offset %#" PRIx64 ": %m",
+                  registry_class_name (class), host_offset);
+    return -1;
+  }
+  return 0;
+}
+
+/* The sectors around one for which the flags say the same, as first and
+ * end.
+ */
+static void
+alike (uint8_t holes, unsigned nr, unsigned sector, unsigned *first,
+       unsigned *end)
+{
+  const unsigned is_hole = holes >> sector & 1;
+
+  *first = sector;
+  *end = sector + 1;
+  while (*first > 0 && (holes >> (*first - 1) & 1) == is_hole)
+    --*first;
+  while (*end < nr && (holes >> *end & 1) == is_hole)
+    ++*end;
+}
+
+int
+holes_fill (struct qcow2 *q, enum qcow2_class class, uint8_t *holes,
+            uint64_t host_offset, size_t count, size_t at)
+{
+  const unsigned sector = at / HOLES_SECTOR_BYTES;
+  unsigned first, end;
+
+  if ((*holes >> sector & 1) == 0)
+    return 0;
+  alike (*holes, div_round_up (count, HOLES_SECTOR_BYTES), sector, &first,
+         &end);
+  const size_t from = first * HOLES_SECTOR_BYTES;
+  const size_t to = min_u64 (count, end * HOLES_SECTOR_BYTES);
+
+  if (write_sectors (q, class, zeroes, to - from, host_offset + from) == -1)
+    return -1;
+  for (; first < end; ++first)
+    *holes &= ~(1U << first);
+  return 0;
+}
+
+int
+holes_fill_table (struct qcow2 *q, enum qcow2_class class, uint8_t *holes,
+                  uint64_t table_offset, size_t count, size_t at)
+{
+  const size_t chunk = round_down (at, HOLES_CHUNK_BYTES);
+
+  return holes_fill (q, class, &holes[chunk / HOLES_CHUNK_BYTES],
+                     table_offset + chunk,
+                     min_u64 (count - chunk, HOLES_CHUNK_BYTES), at - chunk);
+}
+
+int
+holes_write_around (struct qcow2 *q, enum qcow2_class class,
+                    const void *bytes, size_t count, uint8_t holes,
+                    uint64_t host_offset)
+{
+  const unsigned nr = div_round_up (count, HOLES_SECTOR_BYTES);
+  const uint8_t *p = bytes;
+  unsigned first, end;
+
+  for (unsigned sector = 0; sector < nr; sector = end) {
+    alike (holes, nr, sector, &first, &end);
+    const size_t from = first * HOLES_SECTOR_BYTES;
+    const size_t to = min_u64 (count, end * HOLES_SECTOR_BYTES);
+
+    if ((holes >> sector & 1) == 0 &&
+        write_sectors (q, class, p + from, to - from,
+                       host_offset + from) == -1)
+      return -1;
+  }
+  return 0;
+}
