@@ -68,6 +68,11 @@ extern int bitmap_set_mark (struct bitmap_set *, uint64_t offset,
 /* What qcow2_flush calls to write the bitmaps. */
 extern const struct qcow2_flush_hooks *bitmap_set_hooks (struct bitmap_set *);
 
+/* A flush succeeds though bitmaps could not be stored.  Say so, once for
+ * as long as that lasts.  Call it after every flush.
+ */
+extern void bitmap_set_tell_unstored (struct bitmap_set *);
+
 /* Have all recording bitmaps reached the image, so that none is in_use
  * by us?  For the clean stop, after the last flush.  Reports those that
  * have not.

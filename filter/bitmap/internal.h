@@ -159,10 +159,14 @@ struct bitmap_set {
   pthread_mutex_t state_lock;   /* protects the bitmaps' states, and the
                                    flags words in the image */
   atomic_size_t nr_unsettled;   /* recording and not SYNCED */
+  char why[512];                /* bitmaps could not be stored by the last
+                                   flush, or empty; under state_lock */
+  bool told;                    /* a warning has said so; likewise */
 
   /* The flush's. */
   struct qcow2_flush_hooks hooks;
   enum sync_phase phase;
+  bool left_out;                /* a bitmap, by this flush */
   uint64_t sync_began, sync_bytes;
   tally syncs[2], syncs_ns[2], syncs_bytes[2]; /* failed, succeeded */
   uint8_t *buffer;

@@ -31,10 +31,13 @@
  *
  * What may fail, and what is true then:
  *
- * - Before references (writing pieces, allocation, refcounts, the first
- *   barrier): nothing in the image refers to anything new.  The bitmaps
- *   are IN_USE.  Pieces taken are flagged again, entries that became
- *   pending in this flush are undone and their clusters released.
+ * - Before references (refcounts, the first barrier): nothing in the
+ *   image refers to anything new.  The bitmaps are IN_USE.  Pieces taken
+ *   are flagged again, entries that became pending in this flush are
+ *   undone, and their clusters released.
+ * - Writing a bitmap's pieces, or allocation: the same is done for this
+ *   bitmap, which is left out of the flush.  The others are not.  So it is
+ *   where its table entries cannot be written: they stay pending.
  * - In references, or at the barrier after it: pieces and new clusters
  *   are durable.  An entry may or may not be in the image, so old and
  *   new clusters both stay as they are, and the entry stays pending
@@ -44,6 +47,9 @@
  *   will set in_use again, and the next flush clears it again.
  * - In settle or after it: the same for the bitmaps closed there.
  *
+ * What could not be done is remembered (why) until a flush has done it
+ * all; guest data never wait for it.
+ *
  * Who has what: bitmap tables, pending entries and taken pieces belong
  * to the flush, of which qcow2/ runs one at a time.  States and flags
  * words are changed under state_lock.  Marks run all the while.
@@ -52,6 +58,7 @@
 #include <config.h>
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -191,28 +198,72 @@ write_taken (struct bitmap_set *set, struct bitmap *b)
   return 0;
 }
 
+/* Undo what was not attempted, latest first: an entry may have changed
+ * once before, in a flush that failed later than this one.
+ */
+static void
+undo_pending (struct bitmap_set *set, struct bitmap *b)
+{
+  while (b->nr_pending > 0) {
+    struct pending_entry *p = &b->pending[b->nr_pending - 1];
+
+    if (p->attempted)
+      break;
+    if (bitmap_table_entry_is_data (b->table[p->index]))
+      qcow2_release (set->image, b->table[p->index], 1);
+    b->table[p->index] = p->old_entry;
+    b->nr_pending--;
+  }
+}
+
+/* A bitmap, or more, cannot be stored by this flush. */
+static void
+note_left_out (struct bitmap_set *set, const struct report_hold *hold)
+{
+  set->left_out = true;
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->state_lock);
+  snprintf (set->why, sizeof set->why, "%s",
+            hold->any ? hold->text : "no reason");
+}
+
+/* Returns 1 if it was left out for want of space. */
+static int
+write_data (struct bitmap_set *set, struct bitmap *b)
+{
+  struct report_hold hold;
+  int r, err;
+
+  changes_take (&b->changes);
+  report_hold_begin (&hold);
+  r = write_taken (set, b);
+  err = errno;
+  report_hold_end (&hold);
+  if (r == 0)
+    return 0;
+  undo_pending (set, b);
+  changes_give_back_taken (&b->changes);
+  note_left_out (set, &hold);
+  return err == ENOSPC;
+}
+
 static int
 sync_data (void *opaque)
 {
   struct bitmap_set *set = opaque;
+  int r = 0;
 
   if (atomic_load (&set->nr_unsettled) == 0)
     return 0;
 
   set->phase = SYNC_DATA;
+  set->left_out = false;
   set->sync_began = meter_clock ();
   set->sync_bytes = 0;
   grace_synchronize (&set->grace);
-  for (size_t i = 0; i < set->nr_recording; ++i) {
-    struct bitmap *b = set->recording[i];
-
-    if (atomic_load (&b->state) != IN_USE)
-      continue;
-    changes_take (&b->changes);
-    if (write_taken (set, b) == -1)
-      return -1;
-  }
-  return 0;
+  for (size_t i = 0; i < set->nr_recording; ++i)
+    if (atomic_load (&set->recording[i]->state) == IN_USE)
+      r |= write_data (set, set->recording[i]);
+  return r;
 }
 
 /* Write the pending entries, and what lies between two that are near,
@@ -301,6 +352,36 @@ close_bitmaps (struct bitmap_set *set, bool settling)
   return r;
 }
 
+/* The same; what fails is remembered. */
+static int
+try_to_close (struct bitmap_set *set, bool settling)
+{
+  struct report_hold hold;
+  int r, err;
+
+  report_hold_begin (&hold);
+  r = close_bitmaps (set, settling);
+  err = errno;
+  report_hold_end (&hold);
+  if (r == -1)
+    note_left_out (set, &hold);
+  errno = err;
+  return r;
+}
+
+static void
+write_entries (struct bitmap_set *set, struct bitmap *b)
+{
+  struct report_hold hold;
+
+  report_hold_begin (&hold);
+  if (write_pending (set, b) == -1)
+    b->settling = false;
+  report_hold_end (&hold);
+  if (!b->settling)
+    note_left_out (set, &hold);
+}
+
 static int
 sync_references (void *opaque)
 {
@@ -326,12 +407,11 @@ sync_references (void *opaque)
 
   for (size_t i = 0; i < set->nr_recording; ++i) {
     if (set->recording[i]->settling) {
-      if (write_pending (set, set->recording[i]) == -1)
-        return -1;
+      write_entries (set, set->recording[i]);
       wrote = true;
     }
   }
-  r = close_bitmaps (set, false);
+  r = try_to_close (set, false);
   return r == -1 ? -1 : r || wrote;
 }
 
@@ -347,12 +427,14 @@ sync_settle (void *opaque)
   for (size_t i = 0; i < set->nr_recording; ++i) {
     struct bitmap *b = set->recording[i];
 
+    if (!b->settling)
+      continue;
     for (size_t j = 0; j < b->nr_pending; ++j)
       if (bitmap_table_entry_is_data (b->pending[j].old_entry))
         qcow2_release (set->image, b->pending[j].old_entry, 1);
     b->nr_pending = 0;
   }
-  return close_bitmaps (set, true);
+  return try_to_close (set, true);
 }
 
 static void
@@ -368,6 +450,11 @@ end_flush (struct bitmap_set *set, bool success)
     b->settling = false;
   }
   set->phase = SYNC_IDLE;
+  success = success && !set->left_out;
+  if (success) {
+    set->why[0] = '\0';
+    set->told = false;
+  }
   tally_add (&set->syncs[success], 1);
   tally_add (&set->syncs_ns[success], meter_clock () - set->sync_began);
   tally_add (&set->syncs_bytes[success], set->sync_bytes);
@@ -380,24 +467,6 @@ sync_done (void *opaque)
 
   if (set->phase != SYNC_IDLE)
     end_flush (set, true);
-}
-
-/* Undo what was not attempted, latest first: an entry may have changed
- * once before, in a flush that failed later than this one.
- */
-static void
-undo_pending (struct bitmap_set *set, struct bitmap *b)
-{
-  while (b->nr_pending > 0) {
-    struct pending_entry *p = &b->pending[b->nr_pending - 1];
-
-    if (p->attempted)
-      break;
-    if (bitmap_table_entry_is_data (b->table[p->index]))
-      qcow2_release (set->image, b->table[p->index], 1);
-    b->table[p->index] = p->old_entry;
-    b->nr_pending--;
-  }
 }
 
 static void
@@ -435,6 +504,18 @@ bitmap_set_get_numbers (const struct bitmap_set *set,
   }
 }
 
+void
+bitmap_set_tell_unstored (struct bitmap_set *set)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->state_lock);
+  if (set->why[0] == '\0' || set->told)
+    return;
+  set->told = true;
+  report_warning ("bitmaps cannot be stored at present, and stay marked as "
+                  "in use in the image until a flush stores them: %s",
+                  set->why);
+}
+
 bool
 bitmap_set_all_stored (struct bitmap_set *set)
 {
@@ -447,8 +528,9 @@ bitmap_set_all_stored (struct bitmap_set *set)
 
     if (state != SYNCED) {
       report_error ("bitmap '%s' could not be stored and %s in use in the "
-                    "image", b->name,
-                    state == DOUBTFUL ? "may be left" : "is left");
+                    "image%s%s", b->name,
+                    state == DOUBTFUL ? "may be left" : "is left",
+                    set->why[0] == '\0' ? "" : ": ", set->why);
       all = false;
     }
   }

@@ -357,7 +357,10 @@ disk_trim (struct disk *d, uint64_t count, uint64_t offset, bool fua)
 int
 disk_sync (struct disk *d)
 {
-  return qcow2_flush (d->qcow2, bitmap_set_hooks (d->bitmaps));
+  const int r = qcow2_flush (d->qcow2, bitmap_set_hooks (d->bitmaps));
+
+  bitmap_set_tell_unstored (d->bitmaps);
+  return r;
 }
 
 void

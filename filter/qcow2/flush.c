@@ -36,6 +36,11 @@
  * A flush that fails leaves everything dirty that it has not made
  * durable, and the next one begins anew.
  *
+ * A hook that fails is no failure of the flush: it goes on without the
+ * hooks.  What the guest has written needs nothing of what they write.
+ * Where one lacked space the flush is followed by another with hooks, if
+ * clusters could be freed in between.
+ *
  * When a barrier fails, in a flush or elsewhere, it is unknown what of
  * the writes before it is on disk, and no later barrier will tell:
  * Linux drops a page that it could not write, and reports it once.  So
@@ -70,7 +75,8 @@
 #define ROUND 2048
 
 struct flush {
-  const struct qcow2_flush_hooks *hooks;
+  const struct qcow2_flush_hooks *hooks; /* NULL: none (any more) */
+  bool lacks_space;             /* one of them did */
   struct l1_copies l1;
   struct l2_copy *copies;       /* of all rounds: pinned until the end */
   size_t nr_copies, max_copies;
@@ -168,11 +174,26 @@ qcow2_write_metadata (struct qcow2 *q, enum qcow2_class class,
   return 0;
 }
 
-/* A hook, where there are any. */
+enum hook { HOOK_DATA, HOOK_REFERENCES, HOOK_SETTLE };
+
+/* Call a hook, where there are any.  One that fails is the last, and 0. */
 static int
-hook (const struct flush *f, int (*fn) (void *))
+call_hook (struct flush *f, enum hook which)
 {
-  return fn (f->hooks->opaque);
+  const struct qcow2_flush_hooks *h = f->hooks;
+  int r;
+
+  if (h == NULL)
+    return 0;
+  r = (which == HOOK_DATA ? h->data
+       : which == HOOK_REFERENCES ? h->references : h->settle) (h->opaque);
+  if (r == -1 ? errno == ENOSPC : r == 1 && which == HOOK_DATA)
+    f->lacks_space = true;
+  if (r != -1)
+    return r;
+  h->failed (h->opaque);
+  f->hooks = NULL;
+  return 0;
 }
 
 /* Copy the next slices to be written.  Returns how many, or -1. */
@@ -257,13 +278,8 @@ run_rounds (struct qcow2 *q, struct flush *f)
         qcow2_barrier_since (q, f->lost) == -1)
       return -1;
     refcounts_barrier_done (q, epoch);
-    if (first && f->hooks != NULL) {
-      const int r = hook (f, f->hooks->references);
-
-      if (r == -1)
-        return -1;
-      f->references |= r == 1;
-    }
+    if (first)
+      f->references |= call_hook (f, HOOK_REFERENCES) == 1;
     first = false;
     if (write_slices (q, f, n) == -1)
       return -1;
@@ -281,27 +297,23 @@ run_steps (struct qcow2 *q, struct flush *f)
       return -1;
     q->lost_redone = f->lost;
   }
-  if (f->hooks != NULL && hook (f, f->hooks->data) == -1)
-    return -1;
+  call_hook (f, HOOK_DATA);
   if (run_rounds (q, f) == -1 || mapping_write_l1 (q, &f->l1) == -1)
     return -1;
   f->references |= f->l1.nr != 0;
   if (f->references && ORDER (REFERENCES_BEFORE_RETURN) &&
       qcow2_barrier_since (q, f->lost) == -1)
     return -1;
-  if (f->hooks != NULL) {
-    const int r = hook (f, f->hooks->settle);
-
-    if (r == -1 || (r == 1 && ORDER (SETTLED_BEFORE_RETURN) &&
-                    qcow2_barrier_since (q, f->lost) == -1))
-      return -1;
-  }
-  return 0;
+  return call_hook (f, HOOK_SETTLE) == 1 && ORDER (SETTLED_BEFORE_RETURN)
+    ? qcow2_barrier_since (q, f->lost) : 0;
 }
 
-/* With flush_lock held. */
+/* With flush_lock held.  *lacks_space, if it is not NULL, says whether a
+ * hook did.
+ */
 static int
-flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
+flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks,
+       bool *lacks_space)
 {
   const unsigned long number = atomic_fetch_add (&q->flushes_begun, 1) + 1;
   const uint64_t began = meter_clock ();
@@ -318,8 +330,10 @@ flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
   mapping_l1_done (q, &f.l1, r == 0);
   l2_copies_done (q, f.copies, f.nr_copies, r == 0);
   release_flush_ends (q, r == 0);
-  if (hooks != NULL)
+  if (f.hooks != NULL)
     (r == 0 ? hooks->done : hooks->failed) (hooks->opaque);
+  if (lacks_space != NULL)
+    *lacks_space = f.lacks_space;
   tally_add (&q->flushes[r == 0], 1);
   tally_add (&q->flush_ns[r == 0], meter_clock () - began);
   free (f.copies);
@@ -342,12 +356,13 @@ flushed_since (const struct qcow2 *q, unsigned long number, bool with_hooks)
 
 static int
 flush_since (struct qcow2 *q, const struct qcow2_flush_hooks *hooks,
-             unsigned long number)
+             unsigned long number, bool *lacks_space)
 {
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->flush_lock);
+  *lacks_space = false;
   if (flushed_since (q, number, hooks != NULL))
     return 0;
-  return flush (q, hooks);
+  return flush (q, hooks, lacks_space);
 }
 
 int
@@ -355,16 +370,18 @@ qcow2_flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
 {
   const unsigned long number = atomic_load (&q->flushes_begun);
   struct report_hold hold;
+  bool lacks_space;
   int r, err;
 
   if (q->readonly)
     return 0;
   report_hold_begin (&hold);
-  r = flush_since (q, hooks, number);
+  r = flush_since (q, hooks, number, &lacks_space);
   /* A hook needs space, which only a flush can bring home. */
-  if (r == -1 && errno == ENOSPC && hooks != NULL && !release_is_empty (q) &&
+  if (r == 0 && lacks_space && !release_is_empty (q) &&
       reclaim_quietly (q) == 0)
-    r = flush_since (q, hooks, number);
+    r = flush_since (q, hooks, atomic_load (&q->flushes_begun),
+                     &lacks_space);
   err = errno;
   report_hold_end (&hold);
   errno = err;
@@ -390,7 +407,7 @@ qcow2_reclaim (struct qcow2 *q)
   bool done;
 
   pthread_mutex_lock (&q->flush_lock);
-  const int r = flush (q, NULL);
+  const int r = flush (q, NULL, NULL);
   pthread_mutex_unlock (&q->flush_lock);
   if (r == -1)
     return -1;
@@ -445,14 +462,15 @@ static int
 flush_to_stop (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
 {
   struct report_hold hold;
+  bool lacks_space;
   int r;
 
   report_hold_begin (&hold);
-  r = flush (q, hooks);
-  if (r == -1 && errno == ENOSPC && !release_is_empty (q) &&
-      flush (q, NULL) == 0) {
+  r = flush (q, hooks, &lacks_space);
+  if (r == 0 && lacks_space && !release_is_empty (q) &&
+      (r = flush (q, NULL, NULL)) == 0) {
     retire_all (q);
-    r = flush (q, hooks);
+    r = flush (q, hooks, NULL);
   }
   report_hold_end (&hold);
   if (r == -1)
@@ -471,10 +489,13 @@ qcow2_stop (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
     return -1;
   allocate_forget_abandoned (q);
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->flush_lock);
-  /* Freeing clusters changes refcounts, which are flushed again. */
+  /* Freeing clusters changes refcounts, which are flushed again; what the
+   * hooks could not do they will not be able to do then.
+   */
   do {
     if (flush_to_stop (q, hooks) == -1)
       return -1;
+    hooks = NULL;
     retire_all (q);
   } while (!all_clean (q));
 

@@ -302,7 +302,8 @@ struct qcow2 {
   pthread_mutex_t flush_lock;   /* protects what follows */
   unsigned long lost_redone;    /* as lost was when that was made good */
   atomic_ulong flushes_begun;
-  unsigned long flush_succeeded[2]; /* without, with hooks */
+  unsigned long flush_succeeded[2]; /* without, with hooks, which may
+                                       have failed */
   tally flushes[2], flush_ns[2]; /* that have failed, succeeded */
 };
 

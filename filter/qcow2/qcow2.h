@@ -147,7 +147,9 @@ extern int qcow2_extent (struct qcow2 *, uint64_t offset, uint64_t limit,
  * called in this order, one flush at a time:
  *
  *   data        write what may be on disk before the references are:
- *               new clusters, and contents safe to overwrite
+ *               new clusters, and contents safe to overwrite.  Returns 1
+ *               if it left something for the next flush, for want of
+ *               space, else 0
  *   - refcount blocks are written; barrier -
  *   references  write what refers to them.  Returns 1 if it wrote
  *               anything, 0 if not
@@ -159,10 +161,15 @@ extern int qcow2_extent (struct qcow2 *, uint64_t offset, uint64_t limit,
  *   failed      called instead of all that would have followed, after
  *               any hook or write or barrier failed
  *
+ * Where one of the first three fails the flush goes on without hooks, and
+ * says nothing of that: they know what they could not do.
+ *
  * Hooks may call qcow2_alloc, qcow2_release, qcow2_read_metadata and
  * qcow2_write_metadata, but not flush.  hooks may be NULL.
  *
  * A flush that began after this one was called, and succeeded, counts.
+ * After hooks that lacked space, and if what was released up to now may
+ * help, there is another flush.
  */
 struct qcow2_flush_hooks {
   int (*data) (void *opaque);
@@ -176,7 +183,8 @@ extern int qcow2_flush (struct qcow2 *, const struct qcow2_flush_hooks *);
 
 /* A clean stop: flush, bring freed clusters home so that nothing is
  * leaked, and cut the container to what is used.  No request is under
- * way.  Where nothing was ever written this writes nothing.
+ * way.  Where nothing was ever written this writes nothing.  Hooks that
+ * fail are no failure of it.
  */
 extern int qcow2_stop (struct qcow2 *, const struct qcow2_flush_hooks *);
 
