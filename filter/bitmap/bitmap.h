@@ -73,6 +73,11 @@ extern const struct qcow2_flush_hooks *bitmap_set_hooks (struct bitmap_set *);
  */
 extern void bitmap_set_tell_unstored (struct bitmap_set *);
 
+/* At the clean stop, after the last flush: release the clusters that were
+ * reserved and not needed.  True if there were any: flush again.
+ */
+extern bool bitmap_set_give_back_reserved (struct bitmap_set *);
+
 /* Have all recording bitmaps reached the image, so that none is in_use
  * by us?  For the clean stop, after the last flush.  Reports those that
  * have not.

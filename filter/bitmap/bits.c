@@ -118,6 +118,19 @@ bits_set_in_piece (struct bits *bits, uint64_t first, uint64_t last)
   return changed;
 }
 
+bool
+bits_all_populated (const struct bits *bits, uint64_t first, uint64_t last)
+{
+  for (; first <= last; ++first) {
+    if (first % 64 == 0 && last - first >= 63 &&
+        load (&bits->populated[first / 64]) == UINT64_MAX)
+      first += 63;
+    else if (!bits_is_populated (bits, first))
+      return false;
+  }
+  return true;
+}
+
 uint64_t
 bits_count (const struct bits *bits, uint64_t *bytes)
 {

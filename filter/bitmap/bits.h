@@ -63,6 +63,18 @@ bits_all_set (const struct bits *bits, uint64_t first, uint64_t last)
  */
 extern bool bits_set_in_piece (struct bits *, uint64_t first, uint64_t last);
 
+/* May a piece have a set bit?  While it is not so it has none. */
+static inline bool
+bits_is_populated (const struct bits *bits, uint64_t piece)
+{
+  return atomic_load_explicit (&bits->populated[piece / 64],
+                               memory_order_acquire) >> (piece % 64) & 1;
+}
+
+/* The same of all pieces of [first, last]. */
+extern bool bits_all_populated (const struct bits *, uint64_t first,
+                                uint64_t last);
+
 /* The first bit at or after from that is clear, or end if there is none
  * before end.
  */

@@ -14,6 +14,7 @@
  *   create.c    new bitmaps, in a new directory
  *   set.c       open and close; what the options ask for; what clients see
  *   mark.c      marking, and how a bitmap becomes in use
+ *   reserve.c   space for what a mark will have to be written
  *   sync.c      from RAM to the image, and how it ceases to be in use
  *
  * The states and the invariants that mark.c and sync.c keep between
@@ -43,12 +44,12 @@
  * the piece had been flagged; no flag remained, so it had been taken
  * after the bit was set, and what was taken is durable.
  *
- * Locks: state_lock of the set, and nothing else.  The flush hooks run
- * under the flush lock of qcow2/ and take state_lock inside; marks take
- * state_lock alone; both call qcow2/ with it held, which takes locks of
- * its own inside, never the flush lock (of all that qcow2/ offers only
- * qcow2_flush and qcow2_stop take that, and nobody calls those with
- * state_lock held).  A section never waits for anything, so whoever
+ * Locks: state_lock of the set, and reserve_lock, of which no thread ever
+ * holds both.  The flush hooks run under the flush lock of qcow2/ and take
+ * them inside; marks take them alone; both call qcow2/ with one held,
+ * which takes locks of its own inside, never the flush lock (of all that
+ * qcow2/ offers only qcow2_flush and qcow2_stop take that, and nobody
+ * calls those with one of ours held).  A section never waits for anything, so whoever
  * waits for a grace period may hold any lock; a section may be entered
  * with state_lock held.
  */
@@ -65,6 +66,7 @@
 #include "common/grace.h"
 #include "common/meter.h"
 #include "qcow2/bitmap-directory.h"
+#include "qcow2/holes.h"
 #include "qcow2/qcow2.h"
 
 enum bitmap_state { SYNCED, IN_USE, DOUBTFUL, CLOSING };
@@ -74,7 +76,11 @@ struct pending_entry {
   uint32_t index;
   bool attempted;               /* it may be in the image */
   uint64_t old_entry;           /* what it was in RAM before */
+  uint64_t reserved;            /* of which it was made (reserve.c), or 0 */
 };
+
+/* A reserved cluster reads as zeroes: a flag beside its host offset. */
+#define RESERVED_ZEROED UINT64_C (1)
 
 struct bitmap {
   /* What marks read. */
@@ -88,11 +94,19 @@ struct bitmap {
   uint64_t entry_offset;        /* of the directory entry in the image */
 
   /* Host offset and entries of the bitmap table.  The entries are as
-   * they shall be in the image, the pending ones included.
+   * they shall be in the image, the pending ones included.  Only the flush
+   * changes them, with reserve_lock held.
    */
   uint64_t table_offset;
   uint32_t table_entries;
   uint64_t *table;
+
+  /* Protected by reserve_lock.  By table entry: the cluster that is
+   * reserved for it, with RESERVED_ZEROED or not, or 0.
+   */
+  uint64_t *reserved;
+  uint32_t nr_reserved;
+  uint8_t *table_holes;         /* of the table on disk (qcow2/holes.c) */
 
   struct changes changes;
 
@@ -163,6 +177,8 @@ struct bitmap_set {
                                    flush, or empty; under state_lock */
   bool told;                    /* a warning has said so; likewise */
 
+  pthread_mutex_t reserve_lock; /* protects what is said to be so above */
+
   /* The flush's. */
   struct qcow2_flush_hooks hooks;
   enum sync_phase phase;
@@ -229,6 +245,25 @@ extern void bitmap_set_state (struct bitmap_set *, struct bitmap *,
  */
 extern int bitmap_write_flags (struct bitmap_set *, struct bitmap *,
                                bool in_use);
+
+/* reserve.c */
+
+/* For a bitmap that records, and its table. */
+extern int bitmap_reserve_init (struct bitmap *);
+extern void bitmap_reserve_free (struct bitmap *);
+
+/* Reserve what the bits of a range will need, as far as there is space.
+ * No lock is held.
+ */
+extern void bitmap_reserve (struct bitmap_set *, uint64_t offset,
+                            uint64_t count);
+
+/* With reserve_lock held: what is reserved for a table entry, or 0, which
+ * is the caller's now; and back.
+ */
+extern uint64_t bitmap_take_reserved (struct bitmap *, uint32_t index);
+extern void bitmap_keep_reserved (struct bitmap *, uint32_t index,
+                                  uint64_t reserved);
 
 /* sync.c */
 extern const struct qcow2_flush_hooks bitmap_sync_hooks;

@@ -17,6 +17,9 @@
  *   in_use in between, however many flushes there are, and every mark
  *   ends after at most one barrier.
  *
+ * Before any but the first, what the flush will need is reserved
+ * (reserve.c).
+ *
  * A mark of more than mark_bytes is made in parts, so that no section
  * is long: somebody may be waiting for its end.
  *
@@ -188,6 +191,7 @@ bitmap_set_mark (struct bitmap_set *set, uint64_t offset, uint64_t count)
   if (count == 0 || marked_already (set, offset, count))
     return 0;
 
+  bitmap_reserve (set, offset, count);
   while (count > 0) {
     uint64_t part = min_u64 (count, set->mark_bytes);
 

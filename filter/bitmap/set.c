@@ -63,6 +63,7 @@ bitmap_free (struct bitmap *b)
     return;
   bits_free (&b->bits);
   changes_free (&b->changes);
+  bitmap_reserve_free (b);
   free (b->pending);
   free (b->table);
   free (b->name);
@@ -235,6 +236,8 @@ make_lists (struct bitmap_set *set, const struct bitmap_options *options)
     if (b->inconsistent)
       continue;
     if ((b->flags & BITMAP_FLAG_AUTO) && !set->readonly) {
+      if (bitmap_reserve_init (b) == -1)
+        return -1;
       set->recording[set->nr_recording++] = b;
       if (b->shift < min_shift)
         min_shift = b->shift;
@@ -253,6 +256,7 @@ set_init (struct bitmap_set *set, struct qcow2 *image,
   memset (set, 0, sizeof *set);
   grace_init (&set->grace);
   pthread_mutex_init (&set->state_lock, NULL);
+  pthread_mutex_init (&set->reserve_lock, NULL);
   set->image = image;
   set->readonly = qcow2_is_readonly (image);
   set->geometry.disk_size_bytes = qcow2_size (image);
@@ -331,6 +335,7 @@ bitmap_set_close (struct bitmap_set *set)
   free (set->prefix);
   pthread_mutex_destroy (&set->state_lock);
   grace_free (&set->grace);
+  pthread_mutex_destroy (&set->reserve_lock);
   free (set);
 }
 

@@ -12,10 +12,11 @@
  * data: waits for the marks under way, so that every bit that somebody
  * has seen set has its piece flagged; takes the flagged pieces; and
  * writes them, which in_use makes safe.  Where the table entry has a
- * data cluster the piece is written in place.  Where it is all zeroes a
- * cluster is allocated, written whole unless it reads as zeroes, and the
- * table entry becomes pending.  Where the cluster's bits are all set now
- * nothing is written and the entry becomes all ones, which is pending too.
+ * data cluster the piece is written in place.  Where it is all zeroes the
+ * cluster that the mark has reserved is taken, or one is allocated; it is
+ * written whole unless it reads as zeroes, and the table entry becomes
+ * pending.  Where the cluster's bits are all set now nothing is written
+ * and the entry becomes all ones, which is pending too.
  *
  * references: what was taken is durable.  Pending entries are written.
  * Bitmaps that have none are closed: the state becomes CLOSING, marks
@@ -34,7 +35,7 @@
  * - Before references (refcounts, the first barrier): nothing in the
  *   image refers to anything new.  The bitmaps are IN_USE.  Pieces taken
  *   are flagged again, entries that became pending in this flush are
- *   undone, and their clusters released.
+ *   undone, and their clusters reserved again.
  * - Writing a bitmap's pieces, or allocation: the same is done for this
  *   bitmap, which is left out of the flush.  The others are not.  So it is
  *   where its table entries cannot be written: they stay pending.
@@ -51,7 +52,8 @@
  * all; guest data never wait for it.
  *
  * Who has what: bitmap tables, pending entries and taken pieces belong
- * to the flush, of which qcow2/ runs one at a time.  States and flags
+ * to the flush, of which qcow2/ runs one at a time; reserve.c looks at the
+ * tables, so they are changed under reserve_lock.  States and flags
  * words are changed under state_lock.  Marks run all the while.
  */
 
@@ -70,10 +72,11 @@
 
 /* Change a table entry.  Room in pending was made. */
 static void
-set_table_entry (struct bitmap *b, uint32_t index, uint64_t entry)
+set_table_entry (struct bitmap *b, uint32_t index, uint64_t entry,
+                 uint64_t reserved)
 {
   b->pending[b->nr_pending++] = (struct pending_entry) {
-    .index = index, .old_entry = b->table[index],
+    .index = index, .old_entry = b->table[index], .reserved = reserved,
   };
   b->table[index] = entry;
 }
@@ -136,6 +139,36 @@ cluster_is_full (const struct bitmap_set *set, const struct bitmap *b,
     bits_next_clear (&b->bits, first, end) == end;
 }
 
+/* The entry becomes all ones. */
+static void
+fill_cluster (struct bitmap_set *set, struct bitmap *b, uint32_t index)
+{
+  const uint64_t reserved = bitmap_take_reserved (b, index);
+
+  set_table_entry (b, index, BITMAP_TABLE_ALL_ONES, 0);
+  if (reserved != 0)
+    qcow2_release (set->image, reserved & ~RESERVED_ZEROED, 1);
+}
+
+/* The entry, which is all zeroes, gets a data cluster.  *zeroed says
+ * whether it reads as zeroes.
+ */
+static int
+new_cluster (struct bitmap_set *set, struct bitmap *b, uint32_t index,
+             bool *zeroed)
+{
+  uint64_t reserved = bitmap_take_reserved (b, index), host;
+
+  if (reserved == 0) {
+    if (qcow2_alloc (set->image, QCOW2_BITMAP_DATA, 1, &host, zeroed) == -1)
+      return -1;
+    reserved = host | (*zeroed ? RESERVED_ZEROED : 0);
+  }
+  *zeroed = reserved & RESERVED_ZEROED;
+  set_table_entry (b, index, reserved & ~RESERVED_ZEROED, reserved);
+  return 0;
+}
+
 /* Write the taken pieces of one cluster of bits.  piece is the first of
  * them, end the end of the cluster's.
  */
@@ -144,25 +177,26 @@ write_cluster (struct bitmap_set *set, struct bitmap *b, uint32_t index,
                uint64_t piece, uint64_t end)
 {
   uint64_t cluster_size = set->geometry.cluster_size_bytes;
-  uint64_t cluster_start = index * cluster_size, host;
+  uint64_t cluster_start = index * cluster_size;
   bool zeroed;
 
   if (b->table[index] == BITMAP_TABLE_ALL_ONES)
     return 0;
   if (reserve_pending (b) == -1)
     return -1;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->reserve_lock);
   if (cluster_is_full (set, b, index)) {
-    set_table_entry (b, index, BITMAP_TABLE_ALL_ONES);
+    fill_cluster (set, b, index);
     return 0;
   }
-
   if (b->table[index] == BITMAP_TABLE_ALL_ZEROES) {
-    if (qcow2_alloc (set->image, QCOW2_BITMAP_DATA, 1, &host, &zeroed) == -1)
+    if (new_cluster (set, b, index, &zeroed) == -1)
       return -1;
-    set_table_entry (b, index, host);
     /* Pieces that are not taken have no bits yet. */
     if (!zeroed)
-      return write_bits (set, b, cluster_start, cluster_size, host);
+      return write_bits (set, b, cluster_start, cluster_size,
+                         b->table[index]);
   }
 
   while (piece < end) {
@@ -204,13 +238,15 @@ write_taken (struct bitmap_set *set, struct bitmap *b)
 static void
 undo_pending (struct bitmap_set *set, struct bitmap *b)
 {
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->reserve_lock);
   while (b->nr_pending > 0) {
     struct pending_entry *p = &b->pending[b->nr_pending - 1];
 
     if (p->attempted)
       break;
-    if (bitmap_table_entry_is_data (b->table[p->index]))
-      qcow2_release (set->image, b->table[p->index], 1);
+    /* What was written to it are bits that will be written again. */
+    if (p->reserved != 0)
+      bitmap_keep_reserved (b, p->index, p->reserved);
     b->table[p->index] = p->old_entry;
     b->nr_pending--;
   }
@@ -266,9 +302,25 @@ sync_data (void *opaque)
   return r;
 }
 
+/* Table entries are about to be written: reserve.c writes no zeroes there
+ * any more.
+ */
+static void
+forget_holes (struct bitmap_set *set, struct bitmap *b, uint32_t first,
+              uint32_t end)
+{
+  const unsigned in_sector = HOLES_SECTOR_BYTES / 8;
+  const unsigned in_chunk = HOLES_CHUNK_BYTES / HOLES_SECTOR_BYTES;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->reserve_lock);
+  for (uint32_t s = first / in_sector; s <= (end - 1) / in_sector; ++s)
+    b->table_holes[s / in_chunk] &= ~(1U << s % in_chunk);
+}
+
 /* Write the pending entries, and what lies between two that are near,
- * which the image has already.  Pieces are taken in ascending order, so
- * entries are too, but for those left from a flush that failed.
+ * which the image has already; but no sector in which there is none, for
+ * which nothing has reserved space.  Pieces are taken in ascending order,
+ * so entries are too, but for those left from a flush that failed.
  */
 static int
 write_pending (struct bitmap_set *set, struct bitmap *b)
@@ -282,12 +334,13 @@ write_pending (struct bitmap_set *set, struct bitmap *b)
     while (++i < b->nr_pending) {
       uint32_t next = b->pending[i].index;
 
-      if (next < first || next >= first + max || next > end + near)
+      if (next < first || next >= first + max || next >= end + near)
         break;
       if (next >= end)
         end = next + 1;
     }
     bitmap_table_put (set->buffer, &b->table[first], end - first);
+    forget_holes (set, b, first, end);
     if (qcow2_write_metadata (set->image, QCOW2_BITMAP_TABLE, set->buffer,
                               8 * (size_t) (end - first),
                               b->table_offset + 8 * (uint64_t) first) == -1)

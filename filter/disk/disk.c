@@ -229,7 +229,10 @@ disk_stop (struct disk *d)
 {
   if (qcow2_is_readonly (d->qcow2))
     return 0;
-  const int r = qcow2_stop (d->qcow2, bitmap_set_hooks (d->bitmaps));
+  int r = qcow2_stop (d->qcow2, bitmap_set_hooks (d->bitmaps));
+  if (bitmap_set_give_back_reserved (d->bitmaps) &&
+      qcow2_stop (d->qcow2, NULL) == -1)
+    r = -1;
   /* This says which bitmaps are the worse for it. */
   const bool stored = bitmap_set_all_stored (d->bitmaps);
   const unsigned long lost = qcow2_lost (d->qcow2);

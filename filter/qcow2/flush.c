@@ -160,6 +160,12 @@ qcow2_read_metadata (struct qcow2 *q, void *buf, size_t count,
 }
 
 int
+qcow2_begin_writing (struct qcow2 *q)
+{
+  return header_begin_writing (q);
+}
+
+int
 qcow2_write_metadata (struct qcow2 *q, enum qcow2_class class,
                       const void *buf, size_t count, uint64_t host_offset)
 {

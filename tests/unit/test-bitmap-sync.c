@@ -27,6 +27,11 @@
 #define LIMIT (1 << 19)
 #define SIZE (8 * MIB)
 
+/* Writes of the first mark, in a world of large clusters, before the flags:
+ * a cluster and the sector of a table, of two bitmaps.
+ */
+#define RESERVING 4
+
 /* With clusters of 512 bytes: 4 clusters of bits, and half of one.  With
  * one of 4096 bytes: half of one, and little of one.
  */
@@ -67,6 +72,15 @@ static int
 flush (struct world *w)
 {
   return qcow2_flush (w->q, bitmap_set_hooks (w->set));
+}
+
+/* A clean stop. */
+static void
+stop (struct world *w)
+{
+  assert_int_equal (qcow2_stop (w->q, bitmap_set_hooks (w->set)), 0);
+  if (bitmap_set_give_back_reserved (w->set))
+    assert_int_equal (qcow2_stop (w->q, NULL), 0);
 }
 
 static uint32_t
@@ -116,8 +130,10 @@ test_cost (void **state)
   open_world (&w, 12);
   assert_cost (&w, 0, 0, bitmap_set_mark (w.set, 0, 0));
 
-  /* The first change: two flags, one barrier.  The next ones: nothing. */
-  assert_cost (&w, 2, 1, mark_and_note (w.set, w.c, 1000, 1));
+  /* The first change: a cluster and the sector of a table for each of the
+   * two, then two flags and one barrier.  The next ones: nothing.
+   */
+  assert_cost (&w, 6, 1, mark_and_note (w.set, w.c, 1000, 1));
   assert_int_equal (disk_flags (&w, 0), 3);
   assert_int_equal (disk_flags (&w, 1), 3);
   assert_int_equal (disk_flags (&w, 2), 0);
@@ -205,10 +221,35 @@ test_uniform (void **state)
   free (d.bits);
 
   /* The clusters that the ones replaced are given back. */
-  assert_int_equal (qcow2_stop (w.q, bitmap_set_hooks (w.set)), 0);
+  stop (&w);
   image_check (w.c, 1);
   recorder_crash (w.c, 64, 9);
   close_world (&w);
+}
+
+/* No space can be reserved: the mark succeeds, and so does the flush. */
+static void
+test_no_reservation (void **state)
+{
+  (void) state;
+  for (unsigned nth = 0; nth < RESERVING; ++nth) {
+    for (unsigned applied = 0; applied < 2; ++applied) {
+      struct world w;
+
+      open_world (&w, 12);
+      recorder_fail (w.c, nth, false, applied);
+      messages_clear ();
+      mark_and_note (w.set, w.c, 4096, 512);
+      assert_int_equal (recorder_failures (w.c), 1);
+      assert_int_equal (messages_errors (), 0);
+      assert_int_equal (flush (&w), 0);
+      assert_synced (&w);
+      recorder_crash (w.c, 64, nth);
+      stop (&w);
+      image_check (w.c, 1);
+      close_world (&w);
+    }
+  }
 }
 
 /* A mark that fails has set nothing, and leaves nothing that the next
@@ -218,7 +259,7 @@ static void
 test_mark_fails (void **state)
 {
   (void) state;
-  for (unsigned nth = 0; nth < 3; ++nth) {
+  for (unsigned nth = RESERVING; nth < RESERVING + 3; ++nth) {
     for (unsigned applied = 0; applied < 2; ++applied) {
       const struct bitmap *fine;
       struct world w;
@@ -234,7 +275,7 @@ test_mark_fails (void **state)
       assert_false (ram_bit (fine, 8));
       assert_false (bitmap_set_all_stored (w.set));
 
-      if (nth == 0) {           /* The next flush tidies up ... */
+      if (nth == RESERVING) {   /* The next flush tidies up ... */
         assert_int_equal (flush (&w), 0);
         assert_synced (&w);
       }
@@ -334,7 +375,7 @@ marks_between_hooks (unsigned gap, bool fail, bool fresh)
   assert_int_equal (flush (&w), 0);
   assert_synced (&w);
   recorder_crash (w.c, 512, gap);
-  assert_int_equal (qcow2_stop (w.q, bitmap_set_hooks (w.set)), 0);
+  stop (&w);
   image_check (w.c, 1);
   close_world (&w);
 }
@@ -385,7 +426,7 @@ test_crash (void **state)
     open_world (&w, cluster_bits);
     workload (&w);
     assert_synced (&w);
-    assert_int_equal (qcow2_stop (w.q, bitmap_set_hooks (w.set)), 0);
+    stop (&w);
     n = recorder_crash (w.c, 512, cluster_bits);
     print_message ("%lu images\n", n);
     assert_true (n > 500);
@@ -414,7 +455,7 @@ fail_nth (unsigned cluster_bits, unsigned nth, bool for_ever, bool applied)
   assert_synced (&w);
   assert_int_equal (disk_flags (&w, 2), 0);
   recorder_crash (w.c, 4, nth);
-  assert_int_equal (qcow2_stop (w.q, bitmap_set_hooks (w.set)), 0);
+  stop (&w);
   assert_synced (&w);
   if (nth % 16 == 0)
     image_check (w.c, 1);
@@ -510,7 +551,7 @@ test_random (void **state)
     assert_int_equal (flush (&w), 0);
     assert_synced (&w);
     n += recorder_crash (w.c, 16, round);
-    assert_int_equal (qcow2_stop (w.q, bitmap_set_hooks (w.set)), 0);
+    stop (&w);
     if (round % 8 < 2)
       image_check (w.c, 1);
     close_world (&w);
@@ -525,6 +566,7 @@ main (void)
     cmocka_unit_test (test_cost),
     cmocka_unit_test (test_new_cluster),
     cmocka_unit_test (test_uniform),
+    cmocka_unit_test (test_no_reservation),
     cmocka_unit_test (test_mark_fails),
     cmocka_unit_test (test_last_barrier_fails),
     cmocka_unit_test (test_marks_between_hooks),
