@@ -3,7 +3,8 @@
 # else: what is found already, from whatever source, is left alone, and
 # then neither root nor the network is needed.
 #
-# usage: install-packages.sh GROUP...      (groups: build demo test bench)
+# usage: install-packages.sh GROUP...
+#        (groups: build demo test bench package)
 
 set -eu
 
@@ -11,6 +12,7 @@ set -eu
 #   c:PROGRAM  in PATH    p:MODULE  known to pkg-config
 #   y:MODULE   importable by /usr/bin/python3
 #   h:HEADER   in /usr/include
+#   d:PACKAGE  installed, of which nothing else can be seen
 #   f:COMPILER links fuzz targets with the sanitizers
 table='
 build  c:gcc                gcc
@@ -55,6 +57,14 @@ bench  c:nbdkit             nbdkit
 bench  c:qemu-nbd           qemu-utils
 bench  c:fio                fio
 bench  y:nbd                python3-libnbd
+package d:build-essential   build-essential
+package c:dh                debhelper
+package c:dpkg-buildpackage dpkg-dev
+package c:ip                iproute2
+package c:lintian           lintian
+package c:man               man-db
+package c:rpmbuild          rpm
+package c:rpmlint           rpmlint
 '
 
 is_there ()
@@ -64,6 +74,8 @@ is_there ()
         p:*) pkg-config --exists "${1#p:}" 2>/dev/null ;;
         y:*) /usr/bin/python3 -c "import ${1#y:}" >/dev/null 2>&1 ;;
         h:*) test -f "/usr/include/${1#h:}" ;;
+        d:*) dpkg-query -W -f '${Status}' "${1#d:}" 2>/dev/null |
+                 grep -q ' installed$' ;;
         f:*) echo 'int LLVMFuzzerTestOneInput (void) { return 0; }' |
                  "${1#f:}" -fsanitize=fuzzer,address,undefined -x c - \
                      -o /dev/null 2>/dev/null ;;
