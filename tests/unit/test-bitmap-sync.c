@@ -74,9 +74,8 @@ flush (struct world *w)
   return qcow2_flush (w->q, bitmap_set_hooks (w->set));
 }
 
-/* A clean stop. */
 static void
-stop (struct world *w)
+stop_cleanly (struct world *w)
 {
   assert_int_equal (qcow2_stop (w->q, bitmap_set_hooks (w->set)), 0);
   if (bitmap_set_give_back_reserved (w->set))
@@ -221,7 +220,7 @@ test_uniform (void **state)
   free (d.bits);
 
   /* The clusters that the ones replaced are given back. */
-  stop (&w);
+  stop_cleanly (&w);
   image_check (w.c, 1);
   recorder_crash (w.c, 64, 9);
   close_world (&w);
@@ -245,7 +244,7 @@ test_no_reservation (void **state)
       assert_int_equal (flush (&w), 0);
       assert_synced (&w);
       recorder_crash (w.c, 64, nth);
-      stop (&w);
+      stop_cleanly (&w);
       image_check (w.c, 1);
       close_world (&w);
     }
@@ -375,7 +374,7 @@ marks_between_hooks (unsigned gap, bool fail, bool fresh)
   assert_int_equal (flush (&w), 0);
   assert_synced (&w);
   recorder_crash (w.c, 512, gap);
-  stop (&w);
+  stop_cleanly (&w);
   image_check (w.c, 1);
   close_world (&w);
 }
@@ -426,7 +425,7 @@ test_crash (void **state)
     open_world (&w, cluster_bits);
     workload (&w);
     assert_synced (&w);
-    stop (&w);
+    stop_cleanly (&w);
     n = recorder_crash (w.c, 512, cluster_bits);
     print_message ("%lu images\n", n);
     assert_true (n > 500);
@@ -455,7 +454,7 @@ fail_nth (unsigned cluster_bits, unsigned nth, bool for_ever, bool applied)
   assert_synced (&w);
   assert_int_equal (disk_flags (&w, 2), 0);
   recorder_crash (w.c, 4, nth);
-  stop (&w);
+  stop_cleanly (&w);
   assert_synced (&w);
   if (nth % 16 == 0)
     image_check (w.c, 1);
@@ -551,7 +550,7 @@ test_random (void **state)
     assert_int_equal (flush (&w), 0);
     assert_synced (&w);
     n += recorder_crash (w.c, 16, round);
-    stop (&w);
+    stop_cleanly (&w);
     if (round % 8 < 2)
       image_check (w.c, 1);
     close_world (&w);
