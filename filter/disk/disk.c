@@ -366,6 +366,18 @@ disk_sync (struct disk *d)
   return r;
 }
 
+int
+disk_settle (struct disk *d)
+{
+  return qcow2_settle (d->qcow2, bitmap_set_hooks (d->bitmaps));
+}
+
+void
+disk_hurry (struct disk *d, unsigned grace_ms)
+{
+  qcow2_hurry (d->qcow2, grace_ms);
+}
+
 void
 disk_client_begin (struct disk *d, struct disk_client *client)
 {

@@ -127,7 +127,18 @@ extern int disk_flush (struct disk *, struct disk_client *);
 /* The same for our own ends: it tells of itself only. */
 extern int disk_sync (struct disk *);
 
+/* disk_sync, and all else that disk_stop would write, if no request comes
+ * in between.
+ */
+extern int disk_settle (struct disk *);
+
 extern int disk_cache (struct disk *, uint64_t count, uint64_t offset);
+
+/* From so long from now on requests that take long end early, with
+ * ESHUTDOWN: what has been changed of a range stays so, and all of it is
+ * marked.  disk_sync and disk_stop go on as ever.
+ */
+extern void disk_hurry (struct disk *, unsigned grace_ms);
 
 /* What base:allocation says of a run of bytes (NBD's flag values). */
 enum {

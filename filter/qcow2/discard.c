@@ -279,6 +279,8 @@ for_each_slice (struct qcow2 *q, const struct units *u, slice_function *fn)
     struct range_lock range;
     int r;
 
+    if (request_goes_on (q) == -1)
+      return -1;
     if (release_wants_reclaim (q))
       reclaim_quietly (q);
     report_hold_begin (&hold);
@@ -370,8 +372,11 @@ zero_bytes (struct qcow2 *q, uint64_t count, uint64_t offset, bool keep)
     uint64_t done;
     int r;
 
+    if (request_goes_on (q) == -1)
+      return -1;
     const grace_ticket ticket = grace_enter (&q->requests);
-    r = zero_in_place (q, count, offset, keep, &done);
+    r = zero_in_place (q, piece_of (count, offset, ZERO_PIECE), offset, keep,
+                       &done);
     grace_leave (&q->requests, ticket);
     if (r == -1)
       return -1;
@@ -393,7 +398,8 @@ range_is_fast (struct qcow2 *q, uint64_t count, uint64_t offset, bool keep)
   while (count > 0) {
     struct mapping m;
 
-    if (mapping_lookup (q, offset, count, &m) == -1)
+    if (request_goes_on (q) == -1 ||
+        mapping_lookup (q, offset, count, &m) == -1)
       return -1;
     if (!reads_as_zeroes (q, m.kind, offset, &m.length) ||
         (keep && m.kind != MAPPING_ZERO_ALLOCATED)) {

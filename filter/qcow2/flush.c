@@ -448,6 +448,51 @@ reclaim_quietly (struct qcow2 *q)
   return r;
 }
 
+int
+qcow2_settle (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
+{
+  if (q->readonly)
+    return 0;
+  /* Freeing clusters changes refcounts, which are flushed again.  Where
+   * others go on writing there is no end of it.
+   */
+  for (unsigned rounds = 0; rounds < 3; ++rounds) {
+    if (qcow2_flush (q, hooks) == -1)
+      return -1;
+    if (release_is_empty (q) && atomic_load (&q->rc.nr_dirty) == 0)
+      break;
+    if (reclaim_quietly (q) == -1)
+      break;
+  }
+  return 0;
+}
+
+static uint64_t
+now_ns (void)
+{
+  struct timespec ts;
+
+  clock_gettime (CLOCK_MONOTONIC, &ts);
+  return (uint64_t) ts.tv_sec * 1000000000 + ts.tv_nsec;
+}
+
+void
+qcow2_hurry (struct qcow2 *q, unsigned grace_ms)
+{
+  const uint64_t at = now_ns () + (uint64_t) grace_ms * 1000000;
+
+  for (; q != NULL; q = q->backing.image) {
+    atomic_store (&q->hurried_at, at);
+    atomic_store (&q->hurried, true);
+  }
+}
+
+bool
+is_time_up (const struct qcow2 *q)
+{
+  return now_ns () >= atomic_load (&q->hurried_at);
+}
+
 static bool
 all_clean (struct qcow2 *q)
 {

@@ -46,6 +46,7 @@
  * lock may wait for the end of all sections (reuse.c).
  */
 
+#include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -261,6 +262,9 @@ struct qcow2 {
 
   atomic_bool writing;          /* the first change was let through */
   atomic_bool corrupt;          /* takes no writes any more */
+  atomic_bool hurried;          /* long requests are to end, from some time
+                                   on (flush.c) */
+  _Atomic uint64_t hurried_at;
 
   struct registry registry;
 
@@ -660,6 +664,36 @@ extern int qcow2_reclaim (struct qcow2 *);
  * says so.
  */
 extern int reclaim_quietly (struct qcow2 *);
+
+/* flush.c */
+extern bool is_time_up (const struct qcow2 *);
+
+/* To be asked in each loop of a request that may be long: -1 with errno if
+ * it is to end here.
+ */
+static inline int
+request_goes_on (const struct qcow2 *q)
+{
+  if (!atomic_load_explicit (&q->hurried, memory_order_acquire) ||
+      !is_time_up (q))
+    return 0;
+  errno = ESHUTDOWN;
+  return -1;
+}
+
+/* How much of a request is done between two times of asking, in bytes of
+ * the guest's disk: where data are moved, and where they are not.  The
+ * first is no less than a cluster can have.
+ */
+#define DATA_PIECE (UINT64_C (2) << 20)
+#define ZERO_PIECE (UINT64_C (32) << 20)
+
+/* From offset to the next multiple of a piece, or count if that is less. */
+static inline uint64_t
+piece_of (uint64_t count, uint64_t offset, uint64_t piece)
+{
+  return min_u64 (count, piece - (offset & (piece - 1)));
+}
 
 static inline uint64_t
 guest_cluster_of (const struct qcow2 *q, uint64_t offset)

@@ -336,6 +336,8 @@ lookup (struct qcow2 *q, uint64_t offset, uint64_t count, bool with_host,
     if (get_entries (q, first + done, nr - done, batch, entries, &got,
                      &uniform) == -1)
       return -1;
+    if (done > 0 && request_goes_on (q) == -1)
+      return -1;
     batch = min_u64 (batch * 4, BATCH);
     for (uint64_t i = 0; i < (uniform ? 1 : got) && !run.ended; ++i) {
       add_entry (q, &run, &entries[i], skip);

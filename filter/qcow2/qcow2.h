@@ -106,7 +106,9 @@ struct qcow2_numbers {
 };
 extern void qcow2_get_numbers (const struct qcow2 *, struct qcow2_numbers *);
 
-/* Guest data.  Ranges lie inside qcow2_size. */
+/* Guest data.  Ranges lie inside qcow2_size.  A change that fails may be
+ * made in part.
+ */
 extern int qcow2_read (struct qcow2 *, void *buf, uint64_t count,
                        uint64_t offset);
 extern int qcow2_write (struct qcow2 *, const void *buf, uint64_t count,
@@ -140,6 +142,12 @@ enum qcow2_extent_type {
 extern int qcow2_extent (struct qcow2 *, uint64_t offset, uint64_t limit,
                          uint64_t *length, enum qcow2_extent_type *,
                          unsigned *depth);
+
+/* From so long from now on requests that take long, here or in a backing
+ * image, end early, between two of their pieces: with ESHUTDOWN, and
+ * nothing reported.  Flushing and stopping go on as ever.
+ */
+extern void qcow2_hurry (struct qcow2 *, unsigned grace_ms);
 
 /* Flushing, in the order of writes of the design.
  *
@@ -180,6 +188,11 @@ struct qcow2_flush_hooks {
   void *opaque;
 };
 extern int qcow2_flush (struct qcow2 *, const struct qcow2_flush_hooks *);
+
+/* Flush, and bring freed clusters home, so that if nothing is written
+ * after it qcow2_stop has nothing to write either.
+ */
+extern int qcow2_settle (struct qcow2 *, const struct qcow2_flush_hooks *);
 
 /* A clean stop: flush, bring freed clusters home so that nothing is
  * leaked, and cut the container to what is used.  No request is under

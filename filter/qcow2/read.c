@@ -70,7 +70,9 @@ read_range (struct qcow2 *q, void *buf, uint64_t count, uint64_t offset)
   while (count > 0) {
     struct mapping m;
 
-    if (mapping_lookup (q, offset, count, &m) == -1 ||
+    if (request_goes_on (q) == -1 ||
+        mapping_lookup (q, offset, piece_of (count, offset, DATA_PIECE),
+                        &m) == -1 ||
         read_run (q, &m, p, offset) == -1)
       return -1;
     p += m.length;
@@ -116,7 +118,10 @@ qcow2_cache (struct qcow2 *q, uint64_t count, uint64_t offset)
     const grace_ticket ticket = grace_enter (&q->requests);
     struct mapping m;
 
-    r = mapping_lookup (q, offset, count, &m);
+    r = request_goes_on (q);
+    if (r == 0)
+      r = mapping_lookup (q, offset, piece_of (count, offset, ZERO_PIECE),
+                          &m);
     if (r == 0) {
       r = cache_run (q, &m);
       offset += m.length;

@@ -359,10 +359,13 @@ qcow2_write (struct qcow2 *q, const void *buf, uint64_t count, uint64_t offset)
     uint64_t done;
     int r;
 
+    if (request_goes_on (q) == -1)
+      return -1;
     if (release_wants_reclaim (q))
       reclaim_quietly (q);
     report_hold_begin (&hold);
-    r = write_some (q, p, count, offset, &done);
+    r = write_some (q, p, piece_of (count, offset, DATA_PIECE), offset,
+                    &done);
     report_hold_end (&hold);
     if (r == -1) {
       if (write_may_retry (q, &hold, &retried))

@@ -232,6 +232,14 @@ disk_extent_depth (struct disk *d, uint64_t offset, uint64_t limit,
   return end (d);
 }
 
+void
+disk_hurry (struct disk *d, unsigned grace_ms)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&d->lock);
+  d->hurried = true;
+  d->hurry_ms = grace_ms;
+}
+
 size_t
 disk_nr_bitmaps (const struct disk *d)
 {

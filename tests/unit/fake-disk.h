@@ -52,6 +52,8 @@ struct disk {
                                    told of those that come */
   unsigned under_way, most_under_way;
   bool last_fua, last_no_hole, last_fast;
+  bool hurried;                 /* disk_hurry was called, with: */
+  unsigned hurry_ms;
 };
 
 extern struct disk *fake_disk_new (uint64_t size);

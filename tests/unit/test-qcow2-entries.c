@@ -25,7 +25,8 @@
 
 #include <cmocka.h>
 
-#include "common/meter.h"       /* counts nothing that is tested here */
+#include "common/meter.h"       /* count and ask nothing that is tested */
+#include "qcow2/internal.h"     /* here */
 
 /* What happens, before which load or store from now on. */
 static void (*meanwhile) (void);
