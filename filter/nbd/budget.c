@@ -171,7 +171,7 @@ wait_for_room (struct connection *c, size_t count, int64_t deadline)
   struct budget *b = &c->server->budget;
   struct budget_waiter me = { .connection = c, .since = now_ms () };
   struct budget_waiter **p = &b->line;
-  bool in_time = true, is_room;
+  bool in_time = true, is_room = false;
 
   debug_request ("nbd: waiting for %zu bytes of memory", count);
   while (*p != NULL)
@@ -181,8 +181,9 @@ wait_for_room (struct connection *c, size_t count, int64_t deadline)
   if (atomic_fetch_add (&b->waiting, 1) == 0)
     server_wake (c->server);
 
-  while (!(is_room = fits (b, c, count, &me)) &&
-         !atomic_load (&c->dead) && in_time)
+  /* First of all: is it of use?  When many are cut there is room. */
+  while (!atomic_load (&c->dead) &&
+         !(is_room = fits (b, c, count, &me)) && in_time)
     in_time = wait_to_be_woken (b, deadline);
 
   atomic_fetch_sub (&b->waiting, 1);

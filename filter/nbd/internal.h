@@ -159,7 +159,9 @@ struct nbd_server {
    */
   int client_fd, ended_fd;
 
-  /* Fixed once nbd_server_start has returned. */
+  /* Fixed once nbd_server_start has returned, and closed by the thread
+   * that accepts when it ends.
+   */
   int *sockets;
   size_t nr_sockets;
   struct pollfd *pollfds;       /* wake_fd, then the sockets */
@@ -169,6 +171,8 @@ struct nbd_server {
   pthread_t monitor_thread;
 
   atomic_bool stopping;         /* receive nothing more */
+  int64_t cut_at_ms;            /* set before that: when to cut those who
+                                   are left */
   atomic_uint nr_extra_threads; /* besides one for each connection */
 
   /* Protects the lists and counts below, and that the fd of a listed

@@ -97,10 +97,21 @@ extern void nbd_server_add_client (struct nbd_server *, int fd, int ended);
 /* Begin to accept.  The threads block all signals. */
 extern int nbd_server_start (struct nbd_server *);
 
-/* Stop: accept no more, finish the requests that were received whole,
- * answer what the clients still take within grace_ms, cut every
- * connection, and join every thread.  Returns in little more than
- * grace_ms whatever the clients do.  Idle clients are cut at once.
+/* Begin to stop, and return at once: accept no more, execute the requests
+ * that were received whole, answer what the clients still take within
+ * grace_ms, and then cut every connection.  From then on the disk is in a
+ * hurry (disk_hurry).  Idle clients are cut at once.  Nothing happens if it has begun, or there was no start.
+ */
+extern void nbd_server_begin_stop (struct nbd_server *, unsigned grace_ms);
+
+/* After that: wait until all connections have ended, and so nothing of
+ * theirs is inside the disk.  False if it takes longer than patience_ms.
+ */
+extern bool nbd_server_wait (struct nbd_server *, unsigned patience_ms);
+
+/* Stop: begin, if that was not done; wait for as long as the disk takes;
+ * and join every thread.  Takes little more than grace_ms whatever the
+ * clients do.
  */
 extern void nbd_server_stop (struct nbd_server *, unsigned grace_ms);
 

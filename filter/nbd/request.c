@@ -472,6 +472,20 @@ execute_in_pieces (struct worker *w, struct disk *disk)
   return 0;
 }
 
+/* The connection was cut: the client would learn nothing of it.  A change
+ * that has come whole is still made where the client was the one who went,
+ * since there are clients that do not wait for the last replies.
+ */
+static bool
+is_in_vain (const struct worker *w)
+{
+  struct connection *c = w->connection;
+
+  return atomic_load_explicit (&c->dead, memory_order_relaxed) &&
+    (atomic_load_explicit (&c->server->stopping, memory_order_relaxed) ||
+     !(is_change (w->request.type) || w->request.type == NBD_CMD_FLUSH));
+}
+
 /* Do what a valid request asks.  -1 with errno. */
 static int
 execute (struct worker *w)
@@ -479,6 +493,10 @@ execute (struct worker *w)
   struct disk *disk = w->connection->server->disk;
   const struct request *r = &w->request;
 
+  if (is_in_vain (w)) {
+    errno = ESHUTDOWN;
+    return -1;
+  }
   if (r->type == NBD_CMD_FLUSH)
     return disk_flush (disk, &w->connection->client);
   if (r->length == 0)

@@ -10,10 +10,17 @@
  * client does makes it wait: a connection's handshake is done by the
  * connection's own thread.
  *
- * Stopping: no more clients; every connection takes nothing more from
- * its socket, finishes what it has received whole and answers; after
- * the grace time they are cut, so that no thread is left in sendmsg;
- * then wait for those that are still inside the disk, and join.
+ * Stopping is begun by any thread and goes on in the one that accepts, so
+ * that nothing the caller does in between delays it, nor a client:
+ *
+ * - No more clients are accepted.  Every connection takes nothing more
+ *   from its socket, executes what it has received whole, and answers.
+ * - After the grace time the connections are cut.  No thread is left in
+ *   sendmsg, or waits for memory.  From then on nothing is begun for these
+ *   clients: no queued request, and no further part of one (request.c).
+ *   What is inside the disk then, and long, ends early (disk_hurry).
+ *
+ * nbd_server_stop then waits for the last calls of the disk, and joins.
  */
 
 #include <config.h>
@@ -309,6 +316,61 @@ accept_some (struct nbd_server *server, nfds_t nr)
   return can;
 }
 
+static void
+close_sockets (struct nbd_server *server)
+{
+  for (size_t i = 0; i < server->nr_sockets; ++i)
+    close (server->sockets[i]);
+  free (server->sockets);
+  free (server->pollfds);
+  server->sockets = NULL;
+  server->pollfds = NULL;
+  server->nr_sockets = 0;
+}
+
+/* Idle connections end at once, the others as soon as they have
+ * answered.  One that is still in its handshake has nothing to answer.
+ */
+static void
+end_input_of_all (struct nbd_server *server)
+{
+  for (struct connection *c = server->live; c != NULL; c = c->next) {
+    if (atomic_load (&c->handshaking))
+      connection_cut (c);
+    else
+      shutdown (c->fd, SHUT_RD);
+  }
+}
+
+/* Wait until no connection lives, but not beyond a time of now_ms.
+ * Called with server->lock.
+ */
+static void
+wait_for_connections (struct nbd_server *server, int64_t until_ms)
+{
+  const struct timespec ts = {
+    .tv_sec = until_ms / 1000,
+    .tv_nsec = until_ms % 1000 * 1000000,
+  };
+  int r = 0;
+
+  while (server->nr_live > 0 && r == 0)
+    r = pthread_cond_timedwait (&server->changed, &server->lock, &ts);
+}
+
+/* The end of the thread that accepts: nobody adds a connection any more. */
+static void
+wind_down (struct nbd_server *server)
+{
+  close_sockets (server);
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
+  end_input_of_all (server);
+  wait_for_connections (server, server->cut_at_ms);
+  for (struct connection *c = server->live; c != NULL; c = c->next)
+    connection_cut (c);
+}
+
 /* Listen to wake_fd only while we cannot take clients, so as not to
  * spin.
  */
@@ -334,6 +396,7 @@ accept_main (void *vp)
     }
     can_accept = accept_some (server, nr);
   }
+  wind_down (server);
   return NULL;
 }
 
@@ -378,52 +441,26 @@ nbd_server_start (struct nbd_server *server)
   return -1;
 }
 
-static void
-close_sockets (struct nbd_server *server)
+void
+nbd_server_begin_stop (struct nbd_server *server, unsigned grace_ms)
 {
-  for (size_t i = 0; i < server->nr_sockets; ++i)
-    close (server->sockets[i]);
-  free (server->sockets);
-  free (server->pollfds);
-  server->sockets = NULL;
-  server->pollfds = NULL;
-  server->nr_sockets = 0;
+  if (!server->started || atomic_load (&server->stopping))
+    return;
+  server->cut_at_ms = now_ms () + grace_ms;
+  disk_hurry (server->disk, grace_ms);
+  atomic_store (&server->stopping, true);
+  server_wake (server);
 }
 
-/* Idle connections end at once, the others as soon as they have
- * answered.  One that is still in its handshake has nothing to answer.
- */
-static void
-end_input_of_all (struct nbd_server *server)
+bool
+nbd_server_wait (struct nbd_server *server, unsigned patience_ms)
 {
-  for (struct connection *c = server->live; c != NULL; c = c->next) {
-    if (atomic_load (&c->handshaking))
-      connection_cut (c);
-    else
-      shutdown (c->fd, SHUT_RD);
-  }
-}
+  if (!server->started)
+    return true;
 
-static void
-wait_for_connections (struct nbd_server *server, unsigned grace_ms)
-{
-  struct timespec ts;
-  int r = 0;
-
-  clock_gettime (CLOCK_MONOTONIC, &ts);
-  ts.tv_sec += grace_ms / 1000;
-  ts.tv_nsec += (grace_ms % 1000) * 1000000L;
-  if (ts.tv_nsec >= 1000000000L) {
-    ts.tv_sec++;
-    ts.tv_nsec -= 1000000000L;
-  }
-  while (server->nr_live > 0 && r == 0)
-    r = pthread_cond_timedwait (&server->changed, &server->lock, &ts);
-
-  for (struct connection *c = server->live; c != NULL; c = c->next)
-    connection_cut (c);
-  while (server->nr_live > 0)
-    pthread_cond_wait (&server->changed, &server->lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
+  wait_for_connections (server, now_ms () + patience_ms);
+  return server->nr_live == 0;
 }
 
 void
@@ -431,18 +468,15 @@ nbd_server_stop (struct nbd_server *server, unsigned grace_ms)
 {
   if (!server->started)
     return;
-  server->started = false;
-
-  atomic_store (&server->stopping, true);
-  server_wake (server);
+  nbd_server_begin_stop (server, grace_ms);
   pthread_join (server->accept_thread, NULL);
-  close_sockets (server);
   {
     ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
 
-    end_input_of_all (server);
-    wait_for_connections (server, grace_ms);
+    while (server->nr_live > 0)
+      pthread_cond_wait (&server->changed, &server->lock);
   }
+  server->started = false;
   join_finished (server);
   monitor_quit (server);
   client_errors_end (server);

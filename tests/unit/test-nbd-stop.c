@@ -92,6 +92,111 @@ test_stop_with_greedy_clients (void **state)
     close (fd[i]);
 }
 
+static unsigned
+calls (enum fake_op op)
+{
+  pthread_mutex_lock (&f.disk->lock);
+  const unsigned n = f.disk->calls[op];
+  pthread_mutex_unlock (&f.disk->lock);
+
+  return n;
+}
+
+/* Wait until the disk has nothing to do. */
+static void
+wait_for_quiet (void)
+{
+  unsigned n = calls (FAKE_READ), before;
+
+  do {
+    before = n;
+    sleep_ms (200);
+    n = calls (FAKE_READ);
+  } while (n != before);
+}
+
+/* READs of as much as there may be, in parts and whole, of which clients
+ * do not take a byte.  When they are cut nothing of these is read.
+ */
+static void
+test_stop_reads_nothing_more (void **state)
+{
+  static const char *const contexts[] = { "base:allocation", NULL };
+  unsigned before, after;
+  int fd[12];
+
+  (void) state;
+  for (int i = 0; i < 12; ++i) {
+    fd[i] = client_open (&f, i % 3 == 0 ? NULL : contexts);
+    for (int j = 0; j < 40; ++j)
+      send_request (fd[i], i % 3 == 1 && j % 2 ? NBD_CMD_FLAG_DF : 0,
+                    NBD_CMD_READ, j, 0, j % 5 == 4 ? 1 << 20 : 32 << 20);
+  }
+  wait_for_quiet ();
+  before = calls (FAKE_READ);
+  assert_true (before > 12);
+  assert_false (f.disk->hurried);
+  assert_true (stop_takes (50) < 10000);
+  after = calls (FAKE_READ);
+  for (int i = 0; i < 12; ++i)
+    close (fd[i]);
+  /* There are tens of thousands left. */
+  assert_in_range (after, before, before + 50);
+  assert_true (f.disk->hurried);
+  assert_int_equal (f.disk->hurry_ms, 50);
+}
+
+/* Of changes that have come whole, too, none is begun. */
+static void
+test_stop_begins_nothing_more (void **state)
+{
+  enum { N = 100 };
+  uint8_t buf[N * (sizeof (struct nbd_request) + 16)] = { 0 };
+  unsigned ms = 40;
+  int fd = client_open (&f, NULL);
+  size_t n = 0;
+
+  (void) state;
+  f.disk->opaque = &ms;
+  f.disk->hook = hook_sleep;
+  for (int i = 0; i < N; ++i) {
+    put_request (buf + n, 0, NBD_CMD_WRITE, i, 16 * i, 16);
+    n += sizeof (struct nbd_request) + 16;
+  }
+  send_bytes (fd, buf, n);
+  sleep_ms (10);
+  assert_true (stop_takes (100) < 3000);
+  assert_true (calls (FAKE_WRITE) < N);
+  close (fd);
+}
+
+/* It is begun by one call, goes on by itself, and can be waited for. */
+static void
+test_stop_step_by_step (void **state)
+{
+  int busy = client_open (&f, NULL), idle = client_open (&f, NULL);
+  int greedy = client_greedy (&f);
+
+  (void) state;
+  assert_false (nbd_server_wait (f.server, 0));
+  gate_close (f.disk, FAKE_ZERO, 0);
+  send_request (busy, 0, NBD_CMD_WRITE_ZEROES, 1, 0, 512);
+  gate_wait ();
+  nbd_server_begin_stop (f.server, 300);
+  expect_end (idle);
+  expect_end (busy);            /* the grace time is over */
+  assert_false (nbd_server_wait (f.server, 50));
+  gate_open ();
+  assert_true (nbd_server_wait (f.server, 20000));
+  assert_int_equal (f.disk->under_way, 0);
+  assert_true (stop_takes (10000) < 5000);
+  nbd_server_begin_stop (f.server, 10000);
+  assert_true (nbd_server_wait (f.server, 0));
+  close (busy);
+  close (idle);
+  close (greedy);
+}
+
 /* Requests that were received are answered, then the end. */
 static void
 test_stop_answers (void **state)
@@ -232,6 +337,9 @@ main (void)
   const struct CMUnitTest tests[] = {
     TEST (test_stop_with_silent_clients),
     TEST (test_stop_with_greedy_clients),
+    TEST (test_stop_reads_nothing_more),
+    TEST (test_stop_begins_nothing_more),
+    TEST (test_stop_step_by_step),
     TEST (test_stop_answers),
     TEST (test_stop_waits_for_the_disk),
     TEST (test_stop_in_a_flood),
