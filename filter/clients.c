@@ -19,6 +19,10 @@
  * gate is looked at, and the gate is closed before the counter is looked
  * at, both sequentially consistent: when a closed gate's counter is 0,
  * nobody is inside and nobody will be.
+ *
+ * A client that goes may be the reason for nbdkit to quit (stop.c), so
+ * what it has written may have to be stored in finalize.  That is outside
+ * of the gate: whoever stores it may be waiting for the gate.
  */
 
 #include <config.h>
@@ -27,7 +31,6 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include <nbdkit-filter.h>
 
@@ -41,11 +44,15 @@
  */
 #define MAX_BLOCK_SIZE ((uint32_t) 32 << 20)
 
+#define READING_AT_ONCE ((uint32_t) 64 << 20)
+#define MIN_READ ((uint32_t) 128 << 10)
+
 static struct {
   struct disk *disk;
   struct export_options exports;
   bool is_rotational;
   struct stats *stats;          /* or NULL */
+  void (*store) (void);         /* when a client goes, or NULL */
   atomic_bool closed;           /* the gate */
   atomic_long in_flight;
 } gate;
@@ -99,6 +106,12 @@ clients_start (struct disk *disk, const struct export_options *exports,
 }
 
 void
+clients_store_when_left (void (*store) (void))
+{
+  gate.store = store;
+}
+
+void
 clients_refuse (void)
 {
   atomic_store (&gate.closed, true);
@@ -108,16 +121,6 @@ long
 clients_in_flight (void)
 {
   return atomic_load (&gate.in_flight);
-}
-
-void
-clients_stop (void)
-{
-  const struct timespec millisecond = { .tv_nsec = 1000000 };
-
-  clients_refuse ();
-  while (clients_in_flight () > 0)
-    nanosleep (&millisecond, NULL);
 }
 
 static int
@@ -219,6 +222,15 @@ close_connection (void *handle)
   connection_free (handle);
 }
 
+static int
+finalize_connection (nbdkit_next *next, void *handle)
+{
+  (void) next; (void) handle;
+  if (gate.store != NULL)
+    gate.store ();
+  return 0;
+}
+
 static int64_t
 get_size (nbdkit_next *next, void *handle)
 {
@@ -311,6 +323,40 @@ can_cache (nbdkit_next *next, void *handle)
 }
 
 static int
+read_export (struct disk *disk, const struct export *export, void *buf,
+             uint32_t count, uint64_t offset)
+{
+  return export->is_delta
+    ? disk_delta_read (disk, export->bitmap, buf, count, offset)
+    : disk_read (disk, buf, count, offset);
+}
+
+/* Read, by calls that ask for READING_AT_ONCE together with those of all
+ * requests under way (but each for MIN_READ): what storage is in the middle
+ * of when nbdkit is told to end has to be waited for (disk_hurry), and
+ * nbdkit has 16 threads for each client.
+ */
+static int
+read_in_pieces (struct disk *disk, const struct export *export, void *buf,
+                uint32_t count, uint64_t offset)
+{
+  uint8_t *p = buf;
+
+  while (count > 0) {
+    const uint32_t piece =
+      max_u64 (READING_AT_ONCE / max_u64 (clients_in_flight (), 1), MIN_READ);
+    const uint32_t n = min_u64 (count, piece);
+
+    if (read_export (disk, export, p, n, offset) == -1)
+      return -1;
+    p += n;
+    offset += n;
+    count -= n;
+  }
+  return 0;
+}
+
+static int
 pread_disk (nbdkit_next *next, void *handle, void *buf, uint32_t count,
             uint64_t offset, uint32_t flags, int *err)
 {
@@ -321,10 +367,7 @@ pread_disk (nbdkit_next *next, void *handle, void *buf, uint32_t count,
   (void) next; (void) flags;
   if (disk == NULL)
     return -1;
-  return leave_request (c->export.is_delta
-                        ? disk_delta_read (disk, c->export.bitmap, buf, count,
-                                           offset)
-                        : disk_read (disk, buf, count, offset),
+  return leave_request (read_in_pieces (disk, &c->export, buf, count, offset),
                         err, began, STATS_READ, count);
 }
 
@@ -468,6 +511,7 @@ clients_set_callbacks (struct nbdkit_filter *f)
   f->list_exports = list_exports_of_disk;
   f->default_export = default_export;
   f->open = open_connection;
+  f->finalize = finalize_connection;
   f->close = close_connection;
   f->get_size = get_size;
   f->export_description = export_description;

@@ -26,18 +26,18 @@ extern void clients_count (struct stats *);
 extern void clients_start (struct disk *, const struct export_options *,
                            bool is_rotational);
 
+/* Call store when a client goes, before the filters above learn of it. */
+extern void clients_store_when_left (void (*store) (void));
+
 /* From now on requests and new connections are refused.  Those under
  * way go on.
  */
 extern void clients_refuse (void);
 
-/* How many requests are under way? */
-extern long clients_in_flight (void);
-
-/* Refuse, and wait until none is under way.  The disk is not used after
- * that.
+/* How many requests are under way?  When they are refused and it is 0, the
+ * disk is not used any more.
  */
-extern void clients_stop (void);
+extern long clients_in_flight (void);
 
 /* Fill in nbdkit's callbacks for connections and requests. */
 extern void clients_set_callbacks (struct nbdkit_filter *);

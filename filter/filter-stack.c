@@ -5,7 +5,7 @@
 
 /* How this works
  *
- * A list of nbdkit's filters, and three questions of each.
+ * A list of nbdkit's filters, and five questions of each.
  *
  * - Does it act on data alone?  Then it does below ours what it always
  *   does, whoever answers the clients.  Others judge, count or delay the
@@ -17,7 +17,24 @@
  * - Does it work through the opening of connections?  Our filter opens
  *   the plugin once for all, so below ours it never sees a client.
  *
+ * - Does it fail requests because nbdkit quits?  Such filters sleep in
+ *   nbdkit_nanosleep.  Below ours they work until everything is stored
+ *   (stop.c).  (spinning sleeps too, and does not mind if it cannot.)
+ * - Does it let nbdkit quit when a client has gone?
+ *
  * What is not in the list is unknown, and the answer is no.
+ *
+ * Some that were looked at, as to how nbdkit ends:
+ *
+ * - retry opens the plugin again, in the thread of whatever request has
+ *   failed.  In nbdkit since 1.32 that works in our context, which belongs
+ *   to no connection; and as it lowers the thread model, requests come to
+ *   it one at a time.
+ * - pause, as long as it is paused, stops what is stored at the end, as it
+ *   stops everything: nbdkit ends when it is resumed.
+ * - exitlast takes a client that asks for INFO for one that has come and
+ *   gone, with or without our filter.  If it was the only one nbdkit
+ *   quits, and the GO that follows it is refused.
  */
 
 #include <config.h>
@@ -34,6 +51,8 @@ enum {
   DATA = 1,                     /* acts on data alone */
   SAME = 2,                     /* passes bytes and size through */
   OPENS = 4,                    /* works through .open or .close */
+  SLEEPS = 8,                   /* and fails requests when nbdkit quits */
+  QUITS = 16,                   /* when a client has gone */
 };
 
 static const struct {
@@ -49,11 +68,11 @@ static const struct {
   { "count", DATA | SAME },
   { "cow", DATA },
   { "ddrescue", DATA },
-  { "delay", DATA | SAME },
+  { "delay", DATA | SAME | SLEEPS },
   { "error", DATA | SAME },
   { "evil", DATA },
-  { "exitlast", SAME | OPENS },
-  { "exitwhen", SAME | OPENS },
+  { "exitlast", SAME | OPENS | QUITS },
+  { "exitwhen", SAME | OPENS | QUITS },
   { "exportname", SAME | OPENS },
   { "ext2", DATA },
   { "extentlist", DATA | SAME },
@@ -76,10 +95,10 @@ static const struct {
   { "pause", SAME },
   { "protect", DATA | SAME },
   { "qcow2dec", DATA },
-  { "rate", SAME },
+  { "rate", SAME | SLEEPS },
   { "readahead", DATA | SAME },
-  { "retry", DATA | SAME },
-  { "retry-request", DATA | SAME },
+  { "retry", DATA | SAME | SLEEPS },
+  { "retry-request", DATA | SAME | SLEEPS },
   { "rotational", DATA | SAME },
   { "scan", DATA | SAME },
   { "spinning", DATA | SAME },
@@ -203,6 +222,30 @@ filter_stack_holds_writes (const struct command_line *cl)
     if (is_filter (cl->filters[i], "cow"))
       return true;
   return false;
+}
+
+bool
+filter_stack_may_quit (const struct command_line *cl)
+{
+  const ssize_t ours = our_place (cl);
+  const size_t end = ours == -1 ? cl->nr_filters : (size_t) ours;
+  size_t i;
+
+  for (i = 0; i < end; ++i)
+    if (what_is (cl->filters[i]) & QUITS)
+      return true;
+  return false;
+}
+
+const char *
+filter_stack_sleeper (const struct command_line *cl)
+{
+  size_t i;
+
+  for (i = our_place (cl) + 1; i < cl->nr_filters; ++i)
+    if (what_is (cl->filters[i]) & SLEEPS)
+      return cl->filters[i];
+  return NULL;
 }
 
 void

@@ -30,6 +30,14 @@ extern const char *filter_stack_changes_bytes (const struct command_line *);
 /* Is there a filter below ours that keeps writes from the plugin? */
 extern bool filter_stack_holds_writes (const struct command_line *);
 
+/* May a filter above ours let nbdkit quit when a client has gone? */
+extern bool filter_stack_may_quit (const struct command_line *);
+
+/* The name of a filter below ours that sleeps, and cannot once nbdkit
+ * quits.  NULL if there is none.
+ */
+extern const char *filter_stack_sleeper (const struct command_line *);
+
 /* Warn of filters that do not work below ours. */
 extern void filter_stack_warn (const struct command_line *);
 

@@ -17,16 +17,15 @@
  * after_fork   the plugin and the disk are opened.  Either our server
  *              stands in for nbdkit's (sockets.c, and single.c for
  *              nbdkit -s), or nbdkit's own one
- *              answers (clients.c) and a thread makes it end when it
- *              should (quit-watcher.c)
- * cleanup      the clients' servers have ended, or are ended here; what
- *              is in RAM is written, and the image closed
+ *              answers (clients.c).  A thread waits for what ends nbdkit,
+ *              and then ends the servers, and writes what is in RAM
+ *              (stop.c)
+ * cleanup      that is waited for, and the image closed
  * unload       if something could not be written, the process ends with
  *              an exit code that says so: cleanup has no other way, and
  *              to exit there would skip the cleanup of those below us
  *
- * The callbacks are called by nbdkit's main thread.  Only on_quit is
- * called by another, and stop_server says how that is kept apart.
+ * The callbacks are called by nbdkit's main thread.
  */
 
 #include <config.h>
@@ -55,15 +54,15 @@
 #include "listen.h"
 #include "nbd/nbd.h"
 #include "parameters.h"
-#include "quit-watcher.h"
 #include "single.h"
 #include "sockets.h"
 #include "stats-file.h"
 #include "stats/stats.h"
+#include "stop.h"
 #include "tls-options.h"
 
-/* How long clients of our server have to take their last replies. */
-#define STOP_GRACE_MS 300
+/* How long the client of nbdkit -s has to take its last replies. */
+#define SINGLE_GRACE_MS 300
 
 static unsigned nr_loads;
 static struct parameters parameters;
@@ -334,6 +333,8 @@ open_disk (nbdkit_backend *backend)
     return -1;
   }
   clients_start (disk, &exports, is_rotational);
+  if (filter_stack_may_quit (&command_line))
+    clients_store_when_left (stop_store);
   return 0;
 }
 
@@ -386,21 +387,19 @@ start_server (void)
   return 0;
 }
 
-/* Called by the quit watcher, and by cleanup after it has ended. */
+/* The process ends, and cleanup will not be called. */
 static void
-stop_server (void)
+leave_nothing_behind (void)
 {
-  if (server == NULL)
-    return;
-  nbd_server_stop (server, STOP_GRACE_MS);
-  nbd_server_free (server);
-  server = NULL;
+  listen_unlink (&listen_sockets);
+  stats_file_stop ();
 }
 
 static int
 start_serving (nbdkit_backend *backend)
 {
   const int nr_sockets = sockets_find (&command_line);
+  struct stop_options stop_options;
 
   if (nr_sockets == -1)
     return -1;
@@ -411,12 +410,33 @@ start_serving (nbdkit_backend *backend)
     return -1;
   if ((stands_in || parameters.listens) && start_server () == -1)
     return -1;
-  if (!stands_in && quit_watcher_start (disk, stop_server) == -1)
-    return -1;
   if (stats != NULL &&
       stats_file_start (stats, disk, parameters.stats_interval) == -1)
     return -1;
-  return 0;
+
+  stop_options = (struct stop_options) {
+    .disk = disk,
+    .server = server,
+    .nbdkit_answers = !stands_in,
+    .sleeper = filter_stack_sleeper (&command_line),
+    .give_up = leave_nothing_behind,
+  };
+  return stop_start (&stop_options);
+}
+
+/* Undo what start_serving has done before it failed: nbdkit is about to
+ * exit and calls nothing of ours any more.
+ */
+static void
+give_up_serving (void)
+{
+  stop_finish ();
+  if (server != NULL)
+    nbd_server_stop (server, 0);
+  single_stop (0);
+  if (disk != NULL)
+    disk_stop (disk);
+  listen_unlink (&listen_sockets);
 }
 
 static int
@@ -437,13 +457,7 @@ dirty_bitmap_after_fork (nbdkit_backend *backend)
                             : "through nbdkit's server");
     return 0;
   }
-
-  /* nbdkit is about to exit and calls nothing of ours any more. */
-  stop_server ();
-  single_stop (0);
-  if (disk != NULL && !disk_is_readonly (disk))
-    disk_stop (disk);
-  listen_unlink (&listen_sockets);
+  give_up_serving ();
   return -1;
 }
 
@@ -461,23 +475,18 @@ static void
 dirty_bitmap_cleanup (nbdkit_backend *backend)
 {
   (void) backend;
-  quit_watcher_stop ();
-  stop_server ();
-  single_stop (STOP_GRACE_MS);
-  clients_stop ();
+  failed = stop_finish () == -1;
+  if (failed)
+    nbdkit_error ("not everything could be written at the end: "
+                  "the dirty bitmaps that are incomplete "
+                  "stay marked as in use");
+  nbd_server_free (server);
+  server = NULL;
+  single_stop (SINGLE_GRACE_MS);
   listen_unlink (&listen_sockets);
-
-  if (disk != NULL) {
-    if (!disk_is_readonly (disk) && disk_stop (disk) == -1) {
-      nbdkit_error ("not everything could be written at the end: "
-                    "the dirty bitmaps that are incomplete "
-                    "stay marked as in use");
-      failed = true;
-    }
-    stats_file_stop ();
-    disk_close (disk);
-    disk = NULL;
-  }
+  stats_file_stop ();
+  disk_close (disk);
+  disk = NULL;
   chain_close (chain);
   chain = NULL;
 }

@@ -45,8 +45,8 @@
 #include "nbd/nbd.h"
 #include "single.h"
 
-/* A signal ends the waiting at once.  How soon it is noticed if nbdkit is
- * to end for another reason.
+/* How soon it is noticed that nbdkit is to end for a reason that is not
+ * ours.
  */
 #define LOOK_MS 200
 
@@ -56,13 +56,15 @@ static struct {
   bool taken;
   int in, out;                  /* the client's, or -1 */
   int ended;                    /* an eventfd: the client has gone */
+  int woken;                    /* an eventfd: nbdkit is to end */
 
   /* The relay. */
   bool relays;
   int sock;                     /* its end of the pair */
   int stop;                     /* an eventfd: the threads are to end */
   pthread_t to_server, to_client;
-} s = { .in = -1, .out = -1, .ended = -1, .sock = -1, .stop = -1 };
+} s = { .in = -1, .out = -1, .ended = -1, .woken = -1, .sock = -1,
+        .stop = -1 };
 
 static void
 close_fd (int *fd)
@@ -85,7 +87,8 @@ single_take (void)
   }
   silent = eventfd (0, EFD_CLOEXEC);
   s.ended = eventfd (0, EFD_CLOEXEC);
-  if (silent == -1 || s.ended == -1 ||
+  s.woken = eventfd (0, EFD_CLOEXEC);
+  if (silent == -1 || s.ended == -1 || s.woken == -1 ||
       dup2 (silent, STDIN_FILENO) == -1 ||
       dup2 (silent, STDOUT_FILENO) == -1) {
     report_error ("eventfd: %m");
@@ -274,12 +277,22 @@ single_serve (struct nbd_server *server)
 void
 single_wait (void)
 {
-  struct pollfd ended = { .fd = s.ended, .events = POLLIN };
+  struct pollfd fds[2] = {
+    { .fd = s.ended, .events = POLLIN },
+    { .fd = s.woken, .events = POLLIN },
+  };
 
   /* That fails when nbdkit is to end, and says so on stderr. */
   while (nbdkit_nanosleep (0, 1) == 0)
-    if (poll (&ended, 1, LOOK_MS) == 1)
+    if (poll (fds, 2, LOOK_MS) > 0)
       break;
+}
+
+void
+single_wake (void)
+{
+  if (s.taken)
+    eventfd_write (s.woken, 1);
 }
 
 void
@@ -299,4 +312,5 @@ single_stop (unsigned grace_ms)
   close_fd (&s.sock);
   close_fd (&s.stop);
   close_fd (&s.ended);
+  close_fd (&s.woken);
 }

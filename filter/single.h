@@ -31,6 +31,9 @@ extern int single_serve (struct nbd_server *);
  */
 extern void single_wait (void);
 
+/* Let it end: nbdkit is about to. */
+extern void single_wake (void);
+
 /* When the server has stopped: a client behind pipes has grace_ms to take
  * what is left for it.
  */

@@ -27,8 +27,8 @@
  * are known by their local address: a connected socket has the path of
  * the listening socket that it was accepted from, or its port.
  *
- * All this happens in nbdkit's main thread, but for
- * sockets_shut_clients, which only reads what the main thread has left.
+ * All this happens in nbdkit's main thread, but for what is done about
+ * these clients, which only reads what the main thread has left.
  */
 
 #include <config.h>
@@ -42,11 +42,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <linux/sockios.h>
 #include <linux/vm_sockets.h>
 
 #include "command-line.h"
@@ -315,25 +317,40 @@ sockets_take_over (struct nbd_server *server)
   return 0;
 }
 
-static int
-shut_client (int fd, const struct stat *statbuf, void *opaque)
+static bool
+is_client (int fd, const struct stat *statbuf)
 {
-  const int how = *(const int *) opaque;
   struct local local;
   size_t i;
 
-  if (s.has_stdin && statbuf->st_ino == s.stdin_ino) {
-    shutdown (fd, how);
-    return 0;
-  }
+  if (s.has_stdin && statbuf->st_ino == s.stdin_ino)
+    return true;
   if (is_listening (fd) || !get_local (fd, &local))
-    return 0;
+    return false;
   for (i = 0; i < s.nr_listeners; ++i)
-    if (same_local (&local, &s.listeners[i].local)) {
-      /* It may be gone, or not connected: that is as well. */
-      shutdown (fd, how);
-      break;
-    }
+    if (same_local (&local, &s.listeners[i].local))
+      return true;
+  return false;
+}
+
+static int
+shut_client (int fd, const struct stat *statbuf, void *how)
+{
+  /* It may be gone, or not connected: that is as well. */
+  if (is_client (fd, statbuf))
+    shutdown (fd, *(const int *) how);
+  return 0;
+}
+
+/* Bytes that were sent and not received. */
+static int
+look_for_stuck (int fd, const struct stat *statbuf, void *found)
+{
+  int bytes;
+
+  if (is_client (fd, statbuf) && ioctl (fd, SIOCOUTQ, &bytes) == 0 &&
+      bytes > 0)
+    *(bool *) found = true;
   return 0;
 }
 
@@ -341,6 +358,15 @@ void
 sockets_shut_clients (int how)
 {
   for_each_socket (shut_client, &how);
+}
+
+bool
+sockets_client_is_stuck (void)
+{
+  bool found = false;
+
+  for_each_socket (look_for_stuck, &found);
+  return found;
 }
 
 void

@@ -29,6 +29,9 @@ extern int sockets_take_over (struct nbd_server *);
 /* shutdown(2) the connections of nbdkit's clients in the given way. */
 extern void sockets_shut_clients (int how);
 
+/* Is there one of them that does not take what nbdkit sends? */
+extern bool sockets_client_is_stuck (void);
+
 extern void sockets_free (void);
 
 #endif /* DIRTY_BITMAP_SOCKETS_H */

@@ -1,0 +1,105 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* How this works
+ *
+ * nbdkit installs one handler for TERM, INT, QUIT and HUP before it calls
+ * after_fork.  The handler sets a flag, and from that moment on nothing
+ * that sleeps in nbdkit works any more (stop.c says why that matters).  So
+ * this file takes its place with a handler that does no more than write to
+ * an eventfd; the thread that reads it tells nbdkit when it is time.
+ *
+ * nbdkit's handler is known by this: it is that of TERM, and takes one
+ * argument.  A signal that something else has taken (a plugin, the
+ * language that it is written in), or that is ignored, is left alone.
+ * A second signal finds the eventfd written to, and adds nothing.
+ *
+ * Signals that came before are nbdkit's: the flag is set, and cleanup
+ * comes as soon as after_fork has returned.
+ *
+ * Children that plugins fork have the handler until they call exec, and
+ * the eventfd with it.  A signal that is for such a child is not for us.
+ *
+ * When the filter is unloaded the handler must not be in use.  The kernel
+ * gives a signal of the process to the main thread if that does not block
+ * it.  The main thread never does, but for the moment of a poll, and it is
+ * the one that puts nbdkit's handler back.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <unistd.h>
+
+#include "signals.h"
+
+static const int quit_signals[] = { SIGTERM, SIGINT, SIGQUIT, SIGHUP };
+#define NR_SIGNALS (sizeof quit_signals / sizeof quit_signals[0])
+
+static struct sigaction saved[NR_SIGNALS];
+static bool is_taken[NR_SIGNALS];
+
+/* Set before the handler is. */
+static volatile int write_fd = -1;
+static volatile pid_t owner;
+
+static void
+handle_signal (int sig)
+{
+  const int saved_errno = errno;
+  const uint64_t one = 1;
+  ssize_t r;
+
+  (void) sig;
+  if (getpid () == owner) {
+    r = write (write_fd, &one, sizeof one);
+    (void) r;                   /* If it is full the thread wakes anyway. */
+  }
+  errno = saved_errno;
+}
+
+static bool
+is_plain_handler (const struct sigaction *sa)
+{
+  return (sa->sa_flags & SA_SIGINFO) == 0 && sa->sa_handler != SIG_DFL &&
+    sa->sa_handler != SIG_IGN;
+}
+
+bool
+signals_take (int fd)
+{
+  struct sigaction theirs, ours;
+
+  if (sigaction (SIGTERM, NULL, &theirs) == -1 || !is_plain_handler (&theirs))
+    return false;
+  write_fd = fd;
+  owner = getpid ();
+  for (size_t i = 0; i < NR_SIGNALS; ++i) {
+    if (sigaction (quit_signals[i], NULL, &saved[i]) == -1 ||
+        !is_plain_handler (&saved[i]) ||
+        saved[i].sa_handler != theirs.sa_handler)
+      continue;
+    ours = saved[i];            /* the flags and the mask stay */
+    ours.sa_handler = handle_signal;
+    is_taken[i] = sigaction (quit_signals[i], &ours, NULL) == 0;
+  }
+  return true;
+}
+
+void
+signals_give_back (void)
+{
+  for (size_t i = 0; i < NR_SIGNALS; ++i) {
+    struct sigaction now;
+
+    if (is_taken[i] && sigaction (quit_signals[i], NULL, &now) == 0 &&
+        is_plain_handler (&now) && now.sa_handler == handle_signal)
+      sigaction (quit_signals[i], &saved[i], NULL);
+    is_taken[i] = false;
+  }
+}

@@ -1,0 +1,375 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* How this works
+ *
+ * What is in RAM alone is lost if nbdkit is killed, and two things get in
+ * the way of storing it when nbdkit is told to end:
+ *
+ * - Once nbdkit quits, every nbdkit_nanosleep fails.  Filters below that
+ *   sleep (delay, rate, retry) then fail the writes that they delay.
+ * - nbdkit waits until its connections have ended by themselves, and only
+ *   then calls cleanup.  Who started it loses patience and kills it.
+ *
+ * So signals come to a thread of ours (signals.c), which works through
+ * this, and tells nbdkit to quit when it is done:
+ *
+ *   refuse      No request is begun any more for a client of nbdkit's
+ *               server, and our server begins to stop: it goes on with
+ *               that by itself, while this thread goes on here.
+ *   store       disk_sync, while the last requests are still under way, so
+ *               that being killed in what follows loses nothing that was
+ *               acknowledged until now.
+ *   wait        Until no request is under way.  GRACE_MS after "refuse"
+ *               long ones end early (disk_hurry), and clients of our
+ *               server are cut.  If one is stuck for PATIENCE_MS, maybe asleep in a filter
+ *               below: store once more, and let nbdkit quit, which wakes
+ *               it; then wait for as long as it takes.
+ *   stop        disk_stop.  No request comes after it.
+ *   quit        nbdkit_shutdown.
+ *   shut down   The receiving side of the connections of nbdkit's server
+ *               is shut down after a while: replies still get out, and
+ *               idle connections end.  Later the sending side as well,
+ *               for the sake of clients that do not take their replies.
+ *               Both are repeated until cleanup, since nbdkit may still be
+ *               starting a connection that it accepted just before.
+ *               (nbdkit 1.32 aborts if the second is done to a client that
+ *               has several replies to take: an assertion in its
+ *               raw_send_socket.  There the process ends instead, with the
+ *               status that it would have had, and without the cleanup of
+ *               plugin and filters, which an abort skips too.)
+ *
+ * Why nothing that was acknowledged is missing from the image: a request
+ * is either counted as under way, from before the gate of clients.c or the
+ * server's flag was looked at until it has left the disk, or it is refused.
+ * "wait" ends when both are closed and none is counted, so disk_stop comes
+ * after the last change.  (The gate says why none slips through; our
+ * server has joined its threads.)  The first store races with requests,
+ * as every flush does: a change that it missed is in RAM, and its bitmap
+ * is in use in the image, durably, until disk_stop.
+ *
+ * Why the first store waits for no request: a flush waits for marks under
+ * way, each of which is short, and takes no range lock.
+ *
+ * Where nbdkit quits for another reason, the same is done, as far as it
+ * can be then.  Such reasons, and how this thread learns of them:
+ *
+ * - A signal before after_fork has ended; a plugin, or a filter, that calls
+ *   nbdkit_shutdown.  Where nbdkit's own server answers, another thread
+ *   sleeps in nbdkit_nanosleep, which fails at that moment (at the price of
+ *   a line in the log).  Elsewhere nbdkit has no client, and calls cleanup
+ *   at once.
+ * - The filters exitlast and exitwhen do that when a client has gone.  They
+ *   learn of it after us, in close: so in finalize (clients.c) everything
+ *   is stored, by this thread (stop_store).  In the connection's own thread
+ *   filters below could not sleep, since its client has gone.
+ * - With -s the client has gone: cleanup is called, and nbdkit does not
+ *   even quit.
+ *
+ * cleanup (stop_finish) waits for this thread, whatever it was woken by.
+ * So there is one thread that stops the disk, and it does so once.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <limits.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <nbdkit-filter.h>
+
+#include "clients.h"
+#include "common/cleanup.h"
+#include "common/report.h"
+#include "common/threads.h"
+#include "disk/disk.h"
+#include "nbd/nbd.h"
+#include "signals.h"
+#include "single.h"
+#include "sockets.h"
+#include "stop.h"
+
+#define TICK_MS 20
+
+/* What requests under way get to end by themselves, clients to leave by
+ * themselves, and, when the disk is stopped, to take their replies.
+ */
+#define GRACE_MS 300
+
+/* What a request may be stuck for. */
+#define PATIENCE_MS (5 * 1000)
+
+/* The thread that does all of this, and the one that sleeps until nbdkit
+ * quits.
+ */
+static pthread_t stopper, sleeper;
+static bool has_stopper, has_sleeper;
+static struct stop_options options;
+
+/* Eventfds: a signal has come; look at what follows. */
+static int signal_fd = -1, wake_fd = -1;
+
+/* Protects what follows.  No other lock is taken while it is held. */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
+static bool is_asked;           /* to stop */
+static bool is_finishing;       /* cleanup has come */
+static bool is_stopped;         /* the disk is */
+static unsigned stores_asked, stores_done;
+static int result;              /* of disk_stop */
+
+static int64_t
+now_ms (void)
+{
+  struct timespec ts;
+
+  clock_gettime (CLOCK_MONOTONIC, &ts);
+  return (int64_t) ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
+
+/* Sleep until there is something to be done.  True if that is to stop. */
+static bool
+wait_to_be_asked (void)
+{
+  struct pollfd fds[2] = {
+    { .fd = signal_fd, .events = POLLIN },
+    { .fd = wake_fd, .events = POLLIN },
+  };
+  eventfd_t ignored;
+
+  poll (fds, 2, -1);
+  if (fds[1].revents != 0)
+    eventfd_read (wake_fd, &ignored);
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
+  return is_asked || fds[0].revents != 0;
+}
+
+/* Store for clients that have gone, if there are any. */
+static void
+store_for_leavers (void)
+{
+  unsigned asked;
+
+  {
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
+    if (stores_asked == stores_done)
+      return;
+    asked = stores_asked;
+  }
+  disk_settle (options.disk);
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
+  stores_done = asked;
+  pthread_cond_broadcast (&changed);
+}
+
+/* Wait until no request is under way.  False if one is still, after a time
+ * of now_ms.
+ */
+static bool
+requests_end (int64_t until)
+{
+  const struct timespec tick = { .tv_nsec = TICK_MS * 1000000L };
+
+  while (clients_in_flight () > 0 ||
+         (options.server != NULL &&
+          !nbd_server_wait (options.server, TICK_MS))) {
+    if (now_ms () >= until)
+      return false;
+    if (clients_in_flight () > 0)
+      nanosleep (&tick, NULL);
+  }
+  return true;
+}
+
+static void
+stop (int64_t began)
+{
+  int r;
+
+  clients_refuse ();
+  disk_hurry (options.disk, GRACE_MS);
+  if (options.server != NULL)
+    nbd_server_begin_stop (options.server, GRACE_MS);
+  disk_sync (options.disk);     /* If it fails, disk_stop tells. */
+  if (!requests_end (began + PATIENCE_MS)) {
+    disk_sync (options.disk);
+    nbdkit_shutdown ();
+    requests_end (INT64_MAX);
+  }
+  if (options.server != NULL)
+    nbd_server_stop (options.server, GRACE_MS);
+  r = disk_stop (options.disk);
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
+  result = r;
+  is_stopped = true;
+  pthread_cond_broadcast (&changed);
+}
+
+/* Has cleanup come?  Wait a little for it. */
+static bool
+cleanup_comes (void)
+{
+  struct pollfd fd = { .fd = wake_fd, .events = POLLIN };
+  eventfd_t ignored;
+
+  if (poll (&fd, 1, TICK_MS) == 1)
+    eventfd_read (wake_fd, &ignored);
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
+  return is_finishing;
+}
+
+/* Clients of nbdkit's server had time to take their replies. */
+static void
+end_sending (void)
+{
+#if NBDKIT_VERSION_MINOR >= 34
+  sockets_shut_clients (SHUT_RDWR);
+#else
+  sockets_shut_clients (SHUT_RD);
+  if (!sockets_client_is_stuck ())
+    return;
+  report_warning ("there are clients that do not take their replies, and "
+                  "this version of nbdkit would abort if they were "
+                  "disconnected: the disk is stopped, and the process ends "
+                  "here");
+  options.give_up ();
+  _exit (result == 0 ? EXIT_SUCCESS : EXIT_FAILURE);
+#endif
+}
+
+static void
+make_nbdkit_end (int64_t began)
+{
+  const int64_t stopped = now_ms ();
+
+  {
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
+    if (is_finishing)
+      return;
+  }
+  nbdkit_shutdown ();
+  single_wake ();
+  while (!cleanup_comes ()) {
+    const int64_t now = now_ms ();
+
+    if (!options.nbdkit_answers)
+      continue;
+    if (now - stopped >= GRACE_MS)
+      end_sending ();
+    else if (now - began >= GRACE_MS)
+      sockets_shut_clients (SHUT_RD);
+  }
+}
+
+static void *
+stopper_main (void *unused)
+{
+  int64_t began;
+
+  (void) unused;
+  while (!wait_to_be_asked ())
+    store_for_leavers ();
+  began = now_ms ();
+  stop (began);
+  make_nbdkit_end (began);
+  return NULL;
+}
+
+static void *
+sleeper_main (void *unused)
+{
+  (void) unused;
+  while (nbdkit_nanosleep (INT_MAX - 1, 0) == 0)
+    ;
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
+  is_asked = true;
+  eventfd_write (wake_fd, 1);
+  return NULL;
+}
+
+static int
+start_thread (pthread_t *thread, void *(*start) (void *), bool *has)
+{
+  const int r = thread_create (thread, start, NULL);
+
+  *has = r == 0;
+  if (r == 0)
+    return 0;
+  errno = r;
+  report_error ("pthread_create: %m");
+  return -1;
+}
+
+int
+stop_start (const struct stop_options *o)
+{
+  options = *o;
+  signal_fd = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);
+  wake_fd = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);
+  if (signal_fd == -1 || wake_fd == -1) {
+    report_error ("eventfd: %m");
+    return -1;
+  }
+  if (start_thread (&stopper, stopper_main, &has_stopper) == -1 ||
+      (options.nbdkit_answers &&
+       start_thread (&sleeper, sleeper_main, &has_sleeper) == -1))
+    return -1;
+  if (!signals_take (signal_fd) && options.sleeper != NULL)
+    report_warning ("--filter=%s stops to work when nbdkit is told to end, "
+                    "and what is in memory then may be lost: nbdkit's "
+                    "handling of signals is not as it is known",
+                    options.sleeper);
+  return 0;
+}
+
+void
+stop_store (void)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
+  const unsigned mine = ++stores_asked;
+
+  if (!has_stopper)
+    return;
+  eventfd_write (wake_fd, 1);
+  while ((int) (stores_done - mine) < 0 && !is_stopped)
+    pthread_cond_wait (&changed, &lock);
+}
+
+int
+stop_finish (void)
+{
+  if (!has_stopper)
+    return 0;
+  {
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
+    is_asked = is_finishing = true;
+    eventfd_write (wake_fd, 1);
+    while (!is_stopped)
+      pthread_cond_wait (&changed, &lock);
+    has_stopper = false;
+  }
+  pthread_join (stopper, NULL);
+  if (has_sleeper) {
+    nbdkit_shutdown ();         /* This wakes it, if nothing has. */
+    pthread_join (sleeper, NULL);
+    has_sleeper = false;
+  }
+  signals_give_back ();
+  close (signal_fd);
+  close (wake_fd);
+  signal_fd = wake_fd = -1;
+  return result;
+}

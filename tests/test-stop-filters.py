@@ -1,0 +1,197 @@
+#!/usr/bin/python3 -B
+# nbdkit-dirty-bitmap-filter
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright the nbdkit-dirty-bitmap-filter authors
+
+"""Filters below that sleep (delay, rate, retry, retry-request) fail every
+request once nbdkit quits.  By then everything is stored, whatever ends
+nbdkit: each of its signals, several of them, the end of the command of
+--run or of the client of -s, and filters above that let it quit when a
+client has gone.
+"""
+
+import os
+import signal
+import subprocess
+import time
+
+import harness
+from harness import Server, nbd
+
+FILTER = "--filter=" + harness.FILTER
+DELAY = [FILTER, "--filter=delay", "file", "disk.qcow2", "wdelay=30ms"]
+
+
+def create():
+    harness.create("disk.qcow2", 64 << 20, ("b", 65536))
+
+
+def write(h):
+    """Changes of which nothing is flushed; some clusters are given up."""
+    h.pwrite(b"x" * 131072, 5 << 20)
+    h.trim(65536, 5 << 20)
+    h.pwrite(b"y" * 512, 20 << 20)
+
+
+def stored():
+    harness.check("disk.qcow2")
+    assert harness.flags("disk.qcow2", "b") == {"auto"}, "it is in use"
+    dirty = harness.granules(harness.qemu_extents("disk.qcow2", "b"), 65536)
+    assert dirty == {80, 81, 320}, dirty
+
+
+def quiet(server):
+    for line in server.messages().splitlines():
+        for word in ("cannot write", "could not", "may be lost"):
+            assert word not in line, server.messages()
+
+
+def by_signal(args, sig=signal.SIGTERM, again=0, idle=True):
+    create()
+    server = Server(args=args)
+    h = server.connect()
+    write(h)
+    if not idle:
+        h.shutdown()
+    for _ in range(again):
+        server.process.send_signal(sig)
+        time.sleep(0.02)
+    server.stop(sig)
+    quiet(server)
+    stored()
+
+
+def flaky(sleeper):
+    """Storage of which a write fails now and then."""
+    script = os.path.join(harness.tmp, "flaky.sh")
+    with open(script, "w") as f:
+        f.write("""#!/usr/bin/env bash
+cd %s
+case $1 in
+  get_size) stat -Lc %%s disk.qcow2 ;;
+  can_write | can_flush | flush) ;;
+  thread_model) echo parallel ;;
+  pread) dd iflag=skip_bytes,count_bytes skip=$4 count=$3 \\
+            if=disk.qcow2 status=none ;;
+  pwrite) if rm fail 2>/dev/null; then echo EIO >&2; exit 1; fi
+          dd oflag=seek_bytes conv=notrunc seek=$4 of=disk.qcow2 \\
+             status=none ;;
+  *) exit 2 ;;
+esac
+""" % harness.tmp)
+    os.chmod(script, 0o755)
+    create()
+    os.truncate("disk.qcow2", 2 << 20)
+    delay = "retry-delay=1" if sleeper == "retry" else "retry-request-delay=1"
+    server = Server(args=[FILTER, "--filter=" + sleeper, "sh", script, delay])
+    h = server.connect()
+    h.pwrite(b"x" * 65536, 5 << 20)
+    h.pwrite(b"x" * 65536, 81 << 16)
+    h.pwrite(b"y" * 512, 20 << 20)
+    # The first write at the end fails, and is tried again a second later.
+    open("fail", "w").close()
+    server.stop()
+    assert not os.path.exists("fail")
+    stored()
+
+
+def last_client(above, *params, vanish=False):
+    """The filter above lets nbdkit quit when its only client has gone."""
+    create()
+    if os.path.exists("event"):
+        os.unlink("event")
+    server = Server(args=["--filter=" + above, *DELAY, *params])
+    if vanish:
+        code = ("import nbd, os; h = nbd.NBD(); h.connect_uri('%s');"
+                "h.pwrite(b'x' * 131072, 5 << 20); h.trim(65536, 5 << 20);"
+                "h.pwrite(b'y' * 512, 20 << 20); os._exit(0)" % server.uri)
+        subprocess.run(["/usr/bin/python3", "-c", code], check=True)
+    else:
+        h = server.connect()
+        write(h)
+        open("event", "w").close()      # for exitwhen
+        h.shutdown()
+    server.ends()
+    quiet(server)
+    stored()
+
+
+def stuck():
+    """A request sleeps for longer than anybody waits: what was acknowledged
+    is stored at once, and the end comes when nbdkit's sleep is ended."""
+    create()
+    harness.run("qemu-io", "-f", "qcow2", "-c", "write 40M 64k", "disk.qcow2")
+    harness.run("qemu-img", "bitmap", "--clear", "disk.qcow2", "b")
+    server = Server(args=[FILTER, "--filter=delay", "file", "disk.qcow2",
+                          "delay-cache=60"])
+    h = server.connect()
+    write(h)
+    h.aio_cache(65536, 40 << 20)
+    time.sleep(0.3)
+    server.process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 4
+    while harness.flags("disk.qcow2", "b") != {"auto"}:
+        server.alive()
+        assert time.monotonic() < deadline, "nothing is stored meanwhile"
+        time.sleep(0.1)
+    server.alive()
+    server.ends()
+    stored()
+
+
+def single(how):
+    create()
+    h = nbd.NBD()
+    pidfile = os.path.join(harness.tmp, "single.pid")
+    h.connect_command(["nbdkit", "-s", "-P", pidfile, *DELAY])
+    write(h)
+    with open(pidfile) as f:
+        pid = int(f.read())
+    if how == "signal":
+        os.kill(pid, signal.SIGTERM)
+    elif how == "disconnect":
+        h.shutdown()
+    else:
+        del h
+    deadline = time.monotonic() + harness.PATIENCE
+    while os.path.exists("/proc/%d" % pid):
+        with open("/proc/%d/stat" % pid) as f:
+            if f.read().split(")")[1].split()[0] == "Z":
+                break
+        assert time.monotonic() < deadline, "nbdkit -s does not end"
+        time.sleep(0.02)
+    stored()
+
+
+def captive(status):
+    create()
+    code = ("h.pwrite(b'x' * 131072, 5 << 20); h.trim(65536, 5 << 20);"
+            "h.pwrite(b'y' * 512, 20 << 20)")
+    p = subprocess.run(["nbdkit", "-U", "-", *DELAY, "--run",
+                        "/usr/bin/python3 -m nbd -u \"$uri\" -c \"%s\"; "
+                        "exit %d" % (code, status)],
+                       stdin=subprocess.DEVNULL, env=harness.environment(),
+                       timeout=60)
+    assert p.returncode == status
+    stored()
+
+
+if harness.SERVER == "nbdkit":
+    for sig in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        by_signal(DELAY, sig)
+    by_signal(DELAY, again=5)
+    by_signal(DELAY + ["dirty-bitmap-server=off"], again=5)
+    by_signal(DELAY + ["dirty-bitmap-server=off"], idle=False)
+    by_signal(["--filter=log", *DELAY, "logfile=/dev/null"])
+    by_signal([FILTER, "--filter=rate", "file", "disk.qcow2", "rate=8M",
+               "burstiness=0.1"])
+    flaky("retry")
+    flaky("retry-request")
+    last_client("exitlast")
+    last_client("exitlast", vanish=True)
+    last_client("exitwhen", "exit-when-file-created=event")
+    for how in ("signal", "disconnect", "vanish"):
+        single(how)
+    captive(0)
+    captive(7)
+    stuck()
