@@ -20,7 +20,8 @@
  *   handshake.c   option haggling
  *   exports.c     what the names of exports stand for
  *   contexts.c    metadata contexts: names, queries, selection
- *   request.c     requests: receive, validate, execute, reply
+ *   request.c     requests: receive, validate, execute
+ *   reply.c       replies, in the form that was negotiated
  *   parts.c       large data, part by part
  *   extents.c     the extents of one context
  *   trace.c       what is told, and counted, of connections and requests
@@ -653,6 +654,27 @@ extern void contexts_bind (struct connection *, const struct selection *,
 
 /* Receive, execute and answer one request.  -1 if there are no more. */
 extern int request_serve (struct worker *);
+
+/* reply.c */
+
+/* An error, an errno.  offset says where in a READ, of which what was sent
+ * before is valid, or is NULL.
+ */
+extern void reply_error_at (struct worker *, int err, const char *message,
+                            const uint64_t *offset);
+extern void reply_error (struct worker *, int err, const char *message);
+
+/* Success, and nothing to say. */
+extern void reply_done (struct worker *);
+
+/* A successful READ, or a part of it, w->part: the data are in the payload,
+ * or already behind the header that is made here and takes so many bytes.
+ */
+extern void reply_read (struct worker *);
+extern size_t reply_read_header_size (const struct worker *);
+
+/* One chunk of a BLOCK_STATUS, of w->extents. */
+extern void reply_block_status (struct worker *, uint32_t id, bool last);
 
 /* parts.c */
 

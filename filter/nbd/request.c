@@ -14,12 +14,6 @@
  * neither receiving nor replying allocates memory, and a payload is
  * copied at most once, out of or into a socket buffer.
  *
- * There are three forms of replies.  With extended headers all are
- * chunks with those.  With structured replies READ, BLOCK_STATUS and
- * errors are chunks, and that something else is done is said by a simple
- * reply, which the protocol allows and which is shorter.  Without either
- * all are simple.
- *
  * With extended headers a request says by a flag whether its length is
  * that of a payload behind it.  A WRITE always has one: the protocol wants
  * the flag there, but QEMU's client, from 8.2 on, does not set it, and
@@ -33,7 +27,6 @@
 #include <config.h>
 
 #include <errno.h>
-#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -50,36 +43,6 @@
  * of it.
  */
 #define PIECE (UINT64_C (1) << 32)
-
-/* The protocol's error value. */
-static uint32_t
-nbd_errno (int err)
-{
-  switch (err) {
-  case EPERM:
-  case EROFS:
-    return NBD_EPERM;
-  case EIO:
-    return NBD_EIO;
-  case ENOMEM:
-    return NBD_ENOMEM;
-  case ENOSPC:
-  case EFBIG:
-  case EDQUOT:
-    return NBD_ENOSPC;
-  case EOVERFLOW:
-    return NBD_EOVERFLOW;
-  case ENOTSUP:
-#if EOPNOTSUPP != ENOTSUP
-  case EOPNOTSUPP:
-#endif
-    return NBD_ENOTSUP;
-  case ESHUTDOWN:
-    return NBD_ESHUTDOWN;
-  default:
-    return NBD_EINVAL;
-  }
-}
 
 static bool
 is_change (uint16_t type)
@@ -199,200 +162,11 @@ has_many_parts (const struct worker *w)
     w->request.length > LARGE_RANGE;
 }
 
-/* Replies: one function each.  They put it behind w->reply_at. */
-
-static void *
-reply_space (struct worker *w, size_t length)
-{
-  void *p = w->output + w->reply_at + w->reply_length;
-
-  w->reply_length += length;
-  return p;
-}
-
-/* The header of a chunk, with length bytes of payload to follow.  This
- * alone knows which of its two forms was negotiated.
- */
-static void
-put_chunk (struct worker *w, uint16_t type, uint16_t flags, uint32_t length)
-{
-  const struct request *r = &w->request;
-
-  if (w->connection->extended) {
-    struct nbd_extended_reply *chunk = reply_space (w, sizeof *chunk);
-
-    chunk->magic = htobe32 (NBD_EXTENDED_REPLY_MAGIC);
-    chunk->flags = htobe16 (flags);
-    chunk->type = htobe16 (type);
-    chunk->cookie = r->cookie;
-    chunk->offset = htobe64 (r->offset);
-    chunk->length = htobe64 (length);
-  }
-  else {
-    struct nbd_structured_reply *chunk = reply_space (w, sizeof *chunk);
-
-    chunk->magic = htobe32 (NBD_STRUCTURED_REPLY_MAGIC);
-    chunk->flags = htobe16 (flags);
-    chunk->type = htobe16 (type);
-    chunk->cookie = r->cookie;
-    chunk->length = htobe32 (length);
-  }
-}
-
-static size_t
-chunk_size (const struct connection *c)
-{
-  return c->extended ? sizeof (struct nbd_extended_reply)
-                     : sizeof (struct nbd_structured_reply);
-}
-
-static void
-reply_simple (struct worker *w, uint32_t error)
-{
-  struct nbd_simple_reply *reply = reply_space (w, sizeof *reply);
-
-  reply->magic = htobe32 (NBD_SIMPLE_REPLY_MAGIC);
-  reply->error = htobe32 (error);
-  reply->cookie = w->request.cookie;
-}
-
-/* offset says where in a READ, of which what was sent before is valid, or
- * is NULL.
- */
-static void
-reply_error_at (struct worker *w, int err, const char *message,
-                const uint64_t *offset)
-{
-  const struct request *r = &w->request;
-  const uint32_t error = nbd_errno (err);
-  const size_t n = strlen (message);
-  struct nbd_error_chunk *reply;
-
-  w->error = err;
-  debug_request ("nbd: command %u, offset %" PRIu64 ", length %" PRIu64
-                 ": %s", r->type, r->offset, r->length, message);
-  if (!w->connection->structured) {
-    reply_simple (w, error);
-    return;
-  }
-  put_chunk (w, offset ? NBD_REPLY_TYPE_ERROR_OFFSET : NBD_REPLY_TYPE_ERROR,
-             NBD_REPLY_FLAG_DONE,
-             sizeof *reply + n + (offset ? sizeof *offset : 0));
-  reply = reply_space (w, sizeof *reply);
-  reply->error = htobe32 (error);
-  reply->message_length = htobe16 (n);
-  memcpy (reply_space (w, n), message, n);
-  if (offset)
-    put_be64 (reply_space (w, sizeof *offset), *offset);
-}
-
-static void
-reply_error (struct worker *w, int err, const char *message)
-{
-  reply_error_at (w, err, message, NULL);
-}
-
-/* Success, and nothing to say. */
-static void
-reply_done (struct worker *w)
-{
-  if (w->connection->extended)
-    put_chunk (w, NBD_REPLY_TYPE_NONE, NBD_REPLY_FLAG_DONE, 0);
-  else
-    reply_simple (w, NBD_SUCCESS);
-}
-
-static size_t
-read_header_size (const struct worker *w)
-{
-  if (!w->connection->structured)
-    return sizeof (struct nbd_simple_reply);
-  return chunk_size (w->connection) + sizeof (struct nbd_offset_data);
-}
-
-/* A successful READ, or a part of it: the data are in the payload, or
- * already behind the header that is made here.  No data needs another
- * kind of chunk.
- */
-static void
-reply_read (struct worker *w)
-{
-  const uint32_t length = w->part.length;
-  struct nbd_offset_data *reply;
-
-  if (!w->connection->structured)
-    reply_simple (w, NBD_SUCCESS);
-  else if (length == 0)
-    put_chunk (w, NBD_REPLY_TYPE_NONE, NBD_REPLY_FLAG_DONE, 0);
-  else {
-    put_chunk (w, NBD_REPLY_TYPE_OFFSET_DATA,
-               w->part.is_last ? NBD_REPLY_FLAG_DONE : 0,
-               sizeof *reply + length);
-    reply = reply_space (w, sizeof *reply);
-    reply->offset = htobe64 (w->part.offset);
-  }
-  if (length <= REPLY_ROOM)
-    w->reply_length += length;
-  else {
-    w->reply_payload = w->payload;
-    w->reply_payload_length = length;
-  }
-}
-
-static void
-put_block_status (struct worker *w, uint32_t id, bool last, size_t size)
-{
-  const uint16_t flags = last ? NBD_REPLY_FLAG_DONE : 0;
-
-  if (w->connection->extended) {
-    struct nbd_block_status_ext_chunk *reply;
-
-    put_chunk (w, NBD_REPLY_TYPE_BLOCK_STATUS_EXT, flags,
-               sizeof *reply + size);
-    reply = reply_space (w, sizeof *reply);
-    reply->context_id = htobe32 (id);
-    reply->count = htobe32 (w->extents.nr);
-  }
-  else {
-    struct nbd_block_status_chunk *reply;
-
-    put_chunk (w, NBD_REPLY_TYPE_BLOCK_STATUS, flags, sizeof *reply + size);
-    reply = reply_space (w, sizeof *reply);
-    reply->context_id = htobe32 (id);
-  }
-}
-
-/* Above what a chunk of BLOCK_STATUS has before its extents. */
-#define BLOCK_STATUS_HEADER 64
-
-/* One chunk of a BLOCK_STATUS.  Few extents are copied behind the other
- * chunks, many are sent from where they are, at once if they are to be
- * built over by the next context's.
- */
-static void
-reply_block_status (struct worker *w, uint32_t id, bool last)
-{
-  const size_t size = w->extents.nr * extent_size (w->connection);
-  const bool few = BLOCK_STATUS_HEADER + size <= REPLY_ROOM;
-
-  if (w->reply_length + BLOCK_STATUS_HEADER + (few ? size : 0) > REPLY_ROOM)
-    output_partial_reply (w);
-  put_block_status (w, id, last, size);
-  if (few)
-    memcpy (reply_space (w, size), w->extents.wire, size);
-  else {
-    w->reply_payload = w->extents.wire;
-    w->reply_payload_length = size;
-    if (!last)
-      output_partial_reply (w);
-  }
-}
-
 static int
 execute_read (struct worker *w, struct disk *disk)
 {
   const struct part *p = &w->part;
-  uint8_t *data = w->output + w->reply_at + read_header_size (w);
+  uint8_t *data = w->output + w->reply_at + reply_read_header_size (w);
 
   if (p->length > REPLY_ROOM)
     data = worker_payload (w, p->length);
