@@ -9,10 +9,9 @@
  * parts of it never are: populated says which pieces hold a set bit, and
  * searches for one look only there.
  *
- * An image can say in a few bytes that a bitmap of 512 MiB is all ones.
- * So where a large array is filled with ones, it is one file of them that
- * is mapped, again and again, and copied by the kernel where a bit is
- * changed, if any is.
+ * An image can say in a few bytes that a bitmap of 512 MiB is all ones,
+ * or every second cluster of it.  So pieces that it calls all ones are
+ * only noted to be full.  Their words stay clear and are never changed.
  *
  * Bits are only ever set while the bitmap is served.  So a search may
  * run against marks: it sees some moment's value of each word, and one
@@ -31,7 +30,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include "bitmap/bits.h"
 #include "common/bytes.h"
@@ -41,8 +39,8 @@
  */
 #define LARGE_PAGE (UINT64_C (2) << 20)
 
-/* The size of the file of ones.  Arrays that are larger are mapped. */
-#define ONES_BYTES (UINT64_C (2) << 20)
+/* Arrays that are larger are mapped. */
+#define MAPPED_BYTES (UINT64_C (2) << 20)
 
 static void *
 new_words (struct bits *bits)
@@ -51,7 +49,7 @@ new_words (struct bits *bits)
   void *p;
 
   bits->mapped_bytes = 0;
-  if (bytes <= ONES_BYTES)
+  if (bytes <= MAPPED_BYTES)
     return calloc (bits->nr_pieces, PIECE_BYTES);
   p = mmap (NULL, bytes, PROT_READ | PROT_WRITE,
             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -67,6 +65,7 @@ bits_init (struct bits *bits, uint64_t nr_bits)
   bits->nr_bits = nr_bits;
   bits->nr_pieces = div_round_up (nr_bits, PIECE_BITS);
   bits->words = new_words (bits);
+  bits->full = NULL;
   bits->populated = calloc (div_round_up (bits->nr_pieces, 64), 8);
   if (bits->words == NULL || bits->populated == NULL) {
     bits_free (bits);
@@ -85,14 +84,31 @@ bits_free (struct bits *bits)
     free (bits->words);
   bits->mapped_bytes = 0;
   free (bits->populated);
+  free (bits->full);
   bits->words = NULL;
   bits->populated = NULL;
+  bits->full = NULL;
 }
 
 static inline uint64_t
 load (const _Atomic uint64_t *word)
 {
   return atomic_load_explicit (word, memory_order_acquire);
+}
+
+static inline bool
+is_full (const struct bits *bits, uint64_t piece)
+{
+  return bits->full != NULL && (bits->full[piece / 64] >> (piece % 64) & 1);
+}
+
+/* A word, as it counts. */
+static inline uint64_t
+load_word (const struct bits *bits, uint64_t w)
+{
+  const uint64_t v = load (&bits->words[w]);
+
+  return v == 0 && is_full (bits, w / PIECE_WORDS) ? ~UINT64_C (0) : v;
 }
 
 bool
@@ -103,6 +119,8 @@ bits_set_in_piece (struct bits *bits, uint64_t first, uint64_t last)
   uint64_t mask = ~UINT64_C (0) << (first % 64);
   bool changed = false;
 
+  if (is_full (bits, piece))
+    return false;
   if (!(load (&bits->populated[piece / 64]) & flag))
     atomic_fetch_or_explicit (&bits->populated[piece / 64], flag,
                               memory_order_release);
@@ -141,6 +159,10 @@ bits_count (const struct bits *bits, uint64_t *bytes)
          flags &= flags - 1) {
       const uint64_t piece = i * 64 + __builtin_ctzll (flags);
 
+      if (is_full (bits, piece)) {
+        n += PIECE_BITS;
+        continue;
+      }
       for (unsigned w = 0; w < PIECE_WORDS; ++w)
         n += __builtin_popcountll (load (&bits->words[piece * PIECE_WORDS
                                                       + w]));
@@ -169,18 +191,48 @@ next_populated (const struct bits *bits, uint64_t from)
   return w * 64 + __builtin_ctzll (v);
 }
 
+/* The first word at or after w that may have a clear bit, where w begins
+ * a piece; else w itself.
+ */
+static inline uint64_t
+skip_full_pieces (const struct bits *bits, uint64_t w)
+{
+  uint64_t piece = w / PIECE_WORDS;
+
+  if (bits->full == NULL || w % PIECE_WORDS != 0)
+    return w;
+  while (piece < bits->nr_pieces) {
+    const uint64_t not_full = ~bits->full[piece / 64] >> (piece % 64);
+
+    if (not_full != 0) {
+      piece += __builtin_ctzll (not_full);
+      break;
+    }
+    piece = round_down (piece, 64) + 64;
+  }
+  return piece * PIECE_WORDS;
+}
+
 uint64_t
 bits_next_clear (const struct bits *bits, uint64_t from, uint64_t end)
 {
-  uint64_t mask = ~UINT64_C (0) << (from % 64);
+  uint64_t mask = ~UINT64_C (0) << (from % 64), w = from / 64;
 
-  for (uint64_t w = from / 64; w * 64 < end; ++w, mask = ~UINT64_C (0)) {
-    uint64_t v = ~load (&bits->words[w]) & mask;
+  while (w * 64 < end) {
+    const uint64_t v = ~load_word (bits, w) & mask;
 
     if (v != 0)
       return min_u64 (w * 64 + __builtin_ctzll (v), end);
+    w = skip_full_pieces (bits, w + 1);
+    mask = ~UINT64_C (0);
   }
   return end;
+}
+
+bool
+bits_all_set_or_full (const struct bits *bits, uint64_t first, uint64_t last)
+{
+  return bits_next_clear (bits, first, last + 1) > last;
 }
 
 /* The first word at or after w that may have a set bit, where w begins
@@ -200,7 +252,7 @@ size_t
 bits_runs (const struct bits *bits, uint64_t from, uint64_t end,
            unsigned shift, uint64_t *ends, size_t max, bool *set)
 {
-  uint64_t w = from / 64, v = load (&bits->words[w]);
+  uint64_t w = from / 64, v = load_word (bits, w);
   uint64_t run = v >> (from % 64) & 1; /* of the bit before the next */
   uint64_t mask = ~UINT64_C (1) << (from % 64);
   size_t n = 0;
@@ -219,13 +271,12 @@ bits_runs (const struct bits *bits, uint64_t from, uint64_t end,
     run = v >> 63;
     mask = ~UINT64_C (0);
     w++;
-    if (run == 0)
-      w = skip_clear_pieces (bits, w);
+    w = run == 0 ? skip_clear_pieces (bits, w) : skip_full_pieces (bits, w);
     if (w * 64 >= end) {
       ends[n++] = end << shift;
       return n;
     }
-    v = load (&bits->words[w]);
+    v = load_word (bits, w);
   }
 }
 
@@ -236,8 +287,7 @@ bits_copy_out (const struct bits *bits, void *buf, uint64_t first_word,
   uint64_t *out = buf;
 
   for (size_t i = 0; i < nr_words; ++i)
-    out[i] = htole64 (atomic_load_explicit (&bits->words[first_word + i],
-                                            memory_order_relaxed));
+    out[i] = htole64 (load_word (bits, first_word + i));
 }
 
 void *
@@ -281,62 +331,36 @@ bits_loaded (struct bits *bits, uint64_t offset, uint64_t count)
   }
 }
 
-/* A file of ones, or -1. */
-static int
-open_ones (void)
+static void
+note_populated (struct bits *bits, uint64_t piece)
 {
-  const int fd = memfd_create ("ones", MFD_CLOEXEC);
-  void *p;
-
-  if (fd == -1)
-    return -1;
-  if (ftruncate (fd, ONES_BYTES) == 0) {
-    p = mmap (NULL, ONES_BYTES, PROT_WRITE, MAP_SHARED, fd, 0);
-    if (p != MAP_FAILED) {
-      memset (p, 0xff, ONES_BYTES);
-      munmap (p, ONES_BYTES);
-      return fd;
-    }
-  }
-  close (fd);
-  return -1;
+  bits->populated[piece / 64] |= UINT64_C (1) << (piece % 64);
 }
 
-/* Map ones where they fit into [offset, end).  Returns how far. */
-static uint64_t
-map_ones (struct bits *bits, uint64_t offset, uint64_t end)
-{
-  char *const words = (char *) bits->words;
-  const int fd = end - offset < ONES_BYTES ? -1 : open_ones ();
-
-  if (fd == -1)
-    return offset;
-  for (; end - offset >= ONES_BYTES; offset += ONES_BYTES)
-    if (mmap (words + offset, ONES_BYTES, PROT_READ | PROT_WRITE,
-              MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd, 0) == MAP_FAILED)
-      break;
-  close (fd);
-  return offset;
-}
-
-void
+int
 bits_fill (struct bits *bits, uint64_t offset, uint64_t count)
 {
   uint64_t *words = (uint64_t *) bits->words;
-  const uint64_t end = offset + count, tail = bits->nr_bits / 64;
-  uint64_t first = end, last = end;
+  uint64_t piece = offset / PIECE_BYTES;
+  const uint64_t end = (offset + count) / PIECE_BYTES;
+  const uint64_t whole = bits->nr_bits / PIECE_BITS;
 
-  if (bits->mapped_bytes != 0 && end - offset >= ONES_BYTES) {
-    first = round_up (offset, ONES_BYTES);
-    last = map_ones (bits, first, end);
+  if (bits->full == NULL) {
+    bits->full = calloc (div_round_up (bits->nr_pieces, 64), 8);
+    if (bits->full == NULL)
+      return -1;
   }
-  memset ((char *) words + offset, 0xff, first - offset);
-  memset ((char *) words + last, 0xff, end - last);
-  if (offset / 8 <= tail && tail < end / 8) {
+  for (; piece < end && piece < whole; ++piece) {
+    note_populated (bits, piece);
+    bits->full[piece / 64] |= UINT64_C (1) << (piece % 64);
+  }
+  if (piece < end && piece < bits->nr_pieces) {
+    const uint64_t tail = bits->nr_bits / 64;
+
+    note_populated (bits, piece);
+    for (uint64_t w = piece * PIECE_WORDS; w < tail; ++w)
+      words[w] = ~UINT64_C (0);
     words[tail] = (UINT64_C (1) << (bits->nr_bits % 64)) - 1;
-    memset (&words[tail + 1], 0, 8 * (end / 8 - tail - 1));
   }
-  for (uint64_t piece = offset / PIECE_BYTES; piece * PIECE_BYTES < end;
-       ++piece)
-    bits->populated[piece / 64] |= UINT64_C (1) << (piece % 64);
+  return 0;
 }

@@ -9,7 +9,8 @@
 /* The bits of one bitmap in RAM: a flat array, a bit a granule, least
  * significant bit of a word first, so that on a little-endian machine
  * the words are the bytes of the image.  Memory of pieces without a set
- * bit is never touched.
+ * bit is never touched, nor is that of pieces which the image says are
+ * all ones.
  *
  * A piece is 512 bytes of bits: what a disk writes whole, and the unit
  * in which changes are remembered (changes.h).
@@ -32,6 +33,11 @@ struct bits {
    */
   _Atomic uint64_t *populated;
 
+  /* A bit a piece, or NULL: all bits of the piece are set, whatever its
+   * words say.  Fixed when the bits are loaded.
+   */
+  uint64_t *full;
+
   uint64_t nr_bits;
   uint64_t nr_pieces;
   uint64_t mapped_bytes;        /* of words, if they are a mapping, or 0 */
@@ -40,6 +46,10 @@ struct bits {
 /* All bits clear.  -1 with errno ENOMEM. */
 extern int bits_init (struct bits *, uint64_t nr_bits);
 extern void bits_free (struct bits *);
+
+/* bits_all_set where there are full pieces. */
+extern bool bits_all_set_or_full (const struct bits *, uint64_t first,
+                                  uint64_t last);
 
 /* Are all bits of [first, last] set?  first <= last < nr_bits.  Where
  * this says yes, what the threads that set them did before is visible.
@@ -52,10 +62,11 @@ bits_all_set (const struct bits *bits, uint64_t first, uint64_t last)
 
   for (; w < last_word; ++w, mask = ~UINT64_C (0))
     if (~atomic_load_explicit (&bits->words[w], memory_order_acquire) & mask)
-      return false;
+      return bits->full != NULL && bits_all_set_or_full (bits, first, last);
   mask &= ~UINT64_C (0) >> (63 - last % 64);
-  return !(~atomic_load_explicit (&bits->words[w],
-                                  memory_order_acquire) & mask);
+  if (!(~atomic_load_explicit (&bits->words[w], memory_order_acquire) & mask))
+    return true;
+  return bits->full != NULL && bits_all_set_or_full (bits, first, last);
 }
 
 /* Set the bits of [first, last], which lie in one piece.  Returns true
@@ -81,7 +92,7 @@ extern bool bits_all_populated (const struct bits *, uint64_t first,
 extern uint64_t bits_next_clear (const struct bits *, uint64_t from,
                                  uint64_t end);
 
-/* How many bits are set, and the bytes of the pieces that hold them. */
+/* How many bits are set, and the bytes of memory that hold them. */
 extern uint64_t bits_count (const struct bits *, uint64_t *bytes);
 
 /* The runs of equal bits from from on, up to max of them (at least 1):
@@ -112,8 +123,8 @@ extern void bits_loaded (struct bits *, uint64_t offset, uint64_t count);
 extern void bits_expect (struct bits *, uint64_t offset, uint64_t count);
 
 /* The same, where all bits of these bytes are set in the image.  It takes
- * hardly any memory, however many they are.
+ * a bit a piece, once for the whole array.  -1 with errno ENOMEM.
  */
-extern void bits_fill (struct bits *, uint64_t offset, uint64_t count);
+extern int bits_fill (struct bits *, uint64_t offset, uint64_t count);
 
 #endif /* DIRTY_BITMAP_BITS_H */

@@ -147,7 +147,8 @@ struct bitmap_set {
 
   enum bitmap_store store;
   struct bitmap_damage damage;  /* if STORE_DAMAGED or STORE_STALE */
-  uint64_t bits_bytes;          /* what the bits that are loaded take */
+  uint64_t memory_bytes;        /* what the bitmaps may take, at the most,
+                                   by what the image says of them */
   bool is_backing;              /* of a backing file */
   char *prefix;                 /* of messages, names the backing file */
 

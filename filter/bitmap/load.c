@@ -36,6 +36,13 @@
 #include "common/cleanup.h"
 #include "common/report.h"
 
+/* What memory is counted for besides bits: a cluster that is registered
+ * (registry.c), tables that were outgrown included; and for each piece of
+ * bits so many bits: populated and full, and those of changes.h.
+ */
+#define REGISTERED_BYTES UINT64_C (86)
+#define BITS_A_PIECE 5
+
 /* The most bytes that one read of bits asks for. */
 #define MAX_READ_BYTES (UINT64_C (1) << 20)
 
@@ -46,6 +53,12 @@ struct registered {
   size_t data_bitmaps;          /* ... all of whose data clusters are */
   uint32_t data_entries;        /* ... and of the next bitmap's table */
 };
+
+static uint64_t
+machine_memory (void)
+{
+  return (uint64_t) sysconf (_SC_PHYS_PAGES) * sysconf (_SC_PAGESIZE);
+}
 
 static uint64_t
 table_bytes (const struct bitmap *b)
@@ -90,31 +103,40 @@ read_table (struct bitmap_set *set, struct bitmap *b,
   return 0;
 }
 
-/* Register the table and the data clusters of a consistent bitmap. */
+/* Read the table of a consistent bitmap, and look at each entry. */
 static int
 load_table (struct bitmap_set *set, struct bitmap *b,
-            struct registered *registered, struct bitmap_damage *damage)
+            struct bitmap_damage *damage)
 {
-  uint32_t cluster_size = set->geometry.cluster_size_bytes;
-
-  if (register_clusters (set, QCOW2_BITMAP_TABLE, b->table_offset,
-                         table_bytes (b), "the table", b->name,
-                         damage) == -1)
-    return -1;
-  registered->tables++;
   if (read_table (set, b, damage) == -1)
     return -1;
-
-  registered->data_entries = 0;
-  for (uint32_t i = 0; i < b->table_entries; ++i) {
-    if (!bitmap_table_entry_is_valid (b->table[i], cluster_size))
+  for (uint32_t i = 0; i < b->table_entries; ++i)
+    if (!bitmap_table_entry_is_valid (b->table[i],
+                                      set->geometry.cluster_size_bytes))
       return bitmap_damage (damage, "the table of bitmap '%s' has the "
                             "invalid entry %#" PRIx64,
                             bitmap_show_name (b->name,
                                               strlen (b->name)).text,
                             b->table[i]);
+  return 0;
+}
+
+/* Register its table and its data clusters. */
+static int
+register_bitmap (struct bitmap_set *set, struct bitmap *b,
+                 struct registered *registered, struct bitmap_damage *damage)
+{
+  if (register_clusters (set, QCOW2_BITMAP_TABLE, b->table_offset,
+                         table_bytes (b), "the table", b->name,
+                         damage) == -1)
+    return -1;
+  registered->tables++;
+
+  registered->data_entries = 0;
+  for (uint32_t i = 0; i < b->table_entries; ++i) {
     if (bitmap_table_entry_is_data (b->table[i]) &&
-        register_clusters (set, QCOW2_BITMAP_DATA, b->table[i], cluster_size,
+        register_clusters (set, QCOW2_BITMAP_DATA, b->table[i],
+                           set->geometry.cluster_size_bytes,
                            "a data cluster", b->name, damage) == -1)
       return -1;
     registered->data_entries = i + 1;
@@ -122,6 +144,16 @@ load_table (struct bitmap_set *set, struct bitmap *b,
   registered->data_bitmaps++;
   registered->data_entries = 0;
   return 0;
+}
+
+static uint32_t
+nr_data_clusters (const struct bitmap *b)
+{
+  uint32_t n = 0;
+
+  for (uint32_t i = 0; i < b->table_entries; ++i)
+    n += bitmap_table_entry_is_data (b->table[i]);
+  return n;
 }
 
 /* Register what can be of a bitmap that was found in use. */
@@ -135,7 +167,10 @@ register_inconsistent (struct bitmap_set *set, struct bitmap *b)
                       table_bytes (b)) == -1)
     return;
   if (read_table (set, b, &ignored) == 0) {
-    for (uint32_t i = 0; i < b->table_entries; ++i)
+    set->memory_bytes += nr_data_clusters (b) * REGISTERED_BYTES;
+    for (uint32_t i = 0;
+         i < b->table_entries && set->memory_bytes <= machine_memory () / 2;
+         ++i)
       if (bitmap_table_entry_is_valid (b->table[i], cluster_size) &&
           bitmap_table_entry_is_data (b->table[i]))
         (void) qcow2_register (set->image, QCOW2_BITMAP_DATA, b->table[i],
@@ -184,51 +219,61 @@ has_bits (const struct bitmap_set *set, const struct bitmap_options *options,
     (!set->readonly || bitmap_is_wanted (options, name));
 }
 
-/* The bits of all data clusters, of all bitmaps, those of the images
- * above included, may take half of the machine's memory.  What is all
- * zeroes or all ones takes next to none.
+/* What the bitmaps of a directory take whatever their tables say: their
+ * tables, which cost a sparse file nothing, and what is kept a bit a piece
+ * (bits.h, changes.h).  At most an eighth of the memory.
+ */
+static int
+check_fixed_memory (struct bitmap_set *set,
+                    const struct bitmap_directory_entry *entries,
+                    uint32_t nr_entries, struct bitmap_damage *damage)
+{
+  uint64_t bytes = 0;
+
+  for (uint32_t i = 0; i < nr_entries; ++i) {
+    const uint64_t pieces =
+      div_round_up (bitmap_set_nr_bits (set, entries[i].granularity_bits),
+                    PIECE_BITS);
+
+    bytes += sizeof (struct bitmap) + entries[i].name_bytes +
+      8 * (uint64_t) entries[i].table_entries;
+    if (!(entries[i].flags & BITMAP_FLAG_IN_USE))
+      bytes += BITS_A_PIECE * div_round_up (pieces, 8);
+  }
+  set->memory_bytes = bytes;
+  if (bytes > machine_memory () / 8)
+    return bitmap_damage (damage, "their tables would take more than an "
+                          "eighth of the memory of this machine");
+  return 0;
+}
+
+/* The bits of all data clusters, of all bitmaps, and what is above, with
+ * those of the images above, may take half of the memory.  What is all
+ * zeroes or all ones takes nothing.
  */
 static int
 check_memory (struct bitmap_set *set, const struct bitmap_options *options,
               struct bitmap_damage *damage)
 {
-  uint64_t pages = sysconf (_SC_PHYS_PAGES), bytes = 0, others = 0;
-  uint64_t limit = pages * sysconf (_SC_PAGESIZE) / 2;
+  const uint64_t limit = machine_memory () / 2;
+  uint64_t others = 0;
 
   for (size_t i = 0; i < options->nr_above; ++i)
-    others += options->above[i]->bits_bytes;
+    others += options->above[i]->memory_bytes;
 
   for (size_t i = 0; i < set->nr_bitmaps; ++i) {
     const struct bitmap *b = set->bitmaps[i];
+    uint64_t a_cluster = REGISTERED_BYTES;
 
-    if (!has_bits (set, options, b->name, b->flags))
+    if (b->inconsistent)
       continue;
-    for (uint32_t j = 0; j < b->table_entries; ++j)
-      if (bitmap_table_entry_is_data (b->table[j]))
-        bytes += set->geometry.cluster_size_bytes;
+    if (has_bits (set, options, b->name, b->flags))
+      a_cluster += set->geometry.cluster_size_bytes;
+    set->memory_bytes += nr_data_clusters (b) * a_cluster;
   }
-  set->bits_bytes = bytes;
-  if (bytes + others > limit)
+  if (set->memory_bytes + others > limit)
     return bitmap_damage (damage, "their bits would take more than half of "
                           "the memory of this machine");
-  return 0;
-}
-
-/* The tables of a sparse file cost it nothing.  Before any is read: all
- * together they are to take at most an eighth of the memory.
- */
-static int
-check_table_memory (const struct bitmap_set *set, struct bitmap_damage *damage)
-{
-  const uint64_t memory =
-    (uint64_t) sysconf (_SC_PHYS_PAGES) * sysconf (_SC_PAGESIZE);
-  uint64_t bytes = 0;
-
-  for (size_t i = 0; i < set->nr_bitmaps; ++i)
-    bytes += table_bytes (set->bitmaps[i]);
-  if (bytes > memory / 8)
-    return bitmap_damage (damage, "their tables would take more than an "
-                          "eighth of the memory of this machine");
   return 0;
 }
 
@@ -278,7 +323,8 @@ load_bits (struct bitmap_set *set, struct bitmap *b,
 
     bytes = min_u64 (n * cluster_size, array_bytes - offset);
     if (entry == BITMAP_TABLE_ALL_ONES) {
-      bits_fill (&b->bits, offset, bytes);
+      if (bits_fill (&b->bits, offset, bytes) == -1)
+        return bitmap_damage (damage, "they do not fit into memory");
       continue;
     }
     if (qcow2_read_metadata (set->image, bits_bytes (&b->bits, offset),
@@ -328,6 +374,8 @@ load_bitmaps (struct bitmap_set *set,
               uint32_t nr_entries, const struct bitmap_options *options,
               struct registered *registered, struct bitmap_damage *damage)
 {
+  if (check_fixed_memory (set, entries, nr_entries, damage) == -1)
+    return -1;
   if (bitmap_set_reserve (set, nr_entries) == -1)
     return bitmap_damage (damage, "they do not fit into memory");
 
@@ -346,14 +394,16 @@ load_bitmaps (struct bitmap_set *set,
     b->entry_offset = set->directory_offset + e->offset;
   }
 
-  if (check_table_memory (set, damage) == -1)
-    return -1;
   for (size_t i = 0; i < set->nr_bitmaps; ++i)
     if (!set->bitmaps[i]->inconsistent &&
-        load_table (set, set->bitmaps[i], registered, damage) == -1)
+        load_table (set, set->bitmaps[i], damage) == -1)
       return -1;
   if (check_memory (set, options, damage) == -1)
     return -1;
+  for (size_t i = 0; i < set->nr_bitmaps; ++i)
+    if (!set->bitmaps[i]->inconsistent &&
+        register_bitmap (set, set->bitmaps[i], registered, damage) == -1)
+      return -1;
   for (size_t i = 0; !options->check_only && i < set->nr_bitmaps; ++i)
     if (has_bits (set, options, set->bitmaps[i]->name,
                   set->bitmaps[i]->flags) &&
@@ -406,6 +456,7 @@ bitmap_load (struct bitmap_set *set, const struct bitmap_options *options)
   }
 
   set->store = STORE_DAMAGED;
+  set->memory_bytes = 0;
   unregister_all (set, &registered);
   while (set->nr_bitmaps > 0)
     bitmap_free (set->bitmaps[--set->nr_bitmaps]);

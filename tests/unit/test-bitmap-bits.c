@@ -87,6 +87,42 @@ compare (struct bits *bits, const uint8_t *model, uint64_t n, uint64_t *seed)
   }
 }
 
+/* As an image has them: every second piece is full, or so. */
+static void
+fill_some (struct bits *bits, uint8_t *model, uint64_t n, uint64_t *seed)
+{
+  for (uint64_t piece = 0; piece < bits->nr_pieces; ++piece)
+    if (random_next (seed) % 2 == 0) {
+      const uint64_t first = piece * PIECE_BITS;
+
+      assert_int_equal (bits_fill (bits, piece * PIECE_BYTES, PIECE_BYTES),
+                        0);
+      memset (model + first, 1, min_u64 (PIECE_BITS, n - first));
+    }
+}
+
+/* What would be written to the image, and what is counted. */
+static void
+compare_copy (const struct bits *bits, const uint8_t *model, uint64_t n)
+{
+  const uint64_t count = bits->nr_pieces * PIECE_BYTES;
+  uint8_t *out = malloc (count), *want = calloc (1, count);
+  uint64_t set = 0, memory;
+
+  assert_non_null (out);
+  assert_non_null (want);
+  for (uint64_t i = 0; i < n; ++i) {
+    want[i / 8] |= model[i] << i % 8;
+    set += model[i];
+  }
+  bits_copy_out (bits, out, 0, count / 8);
+  assert_memory_equal (out, want, count);
+  assert_int_equal (bits_count (bits, &memory), set);
+  assert_true (memory <= count);
+  free (out);
+  free (want);
+}
+
 static void
 test_against_model (void **state)
 {
@@ -102,6 +138,8 @@ test_against_model (void **state)
     struct bits bits;
 
     assert_int_equal (bits_init (&bits, n), 0);
+    if (s % 2 == 0)
+      fill_some (&bits, model, n, &seed);
     compare (&bits, model, n, &seed);
     for (unsigned round = 0; round < 40; ++round) {
       uint64_t first = random_next (&seed) % n;
@@ -111,6 +149,7 @@ test_against_model (void **state)
       set_range (&bits, model, first, last);
       compare (&bits, model, n, &seed);
     }
+    compare_copy (&bits, model, n);
     bits_free (&bits);
     free (model);
   }
@@ -230,7 +269,8 @@ test_fill (void **state)
       uint64_t ends[4];
       bool set;
 
-      bits_fill (&bits, first * PIECE_BYTES, (end - first) * PIECE_BYTES);
+      assert_int_equal (bits_fill (&bits, first * PIECE_BYTES,
+                                   (end - first) * PIECE_BYTES), 0);
       const size_t nr = bits_runs (&bits, 0, n, 0, ends, 4, &set);
       assert_int_equal (nr, 1 + (first > 0) + (end_bit < n));
       assert_int_equal (set, first == 0);

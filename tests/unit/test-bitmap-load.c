@@ -453,10 +453,13 @@ test_options (void **state)
 #define LARGE_CLUSTER (UINT64_C (1) << LARGE_CLUSTER_BITS)
 
 /* An image of 2 TiB with nr bitmaps of 512 MiB.  Their tables are full of
- * ones, or point to clusters that a sparse file has for nothing.
+ * ones, or every second entry is, or they point to clusters that a sparse
+ * file has for nothing, or are themselves nothing.
  */
+enum large { ONES, SECOND_ONES, POINTERS, NO_TABLES };
+
 static struct container *
-make_large (uint64_t nr, bool ones)
+make_large (uint64_t nr, enum large large)
 {
   struct container *c = container_open_memory (UINT64_C (1) << 50);
   struct crafted crafted;
@@ -482,16 +485,17 @@ make_large (uint64_t nr, bool ones)
 
     for (unsigned j = 0; j < 256; ++j)
       put (table + 8 * j, 8,
-           ones ? 1 : (5 + nr + 256 * i + j) * LARGE_CLUSTER);
+           large == ONES ? 1 : large == SECOND_ONES ? j % 2
+           : (5 + nr + 256 * i + j) * LARGE_CLUSTER);
     bitmap_directory_put (directory, &e);
     assert_int_equal (container_pwrite (c, directory, 32,
                                         4 * LARGE_CLUSTER + 32 * i), 0);
-    assert_int_equal (container_pwrite (c, table, sizeof table,
-                                        e.table_offset), 0);
+    if (large != NO_TABLES)
+      assert_int_equal (container_pwrite (c, table, sizeof table,
+                                          e.table_offset), 0);
   }
-  if (!ones)
-    assert_int_equal (container_reserve (c, (5 + 257 * nr) * LARGE_CLUSTER),
-                      0);
+  assert_int_equal (container_reserve (c, (5 + (large == POINTERS ? 257 : 1)
+                                           * nr) * LARGE_CLUSTER), 0);
   free (crafted.bytes.p);
   return c;
 }
@@ -505,7 +509,7 @@ test_too_large (void **state)
   const uint64_t memory = (uint64_t) sysconf (_SC_PHYS_PAGES) *
     sysconf (_SC_PAGESIZE);
   struct container *c =
-    make_large (memory / 2 / BITMAP_MAX_STORED_BYTES + 1, false);
+    make_large (memory / 2 / BITMAP_MAX_STORED_BYTES + 1, POINTERS);
   struct bitmap_set *set;
   struct qcow2 *q;
 
@@ -536,35 +540,91 @@ private_bytes (void)
   return kib << 10;
 }
 
-/* All ones cost the image next to nothing, and so they do us. */
+/* A cluster of a bitmap that the container has. */
 static void
-test_all_ones (void **state)
+assert_entries (struct container *c, uint64_t table_offset, uint64_t first,
+                uint64_t second)
 {
-  const uint64_t end = UINT64_C (1) << 41;
-  struct container *c = make_large (4, true);
+  uint64_t entries[256];
+
+  assert_int_equal (container_pread (c, entries, sizeof entries,
+                                     table_offset), 0);
+  for (unsigned i = 0; i < 256; i += 2) {
+    assert_int_equal (be64toh (entries[i]), first);
+    assert_int_equal (be64toh (entries[i + 1]), second);
+  }
+}
+
+/* All ones cost the image next to nothing, and so they do us: here end
+ * is what lies in a cluster of ones.
+ */
+static void
+ones_cost_nothing (uint64_t nr, enum large large, uint64_t end)
+{
+  struct container *c = make_large (nr, large);
   struct bitmap_set *set;
   struct qcow2 *q;
   uint64_t before;
   bool dirty;
 
-  (void) state;
   q = open_image (c, false);
   before = private_bytes ();
   set = open_set (q);
-  assert_int_equal (bitmap_set_nr_exposed (set), 4);
-  assert_int_equal (bitmap_set_mark (set, end / 3, 123456), 0);
-  for (size_t i = 0; i < 4; ++i) {
+  assert_int_equal (bitmap_set_nr_exposed (set), nr);
+  assert_int_equal (bitmap_set_mark (set, end - 5 * MIB, 123456), 0);
+  for (size_t i = 0; i < nr; ++i) {
     const struct bitmap *b = bitmap_set_exposed (set, i);
 
     assert_int_equal (bitmap_run (b, end - MIB, end, &dirty), MIB);
     assert_true (dirty);
-    assert_int_equal (bitmap_run (b, end / 3, end / 3 + MIB, &dirty), MIB);
+    assert_int_equal (bitmap_run (b, end - 6 * MIB, end, &dirty), 6 * MIB);
     assert_true (dirty);
   }
   if (getenv ("UNDER_VALGRIND") == NULL)
     assert_true (private_bytes () - before < 16 * MIB);
   assert_int_equal (qcow2_stop (q, bitmap_set_hooks (set)), 0);
   assert_true (bitmap_set_all_stored (set));
+  bitmap_set_close (set);
+  qcow2_close (q);
+  for (uint64_t i = 0; i < nr; ++i)
+    assert_entries (c, (5 + i) * LARGE_CLUSTER, large == ONES, 1);
+  container_close (c);
+}
+
+static void
+test_all_ones (void **state)
+{
+  (void) state;
+  ones_cost_nothing (4, ONES, UINT64_C (1) << 41);
+  ones_cost_nothing (4, SECOND_ONES, UINT64_C (1) << 41);
+}
+
+/* Bitmaps of which a sparse file has but the directory: there are so many
+ * that what is kept for each would be too much.
+ */
+static void
+test_too_many (void **state)
+{
+  struct container *c = make_large (65535, NO_TABLES);
+  struct bitmap_set *set;
+  struct qcow2 *q;
+  uint64_t before, bits;
+
+  (void) state;
+  q = open_image (c, false);
+  messages_clear ();
+  before = private_bytes ();
+  set = open_set (q);
+  if (getenv ("UNDER_VALGRIND") == NULL)
+    assert_true (private_bytes () - before < 64 * MIB);
+  assert_message ("more than an eighth of the memory");
+  assert_int_equal (bitmap_set_nr_exposed (set), 0);
+  /* They are not offered; what is written makes them go stale, openly. */
+  assert_int_equal (bitmap_set_mark (set, 0, 1), 0);
+  assert_int_equal (qcow2_trim (q, 0, 0), 0);
+  assert_int_equal (container_pread (c, &bits, sizeof bits, AUTOCLEAR_OFFSET),
+                    0);
+  assert_int_equal (bits, 0);
   bitmap_set_close (set);
   qcow2_close (q);
   container_close (c);
@@ -583,6 +643,7 @@ main (void)
     cmocka_unit_test (test_options),
     cmocka_unit_test (test_too_large),
     cmocka_unit_test (test_all_ones),
+    cmocka_unit_test (test_too_many),
   };
 
   messages_install ();
