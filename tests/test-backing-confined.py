@@ -155,7 +155,8 @@ no(image("/dev/zero"), ALLOW + "/dev", pattern="neither a file nor a block")
 no(image("missing.raw"), pattern="No such file", named=tmp +
    "/img/missing.raw")
 no(data_image("missing.raw"), pattern="No such file")
-no(image(""), pattern="longer")
+no(image("x" * 1024), pattern="longer")
+served(image(""), 0)
 no(image(b"a\0b"), pattern="NUL")
 no(image("a\nnbdkit: error: b"), pattern="control character 0x0a")
 

@@ -284,7 +284,7 @@ check_table (struct qcow2 *q, const char *what, uint64_t offset,
                   "is invalid", what, offset);
     return invalid (EINVAL);
   }
-  if (range_exceeds (offset, bytes, end)) {
+  if (bytes != 0 && range_exceeds (offset, bytes, end)) {
     report_error ("the %s of the image lies beyond the end of the file", what);
     return invalid (EINVAL);
   }
@@ -316,6 +316,8 @@ check_tables (struct qcow2 *q)
     report_error ("the image has no refcount table");
     return invalid (EINVAL);
   }
+  if (q->readonly)
+    return 0;                   /* it is not looked at */
   return check_table (q, "refcount table", h->reftable_offset,
                       h->reftable_clusters * q->cluster_size,
                       MAX_REFTABLE_BYTES);

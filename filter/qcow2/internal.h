@@ -328,6 +328,9 @@ extern int header_end_repair (struct qcow2 *);
 /* The image is found or about to be damaged: take no more writes. */
 extern void header_set_corrupt (struct qcow2 *);
 
+/* references.c: does the header name a backing file, well or badly? */
+extern bool references_backing (const struct qcow2 *);
+
 /* registry.c */
 extern int registry_init (struct qcow2 *);
 extern void registry_free (struct qcow2 *);

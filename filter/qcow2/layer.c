@@ -22,7 +22,7 @@ layer_open (struct qcow2 *q, const struct qcow2_options *options)
     options->backing.image != NULL || options->backing.raw != NULL;
 
   if (!opened) {
-    if (get_be64 (q->hs.cluster + HEADER_BACKING_OFFSET) == 0)
+    if (!references_backing (q))
       return 0;
     report_error ("the image has a backing file, which was not opened");
     errno = EINVAL;

@@ -55,10 +55,16 @@ load_l1_entry (struct qcow2 *q, uint32_t i, uint64_t entry)
   atomic_init (&q->l1[i], entry);
   if (entry == 0 || q->readonly)
     return 0;
-  if ((entry & L1_RESERVED_MASK) != 0 ||
-      ((entry & ENTRY_OFFSET_MASK) != 0 &&
-       qcow2_register (q, QCOW2_L2_TABLE, entry & ENTRY_OFFSET_MASK,
-                       q->cluster_size) == -1)) {
+  if ((entry & L1_RESERVED_MASK) != 0) {
+    report_error ("L1 entry %" PRIu32 " of the image, %#" PRIx64 ", has "
+                  "reserved bits set, which qemu-img check calls corrupt: the "
+                  "image can only be served read-only (-r)", i, entry);
+    errno = EIO;
+    return -1;
+  }
+  if ((entry & ENTRY_OFFSET_MASK) != 0 &&
+      qcow2_register (q, QCOW2_L2_TABLE, entry & ENTRY_OFFSET_MASK,
+                      q->cluster_size) == -1) {
     report_error ("the image is corrupt: L1 entry %" PRIu32 ", %#" PRIx64
                   ", is invalid or overlaps other metadata; "
                   "see qemu-img check", i, entry);
@@ -121,7 +127,8 @@ mapping_free (struct qcow2 *q)
 }
 
 /* What a standard entry, or a descriptor with no regard to the bitmap,
- * says.
+ * says.  Reserved bits make it invalid for all that is to be written, but
+ * not for what is read, as with QEMU.
  */
 static enum mapping_kind
 descriptor_kind (const struct qcow2 *q, uint64_t descriptor)
@@ -130,6 +137,9 @@ descriptor_kind (const struct qcow2 *q, uint64_t descriptor)
 
   if (descriptor & OFLAG_COMPRESSED)
     return q->has_data_file ? MAPPING_INVALID : MAPPING_COMPRESSED;
+  if (q->readonly)
+    descriptor &=
+      ~(L2_RESERVED_MASK | (q->extended_l2 ? OFLAG_ZERO : UINT64_C (0)));
   if ((descriptor & L2_RESERVED_MASK) != 0 || host % q->cluster_size != 0)
     return MAPPING_INVALID;
   if (descriptor & OFLAG_ZERO) {

@@ -20,17 +20,26 @@
 /* QEMU's limit for the name of a backing file. */
 #define MAX_BACKING_NAME 1023
 
+/* NUL bytes may fill the room up.  What follows upon one QEMU would not
+ * see.
+ */
 static int
 copy_text (const char *what, struct header_text from, char **to)
 {
+  size_t length;
+
   if (from.length == 0)
     return 0;
-  if (memchr (from.text, '\0', from.length) != NULL) {
-    report_error ("the %s of the image contains a NUL byte", what);
-    errno = EINVAL;
-    return -1;
-  }
-  *to = strndup ((const char *) from.text, from.length);
+  length = strnlen ((const char *) from.text, from.length);
+  for (size_t i = length; i < from.length; ++i)
+    if (from.text[i] != '\0') {
+      report_error ("the %s of the image contains a NUL byte", what);
+      errno = EINVAL;
+      return -1;
+    }
+  if (length == 0)
+    return 0;
+  *to = strndup ((const char *) from.text, length);
   if (*to == NULL) {
     report_error ("strndup: %m");
     return -1;
@@ -47,7 +56,8 @@ get_backing_name (const struct qcow2 *q, struct header_text *name)
 
   if (offset == 0)
     return 0;
-  if (length == 0 || length > MAX_BACKING_NAME ||
+  /* Without a name, as QEMU has it, there is no backing file. */
+  if (length > MAX_BACKING_NAME ||
       range_exceeds (offset, length, q->cluster_size)) {
     report_error ("the name of the image's backing file, %" PRIu32 " bytes at "
                   "%#" PRIx64 ", is longer than %u bytes or lies outside of "
@@ -57,6 +67,19 @@ get_backing_name (const struct qcow2 *q, struct header_text *name)
   }
   *name = (struct header_text) { p + offset, length };
   return 0;
+}
+
+bool
+references_backing (const struct qcow2 *q)
+{
+  struct header_text name = { 0 };
+  struct report_hold hold;
+  int r;
+
+  report_hold_begin (&hold);
+  r = get_backing_name (q, &name);
+  report_hold_end (&hold);
+  return r == -1 || (name.length > 0 && name.text[0] != '\0');
 }
 
 static int
