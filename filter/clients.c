@@ -36,6 +36,7 @@
 
 #include "clients.h"
 #include "common/bytes.h"
+#include "common/report.h"
 #include "disk/disk.h"
 #include "stats/stats.h"
 
@@ -60,6 +61,7 @@ static struct {
 static struct disk *
 enter (int *err)
 {
+  report_limit_thread ();
   atomic_fetch_add (&gate.in_flight, 1);
   if (!atomic_load (&gate.closed))
     return gate.disk;

@@ -393,6 +393,7 @@ leave_nothing_behind (void)
 {
   listen_unlink (&listen_sockets);
   stats_file_stop ();
+  report_limits_end ();
 }
 
 static int
@@ -489,6 +490,7 @@ dirty_bitmap_cleanup (nbdkit_backend *backend)
   disk = NULL;
   chain_close (chain);
   chain = NULL;
+  report_limits_end ();
 }
 
 static void

@@ -280,6 +280,7 @@ stopper_main (void *unused)
   int64_t began;
 
   (void) unused;
+  report_limit_thread ();
   while (!wait_to_be_asked ())
     store_for_leavers ();
   began = now_ms ();

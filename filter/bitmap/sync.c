@@ -580,10 +580,11 @@ bitmap_set_all_stored (struct bitmap_set *set)
     enum bitmap_state state = atomic_load (&b->state);
 
     if (state != SYNCED) {
-      report_error ("bitmap '%s' could not be stored and %s in use in the "
-                    "image%s%s", b->name,
-                    state == DOUBTFUL ? "may be left" : "is left",
-                    set->why[0] == '\0' ? "" : ": ", set->why);
+      /* Once for each bitmap, at the end. */
+      report_limited_error ("bitmap '%s' could not be stored and %s in use in "
+                            "the image%s%s", b->name,
+                            state == DOUBTFUL ? "may be left" : "is left",
+                            set->why[0] == '\0' ? "" : ": ", set->why);
       all = false;
     }
   }

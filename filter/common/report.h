@@ -10,7 +10,8 @@
  * know no nbdkit, so filter.c sets report_sink to one that calls
  * nbdkit_error or nbdkit_debug; without a sink everything but debug
  * lines goes to stderr.  All three keep errno, understand %m, and take
- * a message in lower case with no newline and no full stop.
+ * a message in lower case with no newline and no full stop, the format of
+ * which is a string literal.
  */
 
 #include <stdarg.h>
@@ -35,6 +36,23 @@ extern void report_warning (const char *fmt, ...)
 extern void report_debug (const char *fmt, ...)
   __attribute__ ((format (printf, 1, 2)));
 
+/* From now on this thread serves requests, or stores what they have done.
+ * An error that it meets it may meet again with every request or cluster:
+ * so of its errors and warnings those of each
+ * kind, that is with one format, are shown up to a limit (limit.h), which
+ * is that of all such threads together.
+ */
+extern void report_limit_thread (void);
+
+/* An error that the caller has limited, or that has to be shown each time.
+ * Holds (below) do not keep it back.
+ */
+extern void report_limited_error (const char *fmt, ...)
+  __attribute__ ((format (printf, 1, 2)));
+
+/* Tell of what was not shown. */
+extern void report_limits_end (void);
+
 /* Where a failure may not be the last word, because there is another
  * way: keep the errors of this thread back from begin to end.  The first
  * of them, which is the cause of the others, is in text then; nothing
@@ -42,6 +60,7 @@ extern void report_debug (const char *fmt, ...)
  */
 struct report_hold {
   struct report_hold *outer;
+  const char *fmt;              /* if any */
   bool any;
   char text[512];               /* if any */
 };

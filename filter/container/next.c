@@ -76,7 +76,6 @@ struct next {
   int grow_fd;
   const char *cannot_grow;
   uint64_t original_size;       /* bytes, when we were opened */
-  bool complained;              /* that it cannot grow; under grow_lock */
 
   /* Changed under grow_lock, or before others know the container. */
   struct view *_Atomic view;
@@ -303,12 +302,10 @@ open_view (struct next *n, bool readonly)
 }
 
 static int
-cannot_grow (struct next *n, const char *why)
+cannot_grow (const char *why)
 {
-  if (!n->complained)
-    report_error ("no space left in the image, and its storage cannot grow: %s",
-                  why);
-  n->complained = true;
+  report_error ("no space left in the image, and its storage cannot grow: %s",
+                why);
   errno = ENOSPC;
   return -1;
 }
@@ -371,7 +368,7 @@ next_grow (struct container *c, uint64_t size)
   struct view *v;
 
   if (fd == -1)
-    return cannot_grow (n, n->cannot_grow);
+    return cannot_grow (n->cannot_grow);
   if (fstat (fd, &statbuf) == -1 ||
       extend_file (n, statbuf.st_size, size) == -1)
     return -1;
@@ -383,7 +380,7 @@ next_grow (struct container *c, uint64_t size)
     if (ftruncate (fd, statbuf.st_size) == -1)
       report_warning ("ftruncate: cannot undo an extension: %m");
     if (n->grow_fd == -1)
-      return cannot_grow (n, n->cannot_grow);
+      return cannot_grow (n->cannot_grow);
     errno = err;
     return -1;
   }

@@ -52,9 +52,6 @@ unsigned trim_ms = IDLE_SECONDS * 1000;
 /* Descriptors that are not for clients. */
 #define SPARE_DESCRIPTORS 64
 
-#define ERRORS_AT_ONCE 10
-#define ERRORS_MS (60 * 1000)
-
 int64_t
 now_ms (void)
 {
@@ -240,40 +237,31 @@ bounds_look (struct nbd_server *server)
   return wait_ms;
 }
 
+static void
+tell_of_hidden (unsigned nr)
+{
+  if (nr > 0)
+    report_limited_error ("nbd: %u more errors of clients were not shown", nr);
+}
+
 void
 client_error (struct nbd_server *server, const char *fmt, ...)
 {
-  const int64_t now = now_ms ();
-  unsigned nr_more = 0;
+  unsigned nr_hidden;
   char text[256];
   va_list args;
 
-  {
-    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->errors.lock);
-
-    if (now - server->errors.since >= ERRORS_MS) {
-      if (server->errors.nr > ERRORS_AT_ONCE)
-        nr_more = server->errors.nr - ERRORS_AT_ONCE;
-      server->errors.since = now;
-      server->errors.nr = 0;
-    }
-    if (++server->errors.nr > ERRORS_AT_ONCE)
-      return;
-  }
-  if (nr_more > 0)
-    report_error ("nbd: %u more errors of clients were not shown", nr_more);
+  if (!limit_admits (&server->errors, &nr_hidden))
+    return;
+  tell_of_hidden (nr_hidden);
   va_start (args, fmt);
   vsnprintf (text, sizeof text, fmt, args);
   va_end (args);
-  report_error ("%s", text);
+  report_limited_error ("%s", text);
 }
 
 void
 client_errors_end (struct nbd_server *server)
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->errors.lock);
-  if (server->errors.nr > ERRORS_AT_ONCE)
-    report_error ("nbd: %u more errors of clients were not shown",
-                  server->errors.nr - ERRORS_AT_ONCE);
-  server->errors.nr = 0;
+  tell_of_hidden (limit_end (&server->errors));
 }

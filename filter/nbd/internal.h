@@ -30,7 +30,7 @@
  * connection->lock.  connection->send_lock and server->monitor_lock are
  * taken with no other lock held.  Inside send_lock only the lock of
  * struct tls is taken, which the receiver takes too, and inside which
- * none is.  The locks of struct budget and struct client_errors are
+ * none is.  The locks of struct budget and struct limit are
  * taken inside any other, and none inside them.
  */
 
@@ -41,6 +41,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+#include "common/limit.h"
 #include "common/report.h"
 #include "common/threads.h"
 #include "disk/disk.h"
@@ -131,13 +132,6 @@ struct budget {
   struct budget_class class[BUDGET_CLASSES];
 };
 
-/* Messages about clients: those since some moment. */
-struct client_errors {
-  pthread_mutex_t lock;         /* protects the others */
-  int64_t since;
-  unsigned nr;
-};
-
 struct nbd_server {
   /* Fixed once nbd_server_new has returned. */
   struct disk *disk;
@@ -153,7 +147,7 @@ struct nbd_server {
   struct nbd_limits limits;     /* in force; none is 0 but idle_seconds */
   unsigned max_extra_threads;
   struct budget budget;
-  struct client_errors errors;
+  struct limit errors;          /* messages about clients */
 
   /* nbd_server_add_client's, or -1; -1 again when there is a connection
    * of this fd.  ended_fd is an eventfd.

@@ -85,7 +85,7 @@ init_locks (struct nbd_server *server)
   pthread_cond_init (&server->monitor_wake, NULL);
   pthread_mutex_init (&server->lock, NULL);
   pthread_mutex_init (&server->monitor_lock, NULL);
-  pthread_mutex_init (&server->errors.lock, NULL);
+  limit_init (&server->errors);
   return 0;
 }
 
@@ -493,7 +493,7 @@ nbd_server_free (struct nbd_server *server)
   close (server->wake_fd);
   pthread_mutex_destroy (&server->lock);
   pthread_mutex_destroy (&server->monitor_lock);
-  pthread_mutex_destroy (&server->errors.lock);
+  limit_destroy (&server->errors);
   budget_free (&server->budget);
   pthread_cond_destroy (&server->changed);
   pthread_cond_destroy (&server->monitor_wake);

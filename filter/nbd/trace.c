@@ -12,6 +12,9 @@
  * request too.  A thread serves one connection as long as it lives, so
  * what it says is said of that one.
  *
+ * An error of the disk comes again with each request that meets it, so
+ * these threads' messages are limited (report.h).
+ *
  * What a client can choose freely, the name of an export, is shown with
  * nothing in it that a terminal or a reader of logs might act upon.
  */
@@ -37,6 +40,7 @@ void
 trace_thread (struct worker *w)
 {
   my_worker = w;
+  report_limit_thread ();
 }
 
 void

@@ -1,0 +1,65 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#include <config.h>
+
+#include <time.h>
+
+#include "common/cleanup.h"
+#include "common/limit.h"
+
+unsigned limit_period_ms = 60 * 1000;
+
+static int64_t
+now_ms (void)
+{
+  struct timespec ts;
+
+  clock_gettime (CLOCK_MONOTONIC, &ts);
+  return (int64_t) ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
+}
+
+void
+limit_init (struct limit *l)
+{
+  *l = (struct limit) LIMIT_INITIALIZER;
+}
+
+void
+limit_destroy (struct limit *l)
+{
+  pthread_mutex_destroy (&l->lock);
+}
+
+/* Called with the lock. */
+static unsigned
+end_period (struct limit *l)
+{
+  const unsigned hidden = l->nr > LIMIT_AT_ONCE ? l->nr - LIMIT_AT_ONCE : 0;
+
+  l->nr = 0;
+  return hidden;
+}
+
+bool
+limit_admits (struct limit *l, unsigned *nr_hidden)
+{
+  const int64_t now = now_ms ();
+
+  *nr_hidden = 0;
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&l->lock);
+  if (l->nr == 0 || now - l->since >= limit_period_ms) {
+    *nr_hidden = end_period (l);
+    l->since = now;
+  }
+  return ++l->nr <= LIMIT_AT_ONCE;
+}
+
+unsigned
+limit_end (struct limit *l)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&l->lock);
+  return end_period (l);
+}
