@@ -516,6 +516,11 @@ def debug():
         server = Server("disk.qcow2",
                         options=["-v", "-D", flag + ".request=1"])
         h = server.connect(CONTEXT + "b")
+        # libnbd knows extended headers from 1.18 on.
+        form, write_flags = "structured", "0"
+        if hasattr(h, "get_extended_headers_negotiated"):
+            assert h.get_extended_headers_negotiated()
+            form, write_flags = "extended", "0x20"  # PAYLOAD_LEN
         h.pwrite(b"x" * 10, 0)
         h.pread(3, 5)
         h.shutdown()
@@ -526,11 +531,11 @@ def debug():
         log = server.messages()
         for line in (
                 "nbd: connection 1 opened: pid %d, uid %d, export \"\", "
-                "structured replies, no TLS, 1 metadata contexts" % (
-                    os.getpid(), os.getuid()),
+                "%s replies, no TLS, 1 metadata contexts" % (
+                    os.getpid(), os.getuid(), form),
                 "nbd: connection 1: option ",
                 "nbd: connection 1: request 1, cookie 0x1: command 1 "
-                "(write), flags 0, offset 0, length 10",
+                "(write), flags " + write_flags + ", offset 0, length 10",
                 "nbd: connection 1: request 2, cookie 0x2: command 0 (read)",
                 "nbd: connection 1 closed: the client disconnected: "
                 "2 requests, 3 bytes read, 10 written",
@@ -563,7 +568,9 @@ def debug():
     server.stop()
     log = server.messages()
     assert "cookie" not in log and ": option" not in log, log
-    assert 'export "a\\x0a\\x1b\\x22\\x5c\\xffzzz' in log, log
+    # Newer versions of nbdkit escape our backslashes.
+    assert 'export "a\\x0a\\x1b\\x22\\x5c\\xffzzz' in log.replace(
+        "\\\\", "\\"), log
     assert "z" * 60 not in log and "\x1b" not in log, log
 
 
