@@ -7,20 +7,44 @@
 
 #include <errno.h>
 #include <signal.h>
+#include <stdint.h>
 #include <time.h>
 
 #include "common/threads.h"
 
+/* The least bytes of a thread's stack, which musl would have far fewer of
+ * (128 KiB).  What is larger by default stays so, since the plugin is called
+ * on our threads, too, and may want it.
+ */
+#define MIN_STACK (UINT64_C (1) << 20)
+
+static int
+enlarge_stack (pthread_attr_t *attr)
+{
+  size_t bytes;
+  const int err = pthread_attr_getstacksize (attr, &bytes);
+
+  return err != 0 || bytes >= MIN_STACK ? err
+    : pthread_attr_setstacksize (attr, MIN_STACK);
+}
+
 int
 thread_create (pthread_t *thread, void *(*start) (void *), void *arg)
 {
+  pthread_attr_t attr;
   sigset_t all, saved;
-  int err;
+  int err = pthread_attr_init (&attr);
 
-  sigfillset (&all);
-  pthread_sigmask (SIG_SETMASK, &all, &saved);
-  err = pthread_create (thread, NULL, start, arg);
-  pthread_sigmask (SIG_SETMASK, &saved, NULL);
+  if (err != 0)
+    return err;
+  err = enlarge_stack (&attr);
+  if (err == 0) {
+    sigfillset (&all);
+    pthread_sigmask (SIG_SETMASK, &all, &saved);
+    err = pthread_create (thread, &attr, start, arg);
+    pthread_sigmask (SIG_SETMASK, &saved, NULL);
+  }
+  pthread_attr_destroy (&attr);
   return err;
 }
 

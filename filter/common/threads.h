@@ -8,8 +8,8 @@
 
 #include <pthread.h>
 
-/* Start a thread with all signals blocked: they are for nbdkit's threads.
- * Returns 0 or an error.
+/* Start a thread with all signals blocked: they are for nbdkit's threads;
+ * and with a stack of at least 1 MiB.  Returns 0 or an error.
  */
 extern int thread_create (pthread_t *, void *(*) (void *), void *);
 

@@ -411,7 +411,7 @@ drain (struct connection *c, int flags)
 
 /* Encrypt a record's worth at most.  Returns how much. */
 static ssize_t
-encrypt (struct tls *tls, const void *buf, size_t count)
+encrypt_record (struct tls *tls, const void *buf, size_t count)
 {
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&tls->lock);
   ssize_t r = gnutls_record_send (tls->session, buf, count);
@@ -469,7 +469,7 @@ tls_send (struct connection *c, const struct iovec *iov, size_t nr)
     if (TLS_OUTPUT_SIZE - tls->out_used < count + RECORD_OVERHEAD &&
         drain (c, 0) == -1)
       return -1;
-    r = encrypt (tls, record, count);
+    r = encrypt_record (tls, record, count);
     if (r == -1)
       return -1;
     offset += r;

@@ -181,13 +181,19 @@ snapshots_next (struct qcow2 *q, uint32_t i, uint64_t *offset,
 static int
 text_is (struct qcow2 *q, uint64_t offset, uint16_t bytes, const char *text)
 {
-  char buf[UINT16_MAX];
+  char buf[512];
+  size_t n;
 
   if (strlen (text) != bytes)
     return 0;
-  if (qcow2_read_metadata (q, buf, bytes, offset) == -1)
-    return -1;
-  return memcmp (buf, text, bytes) == 0;
+  for (size_t done = 0; done < bytes; done += n) {
+    n = min_u64 (bytes - done, sizeof buf);
+    if (qcow2_read_metadata (q, buf, n, offset + done) == -1)
+      return -1;
+    if (memcmp (buf, text + done, n) != 0)
+      return 0;
+  }
+  return 1;
 }
 
 /* Find a snapshot by its ID, or else by its name: of several with one
@@ -313,7 +319,7 @@ register_l2_tables (struct qcow2 *q, uint32_t i, const uint64_t *entries,
 static int
 search_l1 (struct qcow2 *q, uint32_t i, const struct snapshot *s)
 {
-  uint64_t buf[4096];
+  uint64_t buf[512];
   uint32_t n;
 
   for (uint32_t done = 0; done < s->l1_entries; done += n) {
