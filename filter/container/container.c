@@ -14,8 +14,17 @@
  *   and so never asks an implementation for more than it can serve.
  * - Bytes beyond the end read as zeroes, and zeroing them needs nothing:
  *   a write that grows the container later finds zeroes there.
- * - Growing is rare and is serialised by grow_lock.  Nothing else is
- *   locked here.
+ * - Growing is rare and is serialised by grow_lock.
+ *
+ * And barriers that are not needed.  Each change is counted when it has
+ * ended, before its caller knows, whether it succeeded or not (then it
+ * may be there in part).  A flush notes the count, and then flushes; if
+ * it succeeds it has covered as many changes as it noted, or more.  So a
+ * flush that finds the same count again has nothing to do.  It is not the
+ * case before the first one: the file may have been written by others.
+ * Flushes are serialised by flush_lock: the kernel tells an error once,
+ * and so none is told the success that another's failure has left to it.
+ * Reads and writes take no lock here.
  */
 
 #include <config.h>
@@ -39,6 +48,26 @@ container_init (struct container *c, const struct container_ops *ops,
   atomic_init (&c->size, size);
   c->readonly = readonly;
   pthread_mutex_init (&c->grow_lock, NULL);
+  pthread_mutex_init (&c->flush_lock, NULL);
+}
+
+/* A change has ended.  Release order: whoever counts it sees it done. */
+static int
+changed (struct container *c, int r)
+{
+  atomic_fetch_add_explicit (&c->changes[meter_shard ()].count, 1,
+                             memory_order_release);
+  return r;
+}
+
+static uint64_t
+count_changes (struct container *c)
+{
+  uint64_t n = 0;
+
+  for (unsigned i = 0; i < METER_SHARDS; ++i)
+    n += atomic_load_explicit (&c->changes[i].count, memory_order_acquire);
+  return n;
 }
 
 /* How much of [offset, offset + count) lies before the end? */
@@ -80,7 +109,7 @@ container_pwrite (struct container *c, const void *buf, size_t count,
   }
   if (container_reserve (c, offset + count) == -1)
     return -1;
-  return c->ops->pwrite (c, buf, count, offset);
+  return changed (c, c->ops->pwrite (c, buf, count, offset));
 }
 
 int
@@ -94,7 +123,7 @@ container_zero (struct container *c, uint64_t count, uint64_t offset,
   count = clip (c, count, offset);
   if (count == 0)
     return 0;
-  return c->ops->zero (c, count, offset, punch);
+  return changed (c, c->ops->zero (c, count, offset, punch));
 }
 
 int
@@ -124,7 +153,19 @@ container_flush (struct container *c)
 {
   if (c->readonly)
     return 0;
-  return c->ops->flush (c);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->flush_lock);
+  const uint64_t done = count_changes (c);
+  const uint64_t began = meter_clock ();
+
+  if (c->is_flushed && c->flushed == done)
+    return 0;
+  c->is_flushed = c->ops->flush (c) == 0;
+  if (!c->is_flushed)
+    return -1;
+  c->flushed = done;
+  tally_add (&c->flushes, 1);
+  tally_add (&c->flush_ns, meter_clock () - began);
+  return 0;
 }
 
 int
@@ -146,7 +187,7 @@ container_reserve (struct container *c, uint64_t end)
     return 0;                   /* Another thread was faster. */
 
   const uint64_t before = container_size (c);
-  const int r = c->ops->grow (c, end);
+  const int r = changed (c, c->ops->grow (c, end));
 
   tally_add (&c->grown_bytes, container_size (c) - before);
   return r;
@@ -162,7 +203,7 @@ container_truncate (struct container *c, uint64_t size)
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->grow_lock);
   if (size >= container_size (c))
     return 0;
-  return c->ops->truncate (c, size);
+  return changed (c, c->ops->truncate (c, size));
 }
 
 void
@@ -171,5 +212,6 @@ container_close (struct container *c)
   if (c == NULL)
     return;
   pthread_mutex_destroy (&c->grow_lock);
+  pthread_mutex_destroy (&c->flush_lock);
   c->ops->close (c);
 }

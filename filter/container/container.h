@@ -48,6 +48,9 @@ struct container_ops {
   /* Bring the range into the cache of the storage.  May do nothing. */
   int (*cache) (struct container *, uint64_t count, uint64_t offset);
 
+  /* Called under flush_lock, and only if there was a change since the
+   * last one that succeeded.
+   */
   int (*flush) (struct container *);
 
   /* Is the range from offset on a hole, which reads as zeroes, or data?
@@ -71,6 +74,12 @@ struct container_ops {
   void (*close) (struct container *);
 };
 
+/* A counter to itself in its line of the processors' caches. */
+struct container_counter {
+  _Atomic uint64_t count;
+  char padding[56];
+};
+
 /* The head of every implementation's own struct. */
 struct container {
   const struct container_ops *ops;
@@ -78,6 +87,17 @@ struct container {
   bool readonly;
   tally grown_bytes;            /* in all; changed under grow_lock */
   pthread_mutex_t grow_lock;    /* protects growth, taken last of all */
+
+  /* Held during a flush, and protects what follows.  Taken before the
+   * locks of implementations.
+   */
+  pthread_mutex_t flush_lock;
+  bool is_flushed;              /* the last flush has succeeded, and */
+  uint64_t flushed;             /* covers so many changes */
+  tally flushes, flush_ns;      /* that have succeeded */
+
+  /* Changes that have been done, or have failed: by many threads. */
+  struct container_counter changes[METER_SHARDS];
 };
 
 /* Called by the implementations' open functions. */
@@ -108,7 +128,9 @@ extern int container_cache (struct container *, uint64_t count,
 extern int container_extent (struct container *, uint64_t offset,
                              uint64_t count, uint64_t *length, bool *hole);
 
-/* The barrier. */
+/* The barrier.  It costs nothing where nothing has been changed since the
+ * last one that succeeded.
+ */
 extern int container_flush (struct container *);
 
 /* Make sure that [0, end) can be written without growing. */

@@ -21,8 +21,7 @@
  * A flush that failed may have thrown away what could not be written,
  * and the next one would report success all the same: the kernel tells
  * an error once.  So once a flush has failed, all that follow fail with
- * the same error; and there is one at a time, so that none is told the
- * success that another's failure has left to it.
+ * the same error.
  *
  * The descriptor's position is used by nobody, so lseek may move it in
  * any thread.
@@ -48,8 +47,6 @@ struct file {
   int fd;                       /* the caller's */
   bool is_block_device;
   atomic_bool cannot_punch, cannot_zero, cannot_seek;
-
-  pthread_mutex_t flush_lock;   /* protects flush_error, and flushes */
   int flush_error;              /* of the first flush that failed, or 0 */
 };
 
@@ -179,7 +176,6 @@ file_flush (struct container *c)
 {
   struct file *f = (struct file *) c;
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&f->flush_lock);
   if (f->flush_error == 0 && fdatasync (f->fd) == -1)
     f->flush_error = errno;
   if (f->flush_error == 0)
@@ -260,7 +256,6 @@ file_truncate (struct container *c, uint64_t size)
 static void
 file_close (struct container *c)
 {
-  pthread_mutex_destroy (&((struct file *) c)->flush_lock);
   free (c);
 }
 
@@ -293,7 +288,6 @@ open_file (int fd, bool readonly)
     return NULL;
   container_init (&f->c, &file_ops, size, readonly);
   f->fd = fd;
-  pthread_mutex_init (&f->flush_lock, NULL);
   f->is_block_device = S_ISBLK (statbuf.st_mode);
   return &f->c;
 }

@@ -90,16 +90,10 @@ struct flush {
 static int
 barrier (struct qcow2 *q, struct container *c)
 {
-  const uint64_t began = meter_clock ();
-
-  if (container_flush (c) == -1) {
-    atomic_fetch_add (&q->lost, 1);
-    return -1;
-  }
-  atomic_fetch_add_explicit (&q->barriers, 1, memory_order_relaxed);
-  atomic_fetch_add_explicit (&q->barrier_ns, meter_clock () - began,
-                             memory_order_relaxed);
-  return 0;
+  if (container_flush (c) == 0)
+    return 0;
+  atomic_fetch_add (&q->lost, 1);
+  return -1;
 }
 
 int
@@ -124,8 +118,12 @@ qcow2_get_numbers (const struct qcow2 *q, struct qcow2_numbers *n)
     n->flush_ns[i] = tally_get (&q->flush_ns[i]);
   }
   n->barriers[0] = atomic_load (&q->lost);
-  n->barriers[1] = tally_get (&q->barriers);
-  n->barrier_ns = tally_get (&q->barrier_ns);
+  n->barriers[1] = tally_get (&q->container->flushes);
+  n->barrier_ns = tally_get (&q->container->flush_ns);
+  if (q->data != q->container) {
+    n->barriers[1] += tally_get (&q->data->flushes);
+    n->barrier_ns += tally_get (&q->data->flush_ns);
+  }
 }
 
 unsigned long

@@ -300,7 +300,6 @@ struct qcow2 {
   struct range_lock *ranges;
 
   atomic_ulong lost;            /* barriers that have failed (flush.c) */
-  _Atomic uint64_t barriers, barrier_ns; /* that have succeeded */
   atomic_bool reftable_unknown; /* see header_set_reftable */
 
   pthread_mutex_t flush_lock;   /* protects what follows */

@@ -237,6 +237,156 @@ test_hook (void **state)
   container_close (c);
 }
 
+/* Which calls have to be followed by a barrier. */
+struct barriers {
+  unsigned nr;
+  int err;
+};
+
+static int
+count_barriers (void *opaque, const char *operation, uint64_t offset,
+                uint64_t count)
+{
+  struct barriers *b = opaque;
+
+  (void) offset; (void) count;
+  if (strcmp (operation, "flush") == 0)
+    b->nr++;
+  return b->err;
+}
+
+static void
+test_barriers (void **state)
+{
+  struct container *c = container_open_memory (MiB);
+  struct barriers b = { 0 };
+  const struct container_memory_hook hook = { count_barriers, &b };
+  char buf[10];
+
+  (void) state;
+#define assert_needed(n)                                        \
+  do {                                                          \
+    b.nr = 0;                                                   \
+    for (int i_ = 0; i_ < 3; ++i_)                              \
+      assert_int_equal (container_flush (c), 0);                \
+    assert_int_equal (b.nr, n);                                 \
+  } while (0)
+
+  /* The first one: nobody knows what was written before. */
+  container_memory_set_hook (c, &hook);
+  assert_needed (1);
+  assert_int_equal (container_pwrite (c, "x", 1, 5000), 0);
+  assert_needed (1);
+  assert_int_equal (container_zero (c, 10, 10, false), 0);
+  assert_needed (1);
+  assert_int_equal (container_zero (c, 10, 10, true), 0);
+  assert_needed (1);
+  assert_int_equal (container_reserve (c, 9000), 0);
+  assert_needed (1);
+  assert_int_equal (container_truncate (c, 8000), 0);
+  assert_needed (1);
+  assert_int_equal (container_pread (c, buf, 10, 0), 0);
+  assert_int_equal (container_cache (c, 10, 0), 0);
+  assert_int_equal (container_reserve (c, 8000), 0);
+  assert_int_equal (container_zero (c, 10, 9000, false), 0);
+  assert_needed (0);
+  assert_int_equal (tally_get (&c->flushes), 6);
+
+  /* What fails may have been done. */
+  b.err = EIO;
+  assert_int_equal (container_pwrite (c, "x", 1, 0), -1);
+  b.err = 0;
+  assert_needed (1);
+  b.err = EIO;
+  assert_int_equal (container_zero (c, 1, 0, false), -1);
+  b.err = 0;
+  assert_needed (1);
+
+  /* A flush that fails has covered nothing. */
+  assert_int_equal (container_pwrite (c, "x", 1, 0), 0);
+  b.err = EIO;
+  b.nr = 0;
+  assert_int_equal (container_flush (c), -1);
+  assert_int_equal (container_flush (c), -1);
+  assert_int_equal (b.nr, 2);
+  b.err = 0;
+  assert_needed (1);
+  container_close (c);
+}
+
+/* Threads that write and flush: what was written before a flush that
+ * succeeds is durable, though another's flush may be what made it so.
+ * Some flushes fail, after a while.
+ */
+#define NR_FLUSHERS 6
+
+struct durable {
+  struct container *c;
+  _Atomic uint64_t value[NR_FLUSHERS];
+  atomic_uint nr;
+};
+
+static int
+make_durable (void *opaque, const char *operation, uint64_t offset,
+              uint64_t count)
+{
+  const struct timespec moment = { .tv_nsec = 30000 };
+  struct durable *d = opaque;
+  uint64_t value[NR_FLUSHERS];
+
+  (void) offset; (void) count;
+  if (strcmp (operation, "flush") != 0)
+    return 0;
+  assert_int_equal (container_pread (d->c, value, sizeof value, 0), 0);
+  nanosleep (&moment, NULL);
+  if (atomic_fetch_add (&d->nr, 1) % 3 == 2)
+    return EIO;
+  for (unsigned i = 0; i < NR_FLUSHERS; ++i)
+    atomic_store (&d->value[i], value[i]);
+  return 0;
+}
+
+static void *
+write_and_flush (void *opaque)
+{
+  struct durable *d = opaque;
+  static atomic_uint next_id;
+  const unsigned id = next_id++;
+
+  for (uint64_t v = 1; v <= 300; ++v) {
+    if (container_pwrite (d->c, &v, sizeof v, id * sizeof v) == -1)
+      return d;
+    while (container_flush (d->c) == -1)
+      if (v % 2 == 0)
+        break;                  /* The next one is for it, too. */
+    if (v % 2 == 1 && atomic_load (&d->value[id]) < v)
+      return d;
+  }
+  return NULL;
+}
+
+static void
+test_barriers_threads (void **state)
+{
+  struct durable d = { .c = container_open_memory (MiB) };
+  const struct container_memory_hook hook = { make_durable, &d };
+  pthread_t threads[NR_FLUSHERS];
+  void *failed;
+
+  (void) state;
+  assert_int_equal (container_reserve (d.c, 4096), 0);
+  container_memory_set_hook (d.c, &hook);
+  for (int i = 0; i < NR_FLUSHERS; ++i)
+    assert_int_equal (pthread_create (&threads[i], NULL, write_and_flush, &d),
+                      0);
+  for (int i = 0; i < NR_FLUSHERS; ++i) {
+    assert_int_equal (pthread_join (threads[i], &failed), 0);
+    assert_null (failed);
+  }
+  container_memory_set_hook (d.c, NULL);
+  container_close (d.c);
+}
+
 static void
 test_file (void **state)
 {
@@ -415,6 +565,7 @@ test_file_flush_error (void **state)
   fill (c, 0, 10, 1);
   assert_int_equal (container_flush (c), 0);
   fdatasync_errno = EIO;
+  fill (c, 0, 10, 2);
   assert_int_equal (container_flush (c), -1);
   assert_int_equal (errno, EIO);
   fdatasync_errno = 0;
@@ -542,6 +693,8 @@ main (void)
     cmocka_unit_test (test_zero_and_punch),
     cmocka_unit_test (test_truncate),
     cmocka_unit_test (test_hook),
+    cmocka_unit_test (test_barriers),
+    cmocka_unit_test (test_barriers_threads),
     cmocka_unit_test (test_file),
     cmocka_unit_test (test_file_writable),
     cmocka_unit_test (test_file_zero_fallback),

@@ -95,8 +95,11 @@ static void
 fail_a_flush (void *vp)
 {
   const struct meanwhile *m = vp;
+  uint8_t data[512] = { 3 };
 
   m->store->written = NULL;
+  /* The request's own write has not ended, and no flush is for it. */
+  assert_int_equal (disk_write (m->disk, data, 512, 1024, false), 0);
   m->store->plan = (struct fault_plan) {
     .kinds = FAULT_FLUSH, .error = EIO, .loses = true,
   };
