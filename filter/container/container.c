@@ -57,6 +57,8 @@ changed (struct container *c, int r)
 {
   atomic_fetch_add_explicit (&c->changes[meter_shard ()].count, 1,
                              memory_order_release);
+  if (r == -1 && (errno == EDQUOT || errno == EFBIG))
+    errno = ENOSPC;
   return r;
 }
 
@@ -146,6 +148,15 @@ container_extent (struct container *c, uint64_t offset, uint64_t count,
   if (inside == 0 || c->ops->extent == NULL)
     return 0;
   return c->ops->extent (c, offset, inside, length, hole);
+}
+
+int
+container_allocated (struct container *c, uint64_t *bytes)
+{
+  if (c->ops->allocated != NULL)
+    return c->ops->allocated (c, bytes);
+  errno = ENOTSUP;
+  return -1;
 }
 
 int

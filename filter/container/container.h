@@ -10,8 +10,8 @@
  *
  * One table of operations, one file an implementation:
  *   next.c     over nbdkit's plugin (the only file here that knows nbdkit)
- *   file.c     over a file descriptor: looking at an image before nbdkit
- *              lets the plugin be opened, backing files, data files
+ *   file.c     over a file descriptor: the image where its file is used
+ *              directly, backing files, data files
  *   memory.c   in memory, for tests
  * The functions below are the door.  They deal with the end of the
  * container once for all implementations, so an implementation is only
@@ -34,6 +34,9 @@
 
 struct container;
 
+/* An implementation is asked for ranges inside its size.  What it has no
+ * room for it may call EDQUOT or EFBIG; the caller is told ENOSPC.
+ */
 struct container_ops {
   int (*pread) (struct container *, void *buf, size_t count, uint64_t offset);
   int (*pwrite) (struct container *,
@@ -59,6 +62,11 @@ struct container_ops {
    */
   int (*extent) (struct container *, uint64_t offset, uint64_t count,
                  uint64_t *length, bool *hole);
+
+  /* The bytes that the storage has for it, which may be fewer than its
+   * size.  -1 with ENOTSUP, or NULL, if that cannot be known.
+   */
+  int (*allocated) (struct container *, uint64_t *bytes);
 
   /* Make the container at least size bytes large and store the new size
    * in container->size; what is new reads as zeroes.  It may grow by
@@ -128,6 +136,9 @@ extern int container_cache (struct container *, uint64_t count,
 extern int container_extent (struct container *, uint64_t offset,
                              uint64_t count, uint64_t *length, bool *hole);
 
+/* As the operation above, of the same name. */
+extern int container_allocated (struct container *, uint64_t *bytes);
+
 /* The barrier.  It costs nothing where nothing has been changed since the
  * last one that succeeded.
  */
@@ -140,10 +151,12 @@ extern void container_close (struct container *);
 
 /* A container over fd, of a file or a block device, which stays the
  * caller's: read-only; or one that can be written, grows to just the
- * size that is needed, and is never cut.  NULL with errno.
+ * size that is needed, and is never cut; or the image itself, which grows
+ * in large steps and can be cut to what it was.  NULL with errno.
  */
 extern struct container *container_open_file (int fd);
 extern struct container *container_open_file_writable (int fd);
+extern struct container *container_open_file_image (int fd);
 
 /* In memory, growing up to limit bytes (then ENOSPC), sparse.  A hook,
  * if set, is called before each operation that changes or flushes and

@@ -5,26 +5,24 @@
 
 /* How this works
  *
- * A container over a file descriptor, of a file or a block device: what
- * get_ready looks at the image with, before nbdkit lets the plugin be
- * opened, and what backing files are read and data files written with.
+ * A container over a file descriptor, of a file or a block device.  Backing
+ * files are read and data files written so; and the image itself, where
+ * nothing would be done with it but what is done here (image-file.c): then
+ * it is the file that was opened, whatever happens to its name.
  *
  * The size of a read-only one is that at the time of opening; a file
  * that is cut later gives EIO.  The door refuses every change of it.
  *
  * Zeroes are left to the file system where it can make them, else
  * written.  What it turned out not to be able to do is not tried again.
- * It also refuses single ranges that it cannot make zero (a block device
- * those that are not aligned), so that alone does not mean that it never
- * can.
+ * It also refuses single ranges that it cannot make zero, so that alone
+ * does not mean that it never can.  A block device can only where a range
+ * is aligned, so there the ends of others are written.
  *
  * A flush that failed may have thrown away what could not be written,
  * and the next one would report success all the same: the kernel tells
  * an error once.  So once a flush has failed, all that follow fail with
  * the same error.
- *
- * The descriptor's position is used by nobody, so lseek may move it in
- * any thread.
  */
 
 #include <config.h>
@@ -39,6 +37,7 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "container/container.h"
+#include "container/fd.h"
 
 #define ZEROES_BYTES 65536
 
@@ -46,7 +45,10 @@ struct file {
   struct container c;
   int fd;                       /* the caller's */
   bool is_block_device;
-  atomic_bool cannot_punch, cannot_zero, cannot_seek;
+  bool is_image;                /* grows in steps, and is cut at the end */
+  uint64_t original_size;       /* bytes, when it was opened */
+  uint32_t zero_alignment;      /* bytes */
+  atomic_bool cannot_punch, cannot_zero, cannot_allocate;
   int flush_error;              /* of the first flush that failed, or 0 */
 };
 
@@ -102,8 +104,11 @@ file_pwrite (struct container *c, const void *buf, size_t count,
 static int
 write_zeroes (struct container *c, uint64_t count, uint64_t offset)
 {
-  CLEANUP_FREE char *zeroes = calloc (1, min_u64 (count, ZEROES_BYTES));
+  CLEANUP_FREE char *zeroes = NULL;
 
+  if (count == 0)
+    return 0;
+  zeroes = calloc (1, min_u64 (count, ZEROES_BYTES));
   if (zeroes == NULL)
     return -1;
   while (count > 0) {
@@ -144,10 +149,26 @@ try_fallocate (struct file *f, int mode, uint64_t count, uint64_t offset,
   }
 }
 
+/* Zeroes that have storage, of a file system that can only make holes:
+ * the holes are filled again.
+ */
 static int
-file_zero (struct container *c, uint64_t count, uint64_t offset, bool punch)
+punch_and_allocate (struct file *f, uint64_t count, uint64_t offset)
 {
-  struct file *f = (struct file *) c;
+  int r;
+
+  if (atomic_load_explicit (&f->cannot_allocate, memory_order_relaxed))
+    return 1;
+  r = try_fallocate (f, FALLOC_FL_PUNCH_HOLE, count, offset,
+                     &f->cannot_punch);
+  return r != 0 ? r
+    : try_fallocate (f, 0, count, offset, &f->cannot_allocate);
+}
+
+/* Of a range that is aligned. */
+static int
+zero_aligned (struct file *f, uint64_t count, uint64_t offset, bool punch)
+{
   int r = 1;
 
   if (punch)
@@ -156,7 +177,24 @@ file_zero (struct container *c, uint64_t count, uint64_t offset, bool punch)
   if (r == 1)
     r = try_fallocate (f, FALLOC_FL_ZERO_RANGE, count, offset,
                        &f->cannot_zero);
-  return r == 1 ? write_zeroes (c, count, offset) : r;
+  if (r == 1 && !f->is_block_device)
+    r = punch_and_allocate (f, count, offset);
+  return r == 1 ? write_zeroes (&f->c, count, offset) : r;
+}
+
+static int
+file_zero (struct container *c, uint64_t count, uint64_t offset, bool punch)
+{
+  struct file *f = (struct file *) c;
+  const uint64_t first = round_up (offset, f->zero_alignment);
+  const uint64_t end = round_down (offset + count, f->zero_alignment);
+
+  if (first >= end)
+    return write_zeroes (c, count, offset);
+  if (write_zeroes (c, first - offset, offset) == -1 ||
+      write_zeroes (c, offset + count - end, end) == -1)
+    return -1;
+  return zero_aligned (f, end - first, first, punch);
 }
 
 static int
@@ -184,64 +222,56 @@ file_flush (struct container *c)
   return -1;
 }
 
-/* What cannot be found out is data. */
 static int
 file_extent (struct container *c, uint64_t offset, uint64_t count,
              uint64_t *length, bool *hole)
 {
-  struct file *f = (struct file *) c;
-  off_t data, end;
-
-  *hole = false;
-  *length = count;
-  if (atomic_load_explicit (&f->cannot_seek, memory_order_relaxed))
-    return 0;
-
-  data = lseek (f->fd, offset, SEEK_DATA);
-  if (data == -1) {
-    if (errno == ENXIO) {
-      /* No data up to the end, unless somebody has cut the file. */
-      end = lseek (f->fd, 0, SEEK_END);
-      *hole = end != -1 && (uint64_t) end >= offset + count;
-    }
-    else
-      atomic_store_explicit (&f->cannot_seek, true, memory_order_relaxed);
-    return 0;
-  }
-  if ((uint64_t) data > offset) {
-    *hole = true;
-    *length = min_u64 (count, data - offset);
-    return 0;
-  }
-  end = lseek (f->fd, offset, SEEK_HOLE);
-  if (end != -1 && (uint64_t) end > offset)
-    *length = min_u64 (count, end - offset);
+  fd_extent (((struct file *) c)->fd, offset, count, length, hole);
   return 0;
 }
 
-/* Others know the size of the file, so it grows by no more than is
- * needed, and never shrinks, not even if somebody else made it larger.
+static int
+file_allocated (struct container *c, uint64_t *bytes)
+{
+  return fd_allocated (((struct file *) c)->fd, bytes);
+}
+
+/* Extend it to just that size, but never shrink it, not even if it has
+ * become larger in another way.
+ */
+static int
+extend_exactly (int fd, uint64_t size)
+{
+  struct stat statbuf;
+  int r = 0;
+
+  if (fstat (fd, &statbuf) == -1)
+    return -1;
+  if ((uint64_t) statbuf.st_size < size)
+    do
+      r = ftruncate (fd, size);
+    while (r == -1 && errno == EINTR);
+  return r;
+}
+
+/* Others know the size of a data file, so it grows by no more than is
+ * needed.
  */
 static int
 file_grow (struct container *c, uint64_t size)
 {
   struct file *f = (struct file *) c;
   struct stat statbuf;
-  int r;
 
   if (f->is_block_device) {
     errno = ENOSPC;
     return -1;
   }
-  if (fstat (f->fd, &statbuf) == -1)
+  if ((f->is_image ? fd_extend (f->fd, size)
+       : extend_exactly (f->fd, size)) == -1)
     return -1;
-  if ((uint64_t) statbuf.st_size < size) {
-    do
-      r = ftruncate (f->fd, size);
-    while (r == -1 && errno == EINTR);
-    if (r == -1)
-      return -1;
-  }
+  if (f->is_image && fstat (f->fd, &statbuf) == 0)
+    size = max_u64 (size, statbuf.st_size);
   atomic_store_explicit (&c->size, size, memory_order_release);
   return 0;
 }
@@ -249,7 +279,15 @@ file_grow (struct container *c, uint64_t size)
 static int
 file_truncate (struct container *c, uint64_t size)
 {
-  (void) c; (void) size;
+  struct file *f = (struct file *) c;
+
+  /* What was there before us is not ours to cut. */
+  size = max_u64 (size, f->original_size);
+  if (!f->is_image || f->is_block_device || size >= container_size (c))
+    return 0;
+  if (ftruncate (f->fd, size) == -1)
+    return -1;
+  atomic_store_explicit (&c->size, size, memory_order_release);
   return 0;
 }
 
@@ -266,13 +304,14 @@ static const struct container_ops file_ops = {
   .cache = file_cache,
   .flush = file_flush,
   .extent = file_extent,
+  .allocated = file_allocated,
   .grow = file_grow,
   .truncate = file_truncate,
   .close = file_close,
 };
 
 static struct container *
-open_file (int fd, bool readonly)
+open_file (int fd, bool readonly, bool is_image)
 {
   struct file *f;
   struct stat statbuf;
@@ -289,17 +328,26 @@ open_file (int fd, bool readonly)
   container_init (&f->c, &file_ops, size, readonly);
   f->fd = fd;
   f->is_block_device = S_ISBLK (statbuf.st_mode);
+  f->is_image = is_image;
+  f->original_size = size;
+  f->zero_alignment = f->is_block_device ? fd_zero_alignment (fd) : 1;
   return &f->c;
 }
 
 struct container *
 container_open_file (int fd)
 {
-  return open_file (fd, true);
+  return open_file (fd, true, false);
 }
 
 struct container *
 container_open_file_writable (int fd)
 {
-  return open_file (fd, false);
+  return open_file (fd, false, false);
+}
+
+struct container *
+container_open_file_image (int fd)
+{
+  return open_file (fd, false, true);
 }

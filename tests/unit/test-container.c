@@ -237,6 +237,35 @@ test_hook (void **state)
   container_close (c);
 }
 
+/* No space, whatever the storage calls it. */
+static void
+test_no_space (void **state)
+{
+  static const int errs[][2] = {
+    { ENOSPC, ENOSPC }, { EDQUOT, ENOSPC }, { EFBIG, ENOSPC }, { EIO, EIO },
+  };
+  struct container *c = container_open_memory (MiB);
+  struct note note = { .err = 0 };
+  const struct container_memory_hook hook = { note_operation, &note };
+
+  (void) state;
+  fill (c, 0, 1000, 1);
+  container_memory_set_hook (c, &hook);
+  for (size_t i = 0; i < sizeof errs / sizeof errs[0]; ++i) {
+    note.err = errs[i][0];
+    errno = 0;
+    assert_int_equal (container_pwrite (c, "x", 1, 0), -1);
+    assert_int_equal (errno, errs[i][1]);
+    errno = 0;
+    assert_int_equal (container_zero (c, 1, 0, false), -1);
+    assert_int_equal (errno, errs[i][1]);
+    errno = 0;
+    assert_int_equal (container_pwrite (c, "x", 1, 1000), -1);
+    assert_int_equal (errno, errs[i][1]);
+  }
+  container_close (c);
+}
+
 /* Which calls have to be followed by a barrier. */
 struct barriers {
   unsigned nr;
@@ -542,6 +571,47 @@ test_file_zero_fallback (void **state)
   fclose (fp);
 }
 
+/* The image itself: it grows in steps, and is cut to what it was. */
+static void
+test_file_image (void **state)
+{
+  FILE *fp = tmpfile ();
+  const int fd = fileno (fp);
+  struct container *c;
+  struct stat statbuf;
+  uint64_t bytes;
+
+  (void) state;
+  assert_int_equal (ftruncate (fd, 3 * MiB + 5), 0);
+  c = container_open_file_image (fd);
+  assert_int_equal (container_allocated (c, &bytes), 0);
+  assert_int_equal (bytes, 0);
+  fill (c, 3 * MiB, 6, 7);
+  assert_int_equal (container_size (c), 19 * MiB + 65536);
+  assert_int_equal (fstat (fd, &statbuf), 0);
+  assert_int_equal (statbuf.st_size, container_size (c));
+  assert_int_equal (container_allocated (c, &bytes), 0);
+  assert_in_range (bytes, 1, MiB);
+  fill (c, container_size (c), 1, 8);
+  assert_int_equal (container_size (c), 35 * MiB + 65536);
+
+  assert_int_equal (container_truncate (c, 20 * MiB), 0);
+  assert_int_equal (container_size (c), 20 * MiB);
+  assert_int_equal (container_truncate (c, 5), 0);
+  assert_int_equal (fstat (fd, &statbuf), 0);
+  assert_int_equal (statbuf.st_size, 3 * MiB + 5);
+  assert_bytes (c, 3 * MiB, 5, 7);
+  assert_bytes (c, 3 * MiB + 5, 100, 0);
+  container_close (c);
+  fclose (fp);
+
+  c = container_open_memory (MiB);
+  errno = 0;
+  assert_int_equal (container_allocated (c, &bytes), -1);
+  assert_int_equal (errno, ENOTSUP);
+  container_close (c);
+}
+
 /* Once a flush has failed it stays failed. */
 static int fdatasync_errno;
 
@@ -693,11 +763,13 @@ main (void)
     cmocka_unit_test (test_zero_and_punch),
     cmocka_unit_test (test_truncate),
     cmocka_unit_test (test_hook),
+    cmocka_unit_test (test_no_space),
     cmocka_unit_test (test_barriers),
     cmocka_unit_test (test_barriers_threads),
     cmocka_unit_test (test_file),
     cmocka_unit_test (test_file_writable),
     cmocka_unit_test (test_file_zero_fallback),
+    cmocka_unit_test (test_file_image),
     cmocka_unit_test (test_file_flush_error),
     cmocka_unit_test (test_file_extent),
     cmocka_unit_test (test_threads),

@@ -1,0 +1,140 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#include <config.h>
+
+#include <dirent.h>
+#include <errno.h>
+#include <linux/fs.h>
+#include <stdlib.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+#include "common/bytes.h"
+#include "container/fd.h"
+
+#define GROW_ALIGN ((uint64_t) 64 << 10)
+#define GROW_MIN_STEP ((uint64_t) 16 << 20)
+#define GROW_MAX_STEP ((uint64_t) 1 << 30)
+
+/* Nobody uses the descriptor's position, so lseek may move it in any
+ * thread.
+ */
+void
+fd_extent (int fd, uint64_t offset, uint64_t count, uint64_t *length,
+           bool *hole)
+{
+  const off_t data = lseek (fd, offset, SEEK_DATA);
+  off_t end;
+
+  *hole = false;
+  *length = count;
+  if (data == -1) {
+    /* No data up to the end, unless the file was cut. */
+    if (errno == ENXIO) {
+      end = lseek (fd, 0, SEEK_END);
+      *hole = end != -1 && (uint64_t) end >= offset + count;
+    }
+    return;
+  }
+  if ((uint64_t) data > offset) {
+    *hole = true;
+    *length = min_u64 (count, data - offset);
+    return;
+  }
+  end = lseek (fd, offset, SEEK_HOLE);
+  if (end != -1 && (uint64_t) end > offset)
+    *length = min_u64 (count, end - offset);
+}
+
+int
+fd_allocated (int fd, uint64_t *bytes)
+{
+  struct stat statbuf;
+
+  if (fstat (fd, &statbuf) == -1)
+    return -1;
+  if (!S_ISREG (statbuf.st_mode)) {
+    errno = ENOTSUP;
+    return -1;
+  }
+  *bytes = (uint64_t) statbuf.st_blocks * 512;
+  return 0;
+}
+
+static int
+resize (int fd, uint64_t size)
+{
+  int r;
+
+  do
+    r = ftruncate (fd, size);
+  while (r == -1 && errno == EINTR);
+  return r;
+}
+
+/* Far more than that if the file system lets us, so that it is done
+ * seldom: what is added is a hole, and a clean stop cuts off what was
+ * not used.
+ */
+int
+fd_extend (int fd, uint64_t size)
+{
+  const uint64_t max = round_down (INT64_MAX, GROW_ALIGN);
+  struct stat statbuf;
+  uint64_t step;
+
+  if (fstat (fd, &statbuf) == -1)
+    return -1;
+  if (size <= (uint64_t) statbuf.st_size)
+    return 0;                   /* Never cut what we do not know. */
+
+  step = min_u64 (max_u64 (statbuf.st_size / 8, GROW_MIN_STEP),
+                  GROW_MAX_STEP);
+  if (size < max - step - GROW_ALIGN &&
+      resize (fd, round_up (max_u64 (size, statbuf.st_size + step),
+                            GROW_ALIGN)) == 0)
+    return 0;
+  if (size < max && resize (fd, round_up (size, GROW_ALIGN)) == 0)
+    return 0;
+  return resize (fd, size);
+}
+
+/* The kernel takes logical blocks, and keeps pages in its cache, which
+ * are larger: to discard a part of one is not asked of it.
+ */
+uint32_t
+fd_zero_alignment (int fd)
+{
+  int logical = 0;
+
+  if (ioctl (fd, BLKSSZGET, &logical) == -1 || logical <= 0 ||
+      !is_power_of_2 (logical))
+    logical = 0;
+  return max_u64 (logical, 4096);
+}
+
+int
+fd_count_open (const struct stat *of, unsigned *count)
+{
+  DIR *dir = opendir ("/proc/self/fd");
+  struct dirent *entry;
+  struct stat statbuf;
+
+  if (dir == NULL)
+    return -1;
+  *count = 0;
+  while ((errno = 0, entry = readdir (dir)) != NULL)
+    if (entry->d_name[0] != '.' &&
+        fstat (atoi (entry->d_name), &statbuf) == 0 &&
+        statbuf.st_dev == of->st_dev && statbuf.st_ino == of->st_ino)
+      ++*count;
+
+  const int err = errno;
+
+  closedir (dir);
+  errno = err;
+  return err == 0 ? 0 : -1;
+}

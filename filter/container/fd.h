@@ -1,0 +1,36 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_FD_H
+#define DIRTY_BITMAP_FD_H
+
+/* What is done with the descriptor of the image's file, be it served
+ * through it (file.c) or through a plugin that opens the file again
+ * (next.c).  All return 0, or -1 with errno.
+ */
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/stat.h>
+
+/* As the operation extent.  What cannot be found out is data. */
+extern void fd_extent (int fd, uint64_t offset, uint64_t count,
+                       uint64_t *length, bool *hole);
+
+/* The bytes that the file system has for the file.  ENOTSUP if that
+ * cannot be known, as of a block device.
+ */
+extern int fd_allocated (int fd, uint64_t *bytes);
+
+/* Extend the file to at least size bytes. */
+extern int fd_extend (int fd, uint64_t size);
+
+/* What zeroes on a block device have to be aligned to, in bytes. */
+extern uint32_t fd_zero_alignment (int fd);
+
+/* How many descriptors this process has of the file of this status. */
+extern int fd_count_open (const struct stat *, unsigned *count);
+
+#endif /* DIRTY_BITMAP_FD_H */
