@@ -5,18 +5,20 @@
 
 /* How this works
  *
- * A list of nbdkit's filters, and five questions of each.
+ * A list of nbdkit's filters, those of 1.32 to 1.48, and six questions
+ * of each.
  *
  * - Does it act on data alone?  Then it does below ours what it always
- *   does, whoever answers the clients.  Others judge, count or delay the
- *   clients themselves, and where one of them is used, nbdkit's own
- *   server must answer.
+ *   does, whichever server answers the clients.  Others judge, count or
+ *   delay the clients themselves, and where one of them is used, nbdkit's
+ *   own server must answer.
  * - Does it pass bytes and size through unchanged?  Then what the file
  *   plugin's file holds is what we see, and we can look at the file
  *   before the plugin is opened, and extend it.
  * - Does it work through the opening of connections?  Our filter opens
  *   the plugin once for all, so below ours it never sees a client.
- *
+ * - Does it end connections?  Below ours there is but one, which all
+ *   clients share and which lasts until the bitmaps are stored.
  * - Does it fail requests because nbdkit quits?  Such filters sleep in
  *   nbdkit_nanosleep.  Below ours they work until everything is stored
  *   (stop.c).  (spinning sleeps too, and does not mind if it cannot.)
@@ -35,6 +37,23 @@
  * - exitlast takes a client that asks for INFO for one that has come and
  *   gone, with or without our filter.  If it was the only one nbdkit
  *   quits, and the GO that follows it is refused.
+ *
+ * noparallel is special.  A plugin that can do one thing at a time gets
+ * one thing at a time from our container, and the clients need not know.
+ * But the user of noparallel may want it for the clients, which then get
+ * their replies in order.
+ *
+ * A plugin can judge clients too, by .preconnect, which nbdkit's own
+ * server calls for each client.  Ours cannot: nbdkit lets filters call it
+ * from nbdkit's own connections only.  The rest of what a plugin may do by client
+ * (.open and the lists of exports, by the name of the export or by TLS)
+ * is out of reach whichever server answers, since our filter opens the
+ * plugin once.  So there is a list of the plugins of nbdkit 1.32 to 1.48
+ * that have no .preconnect.  The others of these are cc, eval, python and
+ * sh, which have it if the script has, and torrent, which waits in it.
+ * Plugins in scripts (S3, gcs, those that begin with "#! nbdkit sh") are
+ * seen as the one that runs the script, since nbdkit executes itself
+ * anew with that.
  */
 
 #include <config.h>
@@ -47,12 +66,15 @@
 #include "common/report.h"
 #include "filter-stack.h"
 
+#define NOPARALLEL "noparallel"
+
 enum {
   DATA = 1,                     /* acts on data alone */
   SAME = 2,                     /* passes bytes and size through */
   OPENS = 4,                    /* works through .open or .close */
   SLEEPS = 8,                   /* and fails requests when nbdkit quits */
   QUITS = 16,                   /* when a client has gone */
+  ENDS = 32,                    /* ends connections */
 };
 
 static const struct {
@@ -78,16 +100,18 @@ static const struct {
   { "extentlist", DATA | SAME },
   { "fua", DATA | SAME },
   { "gzip", DATA },
+  { "indexed-gzip", DATA },
   { "ip", SAME },
   { "limit", SAME | OPENS },
   { "log", DATA | SAME },
   { "luks", DATA },
   { "lzip", DATA },
+  { "map", DATA },
   { "multi-conn", DATA | SAME },
   { "nocache", DATA | SAME },
   { "noextents", DATA | SAME },
   { "nofilter", DATA | SAME },
-  { "noparallel", DATA | SAME },
+  { NOPARALLEL, DATA | SAME },
   { "nozero", DATA | SAME },
   { "offset", DATA },
   { "openonce", DATA },
@@ -97,6 +121,7 @@ static const struct {
   { "qcow2dec", DATA },
   { "rate", SAME | SLEEPS },
   { "readahead", DATA | SAME },
+  { "readonly", DATA | SAME },
   { "retry", DATA | SAME | SLEEPS },
   { "retry-request", DATA | SAME | SLEEPS },
   { "rotational", DATA | SAME },
@@ -105,13 +130,24 @@ static const struct {
   { "stats", DATA | SAME },
   { "swab", DATA },
   { "tar", DATA },
-  { "time-limit", DATA | SAME },
+  { "time-limit", SAME | ENDS },
   { "tls-fallback", OPENS },
   { "truncate", DATA },
+  { "xor", DATA },
   { "xz", DATA },
 };
 
+/* The plugins that have no .preconnect. */
+static const char *const known_plugins[] = {
+  "blkio", "cdi", "curl", "data", "example1", "example2", "example3", "file",
+  "floppy", "full", "guestfs", "iso", "libvirt", "linuxdisk", "lua",
+  "memory", "nbd", "null", "ones", "partitioning", "pattern", "perl",
+  "random", "ruby", "sparse-random", "split", "ssh", "tcl", "tmpdisk",
+  "vddk", "vram", "zero",
+};
+
 #define OUR_NAME "dirty-bitmap"
+#define VOUCH "; dirty-bitmap-server=force says that it does not"
 
 /* Does arg, which is a short name or the path of a shared object, name
  * the filter or plugin?
@@ -136,6 +172,12 @@ static bool
 is_filter (const char *arg, const char *name)
 {
   return is_named (arg, name, "-filter.so");
+}
+
+static bool
+is_plugin (const char *arg, const char *name)
+{
+  return is_named (arg, name, "-plugin.so");
 }
 
 static unsigned
@@ -163,8 +205,35 @@ our_place (const struct command_line *cl)
   return -1;
 }
 
+static bool
+judges_no_client (const char *plugin)
+{
+  size_t i;
+
+  for (i = 0; i < sizeof known_plugins / sizeof known_plugins[0]; ++i)
+    if (is_plugin (plugin, known_plugins[i]))
+      return true;
+  return false;
+}
+
+/* The objection to a filter below ours, if there is one: as asprintf. */
+static int
+object_to_filter (const char *name, bool vouched, char **objection)
+{
+  const unsigned what = what_is (name);
+
+  if (what & DATA || (what == 0 && vouched))
+    return 0;
+  if (what == 0)
+    return asprintf (objection, "--filter=%s is not known and may judge "
+                     "clients" VOUCH, name);
+  return asprintf (objection, "--filter=%s may depend on nbdkit's server",
+                   name);
+}
+
 char *
-filter_stack_objection (const struct command_line *cl, bool *failed)
+filter_stack_objection (const struct command_line *cl, bool one_client,
+                        bool vouched, bool *failed)
 {
   const ssize_t ours = our_place (cl);
   size_t i;
@@ -179,14 +248,15 @@ filter_stack_objection (const struct command_line *cl, bool *failed)
   else if (ours > 0)
     r = asprintf (&objection, "--filter=%s stands before --filter=" OUR_NAME,
                   cl->filters[0]);
-  else {
-    for (i = 1; i < cl->nr_filters; ++i)
-      if (!(what_is (cl->filters[i]) & DATA)) {
-        r = asprintf (&objection, "--filter=%s may depend on nbdkit's server",
-                      cl->filters[i]);
-        break;
-      }
-  }
+  else if (one_client && filter_stack_keeps_order (cl))
+    r = asprintf (&objection, "--filter=" NOPARALLEL
+                  " lets one client in at a time");
+  for (i = 1; r == 0 && i < cl->nr_filters; ++i)
+    r = object_to_filter (cl->filters[i], vouched, &objection);
+  if (r == 0 && !vouched &&
+      (cl->plugin == NULL || !judges_no_client (cl->plugin)))
+    r = asprintf (&objection, "the plugin %s may judge clients itself" VOUCH,
+                  cl->plugin != NULL ? cl->plugin : "");
 
   *failed = r == -1;
   if (r == -1) {
@@ -199,7 +269,42 @@ filter_stack_objection (const struct command_line *cl, bool *failed)
 bool
 filter_stack_is_file (const struct command_line *cl)
 {
-  return cl->plugin != NULL && is_named (cl->plugin, "file", "-plugin.so");
+  return cl->plugin != NULL && is_plugin (cl->plugin, "file");
+}
+
+bool
+filter_stack_is_nbd (const struct command_line *cl)
+{
+  return cl->plugin != NULL && is_plugin (cl->plugin, "nbd");
+}
+
+bool
+filter_stack_serves_by_client (const struct command_line *cl)
+{
+  return cl->plugin != NULL && (is_plugin (cl->plugin, "info") ||
+                                is_plugin (cl->plugin, "ondemand"));
+}
+
+bool
+filter_stack_reopens (const struct command_line *cl)
+{
+  size_t i;
+
+  for (i = our_place (cl) + 1; i < cl->nr_filters; ++i)
+    if (is_filter (cl->filters[i], "retry") || what_is (cl->filters[i]) == 0)
+      return true;
+  return false;
+}
+
+bool
+filter_stack_keeps_order (const struct command_line *cl)
+{
+  size_t i;
+
+  for (i = 0; i < cl->nr_filters; ++i)
+    if (is_filter (cl->filters[i], NOPARALLEL))
+      return true;
+  return false;
 }
 
 const char *
@@ -257,4 +362,19 @@ filter_stack_warn (const struct command_line *cl)
     if (what_is (cl->filters[i]) & OPENS)
       report_warning ("--filter=%s does not see the clients where it stands: "
                       "name it before --filter=" OUR_NAME, cl->filters[i]);
+}
+
+int
+filter_stack_refuse (const struct command_line *cl)
+{
+  size_t i;
+
+  for (i = our_place (cl) + 1; i < cl->nr_filters; ++i)
+    if (what_is (cl->filters[i]) & ENDS) {
+      report_error ("--filter=%s would end the one connection to the plugin "
+                    "that all clients share: "
+                    "name it before --filter=" OUR_NAME, cl->filters[i]);
+      return -1;
+    }
+  return 0;
 }

@@ -70,7 +70,7 @@ static struct command_line command_line;
 static struct image_file image_file = { .fd = -1 };
 static struct listen_sockets listen_sockets;
 static bool stands_in;
-static bool serialize;          /* the thread model is below parallel */
+static int thread_model;
 static struct chain *chain;     /* what the image refers to */
 static struct disk *disk;
 static struct nbd_tls *tls;     /* or NULL: none */
@@ -216,9 +216,10 @@ check_image (void)
 static int
 cannot_stand_in (const char *why)
 {
-  if (parameters.server == SERVER_ON) {
-    nbdkit_error ("dirty-bitmap-server=on: cannot stand in for nbdkit's "
-                  "server: %s", why);
+  if (parameters.server != SERVER_AUTO) {
+    nbdkit_error ("dirty-bitmap-server=%s: cannot stand in for nbdkit's "
+                  "server: %s",
+                  parameters.server == SERVER_ON ? "on" : "force", why);
     return -1;
   }
   nbdkit_error ("warning: clients of nbdkit's own server are not shown the "
@@ -237,7 +238,11 @@ decide_who_answers (void)
   stands_in = parameters.server != SERVER_OFF;
   if (!stands_in)
     return 0;
-  objection = filter_stack_objection (&command_line, &no_memory);
+  objection =
+    filter_stack_objection (&command_line,
+                            thread_model ==
+                            NBDKIT_THREAD_MODEL_SERIALIZE_CONNECTIONS,
+                            parameters.server == SERVER_FORCE, &no_memory);
   if (no_memory)
     return -1;
   return objection != NULL ? cannot_stand_in (objection) : 0;
@@ -266,10 +271,11 @@ prepare_stats (void)
 }
 
 static int
-dirty_bitmap_get_ready (int thread_model)
+dirty_bitmap_get_ready (int model)
 {
-  serialize = thread_model < NBDKIT_THREAD_MODEL_PARALLEL;
-  if (command_line_read (&command_line) == -1)
+  thread_model = model;
+  if (command_line_read (&command_line) == -1 ||
+      filter_stack_refuse (&command_line) == -1)
     return -1;
   if (command_line.debug_request != 0)
     dirty_bitmap_debug_request = command_line.debug_request;
@@ -308,7 +314,7 @@ open_disk (nbdkit_backend *backend)
   const struct container_next_options next_options = {
     .backend = backend,
     .readonly = is_readonly (),
-    .serialize = serialize,
+    .serialize = thread_model < NBDKIT_THREAD_MODEL_PARALLEL,
   };
   const struct export_options exports = get_export_options ();
   struct disk_options options;

@@ -60,7 +60,7 @@ const char parameters_help[] =
   "dirty-bitmap-snapshot=NAME_OR_ID\n"
   "                               Serve this internal snapshot, read-only.\n"
   "dirty-bitmap-cache-size=SIZE   Memory for the image's tables (default: 40M).\n"
-  "dirty-bitmap-server=auto|on|off\n"
+  "dirty-bitmap-server=auto|on|force|off\n"
   "                               Stand in for nbdkit's server, which cannot\n"
   "                               show bitmaps to clients (default: auto).\n"
   "dirty-bitmap-listen=ADDRESS    Serve also on this Unix socket or HOST:PORT.\n"
@@ -327,10 +327,12 @@ take_server (struct parameters *p, const char *key, const char *value)
     p->server = SERVER_AUTO;
   else if (strcmp (value, "on") == 0)
     p->server = SERVER_ON;
+  else if (strcmp (value, "force") == 0)
+    p->server = SERVER_FORCE;
   else if (strcmp (value, "off") == 0)
     p->server = SERVER_OFF;
   else {
-    report_error ("%s: must be auto, on or off: %s", key, value);
+    report_error ("%s: must be auto, on, force or off: %s", key, value);
     return -1;
   }
   p->server_given = true;

@@ -15,7 +15,7 @@
 #include "listen.h"
 #include "nbd/nbd.h"
 
-enum server_mode { SERVER_AUTO, SERVER_ON, SERVER_OFF };
+enum server_mode { SERVER_AUTO, SERVER_ON, SERVER_FORCE, SERVER_OFF };
 
 struct names {
   char **name;

@@ -361,6 +361,12 @@ test_objections (void **state)
     { "nbdkit --filter=./nbdkit-dirty-bitmap-filter.so file", NULL },
     { "nbdkit --filter=nbdkit-dirty-bitmap-filter.so file", NULL },
     { "nbdkit --filter=./other-name.so file", "not named" },
+    { "nbdkit --filter=dirty-bitmap --filter=readonly --filter=xor file",
+      NULL },
+    { "nbdkit --filter=dirty-bitmap --filter=map --filter=indexed-gzip file",
+      NULL },
+    { "nbdkit --filter=dirty-bitmap --filter=time-limit file", "time-limit" },
+    { "nbdkit --filter=dirty-bitmap --filter=noparallel file", NULL },
     { "nbdkit --filter=./nbdkit-dirty-bitmap-plugin.so file", "not named" },
     { "nbdkit --filter=dirty-bitmap --filter=delay --filter=cow file", NULL },
     { "nbdkit --filter=dirty-bitmap --filter=/x/nbdkit-xz-filter.so file",
@@ -392,7 +398,7 @@ test_objections (void **state)
   for (i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
     print_message ("%s\n", cases[i].line);
     assert_int_equal (parse (&cl, cases[i].line), 0);
-    objection = filter_stack_objection (&cl, &failed);
+    objection = filter_stack_objection (&cl, false, false, &failed);
     assert_false (failed);
     if (cases[i].objection == NULL)
       assert_null (objection);
@@ -401,6 +407,125 @@ test_objections (void **state)
       assert_non_null (strstr (objection, cases[i].objection));
     }
     free (objection);
+    command_line_free (&cl);
+  }
+}
+
+/* Who may judge clients, and what the user can vouch for. */
+static void
+test_vouching (void **state)
+{
+  static const struct {
+    const char *rest;           /* after our filter */
+    bool one_client;
+    const char *objection;      /* a part of it, or NULL */
+    const char *vouched;        /* the same if the user vouches */
+  } cases[] = {
+    { "file", false, NULL, NULL },
+    { "nbd", false, NULL, NULL },
+    { "/usr/lib/nbdkit/plugins/nbdkit-memory-plugin.so", false, NULL, NULL },
+    { "vram", true, NULL, NULL },
+    { "guestfs", true, NULL, NULL },
+    { "sh", false, "plugin sh", NULL },
+    { "eval", false, "plugin eval", NULL },
+    { "python", false, "plugin python", NULL },
+    { "cc", false, "plugin cc", NULL },
+    { "torrent", false, "plugin torrent", NULL },
+    { "unheard", false, "plugin unheard", NULL },
+    { "./file", false, "plugin ./file", NULL },
+    { "./file.so", false, "plugin ./file.so", NULL },
+    { "./nbdkit-my-plugin.so", false, "nbdkit-my-plugin.so", NULL },
+    { "./nbdkit-file-filter.so", false, "nbdkit-file-filter.so", NULL },
+    { "--filter=unheard file", false, "unheard", NULL },
+    { "--filter=unheard --filter=ip file", false, "unheard", "ip" },
+    { "--filter=ip sh", false, "ip", "ip" },
+    { "--filter=time-limit file", false, "time-limit", "time-limit" },
+    { "-o sh", false, "oldstyle", "oldstyle" },
+    { "--filter=noparallel file", false, NULL, NULL },
+    { "--filter=noparallel file", true, "noparallel", "noparallel" },
+    { "", false, "plugin", NULL },
+  };
+  struct command_line cl;
+  char line[200], *objection;
+  bool failed;
+  size_t i;
+  int vouched;
+
+  (void) state;
+  for (i = 0; i < sizeof cases / sizeof cases[0]; ++i)
+    for (vouched = 0; vouched <= 1; ++vouched) {
+      const char *expected =
+        vouched ? cases[i].vouched : cases[i].objection;
+
+      print_message ("%s, vouched %d\n", cases[i].rest, vouched);
+      snprintf (line, sizeof line, "nbdkit --filter=dirty-bitmap %s",
+                cases[i].rest);
+      assert_int_equal (parse (&cl, line), 0);
+      objection = filter_stack_objection (&cl, cases[i].one_client, vouched,
+                                          &failed);
+      assert_false (failed);
+      if (expected == NULL)
+        assert_null (objection);
+      else {
+        assert_non_null (objection);
+        assert_non_null (strstr (objection, expected));
+      }
+      free (objection);
+      command_line_free (&cl);
+    }
+}
+
+/* time-limit would end the connection that all clients share. */
+static void
+test_refused_filters (void **state)
+{
+  static const struct {
+    const char *line;
+    bool refused;
+  } cases[] = {
+    { "nbdkit --filter=dirty-bitmap --filter=time-limit file", true },
+    { "nbdkit --filter=dirty-bitmap --filter=log --filter=time-limit file",
+      true },
+    { "nbdkit --filter=time-limit --filter=dirty-bitmap file", false },
+    { "nbdkit --filter=dirty-bitmap --filter=exitlast file", false },
+    { "nbdkit --filter=dirty-bitmap file", false },
+  };
+  struct command_line cl;
+  size_t i;
+
+  (void) state;
+  for (i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    print_message ("%s\n", cases[i].line);
+    nr_reports = 0;
+    assert_int_equal (parse (&cl, cases[i].line), 0);
+    assert_int_equal (filter_stack_refuse (&cl), cases[i].refused ? -1 : 0);
+    assert_int_equal (nr_reports, cases[i].refused);
+    command_line_free (&cl);
+  }
+}
+
+static void
+test_reopening (void **state)
+{
+  static const struct {
+    const char *line;
+    bool reopens;
+  } cases[] = {
+    { "nbdkit --filter=dirty-bitmap nbd", false },
+    { "nbdkit --filter=dirty-bitmap --filter=retry-request nbd", false },
+    { "nbdkit --filter=dirty-bitmap --filter=log --filter=retry nbd", true },
+    { "nbdkit --filter=dirty-bitmap --filter=unheard nbd", true },
+    { "nbdkit --filter=retry --filter=dirty-bitmap nbd", false },
+  };
+  struct command_line cl;
+  size_t i;
+
+  (void) state;
+  for (i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    print_message ("%s\n", cases[i].line);
+    assert_int_equal (parse (&cl, cases[i].line), 0);
+    assert_true (filter_stack_is_nbd (&cl));
+    assert_int_equal (filter_stack_reopens (&cl), cases[i].reopens);
     command_line_free (&cl);
   }
 }
@@ -428,6 +553,12 @@ test_bytes (void **state)
     { "nbdkit --filter=offset --filter=cow --filter=dirty-bitmap file",
       true, NULL, false, 0 },
     { "nbdkit --filter=dirty-bitmap --filter=cow file", true, "cow", true, 0 },
+    { "nbdkit --filter=dirty-bitmap --filter=readonly file",
+      true, NULL, false, 0 },
+    { "nbdkit --filter=dirty-bitmap --filter=map file", true, "map", false, 0 },
+    { "nbdkit --filter=dirty-bitmap --filter=xor file", true, "xor", false, 0 },
+    { "nbdkit --filter=dirty-bitmap --filter=indexed-gzip file",
+      true, "indexed-gzip", false, 0 },
     { "nbdkit --filter=dirty-bitmap --filter=unheard file",
       true, "unheard", false, 0 },
     { "nbdkit --filter=dirty-bitmap --filter=exitlast file",
@@ -520,6 +651,9 @@ main (void)
     TEST (test_selinux_label),
     TEST (test_where_nbdkit_listens),
     TEST (test_objections),
+    TEST (test_vouching),
+    TEST (test_refused_filters),
+    TEST (test_reopening),
     TEST (test_bytes),
     TEST (test_activation),
     TEST (test_read),
