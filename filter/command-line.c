@@ -13,24 +13,30 @@
  *
  * The rules (abbreviations, permutation, POSIXLY_CORRECT, "--") are
  * those of getopt_long, and so it is getopt_long that is called; nbdkit
- * has finished with it when get_ready is called.  The table has all
- * options of nbdkit 1.32 to 1.45.  None of the newer ones gives another
- * meaning to an abbreviation that an older nbdkit accepts.  Besides these
- * it has --tls-priority, for an nbdkit that lets it be chosen; "tls-p" is
- * what --tls-p abbreviates in one that does not.
+ * has finished with it when it calls filters.  The table has all
+ * options of nbdkit 1.32 to 1.48.  None of the newer ones gives another
+ * meaning to an abbreviation that an older nbdkit accepts.
+ * --tls-priority is in it for each version, and "tls-p" for what --tls-p
+ * abbreviates in one that does not have that.
  *
- * An option that the table does not have is an error, not a guess: we
- * could not tell whether the next argument belongs to it, and so
- * neither where the plugin's name is nor whether there is a -r, and
- * writing to an image that was to be served read-only would be worse
- * than not starting.
+ * An option that the table does not have is no error, since nbdkit has
+ * accepted it, but then our server does not stand in: nobody knows what
+ * was asked for.  Where its value is given with "=", or it has none, all
+ * else is understood nevertheless.  But whether it has one cannot be
+ * seen: in "--new -r" the -r may be the value.  So the command line is
+ * ambiguous then (also after an unknown letter), and what would do harm
+ * if it were wrong is not taken from it: the disk is read-only if any
+ * argument looks like a -r, and the filters and the plugin are found
+ * among the objects that are loaded (loaded-objects.c).
  */
 
 #include <config.h>
 
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
 #include <getopt.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -44,8 +50,9 @@
 /* Options without a short form. */
 enum {
   OTHER_OPTION = 256,           /* takes nothing away from anyone */
+  EXIT_WITH_PARENT_OPTION,
   FILTER_OPTION,
-  KEEPALIVE_OPTION,
+  LOG_OPTION,
   MASK_HANDSHAKE_OPTION,
   NO_META_CONTEXTS_OPTION,
   NO_SR_OPTION,
@@ -70,7 +77,7 @@ static const struct option long_options[] = {
   { "debug", required_argument, NULL, 'D' },
   { "dump-config", no_argument, NULL, OTHER_OPTION },
   { "dump-plugin", no_argument, NULL, OTHER_OPTION },
-  { "exit-with-parent", no_argument, NULL, OTHER_OPTION },
+  { "exit-with-parent", no_argument, NULL, EXIT_WITH_PARENT_OPTION },
   { "export", required_argument, NULL, 'e' },
   { "export-name", required_argument, NULL, 'e' },
   { "exportname", required_argument, NULL, 'e' },
@@ -82,10 +89,12 @@ static const struct option long_options[] = {
   { "ipaddr", required_argument, NULL, 'i' },
   { "ipv4-only", no_argument, NULL, '4' },
   { "ipv6-only", no_argument, NULL, '6' },
-  { "keepalive", no_argument, NULL, KEEPALIVE_OPTION },
-  { "log", required_argument, NULL, OTHER_OPTION },
+  { "keep-alive", no_argument, NULL, OTHER_OPTION },
+  { "keepalive", no_argument, NULL, OTHER_OPTION },
+  { "log", required_argument, NULL, LOG_OPTION },
   { "long-options", no_argument, NULL, OTHER_OPTION },
   { "mask-handshake", required_argument, NULL, MASK_HANDSHAKE_OPTION },
+  { "name", required_argument, NULL, OTHER_OPTION },
   { "new-style", no_argument, NULL, 'n' },
   { "newstyle", no_argument, NULL, 'n' },
   { "no-fork", no_argument, NULL, 'f' },
@@ -99,15 +108,19 @@ static const struct option long_options[] = {
   { "pidfile", required_argument, NULL, 'P' },
   { "port", required_argument, NULL, 'p' },
   { "print-uri", no_argument, NULL, OTHER_OPTION },
+  { "print-url", no_argument, NULL, OTHER_OPTION },
   { "read-only", no_argument, NULL, 'r' },
   { "readonly", no_argument, NULL, 'r' },
   { "run", required_argument, NULL, RUN_OPTION },
   { "selinux-label", required_argument, NULL, SELINUX_LABEL_OPTION },
   { "short-options", no_argument, NULL, OTHER_OPTION },
+  { "show-uri", no_argument, NULL, OTHER_OPTION },
+  { "show-url", no_argument, NULL, OTHER_OPTION },
   { "single", no_argument, NULL, 's' },
   { "stdin", no_argument, NULL, 's' },
   { "swap", no_argument, NULL, OTHER_OPTION },
   { "threads", required_argument, NULL, 't' },
+  { "time-out", required_argument, NULL, TIMEOUT_OPTION },
   { "timeout", required_argument, NULL, TIMEOUT_OPTION },
   { "tls", required_argument, NULL, TLS_OPTION },
   { "tls-certificates", required_argument, NULL, TLS_CERTIFICATES_OPTION },
@@ -127,7 +140,7 @@ static const struct option long_options[] = {
  * on the command line counts, as for nbdkit.
  */
 struct server_options {
-  bool oldstyle, no_sr, no_meta_contexts, timeout, keepalive, run;
+  bool oldstyle, no_sr, no_meta_contexts, strange_timeout, run, foreground;
   unsigned long handshake_mask;
 };
 
@@ -169,11 +182,40 @@ server_feature (const struct server_options *o)
     return "structured replies were forbidden by --no-sr";
   if (o->no_meta_contexts)
     return "metadata contexts were forbidden by --no-meta-contexts";
-  if (o->timeout)
-    return "--timeout was given";
-  if (o->keepalive)
-    return "--keepalive was given";
+  if (o->strange_timeout)
+    return "the value of --timeout is not understood";
   return NULL;
+}
+
+/* A delay as nbdkit_parse_delay takes it, which nbdkit 1.32 lacks: in
+ * seconds, or with a unit.  The result is rounded up to whole seconds.
+ */
+static bool
+parse_delay (const char *s, unsigned *seconds)
+{
+  static const struct {
+    const char *unit;
+    double seconds;
+  } units[] = {
+    { "", 1 }, { "s", 1 }, { "ms", 1e-3 }, { "us", 1e-6 },
+    { "\xce\xbcs", 1e-6 }, { "ns", 1e-9 },
+  };
+  char *end;
+  const double number = strtod (s, &end);
+  size_t i;
+
+  if (end == s || !(number >= 0 && number <= DBL_MAX))
+    return false;
+  for (i = 0; i < sizeof units / sizeof units[0]; ++i)
+    if (strcmp (end, units[i].unit) == 0) {
+      const double d = number * units[i].seconds;
+
+      *seconds = d < INT_MAX ? (unsigned) d : INT_MAX;
+      if (*seconds < d)
+        ++*seconds;
+      return true;
+    }
+  return false;
 }
 
 /* nbdkit has checked that N is a number. */
@@ -193,14 +235,18 @@ take_option (struct command_line *cl, struct server_options *o,
 {
   switch (c) {
   case 'D': take_debug_flag (cl, arg); break;
+  case 'f':
+  case EXIT_WITH_PARENT_OPTION: o->foreground = true; break;
   case 'n': o->oldstyle = false; break;
   case 'o': o->oldstyle = true; break;
   case 'p': cl->port = arg; break;
+  case 'P': cl->pid_file = arg; break;
   case 'r': cl->readonly = true; break;
   case 's': cl->listens_on_stdin = true; break;
+  case 't': cl->threads = strtoul (arg, NULL, 0); break;
   case 'U': cl->on_unix = true; cl->unix_path = arg; break;
   case FILTER_OPTION: cl->filters[cl->nr_filters++] = arg; break;
-  case KEEPALIVE_OPTION: o->keepalive = true; break;
+  case LOG_OPTION: cl->log_file = *arg == '/' ? arg : NULL; break;
   case MASK_HANDSHAKE_OPTION:
     o->handshake_mask = strtoul (arg, NULL, 0);
     break;
@@ -208,7 +254,9 @@ take_option (struct command_line *cl, struct server_options *o,
   case NO_SR_OPTION: o->no_sr = true; break;
   case RUN_OPTION: o->run = true; break;
   case SELINUX_LABEL_OPTION: cl->selinux_label = arg; break;
-  case TIMEOUT_OPTION: o->timeout = true; break;
+  case TIMEOUT_OPTION:
+    o->strange_timeout = !parse_delay (arg, &cl->timeout_seconds);
+    break;
   case TLS_OPTION: cl->tls.mode = parse_tls_mode (arg); break;
   case TLS_CERTIFICATES_OPTION: cl->tls.certificates = arg; break;
   case TLS_PRIORITY_OPTION: cl->tls.priority = arg; break;
@@ -219,36 +267,92 @@ take_option (struct command_line *cl, struct server_options *o,
   }
 }
 
+/* getopt_long does not know the option that it has just passed.  If it
+ * was a long one, it is the argument before optind, which has moved on.
+ */
+static void
+note_unknown (struct command_line *cl, char **argv, int previous_optind)
+{
+  const char *arg = optind > previous_optind ? argv[optind - 1] : "";
+  const bool is_long = strncmp (arg, "--", 2) == 0;
+  const char *value = is_long ? strchr (arg, '=') : NULL;
+
+  if (value == NULL)
+    cl->is_ambiguous = true;
+  if (cl->unknown_option[0] != '\0')
+    return;
+  if (is_long)
+    snprintf (cl->unknown_option, sizeof cl->unknown_option, "%.*s",
+              (int) (value != NULL ? value - arg : (long) strlen (arg)), arg);
+  else
+    snprintf (cl->unknown_option, sizeof cl->unknown_option, "-%c", optopt);
+}
+
 /* Call getopt_long for all arguments, and put its variables back. */
-static int
+static void
 take_options (struct command_line *cl, struct server_options *o,
               int argc, char **argv)
 {
   const int saved_optind = optind, saved_opterr = opterr;
   const int saved_optopt = optopt;
   char *const saved_optarg = optarg;
-  int c, ret = 0;
+  int c, previous = 1;
 
   optind = 0;                   /* Start over, in the GNU C library. */
   opterr = 0;
   while ((c = getopt_long (argc, argv, short_options, long_options,
                            NULL)) != -1) {
-    if (c == '?') {
-      report_error ("nbdkit's command line: unknown option near '%s'",
-                    optind > 0 && optind <= argc ? argv[optind - 1] : "");
-      ret = -1;
-      break;
-    }
-    take_option (cl, o, c, optarg);
+    if (c == '?')
+      note_unknown (cl, argv, previous);
+    else
+      take_option (cl, o, c, optarg);
+    previous = optind;
   }
-  if (ret == 0 && optind < argc)
+  if (optind < argc)
     cl->plugin = argv[optind];
 
   optind = saved_optind;
   opterr = saved_opterr;
   optopt = saved_optopt;
   optarg = saved_optarg;
-  return ret;
+}
+
+/* Could the argument be a -r, alone or with other letters, or in full? */
+static bool
+may_be_readonly (const char *arg)
+{
+  if (arg[0] != '-')
+    return false;
+  if (arg[1] == '-')
+    return arg[2] == 'r';
+  for (arg++; *arg != '\0'; ++arg) {
+    const char *known = strchr (short_options, *arg);
+
+    if (*arg == 'r')
+      return true;
+    if (known != NULL && known[1] == ':')
+      return false;             /* The rest is its value. */
+  }
+  return false;
+}
+
+/* If there is an option that nobody here knows: our server must not
+ * stand in, and nothing may be written if that was forbidden.
+ */
+static void
+mind_unknown (struct command_line *cl, int argc, char **argv)
+{
+  int i;
+
+  if (cl->unknown_option[0] == '\0')
+    return;
+  snprintf (cl->feature, sizeof cl->feature,
+            "nbdkit's option %s is not known to this filter",
+            cl->unknown_option);
+  cl->server_feature = cl->feature;
+  for (i = 1; cl->is_ambiguous && i < argc; ++i)
+    if (may_be_readonly (argv[i]))
+      cl->readonly = cl->assumes_readonly = true;
 }
 
 int
@@ -262,10 +366,7 @@ command_line_parse (struct command_line *cl, int argc, char **argv)
     report_error ("malloc: %m");
     return -1;
   }
-  if (take_options (cl, &o, argc, argv) == -1) {
-    command_line_free (cl);
-    return -1;
-  }
+  take_options (cl, &o, argc, argv);
 
   if (cl->unix_path != NULL && strcmp (cl->unix_path, "-") == 0)
     cl->unix_path = NULL;
@@ -274,7 +375,10 @@ command_line_parse (struct command_line *cl, int argc, char **argv)
     /* Since 1.36, --run alone implies "-U -". */
     cl->on_unix = o.run && cl->port == NULL;
   }
+  cl->forks = o.run || !(o.foreground || cl->listens_on_stdin) ||
+    cl->is_ambiguous;
   cl->server_feature = server_feature (&o);
+  mind_unknown (cl, argc, argv);
   return 0;
 }
 

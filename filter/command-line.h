@@ -25,8 +25,9 @@ struct command_line_tls {
 };
 
 struct command_line {
-  bool readonly;                /* -r */
+  bool readonly;                /* -r; or assumed, see unknown_option */
   bool listens_on_stdin;        /* -s */
+  bool forks;                   /* nbdkit goes on in a child: no -f, or --run */
 
   /* Where nbdkit's sockets are: on a Unix socket (its path as given, or
    * NULL if nbdkit chooses one), on TCP or vsock (the port as given, or
@@ -37,6 +38,11 @@ struct command_line {
   const char *port;
 
   const char *selinux_label;    /* of nbdkit's sockets, or NULL */
+  const char *pid_file;         /* -P, or NULL */
+  const char *log_file;         /* --log=/PATH, or NULL */
+
+  unsigned threads;             /* -t, or 0 */
+  unsigned timeout_seconds;     /* --timeout, rounded up, or 0 */
 
   struct command_line_tls tls;
 
@@ -57,12 +63,23 @@ struct command_line {
   size_t nr_filters;
   const char *plugin;
 
+  /* The first option that is not known here ("--frobnicate"), or "".
+   * If is_ambiguous, its value may be the next argument, and all of this
+   * may be wrong but for readonly, which is true if there may have been
+   * a -r (then assumes_readonly as well).  The filters and the plugin
+   * are to be learnt from loaded_objects_name then.
+   */
+  char unknown_option[64];
+  bool is_ambiguous;
+  bool assumes_readonly;
+
+  char feature[128];            /* room for server_feature */
   char *storage;                /* the strings */
   char **argv;
 };
 
 /* Read and parse the command line of this process.  -1, with the reason
- * reported, if it cannot be read or understood.
+ * reported, if it cannot be read.
  */
 extern int command_line_read (struct command_line *);
 

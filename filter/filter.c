@@ -52,8 +52,10 @@
 #include "filter-stack.h"
 #include "image-file.h"
 #include "listen.h"
+#include "loaded-objects.h"
 #include "nbd/nbd.h"
 #include "parameters.h"
+#include "settings.h"
 #include "single.h"
 #include "sockets.h"
 #include "stats-file.h"
@@ -67,6 +69,7 @@
 static unsigned nr_loads;
 static struct parameters parameters;
 static struct command_line command_line;
+static bool has_command_line;
 static struct image_file image_file = { .fd = -1 };
 static struct listen_sockets listen_sockets;
 static bool stands_in;
@@ -107,6 +110,20 @@ dirty_bitmap_load (void)
   nr_loads++;
 }
 
+/* Read the command line, the first time that it is needed. */
+static int
+know_command_line (void)
+{
+  if (has_command_line)
+    return 0;
+  if (command_line_read (&command_line) == -1)
+    return -1;
+  has_command_line = true;
+  if (command_line.is_ambiguous)
+    return loaded_objects_name (&command_line);
+  return 0;
+}
+
 static int
 dirty_bitmap_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
                      const char *key, const char *value)
@@ -131,7 +148,8 @@ dirty_bitmap_config_complete (nbdkit_next_config_complete *next,
                   "on the command line");
     return -1;
   }
-  if (parameters_complete (&parameters) == -1)
+  if (parameters_complete (&parameters) == -1 ||
+      know_command_line () == -1)
     return -1;
   return next (nxdata);
 }
@@ -273,9 +291,14 @@ prepare_stats (void)
 static int
 dirty_bitmap_get_ready (int model)
 {
+  const struct settings settings = {
+    .parameters = &parameters,
+    .command_line = &command_line,
+  };
+
   thread_model = model;
-  if (command_line_read (&command_line) == -1 ||
-      filter_stack_refuse (&command_line) == -1)
+  if (filter_stack_refuse (&command_line) == -1 ||
+      settings_check (&settings) == -1)
     return -1;
   if (command_line.debug_request != 0)
     dirty_bitmap_debug_request = command_line.debug_request;

@@ -14,7 +14,9 @@
  * - Otherwise they were not there in get_ready, listen, are closed on
  *   exec, and have the family and the port or path that the command line
  *   says.  Listening sockets that plugins and filters have opened, or
- *   that the process was started with, are not taken.
+ *   that the process was started with, are not taken.  (Where the port is
+ *   left to the system, -p 0, or the command line is not understood, one
+ *   that the plugin opens in its after_fork cannot be told from nbdkit's.)
  *
  * Taking over: the listening socket moves to a descriptor of ours, so
  * that clients which are queued already are kept, and in its place
@@ -39,6 +41,7 @@
 #include <netinet/in.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -222,22 +225,42 @@ is_unix_path (const char *path, const char *given)
     strcmp (path + len - given_len, given) == 0;
 }
 
+/* Is the port the one that was given?  Names of services are not looked
+ * up, and 0, for vsock the largest number, leave it to the system.
+ * getaddrinfo takes the number of a TCP port modulo 65536.
+ */
+static bool
+is_port (unsigned port, const char *given, sa_family_t family)
+{
+  char *end;
+  unsigned long number;
+
+  if (given == NULL)
+    return true;
+  number = strtoul (given, &end, family == AF_VSOCK ? 0 : 10);
+  if (end == given || *end != '\0')
+    return true;
+  if (family == AF_VSOCK)
+    return number == VMADDR_PORT_ANY || number == port;
+  number &= UINT16_MAX;
+  return number == 0 || number == port;
+}
+
 /* Is the address one that the command line asks for? */
 static bool
 is_asked_for (const struct command_line *cl, const struct local *l)
 {
-  char *end;
-  unsigned long port;
-
-  if (l->family == AF_UNIX)
+  if (cl->is_ambiguous)
+    return true;
+  switch (l->family) {
+  case AF_UNIX:
     return cl->on_unix &&
       (cl->unix_path == NULL || is_unix_path (l->path, cl->unix_path));
-  if (l->family == AF_VSOCK ? !cl->on_vsock : !cl->on_tcp)
-    return false;
-  if (cl->port == NULL)
-    return true;
-  port = strtoul (cl->port, &end, 10);
-  return *end != '\0' || port == l->port;
+  case AF_VSOCK:
+    return cl->on_vsock && is_port (l->port, cl->port, AF_VSOCK);
+  default:
+    return cl->on_tcp && is_port (l->port, cl->port, AF_INET);
+  }
 }
 
 static int

@@ -1,0 +1,17 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_LOADED_OBJECTS_H
+#define DIRTY_BITMAP_LOADED_OBJECTS_H
+
+struct command_line;
+
+/* Learn the filters and the plugin from what nbdkit has loaded, instead
+ * of from the command line.  Once this filter and all others are loaded.
+ * -1, with the reason reported, on error.
+ */
+extern int loaded_objects_name (struct command_line *);
+
+#endif /* DIRTY_BITMAP_LOADED_OBJECTS_H */

@@ -1,0 +1,24 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_SETTINGS_H
+#define DIRTY_BITMAP_SETTINGS_H
+
+/* The parameters and nbdkit's command line, taken together. */
+
+struct command_line;
+struct parameters;
+
+struct settings {
+  const struct parameters *parameters;
+  const struct command_line *command_line;
+};
+
+/* -1, with the reason reported, if one contradicts the other.  What has
+ * to be known of options that nobody here knows is reported as well.
+ */
+extern int settings_check (const struct settings *);
+
+#endif /* DIRTY_BITMAP_SETTINGS_H */
