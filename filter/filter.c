@@ -398,7 +398,7 @@ start_server (void)
     .readonly = disk_is_readonly (disk),
     .export = get_export_options (),
     .tls = tls,
-    .limits = parameters.limits,
+    .limits = settings_limits (&parameters, &command_line),
     .stats = stats,
   };
 

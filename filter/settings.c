@@ -8,6 +8,10 @@
  * An option that nobody here knows may be about TLS, or hide one that is
  * (command-line.c).  So the socket of dirty-bitmap-listen, which our
  * server serves in any case, is refused with such options.
+ *
+ * Options of nbdkit that bound its clients bound those of our server as
+ * well: -t, --timeout, and the filter noparallel.  Where a parameter says
+ * something else, the smaller number holds.
  */
 
 #include <config.h>
@@ -17,6 +21,7 @@
 
 #include "command-line.h"
 #include "common/report.h"
+#include "filter-stack.h"
 #include "parameters.h"
 #include "settings.h"
 
@@ -43,4 +48,32 @@ int
 settings_check (const struct settings *s)
 {
   return check_unknown_option (s);
+}
+
+/* As for dirty-bitmap-handshake-timeout. */
+#define MAX_HANDSHAKE_SECONDS (24 * 60 * 60)
+
+/* The smaller of two bounds, of which 0 is none. */
+static unsigned
+smaller_bound (unsigned a, unsigned b)
+{
+  if (a == 0 || b == 0)
+    return a + b;
+  return a < b ? a : b;
+}
+
+struct nbd_limits
+settings_limits (const struct parameters *p, const struct command_line *cl)
+{
+  struct nbd_limits limits = p->limits;
+
+  limits.requests = smaller_bound (limits.requests, cl->threads);
+  limits.requests = smaller_bound (limits.requests, NBD_MAX_REQUESTS);
+  if (filter_stack_keeps_order (cl))
+    limits.requests = 1;
+  limits.handshake_seconds = smaller_bound (limits.handshake_seconds,
+                                            cl->timeout_seconds);
+  if (limits.handshake_seconds > MAX_HANDSHAKE_SECONDS)
+    limits.handshake_seconds = MAX_HANDSHAKE_SECONDS;
+  return limits;
 }

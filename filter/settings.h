@@ -8,6 +8,8 @@
 
 /* The parameters and nbdkit's command line, taken together. */
 
+#include "nbd/nbd.h"
+
 struct command_line;
 struct parameters;
 
@@ -20,5 +22,9 @@ struct settings {
  * to be known of options that nobody here knows is reported as well.
  */
 extern int settings_check (const struct settings *);
+
+/* What clients of our server can use at most. */
+extern struct nbd_limits settings_limits (const struct parameters *,
+                                          const struct command_line *);
 
 #endif /* DIRTY_BITMAP_SETTINGS_H */

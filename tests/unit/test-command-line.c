@@ -23,6 +23,8 @@
 #include "command-line.h"
 #include "common/report.h"
 #include "filter-stack.h"
+#include "parameters.h"
+#include "settings.h"
 
 #define MAX_ARGS 32
 
@@ -350,6 +352,61 @@ test_tls (void **state)
     assert_same_string (cl.tls.psk, cases[i].tls.psk);
     assert_same_string (cl.tls.priority, cases[i].tls.priority);
     assert_int_equal (cl.tls.verify_peer, cases[i].tls.verify_peer);
+    command_line_free (&cl);
+  }
+}
+
+/* What bounds clients, in the options and in the parameters. */
+static void
+test_limits (void **state)
+{
+  static const struct {
+    const char *line;
+    unsigned requests, handshake;       /* parameters, or 0 */
+    unsigned expected_requests, expected_handshake;
+  } cases[] = {
+    { "nbdkit file", 0, 0, 16, 0 },
+    { "nbdkit file", 4, 60, 4, 60 },
+    { "nbdkit -t 1 file", 0, 0, 1, 0 },
+    { "nbdkit -t5 file --threads=0x7", 0, 0, 7, 0 },
+    { "nbdkit --threads 0 file", 0, 0, 16, 0 },
+    { "nbdkit -t 100 file", 0, 0, 16, 0 },
+    { "nbdkit -t 8 file", 2, 0, 2, 0 },
+    { "nbdkit -t 2 file", 8, 0, 2, 0 },
+    { "nbdkit --timeout=60 file", 0, 0, 16, 60 },
+    { "nbdkit --timeout 60s file", 0, 5, 16, 5 },
+    { "nbdkit --time-out=1.2 file", 0, 0, 16, 2 },
+    { "nbdkit --timeout=100ms file", 0, 5, 16, 1 },
+    { "nbdkit --timeout=3000000us file", 0, 0, 16, 3 },
+    { "nbdkit --timeout=2000001\xce\xbcs file", 0, 0, 16, 3 },
+    { "nbdkit --timeout=1ns file", 0, 0, 16, 1 },
+    { "nbdkit --timeout=0 file", 0, 5, 16, 5 },
+    { "nbdkit --timeout=1e30 file", 0, 0, 16, 86400 },
+    { "nbdkit --filter=dirty-bitmap --filter=noparallel file", 0, 0, 1, 0 },
+    { "nbdkit --filter=dirty-bitmap --filter=noparallel -t 4 file", 8, 0,
+      1, 0 },
+  };
+  struct command_line cl;
+  size_t i;
+
+  (void) state;
+  for (i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    const struct parameters parameters = {
+      .limits = {
+        .requests = cases[i].requests,
+        .handshake_seconds = cases[i].handshake,
+        .connections = 7,
+      },
+    };
+    struct nbd_limits limits;
+
+    print_message ("%s\n", cases[i].line);
+    assert_int_equal (parse (&cl, cases[i].line), 0);
+    assert_null (cl.server_feature);
+    limits = settings_limits (&parameters, &cl);
+    assert_int_equal (limits.requests, cases[i].expected_requests);
+    assert_int_equal (limits.handshake_seconds, cases[i].expected_handshake);
+    assert_int_equal (limits.connections, 7);
     command_line_free (&cl);
   }
 }
@@ -727,6 +784,7 @@ main (void)
     TEST (test_server_feature),
     TEST (test_tls),
     TEST (test_selinux_label),
+    TEST (test_limits),
     TEST (test_forks),
     TEST (test_where_nbdkit_listens),
     TEST (test_objections),
