@@ -294,6 +294,7 @@ dirty_bitmap_get_ready (int model)
   const struct settings settings = {
     .parameters = &parameters,
     .command_line = &command_line,
+    .image_path = image_file.path,
   };
 
   thread_model = model;
@@ -312,7 +313,7 @@ dirty_bitmap_get_ready (int model)
     return -1;
 
   if (image_file_open (&image_file, &command_line, is_readonly ()) == -1 ||
-      check_image () == -1)
+      check_image () == -1 || settings_check_locked (&settings) == -1)
     return -1;
   if (parameters.stats != NULL && prepare_stats () == -1)
     return -1;
@@ -322,6 +323,7 @@ dirty_bitmap_get_ready (int model)
       listen_open (&parameters.listen, command_line.selinux_label,
                    &listen_sockets) == -1)
     return -1;
+  listen_unlink_at_exit (&listen_sockets, command_line.forks);
   if (sockets_note_others (&command_line) == -1 ||
       (serves_single () && single_take () == -1)) {
     listen_unlink (&listen_sockets);
@@ -473,6 +475,8 @@ static int
 dirty_bitmap_after_fork (nbdkit_backend *backend)
 {
   struct sigaction sa;
+
+  listen_serves ();
 
   /* A write beyond a limit of the process is to be an error of that
    * write, not the end of the server and of what it has in RAM.

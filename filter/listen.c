@@ -14,6 +14,12 @@
  * that somebody answers, and anything that is not a socket, is left
  * alone and is an error.
  *
+ * nbdkit can exit between get_ready and its accept loop, and calls nothing
+ * of ours then: its own address is in use, another filter fails.  So the
+ * destructor of this object, which exit calls, removes a socket that is
+ * still there.  But in the one process that goes on with it: where nbdkit
+ * goes into the background its parent exits too.
+ *
  * A new one has what nbdkit's own would have: the mode that the umask
  * leaves, and the label of --selinux-label.
  */
@@ -25,6 +31,7 @@
 #include <limits.h>
 #include <netdb.h>
 #include <netinet/in.h>
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -316,6 +323,53 @@ listen_open (const struct listen_address *a, const char *selinux_label,
     listen_close (s);
   }
   return r;
+}
+
+static struct {
+  struct listen_sockets *sockets;       /* to be removed at exit, or NULL */
+  bool forks;                           /* the next fork is nbdkit's */
+  pid_t owner;
+} at_exit;
+
+static void
+forked_in_parent (void)
+{
+  if (at_exit.forks)
+    at_exit.owner = 0;
+  at_exit.forks = false;
+}
+
+static void
+forked_in_child (void)
+{
+  if (at_exit.forks)
+    at_exit.owner = getpid ();
+  at_exit.forks = false;
+}
+
+void
+listen_unlink_at_exit (struct listen_sockets *s, bool forks)
+{
+  if (pthread_atfork (NULL, forked_in_parent, forked_in_child) != 0)
+    return;                     /* Nothing worse than a left socket. */
+  at_exit.sockets = s;
+  at_exit.forks = forks;
+  at_exit.owner = getpid ();
+}
+
+void
+listen_serves (void)
+{
+  at_exit.forks = false;
+  at_exit.owner = getpid ();
+}
+
+__attribute__ ((destructor))
+static void
+unlink_at_exit (void)
+{
+  if (at_exit.sockets != NULL && at_exit.owner == getpid ())
+    listen_unlink (at_exit.sockets);
 }
 
 void

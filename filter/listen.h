@@ -8,6 +8,7 @@
 
 /* The sockets of dirty-bitmap-listen=ADDRESS. */
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <sys/types.h>
 
@@ -40,6 +41,14 @@ extern void listen_address_free (struct listen_address *);
  */
 extern int listen_open (const struct listen_address *,
                         const char *selinux_label, struct listen_sockets *);
+
+/* Remove the Unix socket also if nbdkit exits before it calls us again.
+ * Call it in get_ready, once; forks says whether nbdkit is going to go on
+ * in a child.  And in the process that serves: nothing that is forked
+ * from now on has to do with the socket.
+ */
+extern void listen_unlink_at_exit (struct listen_sockets *, bool forks);
+extern void listen_serves (void);
 
 /* Remove the Unix socket, if it is still ours. */
 extern void listen_unlink (struct listen_sockets *);

@@ -25,6 +25,7 @@
 #include "common/utf8.h"
 #include "nbd/exports.h"
 #include "parameters.h"
+#include "used-paths.h"
 
 /* The limits of bitmaps in QEMU, which is to read what we write. */
 #define MIN_GRANULARITY ((int64_t) 512)
@@ -418,31 +419,6 @@ take_listen (struct parameters *p, const char *key, const char *value)
   return 1;
 }
 
-/* As it is found from any folder: nbdkit leaves the one that it was
- * started in.  The file need not exist, its folder has to.
- */
-static char *
-absolute_path (const char *path)
-{
-  const char *slash = strrchr (path, '/');
-  CLEANUP_FREE char *folder = NULL, *absolute_folder = NULL;
-  char *absolute = realpath (path, NULL);
-
-  if (absolute != NULL || errno != ENOENT)
-    return absolute;
-  folder = slash == NULL ? strdup (".")
-    : strndup (path, slash == path ? 1 : slash - path);
-  if (folder == NULL)
-    return NULL;
-  absolute_folder = realpath (folder, NULL);
-  if (absolute_folder == NULL)
-    return NULL;
-  if (asprintf (&absolute, "%s/%s", absolute_folder,
-                slash == NULL ? path : slash + 1) == -1)
-    return NULL;
-  return absolute;
-}
-
 static int
 take_stats (struct parameters *p, const char *key, const char *value)
 {
@@ -452,7 +428,7 @@ take_stats (struct parameters *p, const char *key, const char *value)
     report_error ("%s: the name of a file must not be empty", key);
     return -1;
   }
-  p->stats = absolute_path (value);
+  p->stats = used_paths_absolute (value);
   if (p->stats == NULL) {
     report_error ("%s: %s: %m", key, value);
     return -1;
@@ -517,6 +493,20 @@ parameters_take (struct parameters *p, const char *key, const char *value)
   return 0;
 }
 
+/* A parameter that bounds what clients can use of our server, if one was
+ * given.
+ */
+static const char *
+given_limit (const struct parameters *p)
+{
+  return p->limits.connections != 0 ? "dirty-bitmap-max-connections"
+    : p->limits.requests != 0 ? "dirty-bitmap-max-requests"
+    : p->limits.memory != 0 ? "dirty-bitmap-max-memory"
+    : p->limits.handshake_seconds != 0 ? "dirty-bitmap-handshake-timeout"
+    : p->idle_timeout_given ? "dirty-bitmap-idle-timeout"
+    : NULL;
+}
+
 int
 parameters_complete (struct parameters *p)
 {
@@ -526,9 +516,20 @@ parameters_complete (struct parameters *p)
                   p->require.nr != 0 ? "dirty-bitmap" : "dirty-bitmap-expose");
     return -1;
   }
+  if (p->granularity != 0 && p->require.nr == 0) {
+    report_error ("dirty-bitmap-granularity: is that of bitmaps which are "
+                  "created, and none is named by dirty-bitmap");
+    return -1;
+  }
   if (p->stats_interval != 0 && p->stats == NULL) {
     report_error ("dirty-bitmap-stats-interval: says how often a file is "
                   "written, which dirty-bitmap-stats would name");
+    return -1;
+  }
+  if (p->server == SERVER_OFF && !p->listens && given_limit (p)) {
+    report_error ("%s: bounds the clients of the filter's own server, and "
+                  "there is none with dirty-bitmap-server=off",
+                  given_limit (p));
     return -1;
   }
   if (!p->cache_size_given)

@@ -5,6 +5,10 @@
 
 /* How this works
  *
+ * Each file has one use.  nbdkit writes to those of -P and --log before
+ * it calls after_fork, whatever is there: get_ready is the last moment
+ * to see that one of them is the image.
+ *
  * An option that nobody here knows may be about TLS, or hide one that is
  * (command-line.c).  So the socket of dirty-bitmap-listen, which our
  * server serves in any case, is refused with such options.
@@ -24,6 +28,24 @@
 #include "filter-stack.h"
 #include "parameters.h"
 #include "settings.h"
+#include "used-paths.h"
+
+static int
+check_paths (const struct settings *s)
+{
+  const struct command_line *cl = s->command_line;
+  const struct used_path paths[] = {
+    { "the image", filter_stack_is_file (cl) ? s->image_path : NULL },
+    { "-P", cl->pid_file },
+    { "--log", cl->log_file },
+    { "-U", cl->unix_path },
+    { "dirty-bitmap-listen", s->parameters->listen.path },
+    { "dirty-bitmap-stats", s->parameters->stats },
+    { "--tls-psk", cl->tls.psk },
+  };
+
+  return used_paths_check (paths, sizeof paths / sizeof paths[0]);
+}
 
 static int
 check_unknown_option (const struct settings *s)
@@ -47,7 +69,17 @@ check_unknown_option (const struct settings *s)
 int
 settings_check (const struct settings *s)
 {
-  return check_unknown_option (s);
+  return check_paths (s) == -1 || check_unknown_option (s) == -1 ? -1 : 0;
+}
+
+int
+settings_check_locked (const struct settings *s)
+{
+  const struct used_path pid = { "-P", s->command_line->pid_file };
+  const struct used_path log = { "--log", s->command_line->log_file };
+
+  return used_paths_check_unlocked (&pid) == -1 ||
+    used_paths_check_unlocked (&log) == -1 ? -1 : 0;
 }
 
 /* As for dirty-bitmap-handshake-timeout. */

@@ -16,12 +16,18 @@ struct parameters;
 struct settings {
   const struct parameters *parameters;
   const struct command_line *command_line;
+  const char *image_path;       /* file=, or NULL */
 };
 
 /* -1, with the reason reported, if one contradicts the other.  What has
  * to be known of options that nobody here knows is reported as well.
  */
 extern int settings_check (const struct settings *);
+
+/* The same once the image, and all that it refers to, is locked: -1, with
+ * the reason reported, if nbdkit is going to write to one of these.
+ */
+extern int settings_check_locked (const struct settings *);
 
 /* What clients of our server can use at most. */
 extern struct nbd_limits settings_limits (const struct parameters *,
