@@ -8,7 +8,8 @@
  * nbdkit's callbacks for the life of the filter, in the order in which
  * nbdkit calls them:
  *
- * config       parameters; file= is remembered as it passes by
+ * config       parameters; file= is remembered as it passes by, and what
+ *              else concerns us of the plugin's (plugin-parameters.c)
  * get_ready    all that can go wrong is found out here, where an error
  *              is seen and nbdkit exits with it: the image is locked and
  *              checked, with the files that it refers to, keys and
@@ -55,6 +56,7 @@
 #include "loaded-objects.h"
 #include "nbd/nbd.h"
 #include "parameters.h"
+#include "plugin-parameters.h"
 #include "settings.h"
 #include "single.h"
 #include "sockets.h"
@@ -68,6 +70,7 @@
 
 static unsigned nr_loads;
 static struct parameters parameters;
+static struct plugin_parameters plugin_parameters;
 static struct command_line command_line;
 static bool has_command_line;
 static struct image_file image_file = { .fd = -1 };
@@ -124,6 +127,28 @@ know_command_line (void)
   return 0;
 }
 
+/* Before the first parameter of the plugin.  Below us there is one
+ * connection of the nbd plugin in any case.  Told so, it does not ask for
+ * the export name of a client, which nbdkit before 1.44 reports as an
+ * error where there is none.  But then it never connects anew, as retry
+ * would have it.
+ */
+static int
+prepare_plugin (nbdkit_next_config *next, nbdkit_backend *nxdata)
+{
+  static bool is_prepared;
+
+  if (is_prepared)
+    return 0;
+  is_prepared = true;
+  if (know_command_line () == -1)
+    return -1;
+  if (NBDKIT_VERSION_MINOR < 44 && filter_stack_is_nbd (&command_line) &&
+      !filter_stack_reopens (&command_line))
+    return next (nxdata, "shared", "true");
+  return 0;
+}
+
 static int
 dirty_bitmap_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
                      const char *key, const char *value)
@@ -132,6 +157,9 @@ dirty_bitmap_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
 
   if (r != 0)
     return r == -1 ? -1 : 0;
+  if (prepare_plugin (next, nxdata) == -1)
+    return -1;
+  plugin_parameters_note (&plugin_parameters, key, value);
   if (strcmp (key, "file") == 0 &&
       image_file_remember (&image_file, value) == -1)
     return -1;
@@ -149,7 +177,8 @@ dirty_bitmap_config_complete (nbdkit_next_config_complete *next,
     return -1;
   }
   if (parameters_complete (&parameters) == -1 ||
-      know_command_line () == -1)
+      know_command_line () == -1 ||
+      plugin_parameters_check (&plugin_parameters, &command_line) == -1)
     return -1;
   return next (nxdata);
 }

@@ -24,6 +24,7 @@
 #include "common/report.h"
 #include "filter-stack.h"
 #include "parameters.h"
+#include "plugin-parameters.h"
 #include "settings.h"
 
 #define MAX_ARGS 32
@@ -665,6 +666,49 @@ test_reopening (void **state)
   }
 }
 
+/* Plugins that serve what a client's export name says. */
+static void
+test_plugin_parameters (void **state)
+{
+  static const struct {
+    const char *line, *key, *value;
+    const char *error;          /* a part of it, or NULL */
+  } cases[] = {
+    { "nbdkit file", "dir", ".", "file=" },
+    { "nbdkit file", "directory", ".", "file=" },
+    { "nbdkit file", "dirfd", "3", "file=" },
+    { "nbdkit ./nbdkit-file-plugin.so", "dir", ".", "file=" },
+    { "nbdkit file", "file", "d", NULL },
+    { "nbdkit floppy", "dir", ".", NULL },
+    { "nbdkit nbd", "dynamic-export", "true", "export=" },
+    { "nbdkit nbd", "dynamic-export", "ON", "export=" },
+    { "nbdkit nbd", "dynamic-export", "false", NULL },
+    { "nbdkit file", "dynamic-export", "true", NULL },
+    { "nbdkit info", "mode", "time", "info" },
+    { "nbdkit ondemand", "size", "1M", "ondemand" },
+    { "nbdkit", "dir", ".", NULL },
+  };
+  struct command_line cl;
+  size_t i;
+
+  (void) state;
+  for (i = 0; i < sizeof cases / sizeof cases[0]; ++i) {
+    struct plugin_parameters p = { .names_folder = false };
+
+    print_message ("%s %s=%s\n", cases[i].line, cases[i].key,
+                   cases[i].value);
+    nr_reports = 0;
+    assert_int_equal (parse (&cl, cases[i].line), 0);
+    plugin_parameters_note (&p, cases[i].key, cases[i].value);
+    assert_int_equal (plugin_parameters_check (&p, &cl),
+                      cases[i].error != NULL ? -1 : 0);
+    assert_int_equal (nr_reports, cases[i].error != NULL);
+    if (cases[i].error != NULL)
+      assert_non_null (strstr (last_report, cases[i].error));
+    command_line_free (&cl);
+  }
+}
+
 static void
 test_bytes (void **state)
 {
@@ -791,6 +835,7 @@ main (void)
     TEST (test_vouching),
     TEST (test_refused_filters),
     TEST (test_reopening),
+    TEST (test_plugin_parameters),
     TEST (test_bytes),
     TEST (test_activation),
     TEST (test_read),

@@ -1,0 +1,72 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* How this works
+ *
+ * Some plugins choose what they serve by the export name of the client.
+ * Ours opens the plugin before there is a client.  nbdkit before 1.44
+ * then has no name for the plugin at all, instead of an empty one: the
+ * file plugin crashes, the nbd plugin aborts, others end with an error
+ * that nobody understands.  So these are refused, by their parameters or
+ * by their names, before the plugin sees that its parameters are
+ * complete.
+ */
+
+#include <config.h>
+
+#include <stddef.h>
+#include <string.h>
+#include <strings.h>
+
+#include "command-line.h"
+#include "common/report.h"
+#include "filter-stack.h"
+#include "plugin-parameters.h"
+
+void
+plugin_parameters_note (struct plugin_parameters *p,
+                        const char *key, const char *value)
+{
+  /* What nbdkit_parse_bool takes for true. */
+  static const char *const true_words[] = {
+    "1", "true", "t", "yes", "y", "on"
+  };
+  size_t i;
+
+  if (strcmp (key, "dir") == 0 || strcmp (key, "directory") == 0 ||
+      strcmp (key, "dirfd") == 0)
+    p->names_folder = true;
+  if (strcmp (key, "dynamic-export") == 0) {
+    p->dynamic_export = false;
+    for (i = 0; i < sizeof true_words / sizeof true_words[0]; ++i)
+      if (strcasecmp (value, true_words[i]) == 0)
+        p->dynamic_export = true;
+  }
+}
+
+int
+plugin_parameters_check (const struct plugin_parameters *p,
+                         const struct command_line *cl)
+{
+  if (filter_stack_is_file (cl) && p->names_folder) {
+    report_error ("the file plugin serves one file to all clients "
+                  "below --filter=dirty-bitmap, not a folder of files: "
+                  "name the image by file=");
+    return -1;
+  }
+  if (filter_stack_is_nbd (cl) && p->dynamic_export) {
+    report_error ("dynamic-export: the nbd plugin is connected once for all "
+                  "clients below --filter=dirty-bitmap: "
+                  "name the export by export=");
+    return -1;
+  }
+  if (filter_stack_serves_by_client (cl)) {
+    report_error ("the plugin %s serves each client something else, "
+                  "and below --filter=dirty-bitmap it is opened once for all",
+                  cl->plugin);
+    return -1;
+  }
+  return 0;
+}
