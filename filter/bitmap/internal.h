@@ -259,6 +259,10 @@ extern void bitmap_reserve_free (struct bitmap *);
 extern void bitmap_reserve (struct bitmap_set *, uint64_t offset,
                             uint64_t count);
 
+/* With reserve_lock held: see to it that a table entry can be written. */
+extern int bitmap_reserve_entry (struct bitmap_set *, struct bitmap *,
+                                 uint32_t index);
+
 /* With reserve_lock held: what is reserved for a table entry, or 0, which
  * is the caller's now; and back.
  */

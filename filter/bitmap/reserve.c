@@ -15,7 +15,7 @@
  * table.  A cluster of which all bits will be set needs no data.
  *
  * Where a mark finds no space it goes on.  The bitmap is in use then, and
- * the flush tries again.
+ * the flush tries again, with the table first.
  *
  * reserve_lock, the last of ours, is held here, and by the flush while it
  * writes the pieces of a cluster or changes table entries.  So:
@@ -143,6 +143,15 @@ reserve_pieces (struct bitmap_set *set, struct bitmap *b, uint64_t first,
   return 0;
 }
 
+int
+bitmap_reserve_entry (struct bitmap_set *set, struct bitmap *b,
+                      uint32_t index)
+{
+  return holes_fill_table (set->image, QCOW2_BITMAP_TABLE, b->table_holes,
+                           b->table_offset, 8 * (size_t) b->table_entries,
+                           8 * (size_t) index);
+}
+
 /* The bits [first, last] of one cluster of bits are about to be set. */
 static int
 reserve_in_cluster (struct bitmap_set *set, struct bitmap *b, uint32_t index,
@@ -154,9 +163,7 @@ reserve_in_cluster (struct bitmap_set *set, struct bitmap *b, uint32_t index,
 
   if (entry == BITMAP_TABLE_ALL_ONES)
     return 0;
-  if (holes_fill_table (set->image, QCOW2_BITMAP_TABLE, b->table_holes,
-                        b->table_offset, 8 * (size_t) b->table_entries,
-                        8 * (size_t) index) == -1)
+  if (bitmap_reserve_entry (set, b, index) == -1)
     return -1;
   if (last - first + 1 == bits)
     return 0;                   /* They will be all ones. */

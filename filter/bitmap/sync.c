@@ -186,6 +186,8 @@ write_cluster (struct bitmap_set *set, struct bitmap *b, uint32_t index,
     return -1;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->reserve_lock);
+  if (bitmap_reserve_entry (set, b, index) == -1)
+    return -1;
   if (cluster_is_full (set, b, index)) {
     fill_cluster (set, b, index);
     return 0;
@@ -302,25 +304,10 @@ sync_data (void *opaque)
   return r;
 }
 
-/* Table entries are about to be written: reserve.c writes no zeroes there
- * any more.
- */
-static void
-forget_holes (struct bitmap_set *set, struct bitmap *b, uint32_t first,
-              uint32_t end)
-{
-  const unsigned in_sector = HOLES_SECTOR_BYTES / 8;
-  const unsigned in_chunk = HOLES_CHUNK_BYTES / HOLES_SECTOR_BYTES;
-
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->reserve_lock);
-  for (uint32_t s = first / in_sector; s <= (end - 1) / in_sector; ++s)
-    b->table_holes[s / in_chunk] &= ~(1U << s % in_chunk);
-}
-
 /* Write the pending entries, and what lies between two that are near,
- * which the image has already; but no sector in which there is none, for
- * which nothing has reserved space.  Pieces are taken in ascending order,
- * so entries are too, but for those left from a flush that failed.
+ * which the image has already; but no sector in which there is none, which
+ * may be a hole.  Pieces are taken in ascending order, so entries are too,
+ * but for those left from a flush that failed.
  */
 static int
 write_pending (struct bitmap_set *set, struct bitmap *b)
@@ -340,7 +327,6 @@ write_pending (struct bitmap_set *set, struct bitmap *b)
         end = next + 1;
     }
     bitmap_table_put (set->buffer, &b->table[first], end - first);
-    forget_holes (set, b, first, end);
     if (qcow2_write_metadata (set->image, QCOW2_BITMAP_TABLE, set->buffer,
                               8 * (size_t) (end - first),
                               b->table_offset + 8 * (uint64_t) first) == -1)
