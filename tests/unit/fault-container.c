@@ -31,7 +31,6 @@
 #include "fault-container.h"
 
 #define SECTOR 512
-#define PAGE 4096
 
 struct faulty {
   struct container c;
@@ -54,7 +53,7 @@ fault_store_new (uint64_t room, struct fault_store *first)
   s->live = crash_image_new (room);
   s->durable = crash_image_new (room);
   s->pending = calloc (1, room / SECTOR);
-  s->backed = calloc (1, room / PAGE);
+  s->backed = calloc (1, room / SECTOR);
   assert_non_null (s->pending);
   assert_non_null (s->backed);
   return s;
@@ -85,6 +84,31 @@ copy_image (struct crash_image *to, const struct crash_image *from)
   memcpy (to->bytes, from->bytes, from->size);
 }
 
+static unsigned
+block_size (const struct fault_store *s)
+{
+  return s->first->plan.block != 0 ? s->first->plan.block : 4096;
+}
+
+static bool
+is_zero (const uint8_t *p, uint64_t count)
+{
+  return p[0] == 0 && memcmp (p, p + 1, count - 1) == 0;
+}
+
+/* Which blocks has an image that it begins with? */
+static void
+back_image (struct fault_store *s)
+{
+  const unsigned block = block_size (s);
+
+  memset (s->backed, 0, s->live.room / SECTOR);
+  for (uint64_t at = 0; at < s->live.size; at += block)
+    s->backed[at / block] =
+      !s->first->plan.sparse ||
+      !is_zero (s->live.bytes + at, min_u64 (block, s->live.room - at));
+}
+
 void
 fault_store_reset (struct fault_store *s, const struct crash_image *base,
                    const struct fault_plan *plan)
@@ -92,17 +116,16 @@ fault_store_reset (struct fault_store *s, const struct crash_image *base,
   copy_image (&s->live, base);
   copy_image (&s->durable, base);
   memset (s->pending, 0, s->live.room / SECTOR);
-  memset (s->backed, 0, s->live.room / PAGE);
-  memset (s->backed, 1, div_round_up (base->size, PAGE));
   s->plan = *plan;
+  back_image (s);
   s->paused = false;
-  s->counted = s->nr_failed = s->nr_lost = 0;
+  s->counted = s->taken = s->nr_failed = s->nr_lost = 0;
 }
 
 void
 fault_store_heal (struct fault_store *s)
 {
-  s->plan = (struct fault_plan) { .kinds = 0 };
+  s->plan = (struct fault_plan) { .block = s->plan.block };
 }
 
 /* Does this call fail? */
@@ -149,11 +172,52 @@ set_pending (struct fault_store *s, uint64_t count, uint64_t offset)
 static bool
 is_backed (const struct fault_store *s, uint64_t count, uint64_t offset)
 {
-  for (uint64_t page = offset / PAGE; page <= (offset + count - 1) / PAGE;
-       ++page)
-    if (!s->backed[page])
+  const unsigned block = block_size (s);
+
+  for (uint64_t b = offset / block; b <= (offset + count - 1) / block; ++b)
+    if (!s->backed[b])
       return false;
   return true;
+}
+
+/* Give a range its blocks.  Returns how much of it has them: less than
+ * count, and errno, if there are no more.
+ */
+static uint64_t
+take_blocks (struct fault_store *s, uint64_t count, uint64_t offset)
+{
+  const unsigned block = block_size (s);
+  struct fault_store *first = s->first;
+
+  for (uint64_t at = round_down (offset, block); at < offset + count;
+       at += block) {
+    if (s->backed[at / block])
+      continue;
+    if (first->plan.space && !first->paused) {
+      if (first->taken >= first->plan.first) {
+        first->nr_failed++;
+        errno = ENOSPC;
+        return at <= offset ? 0 : at - offset;
+      }
+      if (++first->taken > first->counted)
+        first->counted = first->taken;
+    }
+    s->backed[at / block] = 1;
+  }
+  return count;
+}
+
+static void
+give_blocks_back (struct fault_store *s, uint64_t count, uint64_t offset)
+{
+  const unsigned block = block_size (s);
+
+  for (uint64_t at = round_up (offset, block);
+       at + block <= offset + count; at += block) {
+    if (s->backed[at / block] && s->first->plan.space)
+      s->first->taken -= s->first->taken > 0;
+    s->backed[at / block] = 0;
+  }
 }
 
 static int
@@ -173,15 +237,15 @@ faulty_pwrite (struct container *c, const void *buf, size_t count,
 {
   struct fault_store *s = store_of (c);
   const bool counts = !s->first->plan.thin || !is_backed (s, count, offset);
-  const bool fail = counts && fails (s, FAULT_WRITE);
+  bool fail = counts && fails (s, FAULT_WRITE);
 
   if (fail)
     count = part_done (s, count, offset);
-  memcpy (s->live.bytes + offset, buf, count);
-  set_pending (s, count, offset);
-  if (count > 0)
-    memset (s->backed + offset / PAGE, 1,
-            (offset + count - 1) / PAGE - offset / PAGE + 1);
+  const uint64_t n = take_blocks (s, count, offset);
+
+  fail |= n < count;
+  memcpy (s->live.bytes + offset, buf, n);
+  set_pending (s, n, offset);
   if (s->written != NULL)
     s->written (s->opaque);
   return fail ? -1 : 0;
@@ -191,15 +255,18 @@ static int
 faulty_zero (struct container *c, uint64_t count, uint64_t offset, bool punch)
 {
   struct fault_store *s = store_of (c);
-  const bool fail = !s->first->plan.thin && fails (s, FAULT_ZERO);
+  bool fail = !s->first->plan.thin && fails (s, FAULT_ZERO);
+  uint64_t n;
 
   if (fail)
     count = part_done (s, count, offset);
-  memset (s->live.bytes + offset, 0, count);
-  set_pending (s, count, offset);
-  for (uint64_t at = round_up (offset, PAGE);
-       punch && at + PAGE <= offset + count; at += PAGE)
-    s->backed[at / PAGE] = 0;
+  n = s->first->plan.provisions && !punch
+    ? take_blocks (s, count, offset) : count;
+  fail |= n < count;
+  memset (s->live.bytes + offset, 0, n);
+  set_pending (s, n, offset);
+  if (punch)
+    give_blocks_back (s, n, offset);
   return fail ? -1 : 0;
 }
 

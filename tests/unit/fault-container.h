@@ -7,7 +7,8 @@
 #define DIRTY_BITMAP_TEST_FAULT_CONTAINER_H
 
 /* A container in memory that counts its calls, fails those that it is
- * told to, and knows what of it would outlive a power cut.
+ * told to, or has only so much space, and knows what of it would outlive
+ * a power cut.
  */
 
 #include <stdbool.h>
@@ -50,6 +51,16 @@ struct fault_plan {
                                    barrier makes it durable */
   uint64_t limit;               /* the size of the first store can not
                                    exceed this, 0: none */
+
+  /* A full file system: nothing else fails, but of the blocks of storage
+   * that the stores do not have in the beginning they get no more than
+   * `first`.  Punching gives blocks back.
+   */
+  bool space;
+  unsigned block;               /* bytes of one, 0: 4096 */
+  bool sparse;                  /* a block that is zero in the beginning is
+                                   a hole */
+  bool provisions;              /* zeroes that do not punch get blocks */
 };
 
 struct fault_store {
@@ -59,14 +70,16 @@ struct fault_store {
   struct crash_image durable;   /* what the last barrier left, at least */
   struct fault_plan plan;
   bool paused;                  /* nothing fails, nothing is counted */
-  size_t counted;               /* calls, of the kinds of the plan */
+  size_t counted;               /* calls, of the kinds of the plan; or the
+                                   most blocks that were taken at once */
+  size_t taken;                 /* blocks, now */
   size_t nr_failed;             /* calls that were made to fail */
   bool is_first;                /* the last of them was the first */
   size_t nr_lost;               /* barriers among them */
   void (*written) (void *);     /* if not NULL, called after each write */
   void *opaque;                 /* what it is called with */
   uint8_t *pending;             /* by sector: no barrier since the write */
-  uint8_t *backed;              /* by page: it has storage */
+  uint8_t *backed;              /* by block: it has storage */
 };
 
 /* An image can grow to its room.  first is NULL, or another store: one

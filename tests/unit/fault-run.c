@@ -392,6 +392,8 @@ do_read (struct run *r, const struct step *s, bool *done)
 }
 
 static bool do_step (struct run *r, unsigned i);
+static bool find_what_is (struct run *r, struct checked *k,
+                          const struct crash_image *image);
 static void check_one (struct run *r, const struct crash_image *image,
                        const char *when, bool stopped);
 
@@ -411,6 +413,26 @@ write_again (struct run *r, unsigned end)
   r->may_be_lost = false;
 }
 
+/* A stop failed for want of space: all that a bitmap is marked for. */
+static void
+must_be_unstored (struct run *r, size_t start)
+{
+  struct checked k;
+  bool marked = false;
+
+  model_flushed (r->model, start, r->now);
+  if (!find_what_is (r, &k, &r->store->live))
+    wrong ("stopped: %s", k.error);
+  for (size_t i = 0; i < k.nr_bitmaps; ++i)
+    marked |= (k.bitmaps[i].flags & 1) != 0;
+  const uint64_t nr_leaked = k.nr_leaked;
+  checked_free (&k);
+  if (!marked)
+    wrong ("the stop failed, but no bitmap is marked: %s", last_line);
+  if (nr_leaked != 0 && !r->leaks && !leak_was_told)
+    wrong ("the stop failed, and %" PRIu64 " clusters are leaked", nr_leaked);
+}
+
 /* A flush or a stop, after the steps before end. */
 static bool
 do_flush (struct run *r, unsigned end, bool stop)
@@ -422,12 +444,16 @@ do_flush (struct run *r, unsigned end, bool stop)
   nr_lines = 0;
   ret = stop ? disk_stop (r->disk) : disk_flush (r->disk, &r->client);
   err = errno;
+  if (r->mode->keeps && ret == -1 && !stop)
+    wrong ("a flush failed: %s", last_line);
   if (ret == 0 && r->store->nr_lost != r->nr_told)
     wrong ("a flush succeeded, but a barrier failed (%zu before it)", owed);
   if (!stop)
     check_lines (&step, ret, err);
   else if ((ret == 0) != (nr_lines == 0))
     wrong ("the stop returned %d and %u lines say why", ret, nr_lines);
+  if (ret == -1 && r->mode->keeps)
+    must_be_unstored (r, start);
   if (ret == -1) {
     if (stop)                   /* the client has heard of that */
       disk_client_begin (r->disk, &r->client);
@@ -524,7 +550,8 @@ try_the_rest (struct run *r)
 
   if ((p->kinds & (FAULT_READ | FAULT_READ_BELOW)) == 0)
     compare_served (r);
-  if ((p->thin || r->mode->limits || r->mode->below) &&
+  if (!r->w->changes_first &&
+      (p->thin || r->mode->limits || r->mode->below || r->mode->keeps) &&
       !do_change (r, &in_place))
     wrong ("no write in place: %s", last_line);
 }
@@ -725,6 +752,18 @@ end_badly (struct run *r)
   check_images (r, stopped);
 }
 
+/* There never was any more space. */
+static void
+end_full (struct run *r, unsigned nr_steps)
+{
+  const bool stop = !r->mode->cut_off;
+  const bool done = do_flush (r, nr_steps, stop);
+
+  compare_served (r);
+  close_disk (r);
+  check_images (r, stop && done);
+}
+
 /* What was told to one client is told to the other, and not to one that
  * comes after that.
  */
@@ -792,7 +831,7 @@ run_steps (struct run *r)
     if (r->store->nr_failed == nr_failed && r->store->nr_lost == nr_told)
       wrong ("%s (step %u) failed, but nothing below it: %s",
              step_name (&s[i]), i, last_line);
-    if (for_good)
+    if (for_good || r->mode->keeps)
       try_the_rest (r);
     else {
       if (s[i].kind == STEP_FLUSH || s[i].kind == STEP_REOPEN)
@@ -800,7 +839,9 @@ run_steps (struct run *r)
       must_do (r, i);
     }
   }
-  if (r->mode->never_ends)
+  if (r->mode->never_ends && r->mode->keeps)
+    end_full (r, i);
+  else if (r->mode->never_ends)
     end_badly (r);
   else
     end_well (r, i);

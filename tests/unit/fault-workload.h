@@ -54,6 +54,8 @@ struct workload {
                                    what it holds is read by serving it */
   bool dirty;                   /* it is marked so */
   bool leaks;                   /* it has some */
+  bool changes_first;           /* the first 4 KiB of the disk can not be
+                                   relied on to stay allocated */
   struct step steps[32];
 
   /* Once it is made; of the others the size is 0 if there is none. */
