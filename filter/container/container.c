@@ -24,7 +24,8 @@
  * case before the first one: the file may have been written by others.
  * Flushes are serialised by flush_lock: the kernel tells an error once,
  * and so none is told the success that another's failure has left to it.
- * Reads and writes take no lock here.
+ * Reads and writes take no lock here, but where an implementation takes
+ * whole blocks only (blocks.c).
  */
 
 #include <config.h>
@@ -35,6 +36,7 @@
 
 #include "common/bytes.h"
 #include "common/cleanup.h"
+#include "container/blocks.h"
 #include "container/container.h"
 
 /* File offsets are signed wherever the bytes end up. */
@@ -49,6 +51,7 @@ container_init (struct container *c, const struct container_ops *ops,
   c->readonly = readonly;
   pthread_mutex_init (&c->grow_lock, NULL);
   pthread_mutex_init (&c->flush_lock, NULL);
+  blocks_init (c);
 }
 
 /* A change has ended.  Release order: whoever counts it sees it done. */
@@ -88,7 +91,9 @@ container_pread (struct container *c, void *buf, size_t count, uint64_t offset)
 {
   const size_t n = clip (c, count, offset);
 
-  if (n > 0 && c->ops->pread (c, buf, n, offset) == -1)
+  if (n > 0 &&
+      (c->block_bytes == 1 ? c->ops->pread (c, buf, n, offset)
+       : blocks_pread (c, buf, n, offset)) == -1)
     return -1;
   if (n < count)
     memset ((char *) buf + n, 0, count - n);
@@ -111,7 +116,8 @@ container_pwrite (struct container *c, const void *buf, size_t count,
   }
   if (container_reserve (c, offset + count) == -1)
     return -1;
-  return changed (c, c->ops->pwrite (c, buf, count, offset));
+  return changed (c, c->block_bytes == 1 ? c->ops->pwrite (c, buf, count, offset)
+                  : blocks_pwrite (c, buf, count, offset));
 }
 
 int
@@ -125,7 +131,8 @@ container_zero (struct container *c, uint64_t count, uint64_t offset,
   count = clip (c, count, offset);
   if (count == 0)
     return 0;
-  return changed (c, c->ops->zero (c, count, offset, punch));
+  return changed (c, c->block_bytes == 1 ? c->ops->zero (c, count, offset, punch)
+                  : blocks_zero (c, count, offset, punch));
 }
 
 int
@@ -224,5 +231,6 @@ container_close (struct container *c)
     return;
   pthread_mutex_destroy (&c->grow_lock);
   pthread_mutex_destroy (&c->flush_lock);
+  blocks_free (c);
   c->ops->close (c);
 }

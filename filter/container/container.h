@@ -34,8 +34,10 @@
 
 struct container;
 
-/* An implementation is asked for ranges inside its size.  What it has no
- * room for it may call EDQUOT or EFBIG; the caller is told ENOSPC.
+/* An implementation is asked for ranges inside its size, and if it takes
+ * whole blocks only (block_bytes), for such: the last one may go beyond
+ * the size.  What it has no room for it may call EDQUOT or EFBIG; the
+ * caller is told ENOSPC.
  */
 struct container_ops {
   int (*pread) (struct container *, void *buf, size_t count, uint64_t offset);
@@ -106,6 +108,12 @@ struct container {
 
   /* Changes that have been done, or have failed: by many threads. */
   struct container_counter changes[METER_SHARDS];
+
+  /* Blocks: see blocks.c.  1 if any range will do. */
+  uint32_t block_bytes;         /* a power of two; set by the open function */
+  pthread_mutex_t blocks_lock;  /* protects the list; taken alone */
+  pthread_cond_t blocks_cond;
+  struct blocks_range *blocks_under_way;
 };
 
 /* Called by the implementations' open functions. */

@@ -24,6 +24,7 @@
 
 #include <cmocka.h>
 
+#include "common/bytes.h"
 #include "container/container.h"
 
 #define MiB ((uint64_t) 1 << 20)
@@ -416,6 +417,66 @@ test_barriers_threads (void **state)
   container_close (d.c);
 }
 
+/* Storage that takes whole blocks only: requests of any range, and what the
+ * storage is asked for.
+ */
+static int
+check_block (void *opaque, const char *operation, uint64_t offset,
+             uint64_t count)
+{
+  const uint32_t block = *(uint32_t *) opaque;
+
+  if (strcmp (operation, "flush") == 0 || strcmp (operation, "grow") == 0)
+    return 0;
+  return offset % block != 0 || count % block != 0 ? EINVAL : 0;
+}
+
+static void
+test_blocks (void **state)
+{
+  const unsigned size = 3 * 65536 + 777;
+  uint8_t *model = malloc (size), *buf = malloc (size);
+  unsigned seed = 1;
+
+  (void) state;
+  for (uint32_t block = 512; block <= 65536; block *= 2) {
+    const struct container_memory_hook hook = { check_block, &block };
+    struct container *c = container_open_memory (MiB);
+
+    memset (model, block / 512, size);
+    assert_int_equal (container_pwrite (c, model, size, 0), 0);
+    container_memory_set_hook (c, &hook);
+    c->block_bytes = block;
+    for (unsigned i = 0; i < 500; ++i) {
+      const unsigned offset = rand_r (&seed) % size;
+      const unsigned most = min_u64 (size - offset, i % 2 ? 3000 : 150000);
+      const unsigned count = 1 + rand_r (&seed) % most;
+
+      switch (i % 4) {
+      case 0:
+        assert_int_equal (container_zero (c, count, offset, i % 8 == 0), 0);
+        memset (model + offset, 0, count);
+        break;
+      case 1:
+        assert_int_equal (container_pread (c, buf, count, offset), 0);
+        assert_memory_equal (buf, model + offset, count);
+        break;
+      default:
+        memset (buf, i, count);
+        assert_int_equal (container_pwrite (c, buf, count, offset), 0);
+        memset (model + offset, i, count);
+      }
+    }
+    assert_int_equal (container_pread (c, buf, size, 0), 0);
+    assert_memory_equal (buf, model, size);
+    assert_bytes (c, size, 5000, 0);
+    assert_int_equal (container_size (c), size);
+    container_close (c);
+  }
+  free (model);
+  free (buf);
+}
+
 static void
 test_file (void **state)
 {
@@ -766,6 +827,7 @@ main (void)
     cmocka_unit_test (test_no_space),
     cmocka_unit_test (test_barriers),
     cmocka_unit_test (test_barriers_threads),
+    cmocka_unit_test (test_blocks),
     cmocka_unit_test (test_file),
     cmocka_unit_test (test_file_writable),
     cmocka_unit_test (test_file_zero_fallback),
