@@ -361,26 +361,41 @@ dirty_bitmap_get_ready (int model)
   return 0;
 }
 
+/* Open the plugin alone. */
+static struct container *
+open_plugin (nbdkit_backend *backend)
+{
+  const struct container_next_options options = {
+    .backend = backend,
+    .readonly = is_readonly (),
+    .serialize = thread_model < NBDKIT_THREAD_MODEL_PARALLEL,
+    .fd = image_file.fd,
+    .path = image_file.true_path,
+    .same_bytes = image_file.differs == NULL,
+  };
+  struct container *c = container_open_next (&options);
+
+  if (c != NULL && image_file_attach (&image_file, c) == -1) {
+    container_close (c);
+    return NULL;
+  }
+  return c;
+}
+
 /* Open the plugin, and the disk in what it serves. */
 static int
 open_disk (nbdkit_backend *backend)
 {
-  const struct container_next_options next_options = {
-    .backend = backend,
-    .readonly = is_readonly (),
-    .serialize = thread_model < NBDKIT_THREAD_MODEL_PARALLEL,
-  };
   const struct export_options exports = get_export_options ();
   struct disk_options options;
   struct container *container;
   bool is_rotational;
 
-  container = container_open_next (&next_options);
+  container = open_plugin (backend);
   if (container == NULL)
     return -1;
   is_rotational = container_next_is_rotational (container);
-  if (image_file_attach (&image_file, container) == -1 ||
-      (chain == NULL && open_chain (container, container->readonly) == -1)) {
+  if (chain == NULL && open_chain (container, container->readonly) == -1) {
     container_close (container);
     return -1;
   }

@@ -16,7 +16,7 @@
  * (unless one keeps the writes: then only as a reader does).  It can be
  * checked, and extended, only where all filters between pass bytes and
  * size through.  Before anything is served, both ways are seen to lead
- * to the same size and the same first bytes.
+ * to the same file (container/next.c), size and first bytes.
  */
 
 #include <config.h>
@@ -47,8 +47,13 @@ int
 image_file_remember (struct image_file *f, const char *value)
 {
   free (f->path);
+  free (f->true_path);
   f->path = nbdkit_absolute_path (value);
-  return f->path == NULL ? -1 : 0;
+  if (f->path == NULL)
+    return -1;
+  /* If there is no such file, the plugin says so. */
+  f->true_path = realpath (f->path, NULL);
+  return 0;
 }
 
 /* Open what the plugin will open.  A file that we may not write is
@@ -60,6 +65,10 @@ open_file (struct image_file *f)
   const int flags = O_CLOEXEC | O_NOCTTY | O_NONBLOCK;
   struct stat statbuf;
 
+  if (f->true_path == NULL) {
+    report_error ("%s: it does not exist", f->path);
+    return -1;
+  }
   if (stat (f->path, &statbuf) == -1) {
     report_error ("%s: %m", f->path);
     return -1;
@@ -171,7 +180,7 @@ image_file_attach (struct image_file *f, struct container *c)
     else if (f->readonly)
       why_not = "it is read-only";
   }
-  container_next_set_growth (c, why_not == NULL ? f->fd : -1, why_not);
+  container_next_set_growth (c, why_not);
   return 0;
 }
 
@@ -182,5 +191,6 @@ image_file_close (struct image_file *f)
     close (f->fd);
   f->fd = -1;
   free (f->path);
-  f->path = NULL;
+  free (f->true_path);
+  f->path = f->true_path = NULL;
 }

@@ -16,6 +16,8 @@ struct container;
 struct image_file {
   char *path;                   /* absolute; NULL if there is none, once it
                                    was to be opened */
+  char *true_path;              /* the same with no symbolic links: the
+                                   plugin opens that */
   int fd;                       /* the file, open and locked, or -1 */
   bool readonly;
   bool is_block_device;

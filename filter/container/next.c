@@ -5,36 +5,41 @@
 
 /* How this works
  *
- * nbdkit lets a filter open a context of the plugin that belongs to no
- * connection.  One such context, a "view", serves everybody.
+ * One context of the plugin, a "view", serves everybody (view.c).
  *
- * nbdkit remembers what a context said of itself (its size, what it
- * can do) the first time that it is asked, in plain integers, and
- * aborts the server on a request that was not preceded by the question,
- * or that goes beyond the size.  So:
+ * - The size of a view is fixed for ever, and nbdkit aborts the server on
+ *   a request beyond it.  To grow, the file is extended behind the
+ *   plugin's back and a new view is opened, which sees the new size.  A
+ *   request loads the container's size first (the door does, with acquire
+ *   order) and the view second; the view is published before the size; so
+ *   the view of a request is never smaller than the range that the door
+ *   let through, but for the tail, below.
+ * - Requests may still be inside an old view.  It is closed after a grace
+ *   period (common/grace.h), by the next flush or growth that finds it
+ *   ended.  Where the container cannot grow no request enters a section.
  *
- * - A view is primed, all questions asked, by the one thread that opens
- *   it, and is published afterwards.
- * - The size of a view is fixed for ever.  To grow, the file is extended
- *   behind the plugin's back and a new view is opened, which sees the
- *   new size.  A request loads the container's size first (the door
- *   does, with acquire order) and the view second; the view is published
- *   before the size; so the view of a request is never smaller than the
- *   range that the door let through.
- * - Requests may still be inside an old view, so the old ones are kept
- *   until the container is closed.  Sizes grow geometrically: there are
- *   few.
+ * The plugin opens its file by name, and by then the name may lead to
+ * another file.  So each view is seen to have opened a descriptor of the
+ * very file that was checked and locked before it is used; if it has not,
+ * it is closed, and nothing was read from it or written to it.
  *
- * Nothing else on the way of a request is locked, unless the thread
- * model is less than parallel: nbdkit enforces that model for its
- * connections alone, and requests come from other threads here.
+ * The tail is what a view does not reach of the container's end: with
+ * blocks that must be whole (a plugin's minimum block size, or nbdkit's
+ * blocksize filter) the last bytes are no block.  They are read once, at
+ * the start, and kept.  A write to them extends the file first, so that
+ * the next view reaches them.
+ *
+ * Nothing else on the way of a request is locked, unless the thread model
+ * is less than parallel (view.c).
  */
 
 #include <config.h>
 
 #include <errno.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -42,43 +47,46 @@
 
 #include "common/bytes.h"
 #include "common/cleanup.h"
+#include "common/grace.h"
 #include "common/report.h"
 #include "container/container.h"
+#include "container/fd.h"
 #include "container/next.h"
-
-/* nbdkit allows 64 MiB in a request that carries data.  One that does
- * not is limited by its 32 bit count alone.
- */
-#define MAX_DATA_BYTES ((uint32_t) 64 << 20)
-#define MAX_ZERO_BYTES ((uint32_t) 1 << 30)
-
-#define GROW_ALIGN ((uint64_t) 64 << 10)
-#define GROW_MIN_STEP ((uint64_t) 16 << 20)
-#define GROW_MAX_STEP ((uint64_t) 1 << 30)
-
-struct view {
-  nbdkit_next *next;
-  uint64_t size;                /* bytes */
-  struct view *older;
-  uint32_t max_data_bytes;
-  uint32_t max_zero_bytes;
-  bool can_write;
-  bool can_flush;
-  bool can_zero;
-  bool can_cache;
-  bool is_rotational;
-};
+#include "container/view.h"
 
 struct next {
   struct container c;
+  struct grace users;           /* of views, if it can grow */
   nbdkit_backend *backend;
   bool serialize;
-  int grow_fd;
-  const char *cannot_grow;
+
+  int fd;                       /* of the plugin's file, or -1 */
+  struct stat file;             /* as it was when we were opened */
+  const char *path;
+  bool same_bytes;
+
+  bool can_grow;
+  const char *cannot_grow;      /* why not */
+  char *has_moved;              /* that the name leads elsewhere, in words */
   uint64_t original_size;       /* bytes, when we were opened */
+
+  uint8_t *tail;                /* of tail_bytes, or NULL */
+  uint64_t tail_offset;
+  uint32_t tail_bytes;
+
+  /* What zeroes have to be aligned to, as far as is known; 0 if none can
+   * be made.  Only rises, or becomes 0.
+   */
+  _Atomic uint32_t zero_alignment;
 
   /* Changed under grow_lock, or before others know the container. */
   struct view *_Atomic view;
+
+  /* Views that were replaced, under grow_lock: those that are closed when
+   * a grace period ends, and those that came after it was begun.
+   */
+  struct view *leaving, *replaced;
+  grace_period period;
 
   /* Held around each call of the plugin if serialize.  The last lock
    * of all: the plugin knows none of ours.
@@ -94,45 +102,72 @@ current_view (struct next *n)
   return atomic_load_explicit (&n->view, memory_order_acquire);
 }
 
-static void
-begin_call (struct next *n)
+/* A view while a request is inside. */
+struct use {
+  struct view *view;
+  grace_ticket ticket;
+};
+
+static struct use
+begin_use (struct next *n)
 {
-  if (n->serialize)
-    pthread_mutex_lock (&n->serial_lock);
+  struct use u = { 0 };
+
+  if (n->can_grow)
+    u.ticket = grace_enter (&n->users);
+  u.view = current_view (n);
+  return u;
 }
 
-/* Turn the result of a call into the container's: -1 and an errno. */
-static int
-end_call (struct next *n, int r, int err)
+static void
+end_use (struct next *n, const struct use *u)
 {
-  if (n->serialize)
-    pthread_mutex_unlock (&n->serial_lock);
-  if (r == 0)
-    return 0;
-  errno = err != 0 ? err : EIO;
-  return -1;
+  if (n->can_grow)
+    grace_leave (&n->users, u->ticket);
+}
+
+/* What lies beyond the view. */
+static void
+read_tail (const struct next *n, char *buf, uint64_t count, uint64_t offset)
+{
+  const uint64_t skip = offset - n->tail_offset;
+  const uint64_t inside =
+    skip < n->tail_bytes ? min_u64 (count, n->tail_bytes - skip) : 0;
+
+  if (inside > 0)
+    memcpy (buf, n->tail + skip, inside);
+  memset (buf + inside, 0, count - inside);
 }
 
 static int
 next_pread (struct container *c, void *buf, size_t count, uint64_t offset)
 {
   struct next *n = (struct next *) c;
-  struct view *v = current_view (n);
-  char *p = buf;
+  const struct use u = begin_use (n);
+  const uint64_t inside = offset >= u.view->size ? 0
+    : min_u64 (count, u.view->size - offset);
+  const int r = view_pread (u.view, buf, inside, offset);
 
-  while (count > 0) {
-    const uint32_t len = min_u64 (count, v->max_data_bytes);
-    int r, err = 0;
+  end_use (n, &u);
+  if (r == 0 && inside < count)
+    read_tail (n, (char *) buf + inside, count - inside, offset + inside);
+  return r;
+}
 
-    begin_call (n);
-    r = v->next->pread (v->next, p, len, offset, 0, &err);
-    if (end_call (n, r, err) == -1)
+static int grow_over_tail (struct next *n, uint64_t end);
+
+/* Use a view that reaches up to end. */
+static int
+begin_change (struct next *n, uint64_t end, struct use *u)
+{
+  for (;;) {
+    *u = begin_use (n);
+    if (end <= u->view->size)
+      return 0;
+    end_use (n, u);
+    if (grow_over_tail (n, end) == -1)
       return -1;
-    p += len;
-    offset += len;
-    count -= len;
   }
-  return 0;
 }
 
 static int
@@ -140,21 +175,56 @@ next_pwrite (struct container *c, const void *buf, size_t count,
              uint64_t offset)
 {
   struct next *n = (struct next *) c;
-  struct view *v = current_view (n);
-  const char *p = buf;
+  struct use u;
+  int r;
 
-  while (count > 0) {
-    const uint32_t len = min_u64 (count, v->max_data_bytes);
-    int r, err = 0;
+  if (begin_change (n, offset + count, &u) == -1)
+    return -1;
+  r = view_pwrite (u.view, buf, count, offset);
+  end_use (n, &u);
+  return r;
+}
 
-    begin_call (n);
-    r = v->next->pwrite (v->next, p, len, offset, 0, &err);
-    if (end_call (n, r, err) == -1)
-      return -1;
-    p += len;
-    offset += len;
-    count -= len;
+/* The plugin has refused to zero, which is said of ranges that are not
+ * aligned to blocks of the storage.  How large they are is not known.
+ */
+static void
+raise_zero_alignment (struct next *n, uint32_t tried)
+{
+  const uint32_t next = tried < 4096 ? 4096
+    : tried < VIEW_MAX_BLOCK_BYTES ? VIEW_MAX_BLOCK_BYTES : 0;
+
+  report_debug ("the storage cannot make zeroes that are aligned to %u bytes",
+                tried);
+  atomic_compare_exchange_strong (&n->zero_alignment, &tried, next);
+}
+
+/* Zero some of a range, at least a byte.  The number of bytes, 0 if it
+ * has to be tried again, or -1.
+ */
+static int64_t
+zero_some (struct next *n, struct view *v, uint64_t count, uint64_t offset,
+           bool punch)
+{
+  const uint32_t alignment =
+    v->can_zero ? atomic_load_explicit (&n->zero_alignment,
+                                        memory_order_relaxed) : 0;
+  uint32_t len = 0;
+
+  if (alignment != 0 && offset % alignment == 0)
+    len = round_down (min_u64 (count, v->max_zero_bytes), alignment);
+  if (len == 0) {
+    len = min_u64 (count, sizeof zeroes);
+    if (alignment > 1)
+      len = min_u64 (len, alignment - offset % alignment);
+    return view_pwrite (v, zeroes, len, offset) == -1 ? -1 : (int64_t) len;
   }
+
+  if (view_zero (v, len, offset, punch) == 0)
+    return len;
+  if (errno != EINVAL && errno != EOPNOTSUPP)
+    return -1;
+  raise_zero_alignment (n, alignment);
   return 0;
 }
 
@@ -162,143 +232,126 @@ static int
 next_zero (struct container *c, uint64_t count, uint64_t offset, bool punch)
 {
   struct next *n = (struct next *) c;
-  struct view *v = current_view (n);
-  const uint32_t flags = punch ? NBDKIT_FLAG_MAY_TRIM : 0;
+  struct use u;
+  int64_t done = 0;
 
-  while (count > 0) {
-    uint32_t len;
-    int r, err = 0;
-
-    if (!v->can_zero) {
-      len = min_u64 (count, sizeof zeroes);
-      if (next_pwrite (c, zeroes, len, offset) == -1)
-        return -1;
+  if (begin_change (n, offset + count, &u) == -1)
+    return -1;
+  while (count > 0 && done != -1) {
+    done = zero_some (n, u.view, count, offset, punch);
+    if (done > 0) {
+      offset += done;
+      count -= done;
     }
-    else {
-      len = min_u64 (count, v->max_zero_bytes);
-      begin_call (n);
-      r = v->next->zero (v->next, len, offset, flags, &err);
-      if (end_call (n, r, err) == -1)
-        return -1;
-    }
-    offset += len;
-    count -= len;
   }
-  return 0;
+  end_use (n, &u);
+  return done == -1 ? -1 : 0;
 }
 
 static int
 next_cache (struct container *c, uint64_t count, uint64_t offset)
 {
   struct next *n = (struct next *) c;
-  struct view *v = current_view (n);
+  const struct use u = begin_use (n);
+  const uint64_t first = round_down (offset, c->block_bytes);
+  const uint64_t end = min_u64 (round_up (offset + count, c->block_bytes),
+                                u.view->size);
+  int r = 0;
 
-  if (!v->can_cache)
-    return 0;
-  while (count > 0) {
-    const uint32_t len = min_u64 (count, v->max_data_bytes);
-    int r, err = 0;
+  if (u.view->can_cache && first < end)
+    r = view_cache (u.view, end - first, first);
+  end_use (n, &u);
+  return r;
+}
 
-    begin_call (n);
-    r = v->next->cache (v->next, len, offset, 0, &err);
-    if (end_call (n, r, err) == -1)
-      return -1;
-    offset += len;
-    count -= len;
-  }
+/* Where the bytes are the file's, so are the holes. */
+static int
+next_extent (struct container *c, uint64_t offset, uint64_t count,
+             uint64_t *length, bool *hole)
+{
+  struct next *n = (struct next *) c;
+  const struct use u = begin_use (n);
+  const bool can = u.view->can_extents && n->same_bytes;
+
+  end_use (n, &u);
+  *length = count;
+  *hole = false;
+  if (can)
+    fd_extent (n->fd, offset, count, length, hole);
   return 0;
+}
+
+static int
+next_allocated (struct container *c, uint64_t *bytes)
+{
+  struct next *n = (struct next *) c;
+
+  if (n->same_bytes)
+    return fd_allocated (n->fd, bytes);
+  errno = ENOTSUP;
+  return -1;
+}
+
+/* Around opening and closing views: no other thread may be inside the
+ * plugin if it is not made for that.
+ */
+static void
+lock_serial (struct next *n)
+{
+  if (n->serialize)
+    pthread_mutex_lock (&n->serial_lock);
+}
+
+static void
+unlock_serial (struct next *n)
+{
+  if (n->serialize)
+    pthread_mutex_unlock (&n->serial_lock);
+}
+
+/* With grow_lock held: close the views that no request can be inside. */
+static void
+close_unused_views (struct next *n)
+{
+  if (n->leaving != NULL && grace_ended (&n->users, n->period)) {
+    lock_serial (n);
+    view_close_all (n->leaving);
+    unlock_serial (n);
+    n->leaving = NULL;
+  }
+  if (n->leaving == NULL && n->replaced != NULL) {
+    n->leaving = n->replaced;
+    n->replaced = NULL;
+    n->period = grace_begin (&n->users);
+  }
 }
 
 static int
 next_flush (struct container *c)
 {
   struct next *n = (struct next *) c;
-  struct view *v = current_view (n);
-  int r, err = 0;
+  const struct use u = begin_use (n);
+  /* If it cannot, the user was warned at the start. */
+  const int r = u.view->can_flush ? view_flush (u.view) : 0;
+  const int err = errno;
 
-  if (!v->can_flush)
-    return 0;                   /* The user was warned at the start. */
-  begin_call (n);
-  r = v->next->flush (v->next, 0, &err);
-  return end_call (n, r, err);
+  end_use (n, &u);
+  if (n->can_grow && pthread_mutex_trylock (&c->grow_lock) == 0) {
+    close_unused_views (n);
+    pthread_mutex_unlock (&c->grow_lock);
+  }
+  errno = err;
+  return r;
 }
 
-/* Ask all that nbdkit wants to have been asked, and keep the answers. */
-static int
-prime_view (struct view *v)
+/* Does the name that the plugin opens still lead to the file? */
+static bool
+is_in_place (const struct next *n)
 {
-  nbdkit_next *next = v->next;
-  int64_t size;
-  int write, flush, rotational, zero, cache;
-  uint32_t minimum, preferred, maximum;
+  struct stat statbuf;
 
-  if (next->prepare (next) == -1 ||
-      (size = next->get_size (next)) == -1 ||
-      next->block_size (next, &minimum, &preferred, &maximum) == -1 ||
-      (write = next->can_write (next)) == -1 ||
-      (flush = next->can_flush (next)) == -1 ||
-      (rotational = next->is_rotational (next)) == -1 ||
-      next->can_trim (next) == -1 ||
-      (zero = next->can_zero (next)) == -1 ||
-      next->can_fast_zero (next) == -1 ||
-      next->can_extents (next) == -1 ||
-      next->can_fua (next) == -1 ||
-      next->can_multi_conn (next) == -1 ||
-      (cache = next->can_cache (next)) == -1)
-    return -1;                  /* nbdkit or the plugin said why. */
-
-  if (minimum > 1) {
-    report_error ("the plugin below takes only requests aligned to %u bytes: "
-                  "add --filter=blocksize after --filter=dirty-bitmap",
-                  minimum);
-    return -1;
-  }
-
-  v->size = size;
-  v->max_data_bytes = MAX_DATA_BYTES;
-  v->max_zero_bytes = MAX_ZERO_BYTES;
-  if (maximum != 0 && maximum != UINT32_MAX) {
-    v->max_data_bytes = min_u64 (maximum, MAX_DATA_BYTES);
-    v->max_zero_bytes = min_u64 (maximum, MAX_ZERO_BYTES);
-  }
-  v->can_write = write;
-  v->can_flush = flush;
-  v->is_rotational = rotational;
-  v->can_zero = zero != NBDKIT_ZERO_NONE;
-  v->can_cache = cache == NBDKIT_CACHE_NATIVE;
-  return 0;
-}
-
-/* Called where no other thread can be inside the plugin if it is not
- * made for that.
- */
-static void
-close_view (struct view *v)
-{
-  v->next->finalize (v->next);
-  nbdkit_next_context_close (v->next);
-  free (v);
-}
-
-static struct view *
-open_view (struct next *n, bool readonly)
-{
-  struct view *v = calloc (1, sizeof *v);
-
-  if (v == NULL) {
-    report_error ("malloc: %m");
-    return NULL;
-  }
-  v->next = nbdkit_next_context_open (n->backend, readonly, "", 1);
-  if (v->next == NULL) {
-    free (v);
-    return NULL;
-  }
-  if (prime_view (v) == -1) {
-    close_view (v);
-    return NULL;
-  }
-  return v;
+  return stat (n->path, &statbuf) == 0 &&
+    statbuf.st_dev == n->file.st_dev && statbuf.st_ino == n->file.st_ino;
 }
 
 static int
@@ -310,52 +363,35 @@ cannot_grow (const char *why)
   return -1;
 }
 
-/* Extend the file, which has file_size bytes, to at least size bytes.
- * Far more than that if the file system lets us, so that it is done
- * seldom: what is added is a hole, and a clean stop cuts off what was
- * not used.
- */
-static int
-extend_file (struct next *n, uint64_t file_size, uint64_t size)
-{
-  const uint64_t step =
-    min_u64 (max_u64 (file_size / 8, GROW_MIN_STEP), GROW_MAX_STEP);
-  const uint64_t max = round_down (INT64_MAX, GROW_ALIGN);
-  uint64_t target;
-
-  if (size <= file_size)
-    return 0;                   /* Never cut what we do not know. */
-  if (size < max - step - GROW_ALIGN) {
-    target = round_up (max_u64 (size, file_size + step), GROW_ALIGN);
-    if (ftruncate (n->grow_fd, target) == 0)
-      return 0;
-  }
-  if (ftruncate (n->grow_fd, size) == 0)
-    return 0;
-  if (errno == EFBIG || errno == EDQUOT)
-    errno = ENOSPC;
-  return -1;
-}
-
 /* Open a view of the file that was extended.  NULL with errno if the
- * plugin does not show at least size bytes, writable.
+ * plugin does not show at least size bytes, of this file, writable.
  */
 static struct view *
 open_larger_view (struct next *n, uint64_t size)
 {
+  bool is_ours = true;
   struct view *v;
+  int err;
 
-  begin_call (n);
-  v = open_view (n, false);
-  if (v != NULL && (v->size < size || !v->can_write)) {
-    close_view (v);
+  lock_serial (n);
+  v = view_open_of_file (n->backend, false, &n->file, &is_ours);
+  err = v == NULL ? EIO : ENOSPC;
+  if (v != NULL && !is_ours) {
+    cannot_grow (n->has_moved);
+    view_close (v);
     v = NULL;
-    n->grow_fd = -1;
-    n->cannot_grow = "the plugin does not see that its file was extended";
   }
-  end_call (n, 0, 0);
-  if (v == NULL)
-    errno = EIO;
+  else if (v != NULL && (v->size < size || !v->can_write ||
+                         v->block_bytes > n->c.block_bytes)) {
+    n->cannot_grow = "the plugin does not see that its file was extended";
+    cannot_grow (n->cannot_grow);
+    view_close (v);
+    v = NULL;
+  }
+  unlock_serial (n);
+  if (v != NULL)
+    v->serial_lock = n->serialize ? &n->serial_lock : NULL;
+  errno = err;
   return v;
 }
 
@@ -363,34 +399,56 @@ static int
 next_grow (struct container *c, uint64_t size)
 {
   struct next *n = (struct next *) c;
-  const int fd = n->grow_fd;
   struct stat statbuf;
   struct view *v;
 
-  if (fd == -1)
+  if (n->cannot_grow != NULL)
     return cannot_grow (n->cannot_grow);
-  if (fstat (fd, &statbuf) == -1 ||
-      extend_file (n, statbuf.st_size, size) == -1)
+  if (!is_in_place (n))
+    return cannot_grow (n->has_moved);
+  close_unused_views (n);
+  if (fstat (n->fd, &statbuf) == -1 || fd_extend (n->fd, size) == -1)
     return -1;
 
   v = open_larger_view (n, size);
   if (v == NULL) {
     const int err = errno;
 
-    if (ftruncate (fd, statbuf.st_size) == -1)
+    if (ftruncate (n->fd, statbuf.st_size) == -1)
       report_warning ("ftruncate: cannot undo an extension: %m");
-    if (n->grow_fd == -1)
-      return cannot_grow (n->cannot_grow);
     errno = err;
     return -1;
   }
 
   report_debug ("extended the image's file from %" PRIu64 " to %" PRIu64
                 " bytes", container_size (c), v->size);
-  v->older = current_view (n);
+  struct view *old = current_view (n);
+
   atomic_store_explicit (&n->view, v, memory_order_release);
   atomic_store_explicit (&c->size, v->size, memory_order_release);
+  old->older = n->replaced;
+  n->replaced = old;
+  close_unused_views (n);
   return 0;
+}
+
+/* Extend the file to whole blocks, and more.  The door has not asked for
+ * it, since the container is large enough.
+ */
+static int
+grow_over_tail (struct next *n, uint64_t end)
+{
+  struct container *c = &n->c;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->grow_lock);
+  if (end <= current_view (n)->size)
+    return 0;                   /* Another thread was faster. */
+
+  const uint64_t before = container_size (c);
+  const int r = next_grow (c, round_up (end, VIEW_MAX_BLOCK_BYTES));
+
+  tally_add (&c->grown_bytes, container_size (c) - before);
+  return r;
 }
 
 static int
@@ -400,26 +458,33 @@ next_truncate (struct container *c, uint64_t size)
 
   /* What was there before us is not ours to cut. */
   size = max_u64 (size, n->original_size);
-  if (n->grow_fd == -1 || size >= container_size (c))
+  if (!n->can_grow || size >= container_size (c))
     return 0;
-  if (ftruncate (n->grow_fd, size) == -1)
+  if (ftruncate (n->fd, size) == -1)
     return -1;
   atomic_store_explicit (&c->size, size, memory_order_release);
   return 0;
 }
 
 static void
+free_next (struct next *n)
+{
+  free (n->tail);
+  free (n->has_moved);
+  free (n);
+}
+
+static void
 next_close (struct container *c)
 {
   struct next *n = (struct next *) c;
-  struct view *v, *older;
 
-  for (v = current_view (n); v != NULL; v = older) {
-    older = v->older;
-    close_view (v);
-  }
+  view_close (current_view (n));
+  view_close_all (n->leaving);
+  view_close_all (n->replaced);
   pthread_mutex_destroy (&n->serial_lock);
-  free (n);
+  grace_free (&n->users);
+  free_next (n);
 }
 
 static const struct container_ops next_ops = {
@@ -428,30 +493,134 @@ static const struct container_ops next_ops = {
   .zero = next_zero,
   .cache = next_cache,
   .flush = next_flush,
+  .extent = next_extent,
+  .allocated = next_allocated,
   .grow = next_grow,
   .truncate = next_truncate,
   .close = next_close,
 };
 
-struct container *
-container_open_next (const struct container_next_options *options)
+/* Before there is a container. */
+static struct next *
+new_next (const struct container_next_options *options)
 {
-  struct next *n = calloc (1, sizeof *n);
-  struct view *v;
-  bool readonly = options->readonly;
+  struct next *n = aligned_alloc (64, round_up (sizeof *n, 64));
 
   if (n == NULL) {
     report_error ("malloc: %m");
     return NULL;
   }
+  memset (n, 0, sizeof *n);
   n->backend = options->backend;
   n->serialize = options->serialize;
-  n->grow_fd = -1;
+  n->fd = options->fd;
+  n->path = options->path;
+  n->same_bytes = options->fd != -1 && options->same_bytes;
   n->cannot_grow = "no file is known";
+  atomic_init (&n->zero_alignment, 1);
+  if (n->fd == -1)
+    return n;
 
-  v = open_view (n, readonly);
-  if (v == NULL) {
-    free (n);
+  if (fstat (n->fd, &n->file) == -1 ||
+      asprintf (&n->has_moved, "'%s' leads to another file now than the one "
+                "that is served, or to none", n->path) == -1) {
+    report_error ("%s: %m", n->path);
+    n->has_moved = NULL;
+    free_next (n);
+    return NULL;
+  }
+  if (S_ISBLK (n->file.st_mode) && n->same_bytes)
+    atomic_init (&n->zero_alignment, fd_zero_alignment (n->fd));
+  return n;
+}
+
+/* A filter may open the plugin later than we can see. */
+static struct view *
+open_first_view (struct next *n, bool readonly)
+{
+  bool is_ours = true;
+  struct view *v = n->fd == -1 ? view_open (n->backend, readonly)
+    : view_open_of_file (n->backend, readonly, &n->file, &is_ours);
+
+  if (v == NULL || is_ours || is_in_place (n))
+    return v;
+  report_error ("%s: the plugin has opened another file than the one that "
+                "was checked and locked: the file was renamed or replaced "
+                "while nbdkit started", n->path);
+  view_close (v);
+  return NULL;
+}
+
+/* The size of the file, if what the view shows of it ends where its last
+ * whole block does, for blocks of some size.  Else that of the view.
+ */
+static uint64_t
+size_with_tail (const struct next *n, const struct view *v)
+{
+  const off_t file_size = n->same_bytes ? lseek (n->fd, 0, SEEK_END) : -1;
+
+  if (file_size == -1)
+    return v->plugin_size;
+  for (uint32_t block = 1; block <= VIEW_MAX_BLOCK_BYTES; block *= 2)
+    if (v->plugin_size == round_down (file_size, block))
+      return file_size;
+  return v->plugin_size;
+}
+
+static int
+read_first_tail (struct next *n, struct view *v)
+{
+  struct container *file;
+  int r;
+
+  if (!n->same_bytes) {
+    r = view_pread (v, n->tail, n->tail_bytes, n->tail_offset);
+    if (r == -1)
+      report_error ("the plugin below takes only requests of whole blocks of "
+                    "%u bytes, and so the last %u of its bytes cannot be "
+                    "read", v->block_bytes, n->tail_bytes);
+    return r;
+  }
+  file = container_open_file (n->fd);
+  r = file == NULL ? -1 : container_pread (file, n->tail, n->tail_bytes,
+                                           n->tail_offset);
+  if (r == -1)
+    report_error ("%s: %m", n->path);
+  container_close (file);
+  return r;
+}
+
+static int
+find_tail (struct next *n, struct view *v)
+{
+  n->original_size = size_with_tail (n, v);
+  n->tail_offset = v->size;
+  n->tail_bytes = n->original_size - v->size;
+  if (n->tail_bytes == 0)
+    return 0;
+  report_debug ("the last %u bytes are not a whole block of the plugin's",
+                n->tail_bytes);
+  n->tail = malloc (n->tail_bytes);
+  if (n->tail == NULL) {
+    report_error ("malloc: %m");
+    return -1;
+  }
+  return read_first_tail (n, v);
+}
+
+struct container *
+container_open_next (const struct container_next_options *options)
+{
+  struct next *n = new_next (options);
+  struct view *v;
+  bool readonly = options->readonly;
+
+  if (n == NULL)
+    return NULL;
+  v = open_first_view (n, readonly);
+  if (v == NULL || find_tail (n, v) == -1) {
+    view_close_all (v);
+    free_next (n);
     return NULL;
   }
   if (!readonly && !v->can_write) {
@@ -463,19 +632,21 @@ container_open_next (const struct container_next_options *options)
     report_warning ("the storage below cannot flush: "
                     "what clients write may be lost by a crash");
 
-  container_init (&n->c, &next_ops, v->size, readonly);
+  v->serial_lock = n->serialize ? &n->serial_lock : NULL;
+  container_init (&n->c, &next_ops, n->original_size, readonly);
+  n->c.block_bytes = v->block_bytes;
+  grace_init (&n->users);
   pthread_mutex_init (&n->serial_lock, NULL);
-  n->original_size = v->size;
   atomic_init (&n->view, v);
   return &n->c;
 }
 
 void
-container_next_set_growth (struct container *c, int fd, const char *why_not)
+container_next_set_growth (struct container *c, const char *why_not)
 {
   struct next *n = (struct next *) c;
 
-  n->grow_fd = fd;
+  n->can_grow = why_not == NULL;
   n->cannot_grow = why_not;
 }
 

@@ -14,18 +14,23 @@
 /* The plugin: a file, and what it says of itself. */
 static struct {
   int fd;
+  int opens;                    /* contexts open this file, else that */
   uint32_t minimum, maximum;
   int write, flush, zero, cache;
   bool stale_size;              /* new contexts see the size of the first */
   int64_t first_size;
   int err;                      /* requests fail with it */
   bool fail_open;
+  uint32_t cut;                 /* sizes are multiples of it, if not 0 */
+  uint32_t zero_block;          /* zeroes are aligned to it, or EINVAL */
 
-  unsigned nr_open, nr_finalized;
+  unsigned nr_open, nr_opened, nr_finalized;
   atomic_uint largest_data, largest_zero;
   uint32_t zero_flags;
+  atomic_uint nr_refused_zeroes;
   atomic_uint nr_pwrites, nr_zeroes, nr_flushes, nr_caches;
   atomic_int inside;
+  atomic_bool hold_reads;       /* they wait inside */
   atomic_bool overlapped;
 } fake;
 
@@ -39,6 +44,7 @@ struct context {
   struct nbdkit_next_ops ops;   /* has to be the first */
   unsigned asked;
   int readonly;
+  int fd;
   int64_t size;
 };
 
@@ -69,10 +75,12 @@ fake_get_size (nbdkit_next *next)
   struct stat statbuf;
 
   assert_true (of (next)->asked & PREPARED);
-  assert_int_equal (fstat (fake.fd, &statbuf), 0);
+  assert_int_equal (fstat (of (next)->fd, &statbuf), 0);
   if (fake.first_size == -1)
     fake.first_size = statbuf.st_size;
   of (next)->size = fake.stale_size ? fake.first_size : statbuf.st_size;
+  if (fake.cut != 0)
+    of (next)->size -= of (next)->size % fake.cut;
   of (next)->asked |= SIZE;
   return of (next)->size;
 }
@@ -124,7 +132,9 @@ fake_other (nbdkit_next *next)
   return 1;
 }
 
-/* What nbdkit asserts before each request. */
+/* What nbdkit asserts before each request, and what a plugin that takes
+ * whole blocks only asks for.
+ */
 static int
 begin_request (nbdkit_next *next, uint32_t count, uint64_t offset,
                unsigned asked, int *err)
@@ -135,6 +145,10 @@ begin_request (nbdkit_next *next, uint32_t count, uint64_t offset,
   assert_int_equal (c->asked & asked, asked);
   assert_true (count > 0 && offset <= (uint64_t) c->size &&
                count <= c->size - offset);
+  if (offset % fake.minimum != 0 || count % fake.minimum != 0) {
+    *err = EINVAL;
+    return -1;
+  }
   if (atomic_fetch_add (&fake.inside, 1) > 0)
     atomic_store (&fake.overlapped, true);
   nanosleep (&moment, NULL);
@@ -150,8 +164,16 @@ fake_pread (nbdkit_next *next, void *buf, uint32_t count, uint64_t offset,
   assert_int_equal (flags, 0);
   if (begin_request (next, count, offset, SIZE, err) == -1)
     return -1;
+  if (atomic_load (&fake.hold_reads)) {
+    const struct timespec moment = { .tv_nsec = 100000 };
+
+    atomic_fetch_add (&fake.inside, 1);
+    while (atomic_load (&fake.hold_reads))
+      nanosleep (&moment, NULL);
+    atomic_fetch_sub (&fake.inside, 1);
+  }
   fake.largest_data = max_u64 (fake.largest_data, count);
-  assert_int_equal (pread (fake.fd, buf, count, offset), count);
+  assert_int_equal (pread (of (next)->fd, buf, count, offset), count);
   return 0;
 }
 
@@ -164,7 +186,7 @@ fake_pwrite (nbdkit_next *next, const void *buf, uint32_t count,
     return -1;
   fake.nr_pwrites++;
   fake.largest_data = max_u64 (fake.largest_data, count);
-  assert_int_equal (pwrite (fake.fd, buf, count, offset), count);
+  assert_int_equal (pwrite (of (next)->fd, buf, count, offset), count);
   return 0;
 }
 
@@ -188,13 +210,19 @@ fake_zero (nbdkit_next *next, uint32_t count, uint64_t offset, uint32_t flags,
   if (begin_request (next, count, offset, SIZE | CAN_WRITE | CAN_ZERO,
                      err) == -1)
     return -1;
+  if (fake.zero_block != 0 &&
+      (offset % fake.zero_block != 0 || count % fake.zero_block != 0)) {
+    fake.nr_refused_zeroes++;
+    *err = EINVAL;
+    return -1;
+  }
   fake.nr_zeroes++;
   fake.zero_flags = flags;
   fake.largest_zero = max_u64 (fake.largest_zero, count);
   while (count > 0) {
     const uint32_t n = min_u64 (count, sizeof zero_bytes);
 
-    assert_int_equal (pwrite (fake.fd, zero_bytes, n, offset), n);
+    assert_int_equal (pwrite (of (next)->fd, zero_bytes, n, offset), n);
     offset += n;
     count -= n;
   }
@@ -224,6 +252,8 @@ nbdkit_next_context_open (nbdkit_backend *backend, int readonly,
   c = calloc (1, sizeof *c);
   assert_non_null (c);
   c->readonly = readonly;
+  c->fd = dup (fake.opens != 0 ? fake.opens : fake.fd);
+  assert_true (c->fd >= 0);
   c->ops = (struct nbdkit_next_ops) {
     .prepare = fake_prepare,
     .finalize = fake_finalize,
@@ -246,6 +276,7 @@ nbdkit_next_context_open (nbdkit_backend *backend, int readonly,
     .cache = fake_cache,
   };
   fake.nr_open++;
+  fake.nr_opened++;
   return &c->ops;
 }
 
@@ -253,6 +284,7 @@ void
 nbdkit_next_context_close (nbdkit_next *next)
 {
   fake.nr_open--;
+  close (of (next)->fd);
   free (next);
 }
 

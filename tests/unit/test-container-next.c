@@ -10,6 +10,7 @@
 
 #include <config.h>
 
+#include <fcntl.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -19,6 +20,7 @@
 
 #include <cmocka.h>
 
+#include "container/view.c"
 #include "container/next.c"
 #include "fake-nbdkit.h"
 
@@ -36,17 +38,19 @@ keep_report (enum report_level level, const char *fmt, va_list args)
   vsnprintf (last_report, sizeof last_report, fmt, args);
 }
 
-static FILE *fp;
+static char path[] = "/tmp/container-next.XXXXXX";
+static int fd;
 
 static int
 setup (void **state)
 {
   (void) state;
-  fp = tmpfile ();
-  if (fp == NULL)
+  strcpy (path + strlen (path) - 6, "XXXXXX");
+  fd = mkstemp (path);
+  if (fd == -1)
     return -1;
   memset (&fake, 0, sizeof fake);
-  fake.fd = fileno (fp);
+  fake.fd = fd;
   fake.minimum = 1;
   fake.maximum = UINT32_MAX;
   fake.write = fake.flush = 1;
@@ -63,7 +67,8 @@ static int
 teardown (void **state)
 {
   (void) state;
-  fclose (fp);
+  close (fd);
+  unlink (path);
   return fake.nr_open == 0 ? 0 : -1;
 }
 
@@ -74,9 +79,29 @@ open_fake (bool readonly, bool one_at_a_time)
     .backend = (nbdkit_backend *) &fake,
     .readonly = readonly,
     .serialize = one_at_a_time,
+    .fd = -1,
   };
 
   return container_open_next (&options);
+}
+
+/* Over a file that is known, and with growth if it can be written. */
+static struct container *
+open_file (bool readonly, bool one_at_a_time)
+{
+  const struct container_next_options options = {
+    .backend = (nbdkit_backend *) &fake,
+    .readonly = readonly,
+    .serialize = one_at_a_time,
+    .fd = fd,
+    .path = path,
+    .same_bytes = true,
+  };
+  struct container *c = container_open_next (&options);
+
+  if (c != NULL)
+    container_next_set_growth (c, readonly ? "it is read-only" : NULL);
+  return c;
 }
 
 static off_t
@@ -235,13 +260,22 @@ test_readonly (void **state)
 static void
 test_refused (void **state)
 {
+  static const uint32_t blocks[][2] = {
+    { 3, UINT32_MAX }, { 128 * 1024, UINT32_MAX }, { 4096, 512 },
+  };
+
   (void) state;
-  fake.minimum = 512;
-  assert_null (open_fake (false, false));
-  assert_int_equal (nr_reports, 1);
-  assert_non_null (strstr (last_report, "--filter=blocksize"));
-  assert_int_equal (fake.nr_open, 0);
+  for (size_t i = 0; i < sizeof blocks / sizeof blocks[0]; ++i) {
+    nr_reports = 0;
+    fake.minimum = blocks[i][0];
+    fake.maximum = blocks[i][1];
+    assert_null (open_fake (false, false));
+    assert_int_equal (nr_reports, 1);
+    assert_non_null (strstr (last_report, "blocks of"));
+    assert_int_equal (fake.nr_open, 0);
+  }
   fake.minimum = 1;
+  fake.maximum = UINT32_MAX;
   fake.write = -1;
   assert_null (open_fake (false, false));
   assert_int_equal (fake.nr_open, 0);
@@ -252,27 +286,26 @@ test_refused (void **state)
 static void
 test_growth (void **state)
 {
-  struct container *c = open_fake (false, false);
+  struct container *c = open_file (false, false);
   uint64_t size;
   char buf[3] = { 'a', 'b', 'c' };
 
   (void) state;
-  container_next_set_growth (c, fake.fd, NULL);
   assert_int_equal (container_pwrite (c, buf, 3, MiB - 1), 0);
   size = container_size (c);
   assert_int_equal (size, file_size ());
   assert_int_equal (size, 17 * MiB);
-  assert_int_equal (fake.nr_open, 2);
+  assert_int_equal (fake.nr_opened, 2);
 
   /* Within the step nothing is opened again. */
   assert_int_equal (container_pwrite (c, buf, 3, size - 3), 0);
-  assert_int_equal (fake.nr_open, 2);
+  assert_int_equal (fake.nr_opened, 2);
   /* Steps are an eighth, between 16 MiB and 1 GiB. */
   assert_int_equal (container_reserve (c, 800 * MiB), 0);
   assert_int_equal (container_size (c), 800 * MiB);
   assert_int_equal (container_reserve (c, 800 * MiB + 1), 0);
   assert_int_equal (container_size (c), 900 * MiB);
-  assert_int_equal (fake.nr_open, 4);
+  assert_int_equal (fake.nr_opened, 4);
   memset (buf, 0, 3);
   assert_int_equal (container_pread (c, buf, 3, MiB - 1), 0);
   assert_memory_equal (buf, "abc", 3);
@@ -292,13 +325,174 @@ test_growth (void **state)
   assert_int_equal (nr_reports, 0);
 }
 
+/* Views that no request is inside of any more are closed. */
+static void
+test_old_views (void **state)
+{
+  for (int serial = 0; serial <= 1; ++serial) {
+    struct container *c = open_file (false, serial);
+
+    (void) state;
+    for (unsigned i = 1; i <= 300; ++i) {
+      assert_int_equal (container_pwrite (c, "x", 1, i * 64 * MiB), 0);
+      assert_in_range (fake.nr_open, 1, 3);
+    }
+    assert_true (fake.nr_opened > 15);
+    assert_int_equal (container_flush (c), 0);
+    assert_int_equal (container_pwrite (c, "x", 1, 0), 0);
+    assert_int_equal (container_flush (c), 0);
+    assert_int_equal (fake.nr_open, 1);
+    assert_int_equal (container_truncate (c, MiB), 0);
+    container_close (c);
+    assert_int_equal (fake.nr_open, 0);
+    assert_int_equal (fake.nr_finalized, fake.nr_opened);
+  }
+}
+
+static void *
+read_one (void *opaque)
+{
+  char byte = 1;
+
+  return container_pread (opaque, &byte, 1, 5) == 0 && byte == 7
+    ? NULL : opaque;
+}
+
+/* But not one that a request is inside of. */
+static void
+test_view_in_use (void **state)
+{
+  struct container *c = open_file (false, false);
+  const struct timespec moment = { .tv_nsec = 100000 };
+  pthread_t thread;
+  void *failed;
+
+  (void) state;
+  assert_int_equal (container_pwrite (c, "\7", 1, 5), 0);
+  atomic_store (&fake.hold_reads, true);
+  assert_int_equal (pthread_create (&thread, NULL, read_one, c), 0);
+  while (atomic_load (&fake.inside) == 0)
+    nanosleep (&moment, NULL);
+  for (unsigned i = 1; i <= 20; ++i) {
+    assert_int_equal (container_pwrite (c, "x", 1, i * 200 * MiB), 0);
+    assert_int_equal (container_flush (c), 0);
+  }
+  assert_true (fake.nr_open >= 2);
+  assert_true (fake.nr_finalized == 0);
+
+  atomic_store (&fake.hold_reads, false);
+  assert_int_equal (pthread_join (thread, &failed), 0);
+  assert_null (failed);
+  for (unsigned i = 0; i < 3; ++i) {
+    assert_int_equal (container_pwrite (c, "x", 1, 0), 0);
+    assert_int_equal (container_flush (c), 0);
+  }
+  assert_int_equal (fake.nr_open, 1);
+  container_close (c);
+}
+
+/* A file of 1 MiB at a path that is not there, of a's. */
+static int
+make_other (const char *at)
+{
+  const int other = open (at, O_RDWR | O_CREAT | O_EXCL, 0600);
+
+  assert_true (other >= 0);
+  assert_int_equal (ftruncate (other, MiB), 0);
+  return other;
+}
+
+/* The name leads to no file, or to another one: what is there is served
+ * on, and that it cannot grow is said.
+ */
+static void
+test_name_has_moved (void **state)
+{
+  char away[sizeof path + 5];
+
+  (void) state;
+  snprintf (away, sizeof away, "%s.away", path);
+  for (int replaced = 0; replaced <= 1; ++replaced) {
+    struct container *c = open_file (false, false);
+    int other = -1;
+
+    assert_int_equal (container_pwrite (c, "x", 1, MiB), 0);
+    nr_reports = 0;
+    assert_int_equal (rename (path, away), 0);
+    if (replaced)
+      other = make_other (path);
+    for (int i = 0; i < 3; ++i) {
+      errno = 0;
+      assert_int_equal (container_pwrite (c, "y", 1, 17 * MiB), -1);
+      assert_int_equal (errno, ENOSPC);
+    }
+    assert_int_equal (nr_reports, 3);
+    assert_non_null (strstr (last_report, path));
+    assert_int_equal (file_size (), 17 * MiB);
+    assert_int_equal (fake.nr_open, 2);
+    assert_int_equal (container_pwrite (c, "z", 1, MiB - 1), 0);
+    assert_int_equal (container_flush (c), 0);
+
+    /* And it grows again when the name is back. */
+    assert_int_equal (rename (away, path), 0);
+    assert_int_equal (container_pwrite (c, "y", 1, 17 * MiB), 0);
+    if (other != -1) {
+      struct stat statbuf;
+
+      assert_int_equal (fstat (other, &statbuf), 0);
+      assert_int_equal (statbuf.st_size, MiB);
+      assert_int_equal (statbuf.st_blocks, 0);
+      close (other);
+    }
+    assert_int_equal (container_truncate (c, MiB), 0);
+    container_close (c);
+  }
+}
+
+/* The name is in place when it is looked at, and yet the plugin opens
+ * another file.
+ */
+static void
+test_plugin_opens_another_file (void **state)
+{
+  struct container *c = open_file (false, false);
+  struct stat statbuf;
+  FILE *other = tmpfile ();
+
+  (void) state;
+  fake.opens = fileno (other);
+  assert_int_equal (ftruncate (fake.opens, 100 * MiB), 0);
+  errno = 0;
+  assert_int_equal (container_pwrite (c, "y", 1, MiB), -1);
+  assert_int_equal (errno, ENOSPC);
+  assert_int_equal (nr_reports, 1);
+  assert_non_null (strstr (last_report, "another file"));
+  assert_int_equal (fake.nr_open, 1);
+  assert_int_equal (file_size (), MiB);
+  assert_int_equal (container_pwrite (c, "y", 1, 5), 0);
+  container_close (c);
+
+  /* At the start it is an error, if the name leads elsewhere. */
+  nr_reports = 0;
+  c = open_file (false, false);
+  assert_int_equal (fake.nr_open, 1);
+  container_close (c);
+  assert_int_equal (unlink (path), 0);
+  assert_null (open_file (false, false));
+  assert_int_equal (nr_reports, 1);
+  assert_non_null (strstr (last_report, "another file"));
+  assert_int_equal (fstat (fake.opens, &statbuf), 0);
+  assert_int_equal (statbuf.st_blocks, 0);
+  fclose (other);
+}
+
 static void
 test_cannot_grow (void **state)
 {
   struct container *c = open_fake (false, false);
 
   (void) state;
-  container_next_set_growth (c, -1, "of the moon");
+  container_next_set_growth (c, "of the moon");
   errno = 0;
   assert_int_equal (container_reserve (c, MiB + 1), -1);
   assert_int_equal (errno, ENOSPC);
@@ -321,8 +515,7 @@ test_plugin_does_not_see_growth (void **state)
 
   (void) state;
   fake.stale_size = true;
-  c = open_fake (false, false);
-  container_next_set_growth (c, fake.fd, NULL);
+  c = open_file (false, false);
   errno = 0;
   assert_int_equal (container_reserve (c, MiB + 1), -1);
   assert_int_equal (errno, ENOSPC);
@@ -336,10 +529,9 @@ test_plugin_does_not_see_growth (void **state)
 static void
 test_growth_that_fails_for_once (void **state)
 {
-  struct container *c = open_fake (false, false);
+  struct container *c = open_file (false, false);
 
   (void) state;
-  container_next_set_growth (c, fake.fd, NULL);
   fake.fail_open = true;
   assert_int_equal (container_reserve (c, MiB + 1), -1);
   assert_int_equal (file_size (), MiB);
@@ -353,14 +545,251 @@ test_growth_that_fails_for_once (void **state)
 static void
 test_growth_never_cuts (void **state)
 {
-  struct container *c = open_fake (false, false);
+  struct container *c = open_file (false, false);
 
   (void) state;
-  container_next_set_growth (c, fake.fd, NULL);
   assert_int_equal (ftruncate (fake.fd, 100 * MiB), 0);
   assert_int_equal (container_reserve (c, 2 * MiB), 0);
   assert_int_equal (file_size (), 100 * MiB);
   assert_int_equal (container_size (c), 100 * MiB);
+  container_close (c);
+}
+
+/* Random requests, of any range, and a model of what is there. */
+static void
+random_changes (struct container *c, uint8_t *model, unsigned size,
+                unsigned rounds)
+{
+  uint8_t *buf = malloc (size);
+  static unsigned seed = 1;
+
+  for (unsigned i = 0; i < rounds; ++i) {
+    const unsigned offset = rand_r (&seed) % size;
+    const unsigned most = min_u64 (rand_r (&seed) % 2 ? 20000 : 600,
+                                   size - offset);
+    const unsigned count = 1 + rand_r (&seed) % most;
+
+    switch (rand_r (&seed) % 4) {
+    case 0:
+      memset (buf, i, count);
+      assert_int_equal (container_pwrite (c, buf, count, offset), 0);
+      memset (model + offset, i, count);
+      break;
+    case 1:
+      assert_int_equal (container_zero (c, count, offset, i & 1), 0);
+      memset (model + offset, 0, count);
+      break;
+    case 2:
+      assert_int_equal (container_cache (c, count, offset), 0);
+      break;
+    default:
+      assert_int_equal (container_pread (c, buf, count, offset), 0);
+      assert_memory_equal (buf, model + offset, count);
+    }
+  }
+  free (buf);
+}
+
+/* Of the container, beyond its end, and of the file. */
+static void
+check_model (struct container *c, const uint8_t *model, unsigned size)
+{
+  uint8_t *buf = malloc (size + 10000);
+
+  assert_int_equal (container_pread (c, buf, size + 10000, 0), 0);
+  assert_memory_equal (buf, model, size);
+  for (unsigned i = 0; i < 10000; ++i)
+    assert_int_equal (buf[size + i], 0);
+  memset (buf, 0, size);
+  assert_true (pread (fd, buf, size, 0) > 0);
+  assert_memory_equal (buf, model, size);
+  free (buf);
+}
+
+/* A plugin that takes whole blocks only, and a filter that cuts the size
+ * to them: of a file that has a part of one at its end.
+ */
+static void
+test_blocks (void **state)
+{
+  static const struct { uint32_t minimum, cut; } rows[] = {
+    { 512, 0 }, { 4096, 0 }, { 65536, 0 }, { 1, 512 }, { 1, 4096 },
+    { 1, 65536 }, { 4096, 4096 }, { 512, 4096 },
+  };
+  const unsigned size = 3 * 65536 + 5000 + 8;
+  uint8_t *model = malloc (size);
+
+  (void) state;
+  for (size_t i = 0; i < sizeof rows / sizeof rows[0]; ++i) {
+    struct container *c;
+
+    memset (model, i + 1, size);
+    assert_int_equal (ftruncate (fd, 0), 0);
+    assert_int_equal (pwrite (fd, model, size, 0), size);
+    fake.minimum = rows[i].minimum;
+    fake.cut = rows[i].cut;
+
+    /* For a reader the file stays what it is. */
+    c = open_file (true, false);
+    assert_int_equal (container_size (c), size);
+    check_model (c, model, size);
+    container_close (c);
+    assert_int_equal (file_size (), size);
+
+    c = open_file (false, false);
+    assert_int_equal (container_size (c), size);
+    check_model (c, model, size);
+    random_changes (c, model, size, 300);
+    assert_int_equal (container_pwrite (c, "end", 3, size - 3), 0);
+    memcpy (model + size - 3, "end", 3);
+    check_model (c, model, size);
+    random_changes (c, model, size, 100);
+    check_model (c, model, size);
+    assert_int_equal (container_truncate (c, 0), 0);
+    assert_int_equal (file_size (), size);
+    container_close (c);
+    assert_int_equal (nr_reports, 0);
+  }
+  free (model);
+}
+
+/* The same where no file is known: the tail is read as it can be, and
+ * cannot be written.
+ */
+static void
+test_blocks_without_file (void **state)
+{
+  const unsigned size = 3 * 4096 + 8;
+  uint8_t *model = malloc (size), *buf = malloc (size);
+  struct container *c;
+
+  (void) state;
+  memset (model, 9, size);
+  assert_int_equal (ftruncate (fd, 0), 0);
+  assert_int_equal (pwrite (fd, model, size, 0), size);
+  fake.minimum = 4096;
+  assert_null (open_fake (false, false));
+  assert_int_equal (nr_reports, 1);
+  assert_non_null (strstr (last_report, "last 8 of its bytes"));
+
+  assert_int_equal (ftruncate (fd, 3 * 4096), 0);
+  c = open_fake (false, false);
+  assert_int_equal (container_size (c), 3 * 4096);
+  random_changes (c, model, 3 * 4096, 300);
+  check_model (c, model, 3 * 4096);
+  container_close (c);
+  free (model);
+  free (buf);
+}
+
+/* Zeroes that the storage wants to be aligned are asked for aligned, once
+ * that is known, and the rest is written.
+ */
+static void
+test_zero_alignment (void **state)
+{
+  static const uint32_t rows[] = { 512, 4096, 65536, 1 << 20 };
+  const unsigned size = 4 * MiB;
+  uint8_t *model = malloc (size);
+
+  (void) state;
+  for (size_t i = 0; i < sizeof rows / sizeof rows[0]; ++i) {
+    struct container *c;
+
+    memset (model, i + 1, size);
+    assert_int_equal (pwrite (fd, model, size, 0), size);
+    fake.zero_block = rows[i];
+    fake.nr_refused_zeroes = fake.nr_zeroes = 0;
+    c = open_fake (false, false);
+    assert_int_equal (container_zero (c, 3 * MiB, 100, false), 0);
+    memset (model + 100, 0, 3 * MiB);
+    check_model (c, model, size);
+    random_changes (c, model, size, 200);
+    check_model (c, model, size);
+    assert_in_range (fake.nr_refused_zeroes, 1, 3);
+    assert_int_equal (fake.nr_zeroes > 0, rows[i] <= 65536);
+    container_close (c);
+  }
+  free (model);
+}
+
+/* Threads that write parts of the same blocks, each its own bytes, by
+ * requests of all kinds; now and then one writes all that is its own.
+ */
+#define PART 200
+#define PARTS 64
+
+static void *
+write_parts (void *opaque)
+{
+  struct container *c = opaque;
+  static atomic_int next_id;
+  const unsigned id = next_id++ % 4;
+  uint8_t part[PART], got[PART];
+
+  for (unsigned i = 0; i < 100; ++i) {
+    const unsigned at = (i % PARTS * 4 + id) * PART;
+    int r;
+
+    memset (part, i % 7 == 0 ? 0 : i, PART);
+    r = i % 7 == 0 ? container_zero (c, PART, at, false)
+      : container_pwrite (c, part, PART, at);
+    if (r == -1 || container_pread (c, got, PART, at) == -1 ||
+        memcmp (part, got, PART) != 0)
+      return c;
+  }
+  return NULL;
+}
+
+/* And writes of whole blocks, which no part that is written at the same
+ * time may bring back the old bytes of.
+ */
+static void *
+write_blocks (void *opaque)
+{
+  struct container *c = opaque;
+  uint8_t block[4096], got[4096];
+  const unsigned at = 20 * 4096;
+
+  for (unsigned i = 0; i < 100; ++i) {
+    memset (block, i, sizeof block);
+    if (container_pwrite (c, block, sizeof block, at) == -1 ||
+        container_pread (c, got, sizeof got, at) == -1 ||
+        memcmp (block + 4, got + 4, sizeof block - 4) != 0)
+      return c;
+  }
+  return NULL;
+}
+
+static void *
+write_in_block (void *opaque)
+{
+  for (unsigned i = 0; i < 100; ++i)
+    if (container_pwrite (opaque, "abcd", 4, 20 * 4096) == -1)
+      return opaque;
+  return NULL;
+}
+
+static void
+test_blocks_threads (void **state)
+{
+  static void *(*const work[]) (void *) = {
+    write_parts, write_parts, write_parts, write_parts, write_blocks,
+    write_in_block,
+  };
+  pthread_t threads[6];
+  struct container *c;
+  void *failed;
+
+  (void) state;
+  fake.minimum = 4096;
+  c = open_file (false, false);
+  for (unsigned i = 0; i < 6; ++i)
+    assert_int_equal (pthread_create (&threads[i], NULL, work[i], c), 0);
+  for (unsigned i = 0; i < 6; ++i) {
+    assert_int_equal (pthread_join (threads[i], &failed), 0);
+    assert_null (failed);
+  }
   container_close (c);
 }
 
@@ -393,9 +822,8 @@ test_threads (void **state)
 
   (void) state;
   for (serial = 0; serial <= 1; ++serial) {
-    struct container *c = open_fake (false, serial);
+    struct container *c = open_file (false, serial);
 
-    container_next_set_growth (c, fake.fd, NULL);
     fake.overlapped = false;
     for (i = 0; i < 4; ++i)
       assert_int_equal (pthread_create (&threads[i], NULL,
@@ -423,10 +851,18 @@ main (void)
     TEST (test_readonly),
     TEST (test_refused),
     TEST (test_growth),
+    TEST (test_old_views),
+    TEST (test_view_in_use),
+    TEST (test_name_has_moved),
+    TEST (test_plugin_opens_another_file),
     TEST (test_cannot_grow),
     TEST (test_plugin_does_not_see_growth),
     TEST (test_growth_that_fails_for_once),
     TEST (test_growth_never_cuts),
+    TEST (test_blocks),
+    TEST (test_blocks_without_file),
+    TEST (test_zero_alignment),
+    TEST (test_blocks_threads),
     TEST (test_threads),
   };
 

@@ -1,0 +1,259 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* How this works
+ *
+ * nbdkit lets a filter open a context of the plugin that belongs to no
+ * connection.  It remembers what the context said of itself (its size,
+ * what it can do) the first time that it is asked, in plain integers, and
+ * aborts the server on a request that was not preceded by the question.
+ * So all questions are asked by the thread that opens the view, before any
+ * other knows it.
+ *
+ * nbdkit enforces the thread model of the plugin for its own connections
+ * alone.  Requests come from other threads here, and so a view can have a
+ * lock that is held around each call.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <stdlib.h>
+
+#include <nbdkit-filter.h>
+
+#include "common/bytes.h"
+#include "common/report.h"
+#include "container/fd.h"
+#include "container/view.h"
+
+/* nbdkit allows 64 MiB in a request that carries data.  One that does
+ * not is limited by its 32 bit count alone.
+ */
+#define MAX_DATA_BYTES ((uint32_t) 64 << 20)
+#define MAX_ZERO_BYTES ((uint32_t) 1 << 30)
+
+static int
+ask_for_flags (struct view *v)
+{
+  nbdkit_next *next = v->next;
+  const int write = next->can_write (next);
+  const int flush = write == -1 ? -1 : next->can_flush (next);
+  const int rotational = flush == -1 ? -1 : next->is_rotational (next);
+  int zero, cache, extents;
+
+  if (rotational == -1 ||
+      next->can_trim (next) == -1 ||
+      (zero = next->can_zero (next)) == -1 ||
+      next->can_fast_zero (next) == -1 ||
+      (extents = next->can_extents (next)) == -1 ||
+      next->can_fua (next) == -1 ||
+      next->can_multi_conn (next) == -1 ||
+      (cache = next->can_cache (next)) == -1)
+    return -1;
+
+  v->can_write = write;
+  v->can_flush = flush;
+  v->is_rotational = rotational;
+  v->can_zero = zero != NBDKIT_ZERO_NONE;
+  v->can_cache = cache == NBDKIT_CACHE_NATIVE;
+  v->can_extents = extents;
+  return 0;
+}
+
+/* Ask all that nbdkit wants to have been asked, and keep the answers. */
+static int
+prime_view (struct view *v)
+{
+  nbdkit_next *next = v->next;
+  uint32_t minimum, preferred, maximum;
+  int64_t size;
+
+  if (next->prepare (next) == -1 ||
+      (size = next->get_size (next)) == -1 ||
+      next->block_size (next, &minimum, &preferred, &maximum) == -1 ||
+      ask_for_flags (v) == -1)
+    return -1;                  /* nbdkit or the plugin said why. */
+
+  if (minimum == 0)
+    minimum = 1;
+  if (maximum == 0)
+    maximum = UINT32_MAX;
+  if (!is_power_of_2 (minimum) || minimum > VIEW_MAX_BLOCK_BYTES ||
+      maximum < minimum) {
+    report_error ("the plugin below asks for blocks of %u to %u bytes, "
+                  "which is not possible", minimum, maximum);
+    return -1;
+  }
+
+  v->plugin_size = size;
+  v->size = round_down (size, minimum);
+  v->block_bytes = minimum;
+  v->max_data_bytes = round_down (min_u64 (maximum, MAX_DATA_BYTES), minimum);
+  v->max_zero_bytes = maximum == UINT32_MAX ? MAX_ZERO_BYTES
+    : v->max_data_bytes;
+  return 0;
+}
+
+void
+view_close (struct view *v)
+{
+  v->next->finalize (v->next);
+  nbdkit_next_context_close (v->next);
+  free (v);
+}
+
+void
+view_close_all (struct view *v)
+{
+  while (v != NULL) {
+    struct view *older = v->older;
+
+    view_close (v);
+    v = older;
+  }
+}
+
+struct view *
+view_open (nbdkit_backend *backend, bool readonly)
+{
+  struct view *v = calloc (1, sizeof *v);
+
+  if (v == NULL) {
+    report_error ("malloc: %m");
+    return NULL;
+  }
+  v->next = nbdkit_next_context_open (backend, readonly, "", 1);
+  if (v->next == NULL) {
+    free (v);
+    return NULL;
+  }
+  if (prime_view (v) == -1) {
+    view_close (v);
+    return NULL;
+  }
+  return v;
+}
+
+/* It has if this process has more descriptors of it than before. */
+struct view *
+view_open_of_file (nbdkit_backend *backend, bool readonly,
+                   const struct stat *file, bool *is_ours)
+{
+  unsigned before = 0, after = 0;
+  struct view *v;
+
+  if (fd_count_open (file, &before) == -1) {
+    report_error ("/proc/self/fd: %m");
+    return NULL;
+  }
+  v = view_open (backend, readonly);
+  if (v == NULL)
+    return NULL;
+  if (fd_count_open (file, &after) == -1) {
+    report_error ("/proc/self/fd: %m");
+    view_close (v);
+    return NULL;
+  }
+  *is_ours = after > before;
+  return v;
+}
+
+static void
+begin_call (struct view *v)
+{
+  if (v->serial_lock != NULL)
+    pthread_mutex_lock (v->serial_lock);
+}
+
+/* Turn the result of a call into the container's: -1 and an errno. */
+static int
+end_call (struct view *v, int r, int err)
+{
+  if (v->serial_lock != NULL)
+    pthread_mutex_unlock (v->serial_lock);
+  if (r == 0)
+    return 0;
+  errno = err != 0 ? err : EIO;
+  return -1;
+}
+
+int
+view_pread (struct view *v, void *buf, uint64_t count, uint64_t offset)
+{
+  char *p = buf;
+
+  while (count > 0) {
+    const uint32_t len = min_u64 (count, v->max_data_bytes);
+    int r, err = 0;
+
+    begin_call (v);
+    r = v->next->pread (v->next, p, len, offset, 0, &err);
+    if (end_call (v, r, err) == -1)
+      return -1;
+    p += len;
+    offset += len;
+    count -= len;
+  }
+  return 0;
+}
+
+int
+view_pwrite (struct view *v, const void *buf, uint64_t count, uint64_t offset)
+{
+  const char *p = buf;
+
+  while (count > 0) {
+    const uint32_t len = min_u64 (count, v->max_data_bytes);
+    int r, err = 0;
+
+    begin_call (v);
+    r = v->next->pwrite (v->next, p, len, offset, 0, &err);
+    if (end_call (v, r, err) == -1)
+      return -1;
+    p += len;
+    offset += len;
+    count -= len;
+  }
+  return 0;
+}
+
+int
+view_zero (struct view *v, uint32_t count, uint64_t offset, bool punch)
+{
+  const uint32_t flags = punch ? NBDKIT_FLAG_MAY_TRIM : 0;
+  int r, err = 0;
+
+  begin_call (v);
+  r = v->next->zero (v->next, count, offset, flags, &err);
+  return end_call (v, r, err);
+}
+
+int
+view_cache (struct view *v, uint64_t count, uint64_t offset)
+{
+  while (count > 0) {
+    const uint32_t len = min_u64 (count, v->max_data_bytes);
+    int r, err = 0;
+
+    begin_call (v);
+    r = v->next->cache (v->next, len, offset, 0, &err);
+    if (end_call (v, r, err) == -1)
+      return -1;
+    offset += len;
+    count -= len;
+  }
+  return 0;
+}
+
+int
+view_flush (struct view *v)
+{
+  int r, err = 0;
+
+  begin_call (v);
+  r = v->next->flush (v->next, 0, &err);
+  return end_call (v, r, err);
+}
