@@ -307,6 +307,25 @@ filter_stack_keeps_order (const struct command_line *cl)
   return false;
 }
 
+/* A file that is named like it may be another plugin. */
+bool
+filter_stack_is_plugin_alone (const struct command_line *cl)
+{
+  return cl->plugin != NULL && strcmp (cl->plugin, "file") == 0 &&
+    our_place (cl) + 1 == (ssize_t) cl->nr_filters;
+}
+
+bool
+filter_stack_retries (const struct command_line *cl)
+{
+  size_t i;
+
+  for (i = our_place (cl) + 1; i < cl->nr_filters; ++i)
+    if (is_filter (cl->filters[i], "retry"))
+      return true;
+  return false;
+}
+
 const char *
 filter_stack_changes_bytes (const struct command_line *cl)
 {

@@ -38,6 +38,14 @@ extern bool filter_stack_reopens (const struct command_line *);
  */
 extern bool filter_stack_keeps_order (const struct command_line *);
 
+/* Is it so by its own name, and is there no filter between? */
+extern bool filter_stack_is_plugin_alone (const struct command_line *);
+
+/* Does nbdkit's retry filter lie below ours, which opens the plugin anew
+ * whenever it likes?
+ */
+extern bool filter_stack_retries (const struct command_line *);
+
 /* The name of a filter below ours that may show other bytes, or another
  * size, than the plugin's.  NULL if there is none.
  */

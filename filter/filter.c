@@ -8,16 +8,16 @@
  * nbdkit's callbacks for the life of the filter, in the order in which
  * nbdkit calls them:
  *
- * config       parameters; file= is remembered as it passes by, and what
- *              else concerns us of the plugin's (plugin-parameters.c)
+ * config       parameters; what concerns us of the plugin's is remembered
+ *              as it passes by (image-file.c, plugin-parameters.c)
  * get_ready    all that can go wrong is found out here, where an error
  *              is seen and nbdkit exits with it: the image is locked and
  *              checked, with the files that it refers to, keys and
  *              certificates loaded, the listening address bound, and it
  *              is decided who answers the clients
- * after_fork   the plugin and the disk are opened.  Either our server
- *              stands in for nbdkit's (sockets.c, and single.c for
- *              nbdkit -s), or nbdkit's own one
+ * after_fork   the plugin is opened, unless its file is used directly, and
+ *              the disk.  Either our server stands in for nbdkit's
+ *              (sockets.c, and single.c for nbdkit -s), or nbdkit's own one
  *              answers (clients.c).  A thread waits for what ends nbdkit,
  *              and then ends the servers, and writes what is in RAM
  *              (stop.c)
@@ -160,8 +160,7 @@ dirty_bitmap_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
   if (prepare_plugin (next, nxdata) == -1)
     return -1;
   plugin_parameters_note (&plugin_parameters, key, value);
-  if (strcmp (key, "file") == 0 &&
-      image_file_remember (&image_file, value) == -1)
+  if (image_file_remember (&image_file, key, value) == -1)
     return -1;
   return next (nxdata, key, value);
 }
@@ -361,7 +360,7 @@ dirty_bitmap_get_ready (int model)
   return 0;
 }
 
-/* Open the plugin alone. */
+/* Open the plugin. */
 static struct container *
 open_plugin (nbdkit_backend *backend)
 {
@@ -382,7 +381,7 @@ open_plugin (nbdkit_backend *backend)
   return c;
 }
 
-/* Open the plugin, and the disk in what it serves. */
+/* Open what the disk is in, and the disk. */
 static int
 open_disk (nbdkit_backend *backend)
 {
@@ -391,10 +390,12 @@ open_disk (nbdkit_backend *backend)
   struct container *container;
   bool is_rotational;
 
-  container = open_plugin (backend);
+  container = image_file.is_direct ? image_file_container (&image_file)
+    : open_plugin (backend);
   if (container == NULL)
     return -1;
-  is_rotational = container_next_is_rotational (container);
+  is_rotational = !image_file.is_direct &&
+    container_next_is_rotational (container);
   if (chain == NULL && open_chain (container, container->readonly) == -1) {
     container_close (container);
     return -1;

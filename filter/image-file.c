@@ -5,18 +5,26 @@
 
 /* How this works
  *
- * The plugin opens the image, and we do everything through the plugin,
- * but for three things that it cannot do for us: locking the image as
- * QEMU does, looking at it while errors can still be seen, and making
- * it larger.  For these we open the file again by the path that passed
- * in file=.
+ * Only the file plugin's file= is taken to be the image.  We open it once,
+ * at the start, and lock it as QEMU does.  What happens to its name later
+ * is of no concern to this descriptor.  The plugin, however, opens it by
+ * name, and again each time that a view of it is opened (container/next.c).
  *
- * Only the file plugin's file= is taken to be the image.  It is locked
- * whatever filters stand between, for they write to it all the same
- * (unless one keeps the writes: then only as a reader does).  It can be
- * checked, and extended, only where all filters between pass bytes and
- * size through.  Before anything is served, both ways are seen to lead
- * to the same file (container/next.c), size and first bytes.
+ * So, where there is no filter between, and the plugin has no options that
+ * would be taken away, the plugin is not used at all: it would do with its
+ * own descriptor what container/file.c does with ours.
+ *
+ * Elsewhere we do everything through the plugin, but for three things that
+ * it cannot do for us: locking the image, looking at it while errors can
+ * still be seen, and making it larger.  The file is locked whatever
+ * filters stand between, for they write to it all the same (unless one
+ * keeps the writes: then only as a reader does).  It can be checked, and
+ * extended, only where all filters between pass bytes and size through.
+ * Before anything is served, both ways are seen to lead to the same file
+ * and the same bytes.
+ *
+ * A filter that opens the plugin anew whenever it likes, where nobody can
+ * see which file that was, could make us write to another one.
  */
 
 #include <config.h>
@@ -44,8 +52,12 @@
 #define COMPARED_BYTES 65536
 
 int
-image_file_remember (struct image_file *f, const char *value)
+image_file_remember (struct image_file *f, const char *key, const char *value)
 {
+  if (strcmp (key, "file") != 0) {
+    f->has_options = true;
+    return 0;
+  }
   free (f->path);
   free (f->true_path);
   f->path = nbdkit_absolute_path (value);
@@ -85,7 +97,7 @@ open_file (struct image_file *f)
       report_error ("open: %s: %m", f->path);
       return -1;
     }
-    f->readonly = f->fd == -1;
+    f->readonly = f->is_unwritable = f->fd == -1;
   }
   if (f->fd == -1) {
     f->fd = open (f->path, O_RDONLY | flags);
@@ -114,6 +126,13 @@ image_file_open (struct image_file *f, const struct command_line *cl,
     return -1;
   if (f->fd == -1)
     return 0;
+  if (!f->readonly && filter_stack_retries (cl)) {
+    report_error ("%s: --filter=retry opens the image anew by its name, which "
+                  "may lead to another file by then, and that would be "
+                  "written to: leave it out, or serve the image read-only "
+                  "(-r)", f->path);
+    return -1;
+  }
   if (image_lock (f->fd, f->path,
                   f->readonly || filter_stack_holds_writes (cl)) == -1)
     return -1;
@@ -123,7 +142,25 @@ image_file_open (struct image_file *f, const struct command_line *cl,
     report_debug ("%s: --filter=%s may change its bytes or its size",
                   f->path, filter_stack_changes_bytes (cl));
   }
+  f->is_direct = filter_stack_is_plugin_alone (cl) && !f->has_options;
   return 0;
+}
+
+struct container *
+image_file_container (struct image_file *f)
+{
+  struct container *c = f->readonly ? container_open_file (f->fd)
+    : container_open_file_image (f->fd);
+
+  if (c == NULL) {
+    report_error ("%s: %m", f->path);
+    return NULL;
+  }
+  report_debug ("%s: the file is used without the plugin", f->path);
+  if (f->is_unwritable)
+    report_warning ("the storage below is read-only, "
+                    "and so is the disk that is served");
+  return c;
 }
 
 /* Do both ways lead to the same bytes?  If not, what we checked is not

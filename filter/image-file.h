@@ -20,14 +20,18 @@ struct image_file {
                                    plugin opens that */
   int fd;                       /* the file, open and locked, or -1 */
   bool readonly;
+  bool is_unwritable;           /* hence readonly, though it was not asked */
   bool is_block_device;
+  bool has_options;             /* the plugin has others than file= */
+  bool is_direct;               /* used without the plugin, see below */
 
   /* Why what the plugin serves cannot be the file's bytes, or NULL. */
   const char *differs;
 };
 
-/* Remember the value of a file= parameter that passes by. */
-extern int image_file_remember (struct image_file *, const char *value);
+/* Remember a parameter that passes by. */
+extern int image_file_remember (struct image_file *, const char *key,
+                                const char *value);
 
 /* In get_ready: open and lock the file, and find out whether the bytes
  * that the plugin serves will be the file's.  0 with fd -1 if there is no
@@ -36,9 +40,14 @@ extern int image_file_remember (struct image_file *, const char *value);
 extern int image_file_open (struct image_file *, const struct command_line *,
                             bool readonly);
 
-/* In after_fork: make sure that the container has the same bytes, if it
- * should, and say whether it may grow by the file.  -1, with the reason
- * reported, if it has other bytes.
+/* In after_fork: a container of the file itself, if is_direct.  NULL, with
+ * the reason reported, on error.
+ */
+extern struct container *image_file_container (struct image_file *);
+
+/* In after_fork, if not is_direct: make sure that the container has the
+ * same bytes, if it should, and say whether it may grow by the file.  -1,
+ * with the reason reported, if it has other bytes.
  */
 extern int image_file_attach (struct image_file *, struct container *);
 
