@@ -456,10 +456,9 @@ int
 disk_extent_depth (struct disk *d, uint64_t offset, uint64_t limit,
                    uint64_t *length, uint32_t *depth)
 {
-  enum qcow2_extent_type type;
   unsigned n;
 
-  if (get_extent (d, offset, limit, length, &type, &n) == -1)
+  if (get_extent (d, offset, limit, length, NULL, &n) == -1)
     return -1;
   *depth = n;
   return 0;

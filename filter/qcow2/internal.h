@@ -260,6 +260,9 @@ struct qcow2 {
   unsigned l2_bits;             /* log2 of entries in an L2 table */
   uint64_t size;                /* of the guest's disk */
 
+  pthread_mutex_t preallocated_lock; /* held to find this out */
+  atomic_int preallocated;
+
   atomic_bool writing;          /* the first change was let through */
   atomic_bool corrupt;          /* takes no writes any more */
   atomic_bool hurried;          /* long requests are to end, from some time
@@ -600,6 +603,11 @@ extern void leaks_free (struct qcow2 *);
  * whether that can be done.
  */
 extern int repair_dirty (struct qcow2 *, bool check_only);
+
+/* preallocated.c: are there far more clusters than storage for them, so
+ * that it is worth asking the storage which of them are zeroes?
+ */
+extern bool is_preallocated (struct qcow2 *);
 
 /* layer.c: what provides the bytes that the image does not have.
  * Everything beyond its end is zeroes.

@@ -78,14 +78,17 @@ layer_extent (struct qcow2 *q, uint64_t offset, uint64_t limit,
 
   if (offset >= q->backing_size) {
     *length = limit - offset;
-    *type = QCOW2_EXTENT_UNALLOCATED;
+    if (type != NULL)
+      *type = QCOW2_EXTENT_UNALLOCATED;
     *depth = none ? 0 : 2;
     return 0;
   }
   limit = min_u64 (limit, q->backing_size);
   if (q->backing.image == NULL) {
     *depth = 2;
-    return raw_extent (q, offset, limit - offset, length, type);
+    *length = limit - offset;
+    return type == NULL ? 0
+      : raw_extent (q, offset, limit - offset, length, type);
   }
   if (qcow2_extent (q->backing.image, offset, limit, length, type,
                     depth) == -1)

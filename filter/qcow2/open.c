@@ -75,6 +75,7 @@ qcow2_open (struct container *c, const struct qcow2_options *options)
   q->container = c;
   q->readonly = options->readonly || options->snapshot != NULL;
   grace_init (&q->requests);
+  pthread_mutex_init (&q->preallocated_lock, NULL);
   pthread_mutex_init (&q->alloc_lock, NULL);
   pthread_mutex_init (&q->release_lock, NULL);
   pthread_mutex_init (&q->flush_lock, NULL);

@@ -129,7 +129,9 @@ extern int qcow2_cache (struct qcow2 *, uint64_t count, uint64_t offset);
 
 enum qcow2_extent_type {
   QCOW2_EXTENT_DATA,
-  QCOW2_EXTENT_ZERO,            /* explicit zero clusters */
+  QCOW2_EXTENT_ZERO,            /* explicit zero clusters, or such as have
+                                   never been written since the image was
+                                   preallocated */
   QCOW2_EXTENT_UNALLOCATED,
 };
 
@@ -137,7 +139,8 @@ enum qcow2_extent_type {
  * the chain of the image that provides it, 1 for this one, 2 for its
  * backing file and so on, 0 if none does.  A backing file that is too
  * short provides the zeroes beyond its end.  The run may end before its
- * type or depth changes.
+ * type or depth changes.  The type may be NULL: then the storage is not
+ * asked.
  */
 extern int qcow2_extent (struct qcow2 *, uint64_t offset, uint64_t limit,
                          uint64_t *length, enum qcow2_extent_type *,

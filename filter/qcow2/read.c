@@ -132,6 +132,34 @@ qcow2_cache (struct qcow2 *q, uint64_t count, uint64_t offset)
   return r;
 }
 
+/* A run of clusters with data, in an image that was preallocated: the
+ * storage knows which parts of them are zeroes.  Inside a section, so that
+ * the clusters stay what they are meanwhile.
+ */
+static int
+preallocated_extent (struct qcow2 *q, uint64_t offset, uint64_t limit,
+                     uint64_t *length, enum qcow2_extent_type *type)
+{
+  const grace_ticket ticket = grace_enter (&q->requests);
+  struct mapping m;
+  bool hole = false;
+  int r = mapping_lookup (q, offset, limit - offset, &m);
+
+  if (r == 0) {
+    *length = m.length;
+    if (m.kind == MAPPING_DATA) {
+      r = container_extent (q->data, m.host, m.length, length, &hole);
+      if (r == -1)
+        report_error ("cannot tell what is data at host offset %#" PRIx64
+                      ": %m", m.host);
+    }
+    /* What has changed since it was data is told as data for once. */
+    *type = hole ? QCOW2_EXTENT_ZERO : QCOW2_EXTENT_DATA;
+  }
+  grace_leave (&q->requests, ticket);
+  return r;
+}
+
 int
 qcow2_extent (struct qcow2 *q, uint64_t offset, uint64_t limit,
               uint64_t *length, enum qcow2_extent_type *type, unsigned *depth)
@@ -142,15 +170,15 @@ qcow2_extent (struct qcow2 *q, uint64_t offset, uint64_t limit,
     return -1;
   *length = m.length;
   *depth = 1;
-  switch (m.kind) {
-  case MAPPING_UNALLOCATED:
+  if (m.kind == MAPPING_UNALLOCATED)
     return layer_extent (q, offset, offset + m.length, length, type, depth);
-  case MAPPING_ZERO:
-  case MAPPING_ZERO_ALLOCATED:
+  if (type == NULL)
+    return 0;
+  if (m.kind == MAPPING_ZERO || m.kind == MAPPING_ZERO_ALLOCATED) {
     *type = QCOW2_EXTENT_ZERO;
-    break;
-  default:
-    *type = QCOW2_EXTENT_DATA;
+    return 0;
   }
-  return 0;
+  *type = QCOW2_EXTENT_DATA;
+  return is_preallocated (q)
+    ? preallocated_extent (q, offset, offset + m.length, length, type) : 0;
 }
