@@ -50,6 +50,88 @@ disk_delta_read (struct disk *d, size_t bitmap, void *buf, uint32_t count,
   return 0;
 }
 
+/* Clean bytes behind done bytes of data, of which length are clean: a hole
+ * that ends the data or is a piece by itself, or zeroes among the data.
+ * True if the piece is complete.
+ */
+static bool
+add_clean (struct qcow2_chunk *c, uint64_t length)
+{
+  const uint64_t done = c->length;
+
+  if (length >= c->min_hole || (done == 0 && length == c->limit)) {
+    if (done == 0) {
+      c->is_hole = true;
+      c->length = length;
+    }
+    return true;
+  }
+  if (c->buf == NULL)
+    return true;
+  length = min_u64 (length, c->count - done);
+  memset ((uint8_t *) c->buf + done, 0, length);
+  c->length += length;
+  return false;
+}
+
+/* The same of dirty ones, which are the disk's. */
+static int
+add_dirty (struct disk *d, uint64_t offset, struct qcow2_chunk *c,
+           uint64_t length, bool *complete)
+{
+  const uint64_t done = c->length;
+  struct qcow2_chunk piece = {
+    .buf = c->buf == NULL ? NULL : (uint8_t *) c->buf + done,
+    .count = min_u64 (length, c->count - done),
+    .limit = done == 0 ? length : min_u64 (length, c->count - done),
+    .min_hole = c->min_hole,
+  };
+
+  if (disk_read_chunk (d, offset + done, &piece) == -1)
+    return -1;
+  if (!piece.is_hole) {
+    c->length += piece.length;
+    *complete = c->buf == NULL;
+  }
+  else if (piece.length >= c->min_hole || piece.length == c->limit) {
+    *complete = true;
+    if (done == 0) {
+      c->is_hole = true;
+      c->length = piece.length;
+    }
+  }
+  else
+    *complete = add_clean (c, piece.length);
+  return 0;
+}
+
+int
+disk_delta_read_chunk (struct disk *d, size_t bitmap, uint64_t offset,
+                       struct qcow2_chunk *c)
+{
+  bool complete = false;
+
+  if (range_exceeds (offset, c->limit, disk_size (d))) {
+    errno = EINVAL;
+    return -1;
+  }
+  c->length = 0;
+  c->is_hole = false;
+  while (!complete && c->length < c->count) {
+    const uint64_t at = offset + c->length;
+    const uint64_t limit = c->length == 0 ? c->limit : c->count;
+    bool dirty;
+    const uint64_t n = disk_bitmap_run (d, bitmap, at, offset + limit,
+                                        &dirty);
+
+    if (!dirty)
+      complete = add_clean (c, n);
+    else if (add_dirty (d, offset, c, n, &complete) == -1)
+      return -1;
+  }
+  return 0;
+}
+
 int
 disk_delta_extent (struct disk *d, size_t bitmap, uint64_t offset,
                    uint64_t limit, uint64_t *length, uint32_t *flags)

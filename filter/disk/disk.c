@@ -291,6 +291,14 @@ disk_read (struct disk *d, void *buf, uint32_t count, uint64_t offset)
   return qcow2_read (d->qcow2, buf, count, offset);
 }
 
+int
+disk_read_chunk (struct disk *d, uint64_t offset, struct qcow2_chunk *c)
+{
+  if (check_range (d, c->limit, offset) == -1)
+    return -1;
+  return qcow2_read_chunk (d->qcow2, offset, c);
+}
+
 /* What comes before every change. */
 static int
 begin_change (struct disk *d, uint64_t count, uint64_t offset)

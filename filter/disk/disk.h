@@ -91,6 +91,12 @@ extern uint32_t disk_preferred_block_size (const struct disk *);
 extern int disk_read (struct disk *, void *buf, uint32_t count,
                       uint64_t offset);
 
+/* Read the piece at offset, data or a hole (qcow2.h).  [offset, offset +
+ * limit) lies inside the disk.
+ */
+extern int disk_read_chunk (struct disk *, uint64_t offset,
+                            struct qcow2_chunk *);
+
 extern int disk_write (struct disk *, const void *buf, uint32_t count,
                        uint64_t offset, bool fua);
 
@@ -221,6 +227,10 @@ disk_bitmap_run (const struct disk *d, size_t i, uint64_t offset,
  */
 extern int disk_delta_read (struct disk *, size_t i, void *buf,
                             uint32_t count, uint64_t offset);
+
+/* As disk_read_chunk: what is clean is a hole. */
+extern int disk_delta_read_chunk (struct disk *, size_t i, uint64_t offset,
+                                  struct qcow2_chunk *);
 
 /* As disk_extent. */
 extern int disk_delta_extent (struct disk *, size_t i, uint64_t offset,

@@ -114,6 +114,31 @@ extern int qcow2_read (struct qcow2 *, void *buf, uint64_t count,
 extern int qcow2_write (struct qcow2 *, const void *buf, uint64_t count,
                         uint64_t offset);
 
+/* A piece of a read: what lies at an offset, data or a hole.  A hole is a
+ * run that the tables say reads as zeroes, and that is at least min_hole
+ * long or all that is asked for.  Zeroes in shorter runs are data.  What
+ * lies in a raw backing file is data, too, since the tables say nothing
+ * of it.
+ */
+struct qcow2_chunk {
+  void *buf;                    /* for data; NULL: see whether it is a hole */
+  uint64_t count;               /* its size in bytes, at least 1 */
+  uint64_t limit;               /* how far a hole may reach, at least count */
+  uint64_t min_hole;
+
+  /* What is found. */
+  uint64_t length;              /* of a hole up to limit, of data up to
+                                   count; 0 for data without a buffer */
+  bool is_hole;
+};
+
+/* Read the piece at offset.  Nothing is read from the container for a hole,
+ * and buf is left alone.  Data end where a hole begins.  Each run is looked
+ * up once: it was what is told at a moment of the call.
+ */
+extern int qcow2_read_chunk (struct qcow2 *, uint64_t offset,
+                             struct qcow2_chunk *);
+
 enum {
   QCOW2_ZERO_KEEP = 1,          /* leave (or make) the clusters allocated */
   QCOW2_ZERO_FAST = 2,          /* ENOTSUP rather than write zeroes */

@@ -8,6 +8,10 @@
  * A request looks a run up and reads it inside one section of
  * q->requests, so that the clusters are not used for something else in
  * between (release.c).
+ *
+ * qcow2_read_chunk tells holes apart as it goes along, from the same
+ * look-up that says where the data are.  Only where the image has nothing
+ * itself the tables of its backing file are looked at first.
  */
 
 #include <config.h>
@@ -87,6 +91,113 @@ qcow2_read (struct qcow2 *q, void *buf, uint64_t count, uint64_t offset)
 {
   const grace_ticket ticket = grace_enter (&q->requests);
   const int r = read_range (q, buf, count, offset);
+
+  grace_leave (&q->requests, ticket);
+  return r;
+}
+
+static int find_zeroes (struct qcow2 *, uint64_t offset, struct mapping *,
+                        bool *zeroes);
+
+/* Of a run that the image does not have itself: what its backing file says.
+ */
+static int
+find_zeroes_below (struct qcow2 *q, uint64_t offset, uint64_t *length,
+                   bool *zeroes)
+{
+  struct mapping m;
+
+  if (offset >= q->backing_size) {
+    *zeroes = true;
+    return 0;
+  }
+  *length = min_u64 (*length, q->backing_size - offset);
+  *zeroes = false;
+  if (q->backing.image == NULL)
+    return 0;
+  if (mapping_lookup_kind (q->backing.image, offset, *length, &m) == -1 ||
+      find_zeroes (q->backing.image, offset, &m, zeroes) == -1)
+    return -1;
+  *length = m.length;
+  return 0;
+}
+
+/* Do the tables say that a run reads as zeroes?  It may become shorter. */
+static int
+find_zeroes (struct qcow2 *q, uint64_t offset, struct mapping *m,
+             bool *zeroes)
+{
+  switch (m->kind) {
+  case MAPPING_ZERO:
+  case MAPPING_ZERO_ALLOCATED:
+    *zeroes = true;
+    return 0;
+  case MAPPING_UNALLOCATED:
+    return find_zeroes_below (q, offset, &m->length, zeroes);
+  default:
+    *zeroes = false;
+    return 0;
+  }
+}
+
+/* Behind the data that were read are zeroes, which were not: the end of the
+ * piece, or what lies before more data in it.
+ */
+static uint64_t
+fill (const struct qcow2_chunk *c, uint64_t done, uint64_t zeroes)
+{
+  const uint64_t n = min_u64 (zeroes, c->count - done);
+
+  memset ((uint8_t *) c->buf + done, 0, n);
+  return done + n;
+}
+
+static int
+read_chunk (struct qcow2 *q, uint64_t offset, struct qcow2_chunk *c)
+{
+  uint64_t done = 0, zeroes = 0, at;
+
+  c->length = 0;
+  c->is_hole = false;
+  while ((at = done + zeroes) < (done == 0 ? c->limit : c->count)) {
+    struct mapping m;
+    bool is_zero;
+
+    if (mapping_lookup (q, offset + at,
+                        (at < c->count ? c->count : c->limit) - at,
+                        &m) == -1 ||
+        find_zeroes (q, offset + at, &m, &is_zero) == -1)
+      return -1;
+    if (is_zero) {
+      zeroes += m.length;
+      if (done > 0 && zeroes >= c->min_hole)
+        break;
+      continue;
+    }
+    if (at >= c->count || (done == 0 && zeroes >= c->min_hole))
+      break;
+    if (c->buf == NULL)
+      return 0;
+    done = fill (c, done, zeroes);
+    zeroes = 0;
+    if (read_run (q, &m, (uint8_t *) c->buf + done, offset + done) == -1)
+      return -1;
+    done += m.length;
+  }
+  if (done == 0 && (zeroes >= c->min_hole || zeroes == c->limit)) {
+    c->is_hole = true;
+    c->length = zeroes;
+  }
+  else if (c->buf != NULL)
+    c->length = zeroes >= c->min_hole ? done : fill (c, done, zeroes);
+  return 0;
+}
+
+int
+qcow2_read_chunk (struct qcow2 *q, uint64_t offset, struct qcow2_chunk *c)
+{
+  const grace_ticket ticket = grace_enter (&q->requests);
+  const int r = read_chunk (q, offset, c);
 
   grace_leave (&q->requests, ticket);
   return r;

@@ -132,6 +132,69 @@ disk_read (struct disk *d, void *buf, uint32_t count, uint64_t offset)
   return end (d);
 }
 
+/* How many bytes of [at, end) from at on are zero, or are not. */
+static uint64_t
+run_of (const struct disk *d, uint64_t at, uint64_t end, bool zero)
+{
+  const uint64_t begin = at;
+
+  while (at < end) {
+    const uint64_t block = at / d->block_size;
+
+    if ((d->flags != NULL &&
+         (d->flags[block] & DISK_EXTENT_ZERO) != 0) != zero)
+      break;
+    at = min_u64 ((block + 1) * d->block_size, end);
+  }
+  return at - begin;
+}
+
+/* The data of a piece end where a hole begins. */
+static uint64_t
+data_length (const struct disk *d, uint64_t offset,
+             const struct qcow2_chunk *c)
+{
+  const uint64_t end = offset + c->count;
+  uint64_t at = offset;
+
+  while (at < end) {
+    const uint64_t zeroes = run_of (d, at, end, true);
+
+    if (at > offset && zeroes >= c->min_hole)
+      break;
+    at += zeroes;
+    at += run_of (d, at, end, false);
+  }
+  return at - offset;
+}
+
+int
+disk_read_chunk (struct disk *d, uint64_t offset, struct qcow2_chunk *c)
+{
+  const uint64_t zeroes = run_of (d, offset, offset + c->limit, true);
+
+  if (c->count == 0 || c->count > c->limit ||
+      range_exceeds (offset, c->limit, d->size))
+    abort ();
+  c->is_hole = zeroes >= c->min_hole || zeroes == c->limit;
+  c->length = c->is_hole ? zeroes : 0;
+  if (c->is_hole || c->buf == NULL)
+    return 0;
+  c->length = data_length (d, offset, c);
+  if (begin (d, FAKE_READ, offset, c->length) == -1)
+    return -1;
+  for (uint64_t n, at = 0; at < c->length; at += n) {
+    const bool zero = run_of (d, offset + at, offset + c->length, true) > 0;
+
+    n = run_of (d, offset + at, offset + c->length, zero);
+    if (zero)
+      memset ((uint8_t *) c->buf + at, 0, n);
+    else
+      memcpy ((uint8_t *) c->buf + at, d->data + offset + at, n);
+  }
+  return end (d);
+}
+
 int
 disk_write (struct disk *d, const void *buf, uint32_t count,
             uint64_t offset, bool fua)

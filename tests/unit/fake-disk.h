@@ -33,7 +33,8 @@ struct disk {
   bool readonly;
   uint32_t block_size;          /* what it prefers, and a unit of flags */
   uint8_t *data;
-  uint8_t *flags;               /* a byte a block, or NULL: all data */
+  uint8_t *flags;               /* a byte a block, or NULL: all data.  What
+                                   is zero is a hole to a reader */
   uint8_t *depths;              /* the same, or NULL: all 1 */
   struct fake_bitmap *bitmaps;
   size_t nr_bitmaps;

@@ -43,6 +43,103 @@ check_trimmed (struct random_requests *r, uint64_t count, uint64_t offset,
   }
 }
 
+/* How many bytes of [at, end) from at on the tables say to be zero. */
+static uint64_t
+zeroes_at (struct qcow2 *q, uint64_t at, uint64_t end)
+{
+  const uint64_t begin = at;
+  enum qcow2_extent_type type;
+  uint64_t length;
+  unsigned depth;
+
+  for (; at < end; at += length) {
+    assert_int_equal (qcow2_extent (q, at, end, &length, &type, &depth), 0);
+    if (type == QCOW2_EXTENT_DATA)
+      break;
+  }
+  return at - begin;
+}
+
+/* How long the data of a piece have to be. */
+static uint64_t
+data_length (struct qcow2 *q, uint64_t offset, const struct qcow2_chunk *c)
+{
+  const uint64_t end = offset + c->count;
+  uint64_t at = offset;
+
+  while (at < end) {
+    const uint64_t zeroes = zeroes_at (q, at, end);
+
+    if (at > offset && zeroes >= c->min_hole)
+      break;
+    at += max_u64 (zeroes, 1);
+  }
+  return at - offset;
+}
+
+static void
+check_chunk (const struct random_requests *r, uint64_t offset,
+             const struct qcow2_chunk *c)
+{
+  assert_true (c->length > 0 && c->length <= (c->is_hole ? c->limit
+                                                         : c->count));
+  if (c->is_hole) {
+    assert_true (c->length >= c->min_hole || c->length == c->limit);
+    for (uint64_t i = 0; i < c->length; ++i)
+      if (r->model[offset + i] != 0)
+        fail_msg ("the hole at %" PRIu64 " hides the byte at %" PRIu64,
+                  offset, offset + i);
+  }
+  else
+    assert_memory_equal (c->buf, r->model + offset, c->length);
+  if (!r->all_told)
+    return;
+
+  const uint64_t zeroes = zeroes_at (r->q, offset, offset + c->limit);
+
+  assert_int_equal (c->is_hole, zeroes >= c->min_hole || zeroes == c->limit);
+  assert_int_equal (c->length,
+                    c->is_hole ? zeroes : data_length (r->q, offset, c));
+}
+
+/* Piece by piece, and sometimes without a buffer first. */
+static int
+read_in_chunks (struct random_requests *r, uint8_t *buf, uint64_t count,
+                uint64_t offset)
+{
+  static const uint64_t min_holes[] = { 1, 512, 4096, 32768, UINT64_MAX };
+  const uint64_t end = offset + count;
+  const uint64_t part = 1 + random_next (&r->seed) % count;
+  const uint64_t min_hole = min_holes[random_next (&r->seed) % 5];
+
+  while (offset < end) {
+    struct qcow2_chunk c = {
+      .buf = random_next (&r->seed) % 2 ? buf : NULL,
+      .count = min_u64 (part, end - offset), .limit = end - offset,
+      .min_hole = min_hole,
+    };
+    const bool looked = c.buf == NULL;
+
+    memset (buf, 0xa5, c.count);
+    if (qcow2_read_chunk (r->q, offset, &c) == -1)
+      return -1;
+    if (looked && !c.is_hole) {
+      assert_int_equal (c.length, 0);
+      c.buf = buf;
+      if (qcow2_read_chunk (r->q, offset, &c) == -1)
+        return -1;
+      /* Only another thread could have made a hole of it. */
+      assert_true (!c.is_hole || !r->all_told);
+    }
+    if (c.is_hole)
+      for (uint64_t i = 0; i < c.count; ++i)
+        assert_int_equal (buf[i], 0xa5);
+    check_chunk (r, offset, &c);
+    offset += c.length;
+  }
+  return 0;
+}
+
 int
 random_request (struct random_requests *r)
 {
@@ -78,6 +175,9 @@ random_request (struct random_requests *r)
     break;
   case 7:
     ret = qcow2_flush (r->q, NULL);
+    break;
+  case 8:
+    ret = read_in_chunks (r, buf, count, offset);
     break;
   default:
     ret = qcow2_read (r->q, buf, count, offset);

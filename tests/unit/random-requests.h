@@ -8,6 +8,7 @@
 
 /* Random requests to an image, and to a plain array of the same size. */
 
+#include <stdbool.h>
 #include <stdint.h>
 
 struct container;
@@ -20,6 +21,8 @@ struct random_requests {
   uint64_t max;                 /* bytes of one */
   uint64_t trim_from;           /* clusters from here on can be trimmed */
   uint64_t seed;
+  bool all_told;                /* the tables say all of what is zero, and no
+                                   other thread is at work */
 };
 
 /* One request.  Returns what it returned; its effect is in the model,

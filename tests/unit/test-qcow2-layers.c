@@ -72,6 +72,9 @@ static const struct kind kinds[] = {
   { .name = "subclusters over qcow2",
     .options = "-o extended_l2=on,cluster_size=64k", .size = "4M",
     .raw = "4M", .middle = "5M" },
+  { .name = "subclusters over qcow2 alone",
+    .options = "-o extended_l2=on,cluster_size=16k", .size = "3M",
+    .middle = "2500096" },
   { .name = "large subclusters",
     .options = "-o extended_l2=on,cluster_size=2M", .size = "20M",
     .raw = "19M", .compress = true },
@@ -106,15 +109,17 @@ make_raw (const char *size)
   assert_int_equal (run_command ("truncate -s %s '%s'", size, file), 0);
 }
 
+/* Over it, if there is one. */
 static void
-make_middle (const char *size)
+make_middle (const char *size, bool over_raw)
 {
-  char raw[512];
+  char raw[600] = "";
 
-  snprintf (raw, sizeof raw, "%s", temp_file ("base.raw"));
+  if (over_raw)
+    snprintf (raw, sizeof raw, "-b '%s' -F raw", temp_file ("base.raw"));
   const char *const file = temp_file ("middle.qcow2");
   assert_int_equal
-    (run_command ("qemu-img create -q -f qcow2 -b '%s' -F raw '%s' %s && "
+    (run_command ("qemu-img create -q -f qcow2 %s '%s' %s && "
                   "qemu-io -f qcow2 -c 'write -q -P 7 100k 50k' "
                   "-c 'write -q -z 400k 200k' -c 'write -q -P 8 900k 100k' "
                   "'%s'", raw, file, size, file), 0);
@@ -144,7 +149,7 @@ make_files (const struct kind *k, struct files *f)
               temp_file ("base.raw"));
   }
   if (k->middle != NULL) {
-    make_middle (k->middle);
+    make_middle (k->middle, k->raw != NULL);
     f->middle = image_load (middle, LIMIT);
     snprintf (backing, sizeof backing, "-b '%s' -F qcow2", middle);
   }
@@ -242,6 +247,8 @@ run_kind (const struct kind *k)
   struct random_requests r = {
     .model = read_by_qemu (size), .high = size, .trim_from = k->trim_from,
     .max = min_u64 (size / 8, cs * 6), .seed = first_seed++,
+    .all_told = k->raw == NULL &&
+      strstr (k->options, "preallocation") == NULL,
   };
   compare_all (f.q, r.model);
   for (unsigned i = 0; i < nr; ++i) {
