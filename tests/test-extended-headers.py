@@ -95,10 +95,15 @@ class Client:
 
     def pread(self, length, offset):
         data = bytearray(length)
+        got = 0
         for kind, piece in self.request(READ, offset, length):
-            assert kind == 1, kind
+            assert kind in (1, 2), kind
             at = struct.unpack(">Q", piece[:8])[0] - offset
+            if kind == 2:
+                piece = piece[:8] + bytes(struct.unpack(">I", piece[8:])[0])
             data[at:at + len(piece) - 8] = piece[8:]
+            got += len(piece) - 8
+        assert got == length
         return bytes(data)
 
     def pwrite(self, data, offset, flags=0):

@@ -226,6 +226,8 @@ struct part {
   uint64_t offset;
   uint32_t length;
   bool is_whole, is_last;
+  bool is_hole;                 /* of a READ, once it was executed */
+  unsigned chunks_left;         /* of a small READ, with this one */
 };
 
 struct extents {
@@ -661,11 +663,12 @@ extern void reply_error (struct worker *, int err, const char *message);
 /* Success, and nothing to say. */
 extern void reply_done (struct worker *);
 
-/* A successful READ, or a part of it, w->part: the data are in the payload,
- * or already behind the header that is made here and takes so many bytes.
+/* A successful READ, or a part of it, w->part.  Its data are in the payload
+ * if the READ is longer than REPLY_ROOM; else they are already where
+ * reply_read_place says, behind the header that is made here.
  */
 extern void reply_read (struct worker *);
-extern size_t reply_read_header_size (const struct worker *);
+extern uint8_t *reply_read_place (const struct worker *);
 
 /* One chunk of a BLOCK_STATUS, of w->extents. */
 extern void reply_block_status (struct worker *, uint32_t id, bool last);
@@ -685,6 +688,11 @@ extern void part_whole (struct worker *);
  */
 extern void part_first_read (struct worker *);
 extern void part_next_read (struct worker *);
+
+/* Read the part from the disk.  It is what there was to be read, and may be
+ * shorter, or a hole.  -1 with errno.
+ */
+extern int part_read (struct worker *);
 
 /* Receive the payload of a WRITE into w->payload.  If it is a large one
  * all but its last part are written already, and what is left to be done

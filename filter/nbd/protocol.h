@@ -146,6 +146,7 @@ enum {
 enum {
   NBD_REPLY_TYPE_NONE = 0,
   NBD_REPLY_TYPE_OFFSET_DATA = 1,
+  NBD_REPLY_TYPE_OFFSET_HOLE = 2,
   NBD_REPLY_TYPE_BLOCK_STATUS = 5,
   NBD_REPLY_TYPE_BLOCK_STATUS_EXT = 6,
   NBD_REPLY_TYPE_ERROR = 0x8001,
@@ -196,6 +197,11 @@ struct nbd_extended_reply {
 /* What the payloads of chunks begin with. */
 struct nbd_offset_data {
   uint64_t offset;
+} __attribute__ ((packed));
+
+struct nbd_offset_hole {
+  uint64_t offset;
+  uint32_t length;
 } __attribute__ ((packed));
 
 struct nbd_error_chunk {

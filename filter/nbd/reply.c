@@ -149,40 +149,61 @@ reply_done (struct worker *w)
     reply_simple (w, NBD_SUCCESS);
 }
 
-size_t
-reply_read_header_size (const struct worker *w)
+uint8_t *
+reply_read_place (const struct worker *w)
 {
-  if (!w->connection->structured)
-    return sizeof (struct nbd_simple_reply);
-  return chunk_size (w->connection) + sizeof (struct nbd_offset_data);
+  const struct connection *c = w->connection;
+  const size_t header = c->structured
+    ? chunk_size (c) + sizeof (struct nbd_offset_data)
+    : sizeof (struct nbd_simple_reply);
+
+  return w->output + w->reply_at + w->reply_length + header;
 }
 
-/* A successful READ, or a part of it: the data are in the payload, or
- * already behind the header that is made here.  No data needs another
- * kind of chunk.
- */
+static void
+put_hole (struct worker *w, uint16_t flags)
+{
+  struct nbd_offset_hole *reply;
+
+  put_chunk (w, NBD_REPLY_TYPE_OFFSET_HOLE, flags, sizeof *reply);
+  reply = reply_space (w, sizeof *reply);
+  reply->offset = htobe64 (w->part.offset);
+  reply->length = htobe32 (w->part.length);
+}
+
+static void
+put_data (struct worker *w, uint16_t flags)
+{
+  struct nbd_offset_data *reply;
+
+  put_chunk (w, NBD_REPLY_TYPE_OFFSET_DATA, flags,
+             sizeof *reply + w->part.length);
+  reply = reply_space (w, sizeof *reply);
+  reply->offset = htobe64 (w->part.offset);
+}
+
+/* No data needs another kind of chunk. */
 void
 reply_read (struct worker *w)
 {
-  const uint32_t length = w->part.length;
-  struct nbd_offset_data *reply;
+  const struct part *p = &w->part;
+  const uint16_t flags = p->is_last ? NBD_REPLY_FLAG_DONE : 0;
 
   if (!w->connection->structured)
     reply_simple (w, NBD_SUCCESS);
-  else if (length == 0)
+  else if (p->length == 0)
     put_chunk (w, NBD_REPLY_TYPE_NONE, NBD_REPLY_FLAG_DONE, 0);
-  else {
-    put_chunk (w, NBD_REPLY_TYPE_OFFSET_DATA,
-               w->part.is_last ? NBD_REPLY_FLAG_DONE : 0,
-               sizeof *reply + length);
-    reply = reply_space (w, sizeof *reply);
-    reply->offset = htobe64 (w->part.offset);
+  else if (p->is_hole) {
+    put_hole (w, flags);
+    return;
   }
-  if (length <= REPLY_ROOM)
-    w->reply_length += length;
+  else
+    put_data (w, flags);
+  if (w->request.length <= REPLY_ROOM)
+    w->reply_length += p->length;
   else {
     w->reply_payload = w->payload;
-    w->reply_payload_length = length;
+    w->reply_payload_length = p->length;
   }
 }
 

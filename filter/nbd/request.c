@@ -162,22 +162,6 @@ has_many_parts (const struct worker *w)
     w->request.length > LARGE_RANGE;
 }
 
-static int
-execute_read (struct worker *w, struct disk *disk)
-{
-  const struct part *p = &w->part;
-  uint8_t *data = w->output + w->reply_at + reply_read_header_size (w);
-
-  if (p->length > REPLY_ROOM)
-    data = worker_payload (w, p->length);
-  if (data == NULL)
-    return -1;
-  if (w->connection->export.is_delta)
-    return disk_delta_read (disk, w->connection->export.bitmap, data,
-                            p->length, p->offset);
-  return disk_read (disk, data, p->length, p->offset);
-}
-
 /* The contexts of allocation come first, and only they can fail.  If the
  * second of them does, the first one's chunk stands before the error,
  * which is the last chunk and the whole request's result.
@@ -278,7 +262,7 @@ execute (struct worker *w)
 
   switch (r->type) {
   case NBD_CMD_READ:
-    return execute_read (w, disk);
+    return part_read (w);
   case NBD_CMD_WRITE:
     return disk_write (disk, w->payload, w->part.length, w->part.offset,
                        (r->flags & NBD_CMD_FLAG_FUA) != 0);
@@ -338,8 +322,8 @@ execute_and_reply (struct worker *w, bool slow)
   return result;
 }
 
-/* Do what a valid request asks, and make the reply, of which the parts
- * before the last are sent.
+/* Do what a valid request asks, and make the reply, of which large data are
+ * sent part by part.  What has none waits for what comes behind it.
  */
 static void
 serve_valid (struct worker *w)
@@ -351,8 +335,10 @@ serve_valid (struct worker *w)
   begin_executing (w, slow);
   while (execute_and_reply (w, slow) == 0 &&
          w->request.type == NBD_CMD_READ && !w->part.is_last) {
-    output_reply (w);
-    w->reply_at = w->gathered;
+    if (w->reply_payload_length > 0) {
+      output_reply (w);
+      w->reply_at = w->gathered;
+    }
     w->measured = false;        /* the first part speaks for all */
     part_next_read (w);
   }

@@ -274,6 +274,22 @@ take_extents (struct peer *c, const struct pending *p,
 }
 
 static void
+take_hole (struct peer *c, struct pending *p, const uint8_t *data,
+           uint32_t length)
+{
+  const uint32_t n = length == 12 ? get_be32 (data + 8) : 0;
+  uint8_t *zeroes;
+
+  if (n == 0 || n > MAX_CHUNK)
+    peer_failure (c, "a hole of %" PRIu32 " bytes", n);
+  zeroes = calloc (n, 1);
+  if (zeroes == NULL)
+    abort ();
+  take_data (c, p, get_be64 (data), zeroes, n);
+  free (zeroes);
+}
+
+static void
 take_chunk (struct peer *c, uint16_t type, uint16_t flags, uint64_t cookie,
             const uint8_t *data, uint32_t length)
 {
@@ -287,6 +303,9 @@ take_chunk (struct peer *c, uint16_t type, uint16_t flags, uint64_t cookie,
     if (length < 8)
       peer_failure (c, "a short chunk");
     take_data (c, p, get_be64 (data), data + 8, length - 8);
+    break;
+  case NBD_REPLY_TYPE_OFFSET_HOLE:
+    take_hole (c, p, data, length);
     break;
   case NBD_REPLY_TYPE_BLOCK_STATUS:
   case NBD_REPLY_TYPE_BLOCK_STATUS_EXT:

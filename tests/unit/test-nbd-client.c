@@ -467,6 +467,24 @@ find_partial (int fd, uint64_t cookie)
   return NULL;
 }
 
+/* Make zeroes of the chunk of a hole. */
+static void
+expand_hole (struct reply *chunk)
+{
+  uint32_t n;
+
+  if (chunk->type != NBD_REPLY_TYPE_OFFSET_HOLE)
+    return;
+  assert_int_equal (chunk->length, 12);
+  n = get_be32 (chunk->data + 8);
+  assert_true (n > 0);
+  chunk->data = realloc (chunk->data, 8 + n);
+  assert_non_null (chunk->data);
+  memset (chunk->data + 8, 0, n);
+  chunk->length = 8 + n;
+  chunk->type = NBD_REPLY_TYPE_OFFSET_DATA;
+}
+
 /* Put the data of a chunk behind those before it. */
 static void
 join_chunk (struct reply *whole, struct reply *chunk)
@@ -491,6 +509,8 @@ recv_whole_reply (int fd, struct reply *reply, uint32_t simple_length)
     struct partial *p;
 
     recv_reply (fd, reply, simple_length);
+    if (reply->structured)
+      expand_hole (reply);
     p = find_partial (fd, reply->cookie);
     if (p != NULL && reply->error == 0) {
       join_chunk (&p->reply, reply);
@@ -509,9 +529,12 @@ recv_whole_reply (int fd, struct reply *reply, uint32_t simple_length)
 }
 
 static void
-take_chunk (struct read_reply *read, const struct reply *chunk,
+take_chunk (struct read_reply *read, struct reply *chunk,
             uint64_t offset, uint32_t length, uint8_t *buf)
 {
+  const bool is_hole = chunk->type == NBD_REPLY_TYPE_OFFSET_HOLE;
+
+  expand_hole (chunk);
   if (chunk->type == NBD_REPLY_TYPE_OFFSET_DATA) {
     const uint64_t at = get_be64 (chunk->data);
     const uint32_t count = chunk->length - 8;
@@ -521,7 +544,8 @@ take_chunk (struct read_reply *read, const struct reply *chunk,
     assert_true (count <= length - read->got);
     memcpy (buf + read->got, chunk->data + 8, count);
     read->got += count;
-    read->nr_chunks++;
+    read->chunk[min_u64 (read->nr_chunks++, MAX_CHUNKS - 1)] =
+      (struct read_chunk) { count, is_hole };
   }
   else if (chunk->type & 0x8000) {
     read->error = chunk->error;

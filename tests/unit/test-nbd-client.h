@@ -129,8 +129,14 @@ extern void recv_whole_reply (int fd, struct reply *, uint32_t simple_length);
  * in several chunks: the data in buf, each byte at most once, and if there
  * is no error all of them.
  */
+#define MAX_CHUNKS 2048
+struct read_chunk {
+  uint32_t length;
+  bool is_hole;
+};
 struct read_reply {
-  unsigned nr_chunks;           /* of data, or 1 for a simple reply */
+  unsigned nr_chunks;           /* of data or holes, or 1 for a simple reply */
+  struct read_chunk chunk[MAX_CHUNKS]; /* of a structured reply */
   uint32_t got;                 /* bytes */
   uint32_t error;
   uint64_t error_offset;        /* or UINT64_MAX: the error has none */
