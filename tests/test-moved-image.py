@@ -122,7 +122,8 @@ def moved_while_served(move, between, grown_before):
     s.stop()
     untouched()
     said = [line for line in s.messages().splitlines() if "leads to" in line]
-    assert len(said) == (1 if between else 0), said
+    # Repeated errors are limited to ten a minute.
+    assert 1 <= len(said) <= 10 if between else not said, said
     harness.check(path)
     assert harness.flags(path, "b") == {"auto"}
     if n > 0:
