@@ -254,7 +254,12 @@ for name in ("fine", "coarse"):
 # A read-only export, and more extents than a reply may have.
 server = Server("disk.qcow2", options=["-r"])
 c = Client(server, ALL)
-assert compare(server, c) == told
+again = compare(server, c)
+# A tenth of the clusters may have no storage now: then the filter looks
+# below, and tells more zeroes than before.
+told.pop(BASE)
+again.pop(BASE)
+assert again == told
 for command in (TRIM, ZERO):
     (kind, data), = c.request(command, 0, 5 * GIB)
     assert kind == 0x8001 and data[:4] == b"\0\0\0\1"
