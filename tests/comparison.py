@@ -65,7 +65,8 @@ def bitmaps(h, model, where, exact=True):
 
 def kinds(extents, model, where):
     """base:allocation: no lie about zeroes, and of each cluster the kind
-    that the requests made it."""
+    that the requests made it.  In an image that counts as preallocated,
+    data that have no storage are told as zeroes."""
     at = 0
     for length, kind in extents:
         assert kind in (0, ZERO, HOLE | ZERO), "%s: type %d" % (where, kind)
@@ -76,7 +77,8 @@ def kinds(extents, model, where):
             for i in range(at // model.cluster,
                            (at + length - 1) // model.cluster + 1):
                 wanted = model.kinds[i]
-                assert wanted in (UNKNOWN, kind), \
+                assert wanted in (UNKNOWN, kind) or \
+                    {wanted, kind} == {0, ZERO}, \
                     "%s: cluster %d has type %d, not %d" % (
                         where, i, kind, wanted)
         at += length
@@ -92,13 +94,12 @@ def adopt_kinds(extents, model):
 
 
 def allowed_kinds(entry):
-    """What base:allocation may be for an entry of qemu-img map."""
-    if entry["depth"] == 0 and entry["data"]:
-        return {0}
+    """What base:allocation may be for an entry of qemu-img map.  We look
+    for holes in raw data files, and QEMU does not."""
+    if entry["data"] and not (entry["depth"] and entry["zero"]):
+        return {0, ZERO}
     if entry["depth"] == 0 and entry["present"]:
         return {ZERO}
-    if entry["data"] and not entry["zero"]:
-        return {0}
     # A backing file that has zeroes there may be taken for data.
     return {0, ZERO, HOLE | ZERO} if entry["present"] else {ZERO, HOLE | ZERO}
 

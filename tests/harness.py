@@ -274,6 +274,21 @@ def refused(disk, *params, options=(), pattern=""):
     return out
 
 
+def both(ours, theirs):
+    """The kinds in two maps of one disk, wherever one of them changes."""
+    kinds = []
+    for extents in ours, theirs:
+        at, changes = 0, {}
+        for n, kind in extents:
+            changes[at] = kind
+            at += n
+        kinds.append(changes)
+    now = [None, None]
+    for at in sorted(kinds[0].keys() | kinds[1].keys()):
+        now = [k.get(at, old) for k, old in zip(kinds, now)]
+        yield now
+
+
 def merge(extents):
     """Join neighbours of one type: [(length, type)]."""
     result = []

@@ -87,21 +87,6 @@ def qemu_maps(path):
     return result
 
 
-def both(ours, theirs):
-    """The kinds in two maps of one disk, wherever one of them changes."""
-    kinds = []
-    for extents in ours, theirs:
-        at, changes = 0, {}
-        for n, kind in extents:
-            changes[at] = kind
-            at += n
-        kinds.append(changes)
-    now = [None, None]
-    for at in sorted(kinds[0].keys() | kinds[1].keys()):
-        now = [k.get(at, old) for k, old in zip(kinds, now)]
-        yield now
-
-
 def compare_maps(h, path):
     """The depth is QEMU's exactly.  So is base:allocation, but that an
     explicit zero cluster is no hole to us (R7), and that QEMU also looks
@@ -112,7 +97,7 @@ def compare_maps(h, path):
         harness.extents(h, DEPTH), depth)
     ours = harness.extents(h, BASE)
     assert all(kind in (0, ZERO, HOLE | ZERO) for _, kind in ours)
-    for zero, kind in both(ours, base):
+    for zero, kind in harness.both(ours, base):
         assert zero or kind & HOLE == 0, (ours, base)
         assert not zero or kind != 0, (ours, base)
 

@@ -31,13 +31,6 @@ CONFIGURATIONS = [
 ]
 
 
-def without_data(extents, flag):
-    """QEMU tells explicit zeroes as a hole, and the holes of the image
-    file as zeroes."""
-    return harness.merge([(length, bool(kind & flag))
-                          for length, kind in extents])
-
-
 class Subject:
     """The disk and its snapshots as bytes."""
 
@@ -149,9 +142,12 @@ class Subject:
             assert h.pread(self.size, 0) == data, "%s: %s" % (where, name)
             if self.version >= 3:
                 wanted = harness.extents(h, "base:allocation")
-                assert without_data(got, ZERO) == \
-                    without_data(wanted, HOLE), "%s: %s: %s, not %s" % (
-                        where, name, got, wanted)
+                # QEMU tells explicit zeroes as a hole, and holes of the
+                # image's file, below which we do not always look, as zeroes.
+                for ours, qemus in harness.both(got, wanted):
+                    assert bool(ours & ZERO) >= bool(qemus & HOLE) and \
+                        bool(ours & ZERO) <= bool(qemus), \
+                        "%s: %s: %s, not %s" % (where, name, got, wanted)
             h.shutdown()
         assert harness.sha256(DISK) == before, where + ": it was written"
 
