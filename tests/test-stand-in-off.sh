@@ -33,7 +33,7 @@ assert h.pread (512, 5 << 20) == b"y" * 512
 assert h.pread (65536, 6 << 20) == bytes (65536)
 found = []
 h.block_status (3 << 20, 5 << 20, lambda *a: found.extend (a[2]))
-assert found[0] == 65536 and found[1] == 0, found
+assert 512 <= found[0] <= 65536 and found[1] == 0, found
 assert sum (found[0::2]) <= 3 << 20, found
 # Idle from here on.
 os.kill (pid, signal.SIGTERM)

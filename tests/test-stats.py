@@ -445,7 +445,7 @@ def refusals():
         f.write("# HELP something_else\n")
     before = [harness.sha256(p) for p in
               ("disk.qcow2", "other.qcow2", "text")]
-    for path, why in (("disk.qcow2", "not replaced"),
+    for path, why in (("disk.qcow2", "the same file"),
                       ("other.qcow2", "not replaced"),
                       ("link.prom", "not replaced"),
                       ("text", "not replaced"),
