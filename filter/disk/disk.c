@@ -377,7 +377,10 @@ disk_sync (struct disk *d)
 int
 disk_settle (struct disk *d)
 {
-  return qcow2_settle (d->qcow2, bitmap_set_hooks (d->bitmaps));
+  const int r = qcow2_settle (d->qcow2, bitmap_set_hooks (d->bitmaps));
+
+  bitmap_set_tell_unstored (d->bitmaps);
+  return r;
 }
 
 void
