@@ -210,6 +210,7 @@ get_export_options (void)
   return (struct export_options) {
     .name = parameters.exportname,
     .description = parameters.description,
+    .list_deltas = parameters.list_deltas,
   };
 }
 

@@ -58,6 +58,7 @@ const char parameters_help[] =
   "                               besides the image's own (may be repeated).\n"
   "dirty-bitmap-exportname=NAME   Name of the export (default: any name).\n"
   "dirty-bitmap-description=TEXT  Description of the export.\n"
+  "dirty-bitmap-delta=on|off      List the exports delta:BITMAP (default: off).\n"
   "dirty-bitmap-snapshot=NAME_OR_ID\n"
   "                               Serve this internal snapshot, read-only.\n"
   "dirty-bitmap-cache-size=SIZE   Memory for the image's tables (default: 40M).\n"
@@ -341,6 +342,20 @@ take_server (struct parameters *p, const char *key, const char *value)
 }
 
 static int
+take_delta (struct parameters *p, const char *key, const char *value)
+{
+  if (p->delta_given)
+    return repeated (key);
+  if (strcmp (value, "on") != 0 && strcmp (value, "off") != 0) {
+    report_error ("%s: must be on or off: %s", key, value);
+    return -1;
+  }
+  p->list_deltas = strcmp (value, "on") == 0;
+  p->delta_given = true;
+  return 1;
+}
+
+static int
 take_snapshot (struct parameters *p, const char *key, const char *value)
 {
   if (p->snapshot != NULL)
@@ -468,6 +483,7 @@ parameters_take (struct parameters *p, const char *key, const char *value)
     { "dirty-bitmap", take_require },
     { "dirty-bitmap-allow-path", take_allow },
     { "dirty-bitmap-cache-size", take_cache_size },
+    { "dirty-bitmap-delta", take_delta },
     { "dirty-bitmap-description", take_description },
     { "dirty-bitmap-exportname", take_exportname },
     { "dirty-bitmap-expose", take_expose },

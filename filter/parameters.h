@@ -32,6 +32,7 @@ struct parameters {
   char *snapshot;               /* dirty-bitmap-snapshot, or NULL */
   char *exportname;             /* dirty-bitmap-exportname, or NULL */
   char *description;            /* dirty-bitmap-description, or NULL */
+  bool list_deltas;             /* dirty-bitmap-delta */
   char *stats;                  /* dirty-bitmap-stats, absolute, or NULL */
   unsigned stats_interval;      /* dirty-bitmap-stats-interval, or 0 */
   bool listens;                 /* dirty-bitmap-listen */
@@ -40,7 +41,7 @@ struct parameters {
   /* dirty-bitmap-max-connections and the others; 0: not given. */
   struct nbd_limits limits;
 
-  bool cache_size_given, server_given, idle_timeout_given;
+  bool cache_size_given, delta_given, server_given, idle_timeout_given;
 };
 
 #define PARAMETERS_DEFAULT_CACHE_SIZE ((uint64_t) 40 << 20)

@@ -168,7 +168,7 @@ stop_server
 
 # A snapshot has no bitmaps, so no deltas.
 qemu-img snapshot -c s disk.qcow2
-serve disk.qcow2 dirty-bitmap-snapshot=s
+serve disk.qcow2 dirty-bitmap-snapshot=s dirty-bitmap-delta=on
 if nbdinfo --size "$(delta b)" 2>/dev/null; then fail "a delta of a snapshot"; fi
 same "the list" 'export="":' "$(nbdinfo --list "$uri" | grep export=)"
 stop_server

@@ -75,7 +75,7 @@ for server in on off; do
   echo "dirty-bitmap-server=$server"
 
   serve disk.qcow2 dirty-bitmap-server=$server dirty-bitmap-exportname="$name" \
-        dirty-bitmap-description="$text"
+        dirty-bitmap-description="$text" dirty-bitmap-delta=on
   same "the list" "$name|$text
 $delta" "$(list)"
   opens "$name"
@@ -90,22 +90,27 @@ $delta" "$(list)"
   stop_server
 
   # The empty name alone.
-  serve disk.qcow2 dirty-bitmap-server=$server dirty-bitmap-exportname=
+  serve disk.qcow2 dirty-bitmap-server=$server dirty-bitmap-exportname= \
+        dirty-bitmap-delta=on
   same "the list" "|
 $delta" "$(list)"
   opens ""
   does_not_open x
   stop_server
 
-  # None is given: every name but those of deltas.
+  # None is given: every name but those of deltas, which are not listed if
+  # that was not asked for, and can be opened all the same.
   serve disk.qcow2 dirty-bitmap-server=$server dirty-bitmap-description="$text"
-  same "the list" "|$text
-$delta" "$(list)"
+  same "the list" "|$text" "$(list)"
   opens ""
   opens x
   opens "$name"
   opens delta:b
   does_not_open delta:a
+  stop_server
+  serve disk.qcow2 dirty-bitmap-server=$server dirty-bitmap-delta=off
+  same "the list" "|" "$(list)"
+  opens delta:b
   stop_server
 done
 

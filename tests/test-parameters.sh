@@ -45,11 +45,14 @@ done
 for word in "" yes 1 ON maybe; do
   no dirty-bitmap-server dirty-bitmap-server="$word"
 done
+for word in "" yes 1 ON auto; do
+  no dirty-bitmap-delta dirty-bitmap-delta="$word"
+done
 for parameter in dirty-bitmap-granularity=64k dirty-bitmap-cache-size=8M \
                  dirty-bitmap-server=auto dirty-bitmap-listen=x \
                  dirty-bitmap-max-connections=9 dirty-bitmap-max-requests=9 \
                  dirty-bitmap-handshake-timeout=9 dirty-bitmap-max-memory=1G \
-                 dirty-bitmap-idle-timeout=0 \
+                 dirty-bitmap-idle-timeout=0 dirty-bitmap-delta=on \
                  dirty-bitmap-exportname=x dirty-bitmap-description=x; do
   no "${parameter%=*}" dirty-bitmap=b "$parameter" "$parameter"
 done

@@ -57,7 +57,8 @@ grep -q outermost log || grep -q 'filter=log' log || fail "the log does not say 
 
 # Through a shell's pipes.
 mkfifo to from
-"$nbdkit" -s --filter="$FILTER" file disk.qcow2 <to >from 2>log &
+"$nbdkit" -s --filter="$FILTER" file disk.qcow2 dirty-bitmap-delta=on \
+          <to >from 2>log &
 pids+=($!)
 exec 7>to 8<from
 printf '\0\0\0\3IHAVEOPT\0\0\0\3\0\0\0\0IHAVEOPT\0\0\0\2\0\0\0\0' >&7

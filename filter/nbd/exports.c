@@ -82,7 +82,7 @@ exports_list (const struct disk *disk, const struct export_options *o,
   if (list_one (disk, o, &e, o->name != NULL ? o->name : "", fn,
                 opaque) == -1)
     return -1;
-  if (nr >= exports_list_max)
+  if (!o->list_deltas || nr >= exports_list_max)
     return 0;
   e.is_delta = true;
   for (; e.bitmap < nr; e.bitmap++) {

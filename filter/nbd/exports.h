@@ -11,7 +11,8 @@
  * The disk has the name that it was given, and no other, not even the
  * empty one; or every name, if it was given none.  delta:BITMAP is the
  * disk as one bitmap has it (disk_delta_read), read-only, for each bitmap
- * that clients are offered.  These names are never the disk's.
+ * that clients are offered.  These names are never the disk's.  A client
+ * that knows one can open it, whether a list of the exports has it or not.
  *
  * nbd/ uses this, and so do the callbacks of nbdkit's own server.
  */
@@ -31,6 +32,7 @@ struct export {
 struct export_options {
   const char *name;             /* the disk's, or NULL: every name */
   const char *description;      /* the disk's, or NULL or "": none */
+  bool list_deltas;             /* among the exports, to clients that ask */
 };
 
 /* The export of this name, which needs no NUL behind it.  False if there
@@ -46,7 +48,7 @@ extern int export_describe (const struct disk *,
                             const struct export_options *,
                             const struct export *, char **description);
 
-/* Call fn for each export, the disk first.  Clients take a list of 10000
+/* Call fn for each export of a list, the disk first.  Clients take a list of 10000
  * (libnbd's limit, and nbdkit's): if there are more, the deltas are left
  * out.  Stops if fn returns -1, and returns that.
  */

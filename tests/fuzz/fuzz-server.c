@@ -81,7 +81,9 @@ make_disk (void)
 int
 LLVMFuzzerInitialize (int *argc, char ***argv)
 {
-  const struct nbd_options options = { .export.description = "a fake disk" };
+  const struct nbd_options options = {
+    .export = { .description = "a fake disk", .list_deltas = true },
+  };
   int fd = socket (AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 
   (void) argc;

@@ -61,6 +61,7 @@ fixture_init (struct fixture *f, uint64_t size)
   f->tls = NULL;
   memset (&f->limits, 0, sizeof f->limits);
   f->export_name = NULL;
+  f->list_deltas = false;
   snprintf (f->dir, sizeof f->dir, "%s/nbdXXXXXX",
             tmp != NULL && strlen (tmp) < 40 ? tmp : "/tmp");
   assert_non_null (mkdtemp (f->dir));
@@ -72,7 +73,7 @@ fixture_start (struct fixture *f, bool readonly)
 {
   struct nbd_options options = {
     .readonly = readonly,
-    .export = { f->export_name, "a fake disk" },
+    .export = { f->export_name, "a fake disk", f->list_deltas },
   };
   struct sockaddr_un addr = { .sun_family = AF_UNIX };
   int fd = socket (AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);

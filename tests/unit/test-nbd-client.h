@@ -29,6 +29,7 @@ struct fixture {
   struct nbd_tls *tls;          /* may be set before fixture_start, */
   struct nbd_limits limits;     /* and these */
   const char *export_name;
+  bool list_deltas;             /* the same */
 };
 
 /* Set to require TLS of all servers to come.  Clients then speak it

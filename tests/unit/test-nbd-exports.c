@@ -33,7 +33,7 @@ static struct fixture f;
 static uint8_t *dirty;          /* monday's granules */
 
 static int
-setup_named (const char *name)
+setup_named (const char *name, bool list_deltas)
 {
   fixture_init (&f, SIZE);
   fake_disk_add_bitmap (f.disk, "monday", GRANULE);
@@ -42,6 +42,7 @@ setup_named (const char *name)
     f.disk->data[i] = 1 + i / 512 % 255;
   dirty = f.disk->bitmaps[0].dirty;
   f.export_name = name;
+  f.list_deltas = list_deltas;
   extents_max = (1 << 20) - 1;
   exports_list_max = 10000;
   fixture_start (&f, false);
@@ -52,21 +53,28 @@ static int
 setup_any (void **state)
 {
   (void) state;
-  return setup_named (NULL);
+  return setup_named (NULL, true);
 }
 
 static int
 setup_disk (void **state)
 {
   (void) state;
-  return setup_named ("disk");
+  return setup_named ("disk", true);
 }
 
 static int
 setup_empty (void **state)
 {
   (void) state;
-  return setup_named ("");
+  return setup_named ("", true);
+}
+
+static int
+setup_unlisted (void **state)
+{
+  (void) state;
+  return setup_named (NULL, false);
 }
 
 static int
@@ -262,6 +270,17 @@ test_empty_name (void **state)
   check_known ("", "a fake disk", false);
   check_unknown ("disk");
   check_no_export_name (greeted (), "", 1);
+}
+
+/* What is not listed can be opened all the same. */
+static void
+test_unlisted (void **state)
+{
+  (void) state;
+  check_list (LIST (""), LIST ("a fake disk"));
+  check_known ("delta:monday", MONDAY, true);
+  check_known ("delta:mon", MON, true);
+  check_unknown_deltas ();
 }
 
 /* A list that clients would not take has the disk only. */
@@ -542,6 +561,7 @@ main (void)
     NAMED (test_one_name),
     cmocka_unit_test_setup_teardown (test_empty_name, setup_empty, teardown),
     ANY (test_list_limit),
+    cmocka_unit_test_setup_teardown (test_unlisted, setup_unlisted, teardown),
     ANY (test_delta_contexts),
     ANY (test_delta_read),
     ANY (test_delta_past_end),

@@ -191,6 +191,14 @@ test_good_parameters (void **state)
   assert_int_equal (p.cache_size, PARAMETERS_DEFAULT_CACHE_SIZE);
   parameters_free (&p);
 
+  assert_false (p.list_deltas);
+  assert_int_equal (parameters_take (&p, "dirty-bitmap-delta", "on"), 1);
+  assert_true (p.list_deltas);
+  parameters_free (&p);
+  assert_int_equal (parameters_take (&p, "dirty-bitmap-delta", "off"), 1);
+  assert_false (p.list_deltas);
+  parameters_free (&p);
+
   assert_int_equal (parameters_take (&p, "dirty-bitmap-snapshot", "1"), 1);
   assert_int_equal (parameters_complete (&p), 0);
   assert_string_equal (p.snapshot, "1");
@@ -264,6 +272,9 @@ test_bad_parameters (void **state)
     { "dirty-bitmap-cache-size", "" },
     { "dirty-bitmap-cache-size", "1048575" },
     { "dirty-bitmap-cache-size", "65G" },
+    { "dirty-bitmap-delta", "" },
+    { "dirty-bitmap-delta", "yes" },
+    { "dirty-bitmap-delta", "ON" },
     { "dirty-bitmap-snapshot", "" },
     { "dirty-bitmap-server", "" },
     { "dirty-bitmap-server", "yes" },
@@ -279,6 +290,7 @@ test_bad_parameters (void **state)
     { "dirty-bitmap-server", "auto" },
     { "dirty-bitmap-listen", "/s" },
     { "dirty-bitmap-snapshot", "s" },
+    { "dirty-bitmap-delta", "off" },
   };
   struct parameters p = { .granularity = 0 };
   char name[1025];
