@@ -22,7 +22,8 @@
  *
  * A client that goes may be the reason for nbdkit to quit (stop.c), so
  * what it has written may have to be stored in finalize.  That is outside
- * of the gate: whoever stores it may be waiting for the gate.
+ * of the gate: the thread that stores it may be waiting for the
+ * gate.
  */
 
 #include <config.h>

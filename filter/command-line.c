@@ -20,8 +20,8 @@
  * abbreviates in one that does not have that.
  *
  * An option that the table does not have is no error, since nbdkit has
- * accepted it, but then our server does not stand in: nobody knows what
- * was asked for.  Where its value is given with "=", or it has none, all
+ * accepted it, but then our server does not stand in: what was asked for
+ * is unknown.  Where its value is given with "=", or it has none, all
  * else is understood nevertheless.  But whether it has one cannot be
  * seen: in "--new -r" the -r may be the value.  So the command line is
  * ambiguous then (also after an unknown letter), and what would do harm
@@ -336,7 +336,7 @@ may_be_readonly (const char *arg)
   return false;
 }
 
-/* If there is an option that nobody here knows: our server must not
+/* If there is an option that is not in the table: our server must not
  * stand in, and nothing may be written if that was forbidden.
  */
 static void

@@ -23,8 +23,8 @@
  * Before anything is served, both ways are seen to lead to the same file
  * and the same bytes.
  *
- * A filter that opens the plugin anew whenever it likes, where nobody can
- * see which file that was, could make us write to another one.
+ * A filter that opens the plugin anew at any time, so that we cannot see
+ * which file it opens, could make us write to another one.
  */
 
 #include <config.h>

@@ -9,7 +9,7 @@
  * Ours opens the plugin before there is a client.  nbdkit before 1.44
  * then has no name for the plugin at all, instead of an empty one: the
  * file plugin crashes, the nbd plugin aborts, others end with an error
- * that nobody understands.  So these are refused, by their parameters or
+ * that does not name the cause.  So these are refused, by their parameters or
  * by their names, before the plugin sees that its parameters are
  * complete.
  */

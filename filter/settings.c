@@ -9,8 +9,8 @@
  * it calls after_fork, whatever is there: get_ready is the last moment
  * to see that one of them is the image.
  *
- * An option that nobody here knows may be about TLS, or hide one that is
- * (command-line.c).  So the socket of dirty-bitmap-listen, which our
+ * An option that command-line.c does not know may be about TLS, or hide
+ * one that is.  So the socket of dirty-bitmap-listen, which our
  * server serves in any case, is refused with such options.
  *
  * Options of nbdkit that bound its clients bound those of our server as

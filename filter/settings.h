@@ -20,7 +20,7 @@ struct settings {
 };
 
 /* -1, with the reason reported, if one contradicts the other.  What has
- * to be known of options that nobody here knows is reported as well.
+ * to be known of unknown options is reported as well.
  */
 extern int settings_check (const struct settings *);
 

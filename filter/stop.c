@@ -11,7 +11,7 @@
  * - Once nbdkit quits, every nbdkit_nanosleep fails.  Filters below that
  *   sleep (delay, rate, retry) then fail the writes that they delay.
  * - nbdkit waits until its connections have ended by themselves, and only
- *   then calls cleanup.  Who started it loses patience and kills it.
+ *   then calls cleanup.  Whatever started it loses patience and kills it.
  *
  * So signals come to a thread of ours (signals.c), which works through
  * this, and tells nbdkit to quit when it is done:
@@ -24,9 +24,10 @@
  *               acknowledged until now.
  *   wait        Until no request is under way.  GRACE_MS after "refuse"
  *               long ones end early (disk_hurry), and clients of our
- *               server are cut.  If one is stuck for PATIENCE_MS, maybe asleep in a filter
- *               below: store once more, and let nbdkit quit, which wakes
- *               it; then wait for as long as it takes.
+ *               server are disconnected.  If a request is stuck for
+ *               PATIENCE_MS, maybe asleep in a filter below: store once
+ *               more, and let nbdkit quit, which wakes it; then wait for
+ *               as long as it takes.
  *   stop        disk_stop.  No request comes after it.
  *   quit        nbdkit_shutdown.
  *   shut down   The receiving side of the connections of nbdkit's server

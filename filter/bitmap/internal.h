@@ -48,10 +48,10 @@
  * holds both.  The flush hooks run under the flush lock of qcow2/ and take
  * them inside; marks take them alone; both call qcow2/ with one held,
  * which takes locks of its own inside, never the flush lock (of all that
- * qcow2/ offers only qcow2_flush and qcow2_stop take that, and nobody
- * calls those with one of ours held).  A section never waits for anything, so whoever
- * waits for a grace period may hold any lock; a section may be entered
- * with state_lock held.
+ * qcow2/ offers only qcow2_flush and qcow2_stop take that, and no caller
+ * of those holds one of ours).  A section never waits for anything, so a
+ * thread that waits for a grace period may hold any lock; a section may be
+ * entered with state_lock held.
  */
 
 #include <pthread.h>

@@ -19,7 +19,7 @@
 #define GROW_MIN_STEP ((uint64_t) 16 << 20)
 #define GROW_MAX_STEP ((uint64_t) 1 << 30)
 
-/* Nobody uses the descriptor's position, so lseek may move it in any
+/* The descriptor's position is not used, so lseek may move it in any
  * thread.
  */
 void

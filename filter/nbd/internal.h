@@ -166,8 +166,8 @@ struct nbd_server {
   pthread_t monitor_thread;
 
   atomic_bool stopping;         /* receive nothing more */
-  int64_t cut_at_ms;            /* set before that: when to cut those who
-                                   are left */
+  int64_t cut_at_ms;            /* set before that: when to disconnect the
+                                   clients that are left */
   atomic_uint nr_extra_threads; /* besides one for each connection */
 
   /* Protects the lists and counts below, and that the fd of a listed

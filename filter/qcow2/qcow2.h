@@ -295,7 +295,7 @@ extern int qcow2_write_metadata (struct qcow2 *, enum qcow2_class,
                                  const void *buf, size_t count,
                                  uint64_t host_offset);
 
-/* What the two that allocate and write do first, for those who write in
+/* What the two that allocate and write do first, for a caller that writes in
  * another way (holes.h): see to it that the image may be changed.
  */
 extern int qcow2_begin_writing (struct qcow2 *);

@@ -14,7 +14,7 @@
  * way.  If it wrote into the place after it was filled, its data would
  * read as zeroes until the entry points at them, even if it was answered
  * meanwhile, and come back then (I8).  If it read the place, it would
- * have seen data before the next read sees zeroes.  So whoever fills a
+ * have seen data before the next read sees zeroes.  So a write that fills a
  * place waits first until all requests have ended that were under way
  * when it lost its data.
  *
