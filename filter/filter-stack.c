@@ -45,9 +45,9 @@
  *
  * A plugin can judge clients too, by .preconnect, which nbdkit's own
  * server calls for each client.  Ours cannot: nbdkit lets filters call it
- * from nbdkit's own connections only.  The rest of what a plugin may do by client
- * (.open and the lists of exports, by the name of the export or by TLS)
- * is out of reach whichever server answers, since our filter opens the
+ * from nbdkit's own connections only.  The rest of what a plugin may do by
+ * client (.open and the lists of exports, by the name of the export or by
+ * TLS) is out of reach whichever server answers, since our filter opens the
  * plugin once.  So there is a list of the plugins of nbdkit 1.32 to 1.48
  * that have no .preconnect.  The others of these are cc, eval, python and
  * sh, which have it if the script has, and torrent, which waits in it.

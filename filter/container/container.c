@@ -116,7 +116,8 @@ container_pwrite (struct container *c, const void *buf, size_t count,
   }
   if (container_reserve (c, offset + count) == -1)
     return -1;
-  return changed (c, c->block_bytes == 1 ? c->ops->pwrite (c, buf, count, offset)
+  return changed (c, c->block_bytes == 1
+                  ? c->ops->pwrite (c, buf, count, offset)
                   : blocks_pwrite (c, buf, count, offset));
 }
 
@@ -131,7 +132,8 @@ container_zero (struct container *c, uint64_t count, uint64_t offset,
   count = clip (c, count, offset);
   if (count == 0)
     return 0;
-  return changed (c, c->block_bytes == 1 ? c->ops->zero (c, count, offset, punch)
+  return changed (c, c->block_bytes == 1
+                  ? c->ops->zero (c, count, offset, punch)
                   : blocks_zero (c, count, offset, punch));
 }
 

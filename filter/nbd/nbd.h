@@ -100,7 +100,8 @@ extern int nbd_server_start (struct nbd_server *);
 /* Begin to stop, and return at once: accept no more, execute the requests
  * that were received whole, answer what the clients still take within
  * grace_ms, and then cut every connection.  From then on the disk is in a
- * hurry (disk_hurry).  Idle clients are cut at once.  Nothing happens if it has begun, or there was no start.
+ * hurry (disk_hurry).  Idle clients are cut at once.  Nothing
+ * happens if it has begun, or there was no start.
  */
 extern void nbd_server_begin_stop (struct nbd_server *, unsigned grace_ms);
 
