@@ -38,7 +38,7 @@ overlap ()
       get_size="stat -Lc %s $d/disk.qcow2" \
       pread="if [ -e $d/armed ]; then mkdir $d/busy 2>/dev/null ||
                  echo >>$d/met; sleep 0.2; rmdir $d/busy 2>/dev/null; fi
-             dd if=$d/disk.qcow2 skip=\$4 count=\$3 \
+             env -u LD_PRELOAD dd if=$d/disk.qcow2 skip=\$4 count=\$3 \
                 iflag=count_bytes,skip_bytes status=none" \
       dirty-bitmap-server=force "${parameters[@]}"
   nbdsh -u "$uri" -c 'h.pread(1 << 20, 0)'       # what tables there are

@@ -15,9 +15,9 @@ qemu-img bitmap --add disk.qcow2 b
 cp disk.qcow2 pristine.qcow2
 
 script=(get_size="stat -Lc %s $d/disk.qcow2"
-        pread="dd if=$d/disk.qcow2 skip=\$4 count=\$3 iflag=count_bytes,skip_bytes status=none"
+        pread="env -u LD_PRELOAD dd if=$d/disk.qcow2 skip=\$4 count=\$3 iflag=count_bytes,skip_bytes status=none"
         can_write="exit 0"
-        pwrite="dd of=$d/disk.qcow2 seek=\$4 oflag=seek_bytes conv=notrunc status=none"
+        pwrite="env -u LD_PRELOAD dd of=$d/disk.qcow2 seek=\$4 oflag=seek_bytes conv=notrunc status=none"
         can_flush="exit 0" flush="exit 0")
 judge='test ! -e '"$d/no"'; exit'
 

@@ -276,8 +276,7 @@ is_cheap (uint16_t type, unsigned nr)
     run_rounds (type, nr);
     atomic_store (&counting, false);
     assert_true (receives > 0 && sends > 0);
-    if (allocations == 0 && receives <= ROUNDS * 5 / 4 &&
-        sends <= ROUNDS * 5 / 4)
+    if (allocations == 0 && receives <= 2 * ROUNDS && sends <= 2 * ROUNDS)
       return true;
   }
   print_message ("%u rounds of %u: %u allocations, received by %u calls, "
