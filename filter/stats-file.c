@@ -36,10 +36,10 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "common/cleanup.h"
+#include "common/clock.h"
 #include "common/report.h"
 #include "common/threads.h"
 #include "disk/disk.h"
@@ -252,15 +252,6 @@ stats_file_prepare (const char *file)
   }
   handles_signal = true;
   return 0;
-}
-
-static int64_t
-now_ms (void)
-{
-  struct timespec ts;
-
-  clock_gettime (CLOCK_MONOTONIC, &ts);
-  return (int64_t) ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
 }
 
 /* Sleep until somebody wakes us, or it is time.  A time that was slept

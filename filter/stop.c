@@ -90,6 +90,7 @@
 
 #include "clients.h"
 #include "common/cleanup.h"
+#include "common/clock.h"
 #include "common/report.h"
 #include "common/threads.h"
 #include "disk/disk.h"
@@ -127,15 +128,6 @@ static bool is_finishing;       /* cleanup has come */
 static bool is_stopped;         /* the disk is */
 static unsigned stores_asked, stores_done;
 static int result;              /* of disk_stop */
-
-static int64_t
-now_ms (void)
-{
-  struct timespec ts;
-
-  clock_gettime (CLOCK_MONOTONIC, &ts);
-  return (int64_t) ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-}
 
 /* Sleep until there is something to be done.  True if that is to stop. */
 static bool

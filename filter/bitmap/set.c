@@ -26,7 +26,9 @@
 #include "bitmap/internal.h"
 #include "common/bytes.h"
 #include "common/cleanup.h"
+#include "common/names.h"
 #include "common/report.h"
+#include "common/vector.h"
 #include "container/container.h"
 
 /* The most bits that a mark sets in one section. */
@@ -73,18 +75,11 @@ bitmap_free (struct bitmap *b)
 int
 bitmap_set_reserve (struct bitmap_set *set, size_t nr)
 {
-  struct bitmap **bitmaps;
-
-  if (nr <= set->max_bitmaps - set->nr_bitmaps)
-    return 0;
-  bitmaps = reallocarray (set->bitmaps, set->nr_bitmaps + nr,
-                          sizeof *bitmaps);
-  if (bitmaps == NULL) {
+  if (vector_reserve (set->bitmaps, set->nr_bitmaps, set->max_bitmaps,
+                      nr) == -1) {
     report_error ("realloc: %m");
     return -1;
   }
-  set->bitmaps = bitmaps;
-  set->max_bitmaps = set->nr_bitmaps + nr;
   return 0;
 }
 
@@ -102,15 +97,6 @@ bitmap_set_nr_bits (const struct bitmap_set *set, unsigned granularity_bits)
 {
   return div_round_up (set->geometry.disk_size_bytes,
                        UINT64_C (1) << granularity_bits);
-}
-
-static bool
-is_named (const char *const *names, size_t nr, const char *name)
-{
-  for (size_t i = 0; i < nr; ++i)
-    if (strcmp (names[i], name) == 0)
-      return true;
-  return false;
 }
 
 static int
@@ -170,7 +156,7 @@ bitmap_is_wanted (const struct bitmap_options *options, const char *name)
 {
   return !is_hidden (options, name) &&
     (options->nr_expose == 0 ||
-     is_named (options->expose, options->nr_expose, name));
+     names_include (options->expose, options->nr_expose, name));
 }
 
 static int
@@ -185,7 +171,8 @@ check_exposed (const struct bitmap_set *set,
       continue;
     if (b != NULL && b->inconsistent)
       return refuse_inconsistent (name);
-    if (b != NULL || is_named (options->require, options->nr_require, name))
+    if (b != NULL ||
+        names_include (options->require, options->nr_require, name))
       continue;
     if ((set->is_backing || options->has_backing) && !is_unusable (set))
       continue;

@@ -69,6 +69,7 @@
 #include "common/cleanup.h"
 #include "common/order.h"
 #include "common/report.h"
+#include "common/vector.h"
 
 /* Change a table entry.  Room in pending was made. */
 static void
@@ -84,18 +85,10 @@ set_table_entry (struct bitmap *b, uint32_t index, uint64_t entry,
 static int
 reserve_pending (struct bitmap *b)
 {
-  if (b->nr_pending < b->max_pending)
-    return 0;
-
-  size_t max = b->max_pending ? 2 * b->max_pending : 16;
-  struct pending_entry *p = realloc (b->pending, max * sizeof *p);
-
-  if (p == NULL) {
+  if (vector_reserve (b->pending, b->nr_pending, b->max_pending, 1) == -1) {
     report_error ("bitmap '%s': realloc: %m", b->name);
     return -1;
   }
-  b->pending = p;
-  b->max_pending = max;
   return 0;
 }
 

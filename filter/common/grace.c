@@ -35,13 +35,10 @@
 #include "common/cleanup.h"
 #include "common/grace.h"
 
-static atomic_uint next_shard;
-static _Thread_local unsigned my_shard; /* 1 + shard, or 0 if not chosen */
-
 void
 grace_init (struct grace *g)
 {
-  for (unsigned i = 0; i < GRACE_SHARDS; ++i) {
+  for (unsigned i = 0; i < NR_SHARDS; ++i) {
     atomic_init (&g->shard[i].sections[0], 0);
     atomic_init (&g->shard[i].sections[1], 0);
   }
@@ -59,10 +56,8 @@ grace_free (struct grace *g)
 grace_ticket
 grace_enter (struct grace *g)
 {
-  if (my_shard == 0)
-    my_shard = 1 + atomic_fetch_add (&next_shard, 1) % GRACE_SHARDS;
+  struct grace_counter *c = &g->shard[shard_of_thread ()];
 
-  struct grace_counter *c = &g->shard[my_shard - 1];
   for (;;) {
     unsigned phase = atomic_load (&g->begun) & 1;
 
@@ -77,7 +72,7 @@ void
 grace_leave (struct grace *g, grace_ticket phase)
 {
   /* A section is entered and left by one thread. */
-  atomic_fetch_sub_explicit (&g->shard[my_shard - 1].sections[phase], 1,
+  atomic_fetch_sub_explicit (&g->shard[shard_of_thread ()].sections[phase], 1,
                              memory_order_release);
 }
 
@@ -87,7 +82,7 @@ old_phase_is_empty (struct grace *g)
 {
   const unsigned old = (atomic_load (&g->begun) & 1) ^ 1;
 
-  for (unsigned i = 0; i < GRACE_SHARDS; ++i)
+  for (unsigned i = 0; i < NR_SHARDS; ++i)
     if (atomic_load (&g->shard[i].sections[old]) != 0)
       return false;
   return true;

@@ -25,7 +25,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define GRACE_SHARDS 32
+#include "common/shard.h"
 
 struct grace_counter {
   _Alignas (64) atomic_long sections[2];
@@ -35,7 +35,7 @@ struct grace_counter {
 typedef uint64_t grace_period;
 
 struct grace {
-  struct grace_counter shard[GRACE_SHARDS];
+  struct grace_counter shard[NR_SHARDS];
   _Alignas (64) _Atomic grace_period begun; /* the last, under lock */
   pthread_mutex_t lock;         /* protects what follows */
   grace_period ended;           /* the last: begun, or the one before it */

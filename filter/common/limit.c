@@ -5,21 +5,11 @@
 
 #include <config.h>
 
-#include <time.h>
-
 #include "common/cleanup.h"
+#include "common/clock.h"
 #include "common/limit.h"
 
 unsigned limit_period_ms = 60 * 1000;
-
-static int64_t
-now_ms (void)
-{
-  struct timespec ts;
-
-  clock_gettime (CLOCK_MONOTONIC, &ts);
-  return (int64_t) ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-}
 
 void
 limit_init (struct limit *l)

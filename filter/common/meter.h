@@ -22,6 +22,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "common/shard.h"
+
 /* Set before other threads begin, and never changed by them. */
 extern bool meter_is_on;
 
@@ -50,16 +52,12 @@ tally_add (tally *t, uint64_t n)
 }
 
 /* Has many writers. */
-#define METER_SHARDS 16
-
 struct meter {
   struct {
     _Alignas (64) _Atomic uint64_t count;
-  } shard[METER_SHARDS];
+  } shard[NR_SHARDS];
 };
 
-/* The shard of this thread: threads are spread over them. */
-extern unsigned meter_shard (void);
 extern void meter_add (struct meter *, uint64_t n);
 extern uint64_t meter_total (const struct meter *);
 

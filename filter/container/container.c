@@ -58,7 +58,7 @@ container_init (struct container *c, const struct container_ops *ops,
 static int
 changed (struct container *c, int r)
 {
-  atomic_fetch_add_explicit (&c->changes[meter_shard ()].count, 1,
+  atomic_fetch_add_explicit (&c->changes[shard_of_thread ()].count, 1,
                              memory_order_release);
   if (r == -1 && (errno == EDQUOT || errno == EFBIG))
     errno = ENOSPC;
@@ -70,7 +70,7 @@ count_changes (struct container *c)
 {
   uint64_t n = 0;
 
-  for (unsigned i = 0; i < METER_SHARDS; ++i)
+  for (unsigned i = 0; i < NR_SHARDS; ++i)
     n += atomic_load_explicit (&c->changes[i].count, memory_order_acquire);
   return n;
 }

@@ -107,7 +107,7 @@ struct container {
   tally flushes, flush_ns;      /* that have succeeded */
 
   /* Changes that have been done, or have failed: by many threads. */
-  struct container_counter changes[METER_SHARDS];
+  struct container_counter changes[NR_SHARDS];
 
   /* Blocks: see blocks.c.  1 if any range will do. */
   uint32_t block_bytes;         /* a power of two; set by the open function */

@@ -23,6 +23,7 @@
 
 #include "bitmap/bitmap.h"
 #include "common/bytes.h"
+#include "common/names.h"
 #include "common/order.h"
 #include "common/report.h"
 #include "container/container.h"
@@ -64,21 +65,12 @@ open_set (struct disk *d, struct qcow2 *image,
   return 0;
 }
 
-static bool
-is_named (const char *const *names, size_t nr, const char *name)
-{
-  for (size_t i = 0; i < nr; ++i)
-    if (strcmp (names[i], name) == 0)
-      return true;
-  return false;
-}
-
 /* What was asked for has been found, in one image or another. */
 static int
 check_expose (const struct disk *d, const struct disk_options *o)
 {
   for (size_t i = 0; i < o->nr_expose; ++i) {
-    bool found = is_named (o->require, o->nr_require, o->expose[i]);
+    bool found = names_include (o->require, o->nr_require, o->expose[i]);
 
     for (size_t j = 0; !found && j < d->nr_sets; ++j)
       found = bitmap_set_offers (d->sets[j], o->expose[i]);

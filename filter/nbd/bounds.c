@@ -34,7 +34,6 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <sys/resource.h>
-#include <time.h>
 
 #include "common/bytes.h"
 #include "common/cleanup.h"
@@ -51,15 +50,6 @@ unsigned trim_ms = IDLE_SECONDS * 1000;
 
 /* Descriptors that are not for clients. */
 #define SPARE_DESCRIPTORS 64
-
-int64_t
-now_ms (void)
-{
-  struct timespec ts;
-
-  clock_gettime (CLOCK_MONOTONIC, &ts);
-  return ts.tv_sec * INT64_C (1000) + ts.tv_nsec / 1000000;
-}
 
 void
 bounds_for_descriptors (struct nbd_limits *limits)

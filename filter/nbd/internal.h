@@ -41,6 +41,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+#include "common/clock.h"
 #include "common/limit.h"
 #include "common/report.h"
 #include "common/threads.h"
@@ -389,9 +390,6 @@ extern void server_wake (struct nbd_server *);
 extern void server_handshake_done (struct connection *);
 
 /* bounds.c */
-
-/* CLOCK_MONOTONIC, in milliseconds. */
-extern int64_t now_ms (void);
 
 /* How long a place in the handshake is a client's own, a client may hold
  * memory that others wait for without moving data, and a free buffer is

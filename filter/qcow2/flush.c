@@ -69,6 +69,8 @@
 #include <sys/types.h>
 #include <time.h>
 
+#include "common/clock.h"
+#include "common/vector.h"
 #include "qcow2/internal.h"
 
 /* Dirty slices that are copied at a time. */
@@ -220,16 +222,10 @@ copy_slices (struct qcow2 *q, struct flush *f)
       return -1;
     }
   }
-  if (f->max_copies - f->nr_copies < f->round) {
-    const size_t max = f->max_copies * 2 + f->round;
-    struct l2_copy *p = realloc (f->copies, max * sizeof p[0]);
-
-    if (p == NULL) {
-      report_error ("realloc: %m");
-      return -1;
-    }
-    f->copies = p;
-    f->max_copies = max;
+  if (vector_reserve (f->copies, f->nr_copies, f->max_copies,
+                      f->round) == -1) {
+    report_error ("realloc: %m");
+    return -1;
   }
   n = l2_copy_dirty (q, &f->next_set, f->copies + f->nr_copies, f->data,
                      f->round);
@@ -465,19 +461,10 @@ qcow2_settle (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
   return 0;
 }
 
-static uint64_t
-now_ns (void)
-{
-  struct timespec ts;
-
-  clock_gettime (CLOCK_MONOTONIC, &ts);
-  return (uint64_t) ts.tv_sec * 1000000000 + ts.tv_nsec;
-}
-
 void
 qcow2_hurry (struct qcow2 *q, unsigned grace_ms)
 {
-  const uint64_t at = now_ns () + (uint64_t) grace_ms * 1000000;
+  const int64_t at = now_ns () + grace_ms * INT64_C (1000000);
 
   for (; q != NULL; q = q->backing.image) {
     atomic_store (&q->hurried_at, at);

@@ -267,7 +267,7 @@ struct qcow2 {
   atomic_bool corrupt;          /* takes no writes any more */
   atomic_bool hurried;          /* long requests are to end, from some time
                                    on (flush.c) */
-  _Atomic uint64_t hurried_at;
+  _Atomic int64_t hurried_at;
 
   struct registry registry;
 
@@ -516,7 +516,7 @@ extern void range_lock_drop (struct qcow2 *, struct range_lock *);
  */
 struct l1_copies {
   uint32_t *indices;
-  size_t nr;
+  size_t nr, max;
 };
 extern int mapping_take_dirty_l1 (struct qcow2 *, struct l1_copies *);
 extern int mapping_write_l1 (struct qcow2 *, const struct l1_copies *);

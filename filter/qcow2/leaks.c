@@ -31,6 +31,7 @@
 #include <inttypes.h>
 #include <stdlib.h>
 
+#include "common/vector.h"
 #include "qcow2/internal.h"
 
 #define MIB (UINT64_C (1) << 20)
@@ -73,15 +74,8 @@ note (struct search *search, struct leak leak)
     last->nr++;
     return 0;
   }
-  if (search->nr == search->max) {
-    const size_t max = search->max * 2 + 16;
-    struct leak *p = realloc (search->ranges, max * sizeof p[0]);
-
-    if (p == NULL)
-      return -1;
-    search->ranges = p;
-    search->max = max;
-  }
+  if (vector_reserve (search->ranges, search->nr, search->max, 1) == -1)
+    return -1;
   search->ranges[search->nr++] = leak;
   return 0;
 }

@@ -36,6 +36,7 @@
 #include <inttypes.h>
 #include <stdlib.h>
 
+#include "common/vector.h"
 #include "qcow2/internal.h"
 
 /* Entries looked up at once, at first and at most: a run that is short
@@ -380,16 +381,9 @@ mapping_lookup_kind (struct qcow2 *q, uint64_t offset, uint64_t count,
 static int
 note_dirty_l1 (struct qcow2 *q, uint32_t index)
 {
-  if (q->nr_dirty_l1 == q->max_dirty_l1) {
-    size_t max = q->max_dirty_l1 * 2 + 16;
-    uint32_t *p = realloc (q->dirty_l1, max * sizeof p[0]);
-
-    if (p == NULL) {
-      report_error ("realloc: %m");
-      return -1;
-    }
-    q->dirty_l1 = p;
-    q->max_dirty_l1 = max;
+  if (vector_reserve (q->dirty_l1, q->nr_dirty_l1, q->max_dirty_l1, 1) == -1) {
+    report_error ("realloc: %m");
+    return -1;
   }
   q->dirty_l1[q->nr_dirty_l1++] = index;
   return 0;
@@ -537,14 +531,13 @@ mapping_take_dirty_l1 (struct qcow2 *q, struct l1_copies *copies)
   if (q->nr_dirty_l1 == 0)
     return 0;
 
-  uint32_t *p = realloc (copies->indices,
-                         (copies->nr + q->nr_dirty_l1) * sizeof p[0]);
-  if (p == NULL) {
+  if (vector_reserve (copies->indices, copies->nr, copies->max,
+                      q->nr_dirty_l1) == -1) {
     report_error ("realloc: %m");
     return -1;
   }
-  memcpy (p + copies->nr, q->dirty_l1, q->nr_dirty_l1 * sizeof p[0]);
-  copies->indices = p;
+  memcpy (copies->indices + copies->nr, q->dirty_l1,
+          q->nr_dirty_l1 * sizeof q->dirty_l1[0]);
   copies->nr += q->nr_dirty_l1;
   q->nr_dirty_l1 = 0;
   return 0;

@@ -31,6 +31,7 @@
 #include <inttypes.h>
 #include <stdlib.h>
 
+#include "common/vector.h"
 #include "qcow2/internal.h"
 
 #define UNUSED UINT64_MAX
@@ -518,16 +519,10 @@ refcount_set_table_entry (struct qcow2 *q, uint64_t block_index,
       holes_fill_table (q, QCOW2_REFCOUNT_TABLE, rc->table_holes,
                         rc->table_offset, on_disk, block_index * 8) == -1)
     return -1;
-  if (rc->nr_dirty_table == rc->max_dirty_table) {
-    size_t max = rc->max_dirty_table * 2 + 16;
-    uint64_t *p = realloc (rc->dirty_table, max * sizeof p[0]);
-
-    if (p == NULL) {
-      report_error ("realloc: %m");
-      return -1;
-    }
-    rc->dirty_table = p;
-    rc->max_dirty_table = max;
+  if (vector_reserve (rc->dirty_table, rc->nr_dirty_table,
+                      rc->max_dirty_table, 1) == -1) {
+    report_error ("realloc: %m");
+    return -1;
   }
   rc->dirty_table[rc->nr_dirty_table++] = block_index;
   rc->table[block_index] = host_offset;

@@ -28,6 +28,7 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "common/vector.h"
 #include "qcow2/internal.h"
 
 /* More ranges than this are not kept back, nor more bytes than this or
@@ -52,16 +53,9 @@ list_add (struct qcow2 *q, struct release_list *list,
       return 0;
     }
   }
-  if (list->nr == list->max) {
-    size_t max = list->max * 2 + 16;
-    struct release_range *p = realloc (list->ranges, max * sizeof p[0]);
-
-    if (p == NULL) {
-      list->nr_clusters -= nr;
-      return -1;
-    }
-    list->ranges = p;
-    list->max = max;
+  if (vector_reserve (list->ranges, list->nr, list->max, 1) == -1) {
+    list->nr_clusters -= nr;
+    return -1;
   }
   list->ranges[list->nr].cluster = cluster;
   list->ranges[list->nr++].nr = nr;
@@ -83,13 +77,11 @@ list_move (struct release_list *to, struct release_list *from)
     return;
   }
 
-  struct release_range *p =
-    realloc (to->ranges, (to->nr + from->nr) * sizeof p[0]);
-  if (p == NULL)
+  if (vector_reserve (to->ranges, to->nr, to->max, from->nr) == -1)
     return;                     /* they stay where they are, a step behind */
-  memcpy (p + to->nr, from->ranges, from->nr * sizeof p[0]);
-  to->ranges = p;
-  to->max = to->nr += from->nr;
+  memcpy (to->ranges + to->nr, from->ranges,
+          from->nr * sizeof from->ranges[0]);
+  to->nr += from->nr;
   to->nr_clusters += from->nr_clusters;
   from->nr = from->nr_clusters = 0;
 }

@@ -43,8 +43,8 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <time.h>
 
+#include "common/clock.h"
 #include "qcow2/bitmap-directory.h"
 #include "qcow2/internal.h"
 
@@ -88,15 +88,6 @@ incomplete (struct scan *s, const char *why)
   if (s->complete)
     end (s, SCAN_DONE, "%s", why);
   s->complete = false;
-}
-
-static uint64_t
-now_ms (void)
-{
-  struct timespec ts;
-
-  clock_gettime (CLOCK_MONOTONIC, &ts);
-  return ts.tv_sec * UINT64_C (1000) + ts.tv_nsec / 1000000;
 }
 
 /* Before reading so many bytes. */

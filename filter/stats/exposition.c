@@ -22,6 +22,7 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/utf8.h"
+#include "common/vector.h"
 #include "disk/disk.h"
 #include "stats/internal.h"
 
@@ -264,17 +265,9 @@ add_bitmap (const struct disk_bitmap_numbers *b, void *opaque)
 {
   struct bitmap_list *list = opaque;
 
-  if (list->nr == list->max) {
-    const size_t max = 2 * list->max + 16;
-    struct disk_bitmap_numbers *p =
-      reallocarray (list->bitmaps, max, sizeof *p);
-
-    if (p == NULL) {
-      list->failed = true;
-      return;
-    }
-    list->bitmaps = p;
-    list->max = max;
+  if (vector_reserve (list->bitmaps, list->nr, list->max, 1) == -1) {
+    list->failed = true;
+    return;
   }
   list->bitmaps[list->nr++] = *b;
 }

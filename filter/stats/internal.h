@@ -52,7 +52,7 @@ struct stats {
   atomic_long connections;      /* open */
   _Atomic uint64_t accepted;
   _Atomic uint64_t refused;
-  struct stats_shard shard[METER_SHARDS];
+  struct stats_shard shard[NR_SHARDS];
 };
 
 /* The sum over the shards. */

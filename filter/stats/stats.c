@@ -85,7 +85,7 @@ void
 stats_count_request (struct stats *s, uint64_t began,
                      enum stats_command command, uint64_t bytes, int err)
 {
-  struct stats_requests *r = &s->shard[meter_shard ()].requests[command];
+  struct stats_requests *r = &s->shard[shard_of_thread ()].requests[command];
   const uint64_t ns = meter_clock () - began;
 
   add (&r->duration[histogram_bucket (ns)], 1);
@@ -104,7 +104,7 @@ stats_sum (const struct stats *s, enum stats_command command,
   uint64_t failed = 0;
 
   memset (t, 0, sizeof *t);
-  for (unsigned i = 0; i < METER_SHARDS; ++i) {
+  for (unsigned i = 0; i < NR_SHARDS; ++i) {
     const struct stats_requests *r = &s->shard[i].requests[command];
 
     for (unsigned j = STATS_SUCCESS + 1; j < STATS_NR_RESULTS; ++j)

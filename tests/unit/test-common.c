@@ -3,7 +3,7 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* What all rooms share: threads, and grace periods. */
+/* What all rooms share: threads, grace periods, and arrays. */
 
 #include <config.h>
 
@@ -21,7 +21,9 @@
 #include <cmocka.h>
 
 #include "common/grace.h"
+#include "common/shard.h"
 #include "common/threads.h"
+#include "common/vector.h"
 #include "image.h"
 
 #define MIB ((size_t) 1 << 20)
@@ -202,11 +204,75 @@ test_many_waiters (void **state)
   grace_free (&grace);
 }
 
+static void *
+take_shard (void *opaque)
+{
+  unsigned *shard = opaque;
+
+  *shard = shard_of_thread ();
+  if (*shard != shard_of_thread ())
+    *shard = NR_SHARDS;         /* it must not change */
+  return NULL;
+}
+
+/* Threads that begin one after the other are spread over all shards. */
+static void
+test_shards (void **state)
+{
+  bool used[NR_SHARDS] = { false };
+
+  (void) state;
+  for (unsigned i = 0; i < NR_SHARDS; ++i) {
+    unsigned shard;
+    pthread_t thread;
+
+    assert_int_equal (pthread_create (&thread, NULL, take_shard, &shard), 0);
+    pthread_join (thread, NULL);
+    assert_true (shard < NR_SHARDS);
+    assert_false (used[shard]);
+    used[shard] = true;
+  }
+}
+
+static void
+test_vector (void **state)
+{
+  uint16_t *numbers = NULL;
+  size_t nr = 0, max = 0;
+
+  (void) state;
+  for (unsigned i = 0; i < 1000; ++i) {
+    assert_int_equal (vector_reserve (numbers, nr, max, 1), 0);
+    assert_true (max > nr);
+    numbers[nr++] = i;
+  }
+  for (unsigned i = 0; i < 1000; ++i)
+    assert_int_equal (numbers[i], i);
+  assert_int_equal (vector_reserve (numbers, nr, max, 5000), 0);
+  assert_true (max >= 6000);
+  assert_int_equal (numbers[999], 999);
+
+  /* More than there is, and more than can be counted: all stays. */
+  const size_t before = max;
+  const uint16_t *const old = numbers;
+  const size_t far_too_many[] = { SIZE_MAX - nr, SIZE_MAX, SIZE_MAX / 2 + 1 };
+  for (unsigned i = 0; i < 3; ++i) {
+    errno = 0;
+    assert_int_equal (vector_reserve (numbers, nr, max, far_too_many[i]), -1);
+    assert_int_equal (errno, ENOMEM);
+    assert_int_equal (max, before);
+    assert_ptr_equal (numbers, old);
+  }
+  free (numbers);
+}
+
 int
 main (void)
 {
   const struct CMUnitTest tests[] = {
     cmocka_unit_test (test_stack),
+    cmocka_unit_test (test_shards),
+    cmocka_unit_test (test_vector),
     cmocka_unit_test (test_periods),
     cmocka_unit_test (test_many_waiters),
   };
