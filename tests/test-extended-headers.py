@@ -37,7 +37,7 @@ class Client:
 
     def __init__(self, server, contexts=()):
         self.s = socket.socket(socket.AF_UNIX)
-        self.s.settimeout(60)
+        self.s.settimeout(120)
         self.s.connect(server.socket)
         assert self.read(8) == b"NBDMAGIC"
         self.read(10)
