@@ -32,6 +32,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
 
@@ -41,12 +42,21 @@
 #include "common/order.h"
 #include "common/report.h"
 
+/* The states that may follow each state. */
+static const unsigned next_states[] = {
+  [SYNCED] = 1 << DOUBTFUL,
+  [DOUBTFUL] = 1 << DOUBTFUL | 1 << IN_USE | 1 << SYNCED,
+  [IN_USE] = 1 << CLOSING,
+  [CLOSING] = 1 << IN_USE | 1 << DOUBTFUL,
+};
+
 void
 bitmap_set_state (struct bitmap_set *set, struct bitmap *b,
                   enum bitmap_state state)
 {
   enum bitmap_state old = atomic_load (&b->state);
 
+  assert ((next_states[old] & 1 << state) != 0);
   /* Raise the count first, and lower it last: whoever finds it 0 may
    * rely on it.
    */
