@@ -40,7 +40,13 @@
 
 /* QEMU's bound.  A client that wants to send more is cut off. */
 #define MAX_OPTION_LENGTH (UINT32_C (32) * 1024 * 1024)
+
+/* A client that has been told of exports may ask for each of them: qemu-nbd
+ * --list and nbdinfo --list send two options an export or more, on one
+ * connection.  nbdkit's bound for an export is the same.
+ */
 #define MAX_OPTIONS 4096
+#define OPTIONS_PER_EXPORT 32
 
 int
 option_read (struct option *o, void *buf, size_t count)
@@ -184,6 +190,7 @@ reply_export (void *option, const char *name, const char *description)
 
   if (data == NULL)
     return -1;
+  o->nr_listed++;
   put_be32 (data, length);
   memcpy (data + sizeof (uint32_t), name, length);
   return option_reply2 (o, NBD_REP_SERVER, data, sizeof (uint32_t) + length,
@@ -460,10 +467,11 @@ int
 handshake (struct worker *w)
 {
   struct selection selection = { .export_name = NULL };
+  unsigned max = MAX_OPTIONS;
   bool no_zeroes;
   int r = greet (w, &no_zeroes);
 
-  for (unsigned i = 0; r == 0 && i < MAX_OPTIONS; ++i) {
+  for (unsigned i = 0; r == 0 && i < max; ++i) {
     struct nbd_new_option header;
     struct option o = { .worker = w };
 
@@ -479,7 +487,10 @@ handshake (struct worker *w)
     }
     if (r != -1)
       output_flush (w);
+    max = max_u64 (max, MAX_OPTIONS + OPTIONS_PER_EXPORT * o.nr_listed);
   }
+  if (r == 0)
+    trace_ending (w->connection, "too many options", 0);
   free (selection.export_name);
   return r == 1 ? 0 : -1;
 }

@@ -586,6 +586,7 @@ struct option {
   struct worker *worker;
   uint32_t option;
   uint32_t remaining;
+  unsigned nr_listed;           /* exports that LIST has told of */
 };
 
 /* Take count bytes of the option.  1 if it is shorter than that, -1 if

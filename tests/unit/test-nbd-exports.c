@@ -70,6 +70,29 @@ setup_empty (void **state)
   return setup_named ("", true);
 }
 
+/* So many that two options for each are more than a client may send that
+ * was told of none.
+ */
+#define NR_MANY 2100
+
+static int
+setup_many (void **state)
+{
+  static char names[NR_MANY][8];
+
+  (void) state;
+  fixture_init (&f, SIZE);
+  for (unsigned i = 0; i < NR_MANY; ++i) {
+    snprintf (names[i], sizeof names[i], "b%u", i);
+    fake_disk_add_bitmap (f.disk, names[i], 65536);
+  }
+  f.export_name = NULL;
+  f.list_deltas = true;
+  exports_list_max = 10000;
+  fixture_start (&f, false);
+  return 0;
+}
+
 static int
 setup_unlisted (void **state)
 {
@@ -294,6 +317,81 @@ test_list_limit (void **state)
   exports_list_max = 2;
   check_list (LIST (""), LIST ("a fake disk"));
   check_known ("delta:mon", MON, true);
+}
+
+/* An option that has many replies, and is no error.  Returns how many. */
+static unsigned
+count_replies (int fd, uint32_t option)
+{
+  struct option_reply reply;
+  unsigned nr = 0;
+
+  for (;;) {
+    recv_option_reply (fd, &reply);
+    assert_int_equal (reply.option, option);
+    if (reply.type == NBD_REP_ACK)
+      return nr;
+    assert_int_equal (reply.type & NBD_REP_ERR (0), 0);
+    nr++;
+  }
+}
+
+/* qemu-nbd --list and nbdinfo --list ask about every export that they are
+ * told of, all on one connection.
+ */
+static void
+test_list_and_ask (void **state)
+{
+  int fd = greeted ();
+
+  (void) state;
+  send_option (fd, NBD_OPT_LIST, NULL, 0);
+  assert_int_equal (count_replies (fd, NBD_OPT_LIST), 1 + NR_MANY);
+  for (unsigned i = 0; i <= NR_MANY; ++i) {
+    char name[32] = "";
+    uint8_t buf[64];
+    uint32_t n;
+
+    if (i < NR_MANY)
+      snprintf (name, sizeof name, "delta:b%u", i);
+    send_info (fd, NBD_OPT_INFO, name);
+    assert_int_equal (count_replies (fd, NBD_OPT_INFO), 4);
+    n = make_context_query (buf, name, LIST ());
+    send_option (fd, NBD_OPT_LIST_META_CONTEXT, buf, n);
+    assert_int_equal (count_replies (fd, NBD_OPT_LIST_META_CONTEXT),
+                      i < NR_MANY ? 1 : 2 + NR_MANY);
+  }
+  client_go (fd, "", NULL);
+  client_check_alive (&f, fd);
+  close (fd);
+}
+
+/* The client may send so many more options, and none after them. */
+static void
+check_bound (int fd, unsigned left)
+{
+  for (unsigned i = 0; i < left; ++i) {
+    send_option (fd, 99, NULL, 0);
+    expect_option_reply (fd, 99, NBD_REP_ERR_UNSUP, NULL);
+  }
+  expect_end (fd);
+  close (fd);
+}
+
+/* There is a bound all the same, which a second list does not move. */
+static void
+test_options_bound (void **state)
+{
+  int fd = greeted ();
+
+  (void) state;
+  check_bound (fd, 4096 - 1);
+  fd = greeted ();
+  for (unsigned i = 0; i < 2; ++i) {
+    send_option (fd, NBD_OPT_LIST, NULL, 0);
+    assert_int_equal (count_replies (fd, NBD_OPT_LIST), 3);
+  }
+  check_bound (fd, 4096 + 3 * 32 - 3);
 }
 
 /* A connection to an export, with the contexts that it has of all. */
@@ -562,6 +660,8 @@ main (void)
     cmocka_unit_test_setup_teardown (test_empty_name, setup_empty, teardown),
     ANY (test_list_limit),
     cmocka_unit_test_setup_teardown (test_unlisted, setup_unlisted, teardown),
+    cmocka_unit_test_setup_teardown (test_list_and_ask, setup_many, teardown),
+    ANY (test_options_bound),
     ANY (test_delta_contexts),
     ANY (test_delta_read),
     ANY (test_delta_past_end),
