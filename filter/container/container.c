@@ -22,8 +22,10 @@
  * it succeeds it has covered as many changes as it noted, or more.  So a
  * flush that finds the same count again has nothing to do.  It is not the
  * case before the first one: the file may have been written by others.
- * Flushes are serialised by flush_lock: the kernel tells an error once,
- * and so none is told the success that another's failure has left to it.
+ * Flushes are serialised by flush_lock.  The kernel tells an error once,
+ * so the next flush succeeds whatever the one before has lost.  Those that
+ * fail are counted before the lock is released: a caller whose flush
+ * succeeded sees in the count whether one failed before it.
  * Reads and writes take no lock here, but where an implementation takes
  * whole blocks only (blocks.c).
  */
@@ -48,6 +50,7 @@ container_init (struct container *c, const struct container_ops *ops,
 {
   c->ops = ops;
   atomic_init (&c->size, size);
+  atomic_init (&c->failed_flushes, 0);
   c->readonly = readonly;
   pthread_mutex_init (&c->grow_lock, NULL);
   pthread_mutex_init (&c->flush_lock, NULL);
@@ -180,12 +183,20 @@ container_flush (struct container *c)
   if (c->is_flushed && c->flushed == done)
     return 0;
   c->is_flushed = c->ops->flush (c) == 0;
-  if (!c->is_flushed)
+  if (!c->is_flushed) {
+    atomic_fetch_add (&c->failed_flushes, 1);
     return -1;
+  }
   c->flushed = done;
   tally_add (&c->flushes, 1);
   tally_add (&c->flush_ns, meter_clock () - began);
   return 0;
+}
+
+unsigned long
+container_failed_flushes (struct container *c)
+{
+  return atomic_load (&c->failed_flushes);
 }
 
 int

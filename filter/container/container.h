@@ -105,6 +105,7 @@ struct container {
   bool is_flushed;              /* the last flush has succeeded, and */
   uint64_t flushed;             /* covers so many changes */
   tally flushes, flush_ns;      /* that have succeeded */
+  atomic_ulong failed_flushes;  /* changed under flush_lock */
 
   /* Changes that have been done, or have failed: by many threads. */
   struct container_counter changes[NR_SHARDS];
@@ -151,6 +152,12 @@ extern int container_allocated (struct container *, uint64_t *bytes);
  * last one that succeeded.
  */
 extern int container_flush (struct container *);
+
+/* How many flushes have failed.  What was written before one of them may be
+ * lost, and no later flush will tell: whoever flushes compares the numbers
+ * before the writes and after the flush.
+ */
+extern unsigned long container_failed_flushes (struct container *);
 
 /* Make sure that [0, end) can be written without growing. */
 extern int container_reserve (struct container *, uint64_t end);

@@ -44,7 +44,7 @@
  * When a barrier fails, in a flush or elsewhere, it is unknown what of
  * the writes before it is on disk, and no later barrier will tell:
  * Linux drops a page that it could not write, and reports it once.  So
- * barriers that fail are counted (q->lost), and what is done about it is
+ * barriers that fail are counted (qcow2_lost), and what is done about it is
  *
  *   metadata     all that RAM has and no barrier has covered is written
  *                again by the next flush: L2 slices and L1 entries, which
@@ -89,19 +89,10 @@ struct flush {
   unsigned long lost;           /* barriers, before this began */
 };
 
-static int
-barrier (struct qcow2 *q, struct container *c)
-{
-  if (container_flush (c) == 0)
-    return 0;
-  atomic_fetch_add (&q->lost, 1);
-  return -1;
-}
-
 int
 qcow2_barrier (struct qcow2 *q)
 {
-  if (barrier (q, q->container) == -1) {
+  if (container_flush (q->container) == -1) {
     report_error ("cannot flush the image: %m");
     return -1;
   }
@@ -119,7 +110,7 @@ qcow2_get_numbers (const struct qcow2 *q, struct qcow2_numbers *n)
     n->flushes[i] = tally_get (&q->flushes[i]);
     n->flush_ns[i] = tally_get (&q->flush_ns[i]);
   }
-  n->barriers[0] = atomic_load (&q->lost);
+  n->barriers[0] = qcow2_lost (q);
   n->barriers[1] = tally_get (&q->container->flushes);
   n->barrier_ns = tally_get (&q->container->flush_ns);
   if (q->data != q->container) {
@@ -129,9 +120,13 @@ qcow2_get_numbers (const struct qcow2 *q, struct qcow2_numbers *n)
 }
 
 unsigned long
-qcow2_lost (struct qcow2 *q)
+qcow2_lost (const struct qcow2 *q)
 {
-  return atomic_load (&q->lost);
+  unsigned long n = container_failed_flushes (q->container);
+
+  if (q->data != NULL && q->data != q->container)
+    n += container_failed_flushes (q->data);
+  return n - q->lost_before;
 }
 
 int
@@ -252,7 +247,7 @@ write_slices (struct qcow2 *q, struct flush *f, size_t n)
 static int
 data_barrier (struct qcow2 *q)
 {
-  if (q->has_data_file && barrier (q, q->data) == -1) {
+  if (q->has_data_file && container_flush (q->data) == -1) {
     report_error ("cannot flush the external data file: %m");
     return -1;
   }

@@ -164,7 +164,7 @@ struct refcounts {
   size_t nr_dirty_table, max_dirty_table;
   size_t nr_written_table;      /* of those, the first are written */
   unsigned long epoch;          /* counts barriers, from 1 on */
-  unsigned long lost;           /* as q->lost when it was last looked at */
+  unsigned long lost;           /* as qcow2_lost when it was last called */
   struct refcount_slice *slices;
   size_t nr_slices, hand, nr_pinned;
   size_t nr_written_slices;     /* which are not durable */
@@ -302,7 +302,8 @@ struct qcow2 {
   pthread_cond_t range_cond;
   struct range_lock *ranges;
 
-  atomic_ulong lost;            /* barriers that have failed (flush.c) */
+  unsigned long lost_before;    /* barriers that had failed when this was
+                                   opened (flush.c) */
   atomic_bool reftable_unknown; /* see header_set_reftable */
 
   pthread_mutex_t flush_lock;   /* protects what follows */

@@ -26,6 +26,7 @@ data_file_open (struct qcow2 *q, const struct qcow2_options *options)
     return -1;
   }
   q->data = options->data_file;
+  q->lost_before += container_failed_flushes (q->data);
   return 0;
 }
 
@@ -73,6 +74,7 @@ qcow2_open (struct container *c, const struct qcow2_options *options)
   }
   memset (q, 0, sizeof *q);
   q->container = c;
+  q->lost_before = container_failed_flushes (c);
   q->readonly = options->readonly || options->snapshot != NULL;
   grace_init (&q->requests);
   pthread_mutex_init (&q->preallocated_lock, NULL);

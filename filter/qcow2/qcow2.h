@@ -310,7 +310,7 @@ extern int qcow2_barrier (struct qcow2 *);
  * and then orders compares: qcow2_lost, the writes, and a barrier that
  * fails if another has failed since.
  */
-extern unsigned long qcow2_lost (struct qcow2 *);
+extern unsigned long qcow2_lost (const struct qcow2 *);
 extern int qcow2_barrier_since (struct qcow2 *, unsigned long lost);
 
 /* The bitmaps extension of the header. */
