@@ -20,9 +20,8 @@
  * is aligned, so there the ends of others are written.
  *
  * A flush that failed may have thrown away what could not be written,
- * and the next one would report success all the same: the kernel tells
- * an error once.  So once a flush has failed, all that follow fail with
- * the same error.
+ * and the next one reports success all the same, as the plugin's does: the
+ * kernel tells an error once.  The door counts those that fail.
  */
 
 #include <config.h>
@@ -49,7 +48,6 @@ struct file {
   uint64_t original_size;       /* bytes, when it was opened */
   uint32_t zero_alignment;      /* bytes */
   atomic_bool cannot_punch, cannot_zero, cannot_allocate;
-  int flush_error;              /* of the first flush that failed, or 0 */
 };
 
 static int
@@ -214,12 +212,7 @@ file_flush (struct container *c)
 {
   struct file *f = (struct file *) c;
 
-  if (f->flush_error == 0 && fdatasync (f->fd) == -1)
-    f->flush_error = errno;
-  if (f->flush_error == 0)
-    return 0;
-  errno = f->flush_error;
-  return -1;
+  return fdatasync (f->fd);
 }
 
 static int
