@@ -56,9 +56,9 @@
  *   guest data   are not in RAM.  What was written since the last flush
  *                that succeeded may be lost, with the rest of clusters
  *                that were allocated for it.  Each client is told: the
- *                flush that he asks for fails, or his next one if it was
- *                not a flush of his for which the barrier was
- *                (disk_flush).  Then he has to write it again
+ *                flush that it asks for fails, or its next one if it was
+ *                not a flush of its own for which the barrier was
+ *                (disk_flush).  Then it has to write it again
  */
 
 #include <config.h>
