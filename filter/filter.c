@@ -110,6 +110,7 @@ static void
 dirty_bitmap_load (void)
 {
   report_sink = send_report;
+  nbdkit_debug ("nbdkit-dirty-bitmap-filter " PACKAGE_VERSION);
   nr_loads++;
 }
 

@@ -4,7 +4,7 @@
 # Copyright the nbdkit-dirty-bitmap-filter authors
 
 # nbdkit --help shows the filter's parameters, and those are what the
-# manual page describes.
+# manual page describes; nbdkit -v shows the filter's version.
 
 . "${srcdir:-.}/functions.sh"
 pod=$tests/../filter/nbdkit-dirty-bitmap-filter.pod
@@ -30,3 +30,13 @@ while IFS= read -r p; do
   fi
   grep -q -- "${p%%=*}" out || { cat out; fail "the error does not name $p"; }
 done < in-help
+
+# The first of the filter's messages with -v is its version.
+version=$(sed -n 's/^#define PACKAGE_VERSION "\(.*\)"/\1/p' \
+              "$top_builddir/config.h")
+[ -n "$version" ]
+nbdkit -v --filter="$FILTER" null --help > out 2>&1
+grep -i 'dirty.bitmap' out | head -n 3
+grep 'debug: ' out | grep -m 1 'dirty-bitmap-filter [0-9]' |
+  grep -q "debug: nbdkit-dirty-bitmap-filter $version\$" ||
+  fail "nbdkit -v does not show the version $version"
