@@ -130,9 +130,8 @@ know_command_line (void)
 
 /* Before the first parameter of the plugin.  Below us there is one
  * connection of the nbd plugin in any case.  Told so, it does not ask for
- * the export name of a client, which nbdkit before 1.44 reports as an
- * error where there is none.  But then it never connects anew, as retry
- * would have it.
+ * the export name of a client, which nbdkit reports as an error where
+ * there is none.  But then it never connects anew, as retry would have it.
  */
 static int
 prepare_plugin (nbdkit_next_config *next, nbdkit_backend *nxdata)
@@ -144,7 +143,7 @@ prepare_plugin (nbdkit_next_config *next, nbdkit_backend *nxdata)
   is_prepared = true;
   if (know_command_line () == -1)
     return -1;
-  if (NBDKIT_VERSION_MINOR < 44 && filter_stack_is_nbd (&command_line) &&
+  if (filter_stack_is_nbd (&command_line) &&
       !filter_stack_reopens (&command_line))
     return next (nxdata, "shared", "true");
   return 0;
