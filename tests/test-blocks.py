@@ -180,9 +180,19 @@ def odd_files():
             serve_twice("disk", between, params)
 
 
+def reads_last_bytes(server):
+    h = server.connect()
+    h.set_strict_mode(0)
+    try:
+        return len(h.pread(512, h.get_size() - 512)) == 512
+    except nbd.Error:
+        return False
+
+
 def over_nbd():
     """An NBD server with a minimum block size, over a file that has whole
-    blocks, and over one that has not: its last bytes cannot be had."""
+    blocks, and over one that has not: its last bytes cannot be had, but
+    from nbdkit 1.48."""
     def serve_below():
         return harness.Server(args=[
             "--filter=blocksize-policy", "file", "disk",
@@ -206,11 +216,17 @@ def over_nbd():
     with open("disk", "r+b") as f:
         f.truncate(8 * MiB + 512)
     below = serve_below()
-    said = harness.run("nbdkit", "-f", "-U", "refused",
-                       "--filter=" + harness.FILTER, "nbd",
-                       "socket=" + below.socket, status=1,
-                       env=harness.environment())
-    assert "whole blocks of 4096 bytes" in said, said
+    args = ["--filter=" + harness.FILTER, "nbd", "socket=" + below.socket]
+    if reads_last_bytes(below):
+        s = harness.Server(args=args)
+        work(s, model, 100)
+        s.stop()
+        harness.check("disk")
+        assert contents("disk") == model
+    else:
+        said = harness.run("nbdkit", "-f", "-U", "refused", *args, status=1,
+                           env=harness.environment())
+        assert "whole blocks of 4096 bytes" in said, said
     below.stop()
 
 

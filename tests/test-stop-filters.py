@@ -146,6 +146,14 @@ def stuck():
     stored(leaked)
 
 
+def lives(pid):
+    try:
+        with open("/proc/%d/stat" % pid) as f:
+            return f.read().split(")")[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def single(how):
     create()
     h = nbd.NBD()
@@ -162,10 +170,7 @@ def single(how):
     else:
         del h
     deadline = time.monotonic() + harness.PATIENCE
-    while os.path.exists("/proc/%d" % pid):
-        with open("/proc/%d/stat" % pid) as f:
-            if f.read().split(")")[1].split()[0] == "Z":
-                break
+    while lives(pid):
         assert time.monotonic() < deadline, "nbdkit -s does not end"
         time.sleep(0.02)
     stored()
