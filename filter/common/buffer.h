@@ -6,16 +6,16 @@
 #ifndef DIRTY_BITMAP_BUFFER_H
 #define DIRTY_BITMAP_BUFFER_H
 
-/* Large buffers of connections, which come and go.  They are mapped, so
- * that giving back is certain: malloc goes on keeping most of what many
- * connections at once have needed.
+/* Large buffers that belong to connections.  They are mapped, so that
+ * freeing one gives its memory back: malloc would keep most of what many
+ * simultaneous connections needed.
  */
 
 #include <stddef.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 
-/* AddressSanitizer watches the bounds of what is malloc'ed only. */
+/* AddressSanitizer checks the bounds of malloc'ed memory only. */
 #if defined __SANITIZE_ADDRESS__
 #define MALLOC_BUFFERS 1
 #elif defined __has_feature
@@ -24,7 +24,7 @@
 #endif
 #endif
 
-/* NULL with errno. */
+/* NULL with errno on failure. */
 static inline void *
 buffer_new (size_t size)
 {
@@ -38,7 +38,7 @@ buffer_new (size_t size)
 #endif
 }
 
-/* Of the same size.  NULL is fine. */
+/* size is what buffer_new was given.  p may be NULL. */
 static inline void
 buffer_free (void *p, size_t size)
 {

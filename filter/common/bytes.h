@@ -6,9 +6,7 @@
 #ifndef DIRTY_BITMAP_BYTES_H
 #define DIRTY_BITMAP_BYTES_H
 
-/* Big-endian integers at any alignment, and arithmetic on numbers that
- * a stranger wrote.
- */
+/* Big-endian integers at any alignment, and arithmetic on untrusted numbers. */
 
 #include <endian.h>
 #include <stdbool.h>
@@ -83,8 +81,8 @@ div_round_up (uint64_t n, uint64_t d)
   return n / d + (n % d != 0);
 }
 
-/* Alignments are powers of two.  round_up may wrap for numbers near
- * 2^64: check the range of untrusted ones first.
+/* Alignments are powers of two.  round_up may wrap for numbers near 2^64:
+ * check the range of untrusted numbers first.
  */
 static inline uint64_t
 round_down (uint64_t n, uint64_t align)

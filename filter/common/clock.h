@@ -6,9 +6,7 @@
 #ifndef DIRTY_BITMAP_CLOCK_H
 #define DIRTY_BITMAP_CLOCK_H
 
-/* Time that only goes forward, since some moment: for deadlines, and for
- * how long something took.
- */
+/* A monotonic clock with an arbitrary start, for deadlines and durations. */
 
 #include <stdint.h>
 #include <time.h>

@@ -5,26 +5,26 @@
 
 /* Grace periods.
  *
- * Sections are counted under the phase in which they were entered, 0
- * or 1: whether the number of the last period that has begun is even.
- * Beginning a period turns the phase, so that new sections are counted
- * under the other one, and the period ends when the count of the old
- * phase has fallen to zero.
+ * Sections are counted under the phase in which they were entered, 0 or 1,
+ * the parity of the number of the last period that has begun.  Beginning a
+ * period switches the phase, so that new sections are counted under the
+ * other one, and the period ends when the count of the old phase has fallen
+ * to zero.
  *
- * Why a section cannot slip through: grace_enter counts itself under
- * the phase that it read, then reads the phase again, and starts over
- * if it has turned.  All of these are sequentially consistent.  If the
- * second read still saw the old phase, the count was raised before the
- * phase turned, so the thread that turned it sees the count.
+ * Why a section cannot slip through: grace_enter counts itself under the
+ * phase that it read, then reads the phase again, and starts over if it has
+ * changed.  All of these are sequentially consistent.  If the second read
+ * still saw the old phase, the count was raised before the phase switched,
+ * so the thread that switched it sees the count.
  *
- * Why the count that a new phase starts with is zero: the period that
- * emptied it has ended before the next one begins.  (A section that lost
- * the race above raises and lowers the count of a past phase for a
- * moment; this can only make a period seem longer.)
+ * Why the count of a new phase starts at zero: the period that emptied it
+ * has ended before the next one begins.  (A section that lost the race above
+ * raises and lowers the count of a past phase for a moment; this can only
+ * make a period seem longer.)
  *
- * A period that is asked for while another one is under way is the next
- * one, since sections that were entered after the other one began are
- * to be left, too.  All that ask meanwhile share it.
+ * A period that is requested while another one is under way is the next one,
+ * since sections that were entered after the other one began must be left,
+ * too.  All requests made meanwhile share it.
  */
 
 #include <config.h>
@@ -76,7 +76,7 @@ grace_leave (struct grace *g, grace_ticket phase)
                              memory_order_release);
 }
 
-/* Have the sections of the phase that was turned last been left? */
+/* Have all sections of the phase before the last switch been left? */
 static bool
 old_phase_is_empty (struct grace *g)
 {
@@ -88,8 +88,8 @@ old_phase_is_empty (struct grace *g)
   return true;
 }
 
-/* With the lock held: end the period under way if it can be, and begin
- * the one that was asked for meanwhile.
+/* With the lock held: end the period under way if it can end, and begin the
+ * one that was requested meanwhile.
  */
 static void
 advance (struct grace *g)

@@ -6,17 +6,17 @@
 #ifndef DIRTY_BITMAP_GRACE_H
 #define DIRTY_BITMAP_GRACE_H
 
-/* Grace periods: a way to know that every section that was under way
- * at some moment has ended, without a lock on the way of the sections.
+/* Grace periods: a way to know that every section that was under way at some
+ * moment has ended.  Sections take no lock.
  *
- * A section is entered and left with one atomic addition each, on a
- * counter that few other threads share.  A grace period is asked for
- * with grace_begin and has ended when grace_ended says so: then every
- * section that was entered before grace_begin has been left.
+ * A section is entered and left with one atomic addition each, on a counter
+ * that few other threads share.  grace_begin requests a grace period.  The
+ * period has ended when grace_ended says so: every section that was entered
+ * before grace_begin has then been left.
  *
- * Any thread may ask for periods and wait for them at any time.  There is
- * one lock in here, which is taken last of all and held for a moment; no
- * section takes it.  Sections may nest in different graces, not in the
+ * Any thread may request periods and wait for them at any time.  A grace has
+ * one lock, which is taken last of all and held for a moment; no section
+ * takes it.  Sections may nest if they are of different graces, not of the
  * same one.
  */
 
@@ -39,10 +39,10 @@ struct grace {
   _Alignas (64) _Atomic grace_period begun; /* the last, under lock */
   pthread_mutex_t lock;         /* protects what follows */
   grace_period ended;           /* the last: begun, or the one before it */
-  grace_period wanted;          /* the last that was asked for */
+  grace_period wanted;          /* the last that was requested */
 };
 
-/* What grace_enter returns and grace_leave wants back. */
+/* Returned by grace_enter, passed to grace_leave. */
 typedef unsigned grace_ticket;
 
 extern void grace_init (struct grace *);
@@ -50,20 +50,21 @@ extern void grace_free (struct grace *);
 extern grace_ticket grace_enter (struct grace *);
 extern void grace_leave (struct grace *, grace_ticket);
 
-/* Ask for a grace period.  It begins at once; or else, once the one under
- * way has ended, with the next call of any of these functions.
+/* Request a grace period.  It begins at once; or, if another one is under
+ * way, with the next call of any of these functions after that one has
+ * ended.
  */
 extern grace_period grace_begin (struct grace *);
 
 /* Has it ended? */
 extern bool grace_ended (struct grace *, grace_period);
 
-/* Sleep until it ends.  Never call it from inside a section of the same
- * grace.
+/* Sleep until the period ends.  Never call it from inside a section of the
+ * same grace.
  */
 extern void grace_wait (struct grace *, grace_period);
 
-/* Both. */
+/* Begin a period and wait until it ends. */
 static inline void
 grace_synchronize (struct grace *g)
 {

@@ -6,9 +6,9 @@
 #ifndef DIRTY_BITMAP_LIMIT_H
 #define DIRTY_BITMAP_LIMIT_H
 
-/* How many messages of one kind are shown: LIMIT_AT_ONCE of them within
- * limit_period_ms.  The next that is shown after that period comes with the
- * number of those that were not, and so does the end.
+/* Limits how many messages of one kind are shown: LIMIT_AT_ONCE of them
+ * within limit_period_ms.  The number of suppressed messages is reported
+ * with the next message after that period, and at the end.
  */
 
 #include <pthread.h>
@@ -31,12 +31,12 @@ struct limit {
 extern void limit_init (struct limit *);
 extern void limit_destroy (struct limit *);
 
-/* Is one more to be shown?  If so, *nr_hidden is how many were not, in the
- * period that has ended now, or 0.
+/* May one more message be shown?  If so, *nr_hidden is the number of
+ * messages that were suppressed in the period that has just ended, or 0.
  */
 extern bool limit_admits (struct limit *, unsigned *nr_hidden);
 
-/* How many were not shown in the period at hand?  It ends. */
+/* End the current period.  Returns how many messages it suppressed. */
 extern unsigned limit_end (struct limit *);
 
 #endif /* DIRTY_BITMAP_LIMIT_H */

@@ -6,16 +6,16 @@
 #ifndef DIRTY_BITMAP_METER_H
 #define DIRTY_BITMAP_METER_H
 
-/* Counting what goes on, for statistics that somebody has asked for.
+/* Counters for statistics that the user requested.
  *
- * What is counted under a lock that is held anyway, or by one thread, is
- * a plain addition (tally_add), made always.  What is counted on the
- * fast path, by many threads at once, is counted only while
- * meter_is_on, in a place that few other threads share (struct meter).
- * Time is taken only while meter_is_on.
+ * A counter that has one writer at a time (one thread, or the holders of a
+ * lock that is taken anyway) is incremented by a plain addition (tally_add),
+ * always.  A counter of the fast path, which many threads increment at once,
+ * is incremented only while meter_is_on, in a part that few other threads
+ * share (struct meter).  The clock is read only while meter_is_on.
  *
- * Whoever reads may do so at any time.  Counters that belong together
- * are not read at one moment.
+ * Counters may be read at any time.  Counters that belong together are not
+ * read at one moment.
  */
 
 #include <stdatomic.h>
@@ -33,7 +33,7 @@ meter_wanted (void)
   return __builtin_expect (meter_is_on, 0);
 }
 
-/* Nanoseconds since some moment, or 0 if nobody wants to know. */
+/* Nanoseconds since some moment, or 0 if not meter_is_on. */
 extern uint64_t meter_clock (void);
 
 /* Has one writer at a time. */

@@ -8,43 +8,43 @@
 
 /* The order of writes, rule by rule.
  *
- * ORDER (RULE) stands before the step that keeps a rule.  It is true, and
- * costs nothing, but in a library that is built for the tests alone, with
- * BROKEN_ORDER defined: there one rule at a time can be broken, and
- * test-crash-order shows for each that the crash test notices.
+ * ORDER (RULE) stands before the step that keeps a rule.  It is true and
+ * costs nothing, except in a library that is built for the tests alone, with
+ * BROKEN_ORDER defined.  There one rule at a time can be broken, and
+ * test-crash-order shows for each rule that the crash test notices.
  *
- * What needs no rule of its own: what is released (the old cluster of a
- * write, the old refcount table, bitmap clusters and directories) is kept
- * from use by REFERENCES_BEFORE_FREE; an L1 entry and the entries of its
- * new L2 table need no order between them; the cut of the container at a
- * clean stop takes only clusters whose refcount is 0, so it comes after
- * all that rule waits for.
+ * Some steps need no rule of their own.  Whatever is released (the old
+ * cluster of a write, the old refcount table, bitmap clusters and
+ * directories) is not reused before REFERENCES_BEFORE_FREE allows it.  An L1
+ * entry and the entries of its new L2 table need no order between them.  A
+ * clean stop cuts off only clusters whose refcount is 0, so the cut comes
+ * after everything that REFERENCES_BEFORE_FREE waits for.
  */
 
 enum order_rule {
-  /* Autoclear bits that a change makes untrue are durably clear before
-   * the first change: nobody trusts what they stand for.
+  /* Autoclear bits that a change makes untrue are durably clear before the
+   * first change: no program trusts the data they vouch for.
    */
   ORDER_AUTOCLEAR_BEFORE_CHANGE,
 
   /* The backing file's name is durable in its new place before the header
-   * refers to that: it is whole in one place or the other.
+   * refers to that place: the name is whole in one place or the other.
    */
   ORDER_NAME_BEFORE_OFFSET,
 
-  /* A header extension is durable, with the END marker behind it, before
-   * the eight bytes that replace the END marker before it: nobody parses
-   * what is not one.
+  /* A header extension is durable, with the END marker behind it, before the
+   * eight bytes that replace the END marker before it: no program parses an
+   * incomplete extension.
    */
   ORDER_EXTENSION_BEFORE_MAGIC,
 
-  /* The bitmaps extension is durable before the autoclear bit that says
-   * it can be trusted,
+  /* The bitmaps extension is durable before the autoclear bit that says it
+   * can be trusted.
    */
   ORDER_EXTENSION_BEFORE_AUTOCLEAR,
 
-  /* which is durably clear while the extension is patched, if that takes
-   * more than one sector: nobody trusts a mixture.
+  /* That autoclear bit is durably clear while the extension is patched, if
+   * the patch takes more than one sector: no program trusts a mixture.
    */
   ORDER_DISTRUST_WHILE_PATCHING,
 
@@ -53,19 +53,23 @@ enum order_rule {
    */
   ORDER_DIRECTORY_BEFORE_HEADER,
 
-  /* So is a larger refcount table, with the blocks that count it. */
+  /* A larger refcount table is durable, with the blocks that count it,
+   * before the header refers to it.
+   */
   ORDER_TABLE_BEFORE_HEADER,
 
-  /* A refcount block, with its count of itself, is durable before its
-   * entry in the refcount table,
+  /* A refcount block, with its count of itself, is durable before its entry
+   * in the refcount table.
    */
   ORDER_BLOCK_BEFORE_TABLE_ENTRY,
 
-  /* and so is the entry of another new block which counts it. */
+  /* If another new block counts it, that block's entry is durable first,
+   * too.
+   */
   ORDER_COUNTING_ENTRY_FIRST,
 
-  /* Refcounts that are raised are written before what refers to the
-   * clusters: nobody takes them for free.
+  /* Raised refcounts are written before what refers to the clusters: they
+   * are never taken for free.
    */
   ORDER_REFCOUNTS_BEFORE_REFERENCES,
 
@@ -80,17 +84,19 @@ enum order_rule {
    */
   ORDER_REFERENCES_BEFORE_RETURN,
 
-  /* So is in_use itself: after a clean stop no bitmap is marked. */
+  /* A cleared in_use is durable before a flush returns: after a clean stop
+   * no bitmap is marked.
+   */
   ORDER_SETTLED_BEFORE_RETURN,
 
-  /* A cluster is punched, and its refcount lowered, after the change of
-   * the entry that referred to it is durable: nobody reads what somebody
-   * else wrote there.
+  /* A cluster is punched, and its refcount lowered, after the change of the
+   * entry that referred to it is durable: no entry leads to what was written
+   * there for another purpose.
    */
   ORDER_REFERENCES_BEFORE_FREE,
 
-  /* What is released while a flush is under way waits for the next one:
-   * the entry may have been changed after its slice was copied.
+  /* A cluster that is released during a flush waits for the next flush: the
+   * entry may have been changed after its slice was copied.
    */
   ORDER_RELEASED_BEFORE_FLUSH,
 

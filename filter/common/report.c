@@ -19,9 +19,9 @@ report_sink_fn report_sink;
 static _Thread_local struct report_hold *held;
 static _Thread_local bool is_limited;
 
-/* The kinds of messages that limited threads have had so far.  A kind
- * keeps its place.  When there are more than places, the last one is for
- * all others.
+/* The kinds of messages that limited threads have reported so far.  A kind
+ * keeps its place.  When there are more kinds than places, the last place is
+ * for all others.
  */
 #define MAX_KINDS 64
 
@@ -33,8 +33,8 @@ static struct kind {
 } kinds[MAX_KINDS];
 static size_t nr_kinds;
 
-/* Protects kinds, but for their limits.  Only a limit's lock is taken
- * while it is held.
+/* Protects kinds, except their limits.  Only a limit's lock is taken while
+ * it is held.
  */
 static pthread_mutex_t kinds_lock = PTHREAD_MUTEX_INITIALIZER;
 

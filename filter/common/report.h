@@ -6,12 +6,12 @@
 #ifndef DIRTY_BITMAP_REPORT_H
 #define DIRTY_BITMAP_REPORT_H
 
-/* Where the rooms below filter.c send what they have to say.  They
- * know no nbdkit, so filter.c sets report_sink to one that calls
- * nbdkit_error or nbdkit_debug; without a sink everything but debug
- * lines goes to stderr.  All three keep errno, understand %m, and take
- * a message in lower case with no newline and no full stop, the format of
- * which is a string literal.
+/* Where the rooms below filter.c report errors, warnings and debug messages.
+ * They do not know nbdkit, so filter.c sets report_sink to a function that
+ * calls nbdkit_error or nbdkit_debug.  Without a sink everything but debug
+ * messages goes to stderr.  All three functions keep errno and understand
+ * %m.  A message is in lower case, with no newline and no full stop, and its
+ * format is a string literal.
  */
 
 #include <stdarg.h>
@@ -29,34 +29,32 @@ extern report_sink_fn report_sink;
 extern void report_error (const char *fmt, ...)
   __attribute__ ((format (printf, 1, 2)));
 
-/* Something the operator should know, though we go on. */
+/* Something the operator should know, though the caller goes on. */
 extern void report_warning (const char *fmt, ...)
   __attribute__ ((format (printf, 1, 2)));
 
 extern void report_debug (const char *fmt, ...)
   __attribute__ ((format (printf, 1, 2)));
 
-/* From now on this thread serves requests, or stores what they have done.
- * An error that it meets it may meet again with every request or cluster:
- * so of its errors and warnings those of each
- * kind, that is with one format, are shown up to a limit (limit.h), which
- * is that of all such threads together.
+/* From now on this thread serves requests, or stores what they changed.
+ * Such a thread may meet the same error with every request or cluster.  So
+ * its errors and warnings of each kind (that is, with one format) are shown
+ * up to a limit (limit.h), which all such threads share.
  */
 extern void report_limit_thread (void);
 
-/* An error that the caller has limited, or that has to be shown each time.
+/* An error that the caller limits itself, or that must be shown each time.
  * Holds (below) do not keep it back.
  */
 extern void report_limited_error (const char *fmt, ...)
   __attribute__ ((format (printf, 1, 2)));
 
-/* Tell of what was not shown. */
+/* Report how many messages were suppressed. */
 extern void report_limits_end (void);
 
-/* Where a failure may not be the last word, because there is another
- * way: keep the errors of this thread back from begin to end.  The first
- * of them, which is the cause of the others, is in text then; nothing
- * has been said.  Holds may nest.
+/* Where the caller has a fallback, a failure need not be reported: keep the
+ * errors of this thread back from begin to end.  text then has the first of
+ * them, which caused the others, and none was reported.  Holds may nest.
  */
 struct report_hold {
   struct report_hold *outer;
@@ -67,7 +65,7 @@ struct report_hold {
 extern void report_hold_begin (struct report_hold *);
 extern void report_hold_end (struct report_hold *);
 
-/* After the end: say it after all. */
+/* After the end: report the error that was kept back. */
 extern void report_held (const struct report_hold *);
 
 #endif /* DIRTY_BITMAP_REPORT_H */

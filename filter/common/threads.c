@@ -12,9 +12,9 @@
 
 #include "common/threads.h"
 
-/* The least bytes of a thread's stack, which musl would have far fewer of
- * (128 KiB).  What is larger by default stays so, since the plugin is called
- * on our threads, too, and may want it.
+/* The minimum stack of a thread, in bytes.  musl's default is far smaller
+ * (128 KiB).  A larger default is kept: the plugin is also called on our
+ * threads, and may need it.
  */
 #define MIN_STACK (UINT64_C (1) << 20)
 

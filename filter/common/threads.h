@@ -8,12 +8,12 @@
 
 #include <pthread.h>
 
-/* Start a thread with all signals blocked: they are for nbdkit's threads;
- * and with a stack of at least 1 MiB.  Returns 0 or an error.
+/* Start a thread with all signals blocked, since signals are for nbdkit's
+ * threads, and with a stack of at least 1 MiB.  Returns 0 or an error.
  */
 extern int thread_create (pthread_t *, void *(*) (void *), void *);
 
-/* A condition whose timed waits are by CLOCK_MONOTONIC.  -1 with errno. */
+/* A condition whose timed waits use CLOCK_MONOTONIC.  -1 with errno. */
 extern int monotonic_cond_init (pthread_cond_t *);
 
 #endif /* DIRTY_BITMAP_THREADS_H */

@@ -6,9 +6,9 @@
 #ifndef DIRTY_BITMAP_UTF8_H
 #define DIRTY_BITMAP_UTF8_H
 
-/* The length of the first character of s, which is not empty, or 0 if it
- * is none of UTF-8 (RFC 3629): not too long an encoding, no surrogate,
- * nothing above U+10FFFF.  The NUL at the end is no continuation byte.
+/* The length of the first character of s, which is not empty, or 0 if that
+ * is not valid UTF-8 (RFC 3629): no overlong encoding, no surrogate, nothing
+ * above U+10FFFF.  The NUL at the end is no continuation byte.
  */
 extern unsigned utf8_length (const unsigned char *s);
 

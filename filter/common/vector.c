@@ -25,7 +25,7 @@ vector_grow (void *array, size_t nr, size_t *max, size_t more,
     errno = ENOMEM;
     return -1;
   }
-  /* What is in RAM already cannot be so much that twice of it overflows. */
+  /* An array in RAM is so small that doubling its size cannot overflow. */
   wanted = max_u64 (wanted, max_u64 (*max * 2, FIRST_ROOM));
   if (__builtin_mul_overflow (wanted, element_bytes, &bytes)) {
     errno = ENOMEM;

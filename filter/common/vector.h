@@ -13,7 +13,7 @@
 #include <stddef.h>
 
 /* Make room for `more` elements beyond the first nr.  max is changed, and
- * array may move.  Returns -1 with ENOMEM, and nothing is changed.
+ * array may move.  Returns -1 with ENOMEM, and then changes nothing.
  */
 #define vector_reserve(array, nr, max, more)                            \
   (((max) - (nr) >= (more)) ? 0 :                                       \
