@@ -174,7 +174,7 @@ def moved_while_starting(move, between):
         if between:
             assert p.wait(harness.PATIENCE) == 1
             said = open(log).read()
-            assert "another file" in said or "No such file" in said, said
+            assert "renamed or replaced" in said or "No such file" in said, said
             assert harness.sha256(path) == before
         else:
             h = nbd.NBD()

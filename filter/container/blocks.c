@@ -5,22 +5,21 @@
 
 /* How this works
  *
- * Some storage takes only whole blocks: multiples of its minimum block
- * size, which NBD servers and some plugins have.  The qcow2 format and the
- * guest know nothing of it.  So a read reads the blocks around it, and a
- * write that covers a block in part reads, modifies and writes it.
+ * Some storage takes only whole blocks: multiples of the minimum block size,
+ * which NBD servers and some plugins have.  The qcow2 format and the guest
+ * do not know of blocks.  So a read reads the blocks around it, and a write
+ * that covers a block in part reads, modifies and writes it.
  *
- * While that is under way, no other write may change the block, whether it
- * covers the block as a whole or not: the old bytes would be written over
- * the new ones.  So each write says which blocks it is about to change,
- * and if it covers some of them in part, waits until no other write is
- * under way to any of its blocks, as others wait for it.  Writes of whole
- * blocks do not wait for each other: those that overlap are the guest's
- * own affair.
+ * Until that write has ended, no other write may change the block, in whole
+ * or in part: the old bytes would overwrite the new ones.  So each write
+ * announces which blocks it will change.  If it covers some of them in part,
+ * it waits until no other write to any of its blocks is under way, and other
+ * writes wait for it.  Writes of whole blocks do not wait for each other: if
+ * they overlap, their order is the guest's own affair.
  *
  * blocks_lock is held for a moment only, to enter the list of the writes
- * under way and to leave it.  Of storage that takes any range nothing here
- * is called.
+ * under way and to leave it.  Nothing here is called for storage that takes
+ * any range.
  */
 
 #include <config.h>
@@ -91,10 +90,10 @@ end_write (struct container *c, struct blocks_range *r)
   pthread_cond_broadcast (&c->blocks_cond);
 }
 
-/* A range is gone through piece by piece: whole blocks, or a part of one. */
+/* A range is processed piece by piece: whole blocks, or a part of one. */
 struct piece {
   uint64_t count;
-  uint32_t skip;                /* of the block, before a part of it */
+  uint32_t skip;                /* bytes of the block before the part */
   bool is_part;
 };
 
@@ -109,7 +108,7 @@ next_piece (const struct container *c, uint64_t count, uint64_t offset)
   return p;
 }
 
-/* Read the block that has a part into *block, which is allocated once. */
+/* Read the block that contains a part into *block, which is allocated once. */
 static int
 read_block (struct container *c, uint8_t **block, const struct piece *p,
             uint64_t offset)

@@ -6,8 +6,8 @@
 #ifndef DIRTY_BITMAP_BLOCKS_H
 #define DIRTY_BITMAP_BLOCKS_H
 
-/* Requests of any range, over an implementation that takes only whole
- * blocks (container->block_bytes).  For the door alone.
+/* Requests of any range, over an implementation that takes only whole blocks
+ * (container->block_bytes).  Only container.c calls these.
  */
 
 #include <stdbool.h>

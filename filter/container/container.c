@@ -5,29 +5,28 @@
 
 /* How this works
  *
- * This is the door to every implementation of a container.  It owns
- * what is the same for all of them: the end of the container.
+ * This is the door to every implementation of a container.  It handles for
+ * all of them the end of the container and needless barriers.
  *
  * - The size only grows while requests are under way.  An implementation
  *   makes the new range usable first and stores the new size last, with
- *   release order; a request loads the size once, with acquire order,
- *   and so never asks an implementation for more than it can serve.
+ *   release order.  A request loads the size once, with acquire order, so it
+ *   never asks an implementation for more than it can serve.
  * - Bytes beyond the end read as zeroes, and zeroing them needs nothing:
  *   a write that grows the container later finds zeroes there.
  * - Growing is rare and is serialised by grow_lock.
  *
- * And barriers that are not needed.  Each change is counted when it has
- * ended, before its caller knows, whether it succeeded or not (then it
- * may be there in part).  A flush notes the count, and then flushes; if
- * it succeeds it has covered as many changes as it noted, or more.  So a
- * flush that finds the same count again has nothing to do.  It is not the
- * case before the first one: the file may have been written by others.
- * Flushes are serialised by flush_lock.  The kernel tells an error once,
- * so the next flush succeeds whatever the one before has lost.  Those that
- * fail are counted before the lock is released: a caller whose flush
- * succeeded sees in the count whether one failed before it.
- * Reads and writes take no lock here, but where an implementation takes
- * whole blocks only (blocks.c).
+ * Needless barriers: each change is counted when it has ended, before its
+ * caller knows, whether it succeeded or not (a failed change may be there in
+ * part).  A flush notes the count, and then flushes.  If it succeeds, it has
+ * covered at least as many changes as it noted.  So a flush that finds the
+ * same count again has nothing to do.  The first flush is always made: other
+ * processes may have written the file.  Flushes are serialised by
+ * flush_lock.  The kernel reports an error once, so the next flush succeeds
+ * whatever the previous one lost.  Failed flushes are counted before the
+ * lock is released: a caller whose flush succeeded sees in the count whether
+ * one failed before it.  Reads and writes take no lock here, unless an
+ * implementation takes only whole blocks (blocks.c).
  */
 
 #include <config.h>
@@ -41,7 +40,7 @@
 #include "container/blocks.h"
 #include "container/container.h"
 
-/* File offsets are signed wherever the bytes end up. */
+/* File offsets are signed wherever the bytes end up being stored. */
 #define MAX_SIZE ((uint64_t) INT64_MAX)
 
 void
@@ -57,7 +56,7 @@ container_init (struct container *c, const struct container_ops *ops,
   blocks_init (c);
 }
 
-/* A change has ended.  Release order: whoever counts it sees it done. */
+/* A change has ended.  Release order: a thread that counts it sees it done. */
 static int
 changed (struct container *c, int r)
 {

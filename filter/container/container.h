@@ -13,15 +13,15 @@
  *   file.c     over a file descriptor: the image where its file is used
  *              directly, backing files, data files
  *   memory.c   in memory, for tests
- * The functions below are the door.  They deal with the end of the
- * container once for all implementations, so an implementation is only
- * asked for ranges inside its size.
+ * The functions below are the door.  They handle the end of the container
+ * for all implementations, so an implementation sees only ranges inside its
+ * size.
  *
- * All functions may be called from any thread at any time, return 0 or
- * -1 with errno set, and report nothing: the caller knows what the
- * bytes mean.  Completed writes may be lost by a power cut, in any
- * order and torn at 512 bytes, until a container_flush that began after
- * them has returned 0: that is the barrier of the design.
+ * All functions may be called from any thread at any time, return 0 or -1
+ * with errno set, and report nothing: the caller knows what the bytes mean.
+ * Completed writes may be lost by a power cut, in any order and torn at 512
+ * bytes, until a container_flush that began after them has returned 0: that
+ * is the barrier of the design.
  */
 
 #include <pthread.h>
@@ -34,18 +34,18 @@
 
 struct container;
 
-/* An implementation is asked for ranges inside its size, and if it takes
- * whole blocks only (block_bytes), for such: the last one may go beyond
- * the size.  What it has no room for it may call EDQUOT or EFBIG; the
- * caller is told ENOSPC.
+/* The door asks an implementation only for ranges inside its size.  If it
+ * takes only whole blocks (block_bytes), the ranges are of whole blocks, and
+ * the last block may end beyond the size.  An implementation that has no
+ * room may return EDQUOT or EFBIG; the caller sees ENOSPC.
  */
 struct container_ops {
   int (*pread) (struct container *, void *buf, size_t count, uint64_t offset);
   int (*pwrite) (struct container *,
                  const void *buf, size_t count, uint64_t offset);
 
-  /* Make the range read as zeroes.  If punch, storage should be given
-   * back where it can be; the range reads as zeroes either way.
+  /* Make the range read as zeroes.  If punch, give storage back where
+   * possible; the range reads as zeroes either way.
    */
   int (*zero) (struct container *, uint64_t count, uint64_t offset,
                bool punch);
@@ -59,32 +59,32 @@ struct container_ops {
   int (*flush) (struct container *);
 
   /* Is the range from offset on a hole, which reads as zeroes, or data?
-   * *length is how far that is so, at least 1 and at most count.  NULL
-   * if all is data.
+   * *length says how far the answer holds, at least 1 and at most count.
+   * NULL if all is data.
    */
   int (*extent) (struct container *, uint64_t offset, uint64_t count,
                  uint64_t *length, bool *hole);
 
-  /* The bytes that the storage has for it, which may be fewer than its
-   * size.  -1 with ENOTSUP, or NULL, if that cannot be known.
+  /* The bytes of storage that the container takes, which may be fewer than
+   * its size.  -1 with ENOTSUP, or NULL, if that cannot be known.
    */
   int (*allocated) (struct container *, uint64_t *bytes);
 
-  /* Make the container at least size bytes large and store the new size
-   * in container->size; what is new reads as zeroes.  It may grow by
-   * more.  ENOSPC if it cannot grow.  Called under container->grow_lock.
+  /* Make the container at least size bytes large and store the new size in
+   * container->size; the new part reads as zeroes.  The container may grow
+   * by more.  ENOSPC if it cannot grow.  Called under container->grow_lock.
    */
   int (*grow) (struct container *, uint64_t size);
 
-  /* Cut the container to size bytes (less than it has).  Called once at
-   * the end, when nothing else is under way.  May do nothing.
+  /* Cut the container to size bytes, less than its size.  Called once at the
+   * end, when nothing else is under way.  May do nothing.
    */
   int (*truncate) (struct container *, uint64_t size);
 
   void (*close) (struct container *);
 };
 
-/* A counter to itself in its line of the processors' caches. */
+/* A counter that has a cache line to itself. */
 struct container_counter {
   _Atomic uint64_t count;
   char padding[56];
@@ -102,12 +102,12 @@ struct container {
    * locks of implementations.
    */
   pthread_mutex_t flush_lock;
-  bool is_flushed;              /* the last flush has succeeded, and */
-  uint64_t flushed;             /* covers so many changes */
-  tally flushes, flush_ns;      /* that have succeeded */
+  bool is_flushed;              /* the last flush succeeded, and */
+  uint64_t flushed;             /* covers this many changes */
+  tally flushes, flush_ns;      /* of flushes that succeeded */
   atomic_ulong failed_flushes;  /* changed under flush_lock */
 
-  /* Changes that have been done, or have failed: by many threads. */
+  /* Changes that have succeeded or failed, counted by many threads. */
   struct container_counter changes[NR_SHARDS];
 
   /* Blocks: see blocks.c.  1 if any range will do. */
@@ -135,27 +135,29 @@ extern int container_pread (struct container *, void *buf, size_t count,
 extern int container_pwrite (struct container *, const void *buf, size_t count,
                              uint64_t offset);
 
-/* Zero.  The part beyond the end needs nothing and does not grow it. */
+/* Zero.  The part beyond the end reads as zeroes already: the container does
+ * not grow.
+ */
 extern int container_zero (struct container *, uint64_t count, uint64_t offset,
                            bool punch);
 extern int container_cache (struct container *, uint64_t count,
                             uint64_t offset);
 
-/* As the operation above.  What is beyond the end is a hole. */
+/* As the operation above.  The part beyond the end is a hole. */
 extern int container_extent (struct container *, uint64_t offset,
                              uint64_t count, uint64_t *length, bool *hole);
 
 /* As the operation above, of the same name. */
 extern int container_allocated (struct container *, uint64_t *bytes);
 
-/* The barrier.  It costs nothing where nothing has been changed since the
- * last one that succeeded.
+/* The barrier.  It costs nothing if nothing has changed since the last flush
+ * that succeeded.
  */
 extern int container_flush (struct container *);
 
 /* How many flushes have failed.  What was written before one of them may be
- * lost, and no later flush will tell: whoever flushes compares the numbers
- * before the writes and after the flush.
+ * lost, and no later flush will report it.  So a caller that flushes must
+ * compare the number before the writes with the number after the flush.
  */
 extern unsigned long container_failed_flushes (struct container *);
 
@@ -164,18 +166,19 @@ extern int container_reserve (struct container *, uint64_t end);
 extern int container_truncate (struct container *, uint64_t size);
 extern void container_close (struct container *);
 
-/* A container over fd, of a file or a block device, which stays the
- * caller's: read-only; or one that can be written, grows to just the
- * size that is needed, and is never cut; or the image itself, which grows
- * in large steps and can be cut to what it was.  NULL with errno.
+/* A container over fd, of a file or a block device.  fd stays the caller's.
+ * The first opens it read-only.  The second can be written, grows to exactly
+ * the size that is needed, and is never cut.  The third is the image itself,
+ * which grows in large steps and can be cut to its original size.  NULL with
+ * errno.
  */
 extern struct container *container_open_file (int fd);
 extern struct container *container_open_file_writable (int fd);
 extern struct container *container_open_file_image (int fd);
 
-/* In memory, growing up to limit bytes (then ENOSPC), sparse.  A hook,
- * if set, is called before each operation that changes or flushes and
- * fails it by returning an errno value.
+/* In memory, growing up to limit bytes (then ENOSPC), sparse.  A hook, if
+ * set, is called before each operation that changes or flushes.  It fails
+ * the operation by returning an errno value.
  */
 struct container_memory_hook {
   int (*before) (void *opaque, const char *operation,

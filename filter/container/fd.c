@@ -19,7 +19,7 @@
 #define GROW_MIN_STEP ((uint64_t) 16 << 20)
 #define GROW_MAX_STEP ((uint64_t) 1 << 30)
 
-/* The descriptor's position is not used, so lseek may move it in any
+/* The descriptor's file offset is not used, so lseek may move it in any
  * thread.
  */
 void
@@ -75,9 +75,8 @@ resize (int fd, uint64_t size)
   return r;
 }
 
-/* Far more than that if the file system lets us, so that it is done
- * seldom: what is added is a hole, and a clean stop cuts off what was
- * not used.
+/* Extend far beyond size if the file system allows it, so that growing is
+ * rare: the new part is a hole, and a clean stop cuts off the unused part.
  */
 int
 fd_extend (int fd, uint64_t size)
@@ -89,7 +88,7 @@ fd_extend (int fd, uint64_t size)
   if (fstat (fd, &statbuf) == -1)
     return -1;
   if (size <= (uint64_t) statbuf.st_size)
-    return 0;                   /* Never cut what we do not know. */
+    return 0;                   /* Never cut what is there already. */
 
   step = min_u64 (max_u64 (statbuf.st_size / 8, GROW_MIN_STEP),
                   GROW_MAX_STEP);
@@ -102,8 +101,8 @@ fd_extend (int fd, uint64_t size)
   return resize (fd, size);
 }
 
-/* The kernel takes logical blocks, and keeps pages in its cache, which
- * are larger: to discard a part of one is not asked of it.
+/* The kernel zeroes logical blocks, and its cache holds pages, which are
+ * larger.  It is not asked to discard part of a page.
  */
 uint32_t
 fd_zero_alignment (int fd)

@@ -6,31 +6,33 @@
 #ifndef DIRTY_BITMAP_FD_H
 #define DIRTY_BITMAP_FD_H
 
-/* What is done with the descriptor of the image's file, be it served
- * through it (file.c) or through a plugin that opens the file again
- * (next.c).  All return 0, or -1 with errno.
+/* Operations on the descriptor of the image's file, for both ways of serving
+ * it: through the descriptor (file.c), or through a plugin that opens the
+ * file again (next.c).  All return 0, or -1 with errno.
  */
 
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/stat.h>
 
-/* As the operation extent.  What cannot be found out is data. */
+/* As the operation extent.  If the file system cannot tell, the range is
+ * data.
+ */
 extern void fd_extent (int fd, uint64_t offset, uint64_t count,
                        uint64_t *length, bool *hole);
 
-/* The bytes that the file system has for the file.  ENOTSUP if that
- * cannot be known, as of a block device.
+/* The bytes that the file system has allocated for the file.  ENOTSUP if
+ * that cannot be known, as for a block device.
  */
 extern int fd_allocated (int fd, uint64_t *bytes);
 
 /* Extend the file to at least size bytes. */
 extern int fd_extend (int fd, uint64_t size);
 
-/* What zeroes on a block device have to be aligned to, in bytes. */
+/* The alignment, in bytes, that a block device requires of zeroes. */
 extern uint32_t fd_zero_alignment (int fd);
 
-/* How many descriptors this process has of the file of this status. */
+/* How many descriptors of this process refer to the file with this status. */
 extern int fd_count_open (const struct stat *, unsigned *count);
 
 #endif /* DIRTY_BITMAP_FD_H */

@@ -5,23 +5,23 @@
 
 /* How this works
  *
- * A container over a file descriptor, of a file or a block device.  Backing
- * files are read and data files written so; and the image itself, where
- * nothing would be done with it but what is done here (image-file.c): then
- * it is the file that was opened, whatever happens to its name.
+ * A container over a file descriptor, of a file or a block device.  It
+ * serves backing files, data files, and the image itself where the plugin
+ * would only do the same (image-file.c).  The descriptor stays that of the
+ * opened file, whatever happens to the file's name.
  *
- * The size of a read-only one is that at the time of opening; a file
- * that is cut later gives EIO.  The door refuses every change of it.
+ * The size of a read-only container is the size at the time of opening; a
+ * file that is cut later gives EIO.  The door refuses every change.
  *
- * Zeroes are left to the file system where it can make them, else
- * written.  What it turned out not to be able to do is not tried again.
- * It also refuses single ranges that it cannot make zero, so that alone
- * does not mean that it never can.  A block device can only where a range
- * is aligned, so there the ends of others are written.
+ * The file system makes zeroes where it can; elsewhere they are written.  An
+ * operation that it does not support is not tried again.  It also refuses
+ * single ranges that it cannot zero, so a refusal alone does not mean that
+ * it never can.  A block device zeroes only aligned ranges, so the unaligned
+ * ends are written.
  *
- * A flush that failed may have thrown away what could not be written,
- * and the next one reports success all the same, as the plugin's does: the
- * kernel tells an error once.  The door counts those that fail.
+ * A flush that failed may have thrown away what could not be written, and
+ * the next one still reports success, as the plugin's does: the kernel
+ * reports an error once.  The door counts the flushes that fail.
  */
 
 #include <config.h>
@@ -120,7 +120,7 @@ write_zeroes (struct container *c, uint64_t count, uint64_t offset)
   return 0;
 }
 
-/* 1 if the file system cannot do it, at all or with this range. */
+/* 1 if the file system cannot do it, either at all or for this range. */
 static int
 try_fallocate (struct file *f, int mode, uint64_t count, uint64_t offset,
                atomic_bool *cannot)
@@ -147,8 +147,8 @@ try_fallocate (struct file *f, int mode, uint64_t count, uint64_t offset,
   }
 }
 
-/* Zeroes that have storage, of a file system that can only make holes:
- * the holes are filled again.
+/* Zeroes that have storage, on a file system that can only punch holes:
+ * punch the range, then allocate it again.
  */
 static int
 punch_and_allocate (struct file *f, uint64_t count, uint64_t offset)
@@ -163,7 +163,7 @@ punch_and_allocate (struct file *f, uint64_t count, uint64_t offset)
     : try_fallocate (f, 0, count, offset, &f->cannot_allocate);
 }
 
-/* Of a range that is aligned. */
+/* The range is aligned. */
 static int
 zero_aligned (struct file *f, uint64_t count, uint64_t offset, bool punch)
 {
@@ -229,8 +229,8 @@ file_allocated (struct container *c, uint64_t *bytes)
   return fd_allocated (((struct file *) c)->fd, bytes);
 }
 
-/* Extend it to just that size, but never shrink it, not even if it has
- * become larger in another way.
+/* Extend the file to exactly that size, but never shrink it, even if another
+ * process has made it larger.
  */
 static int
 extend_exactly (int fd, uint64_t size)
@@ -247,8 +247,8 @@ extend_exactly (int fd, uint64_t size)
   return r;
 }
 
-/* Others know the size of a data file, so it grows by no more than is
- * needed.
+/* Other programs know the size of a data file, so it grows by no more than
+ * is needed.
  */
 static int
 file_grow (struct container *c, uint64_t size)
@@ -274,7 +274,7 @@ file_truncate (struct container *c, uint64_t size)
 {
   struct file *f = (struct file *) c;
 
-  /* What was there before us is not ours to cut. */
+  /* Do not cut what was there before us. */
   size = max_u64 (size, f->original_size);
   if (!f->is_image || f->is_block_device || size >= container_size (c))
     return 0;
@@ -310,7 +310,7 @@ open_file (int fd, bool readonly, bool is_image)
   struct stat statbuf;
   off_t size;
 
-  /* SEEK_END knows the size of files and block devices alike. */
+  /* SEEK_END gives the size of files and block devices alike. */
   size = lseek (fd, 0, SEEK_END);
   if (size == -1 || fstat (fd, &statbuf) == -1)
     return NULL;

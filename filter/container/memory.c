@@ -5,14 +5,13 @@
 
 /* How this works
  *
- * A container in memory, for tests.  It is sparse: a page is allocated
- * by the first write into it and freed by punching it as a whole, and
- * pages hang in leaves of a two-level table, so that a large and mostly
- * empty image costs next to nothing.  A page that is not there reads as
- * zeroes.
+ * A container in memory, for tests.  It is sparse: a page is allocated by
+ * the first write into it and freed by punching it as a whole, and pages
+ * hang in leaves of a two-level table, so that a large and mostly empty
+ * image costs next to nothing.  A missing page reads as zeroes.
  *
- * A hook sees every operation that changes or flushes before it happens
- * and may fail it; what it fails has not happened at all.
+ * A hook sees every operation that changes or flushes before it happens, and
+ * may fail it.  A failed operation has changed nothing.
  *
  * lock protects the table and the bytes of the pages.  It is taken for
  * the duration of one operation, never while the hook runs, and after
@@ -63,8 +62,8 @@ call_hook (struct memory *m, const char *operation,
   return 0;
 }
 
-/* The slot of the page that holds offset, or NULL if its leaf is not
- * there (and, with allocate, cannot be).
+/* The slot of the page that holds offset, or NULL if its leaf does not exist
+ * (and, with allocate, cannot be allocated).
  */
 static char **
 find_slot (struct memory *m, uint64_t offset, bool allocate)
@@ -94,7 +93,7 @@ find_slot (struct memory *m, uint64_t offset, bool allocate)
   return &m->leaves[i]->page[offset % LEAF_BYTES / PAGE_BYTES];
 }
 
-/* How much of [offset, offset + count) lies in offset's page? */
+/* How much of [offset, offset + count) lies in the page of offset? */
 static size_t
 in_page (uint64_t count, uint64_t offset)
 {
@@ -223,7 +222,7 @@ memory_truncate (struct container *c, uint64_t size)
   if (call_hook (m, "truncate", size, old_size - size) == -1)
     return -1;
 
-  /* What a later growth uncovers has to read as zeroes. */
+  /* The range that a later growth uncovers must read as zeroes. */
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&m->lock);
   erase (m, old_size - size, size, true);
   atomic_store_explicit (&c->size, size, memory_order_release);

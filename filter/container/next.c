@@ -5,32 +5,33 @@
 
 /* How this works
  *
- * One context of the plugin, a "view", serves everybody (view.c).
+ * One context of the plugin, a "view", serves all clients (view.c).
  *
- * - The size of a view is fixed for ever, and nbdkit aborts the server on
- *   a request beyond it.  To grow, the file is extended behind the
- *   plugin's back and a new view is opened, which sees the new size.  A
- *   request loads the container's size first (the door does, with acquire
- *   order) and the view second; the view is published before the size; so
- *   the view of a request is never smaller than the range that the door
- *   let through, but for the tail, below.
+ * - The size of a view never changes, and nbdkit aborts the server on a
+ *   request beyond it.  To grow, the file is extended behind the plugin's
+ *   back and a new view is opened, which sees the new size.  A request loads
+ *   the container's size first (the door does, with acquire order) and the
+ *   view second; the view is published before the size; so the view of a
+ *   request always covers the range that the door let through, except for
+ *   the tail, below.
  * - Requests may still be inside an old view.  It is closed after a grace
  *   period (common/grace.h), by the next flush or growth that finds it
- *   ended.  Where the container cannot grow no request enters a section.
+ *   ended.  If the container cannot grow, requests enter no section.
  *
  * The plugin opens its file by name, and by then the name may lead to
- * another file.  So each view is seen to have opened a descriptor of the
- * very file that was checked and locked before it is used; if it has not,
- * it is closed, and nothing was read from it or written to it.
+ * another file.  So before a view is used, it is checked that the plugin
+ * opened a descriptor of the very file that was checked and locked.  If it
+ * did not, the view is closed, and nothing was read from it or written to
+ * it.
  *
- * The tail is what a view does not reach of the container's end: with
- * blocks that must be whole (a plugin's minimum block size, or nbdkit's
- * blocksize filter) the last bytes are no block.  They are read once, at
- * the start, and kept.  A write to them extends the file first, so that
- * the next view reaches them.
+ * The tail is the end of the container that a view does not reach.  If
+ * requests must be of whole blocks (a plugin's minimum block size, or
+ * nbdkit's blocksize filter), the last bytes may not fill a block.  They are
+ * read once, at the start, and kept in memory.  A write to them extends the
+ * file first, so that the next view reaches them.
  *
- * Nothing else on the way of a request is locked, unless the thread model
- * is less than parallel (view.c).
+ * A request takes no other lock, unless the thread model is less than
+ * parallel (view.c).
  */
 
 #include <config.h>
@@ -56,7 +57,7 @@
 
 struct next {
   struct container c;
-  struct grace users;           /* of views, if it can grow */
+  struct grace users;           /* of views, if the container can grow */
   nbdkit_backend *backend;
   bool serialize;
 
@@ -66,30 +67,31 @@ struct next {
   bool same_bytes;
 
   bool can_grow;
-  const char *cannot_grow;      /* why not */
-  char *has_moved;              /* that the name leads elsewhere, in words */
+  const char *cannot_grow;      /* the reason, or NULL */
+  char *has_moved;              /* the message if the path leads to another
+                                   file */
   uint64_t original_size;       /* bytes, when we were opened */
 
   uint8_t *tail;                /* of tail_bytes, or NULL */
   uint64_t tail_offset;
   uint32_t tail_bytes;
 
-  /* What zeroes have to be aligned to, as far as is known; 0 if none can
-   * be made.  Only rises, or becomes 0.
+  /* The alignment that zeroes need, as far as is known; 0 if the plugin
+   * cannot zero at all.  Only rises, or becomes 0.
    */
   _Atomic uint32_t zero_alignment;
 
-  /* Changed under grow_lock, or before others know the container. */
+  /* Changed under grow_lock, or before other threads know the container. */
   struct view *_Atomic view;
 
-  /* Views that were replaced, under grow_lock: those that are closed when
-   * a grace period ends, and those that came after it was begun.
+  /* Replaced views, under grow_lock: those that are closed when a grace
+   * period ends, and those that were replaced after it began.
    */
   struct view *leaving, *replaced;
   grace_period period;
 
-  /* Held around each call of the plugin if serialize.  The last lock
-   * of all: the plugin knows none of ours.
+  /* Held around each call of the plugin if serialize.  It is taken last: the
+   * plugin knows none of our locks.
    */
   pthread_mutex_t serial_lock;
 };
@@ -102,7 +104,7 @@ current_view (struct next *n)
   return atomic_load_explicit (&n->view, memory_order_acquire);
 }
 
-/* A view while a request is inside. */
+/* A view while a request uses it. */
 struct use {
   struct view *view;
   grace_ticket ticket;
@@ -126,7 +128,7 @@ end_use (struct next *n, const struct use *u)
     grace_leave (&n->users, u->ticket);
 }
 
-/* What lies beyond the view. */
+/* Read bytes beyond the view. */
 static void
 read_tail (const struct next *n, char *buf, uint64_t count, uint64_t offset)
 {
@@ -156,7 +158,7 @@ next_pread (struct container *c, void *buf, size_t count, uint64_t offset)
 
 static int grow_over_tail (struct next *n, uint64_t end);
 
-/* Use a view that reaches up to end. */
+/* Use a view that reaches as far as end. */
 static int
 begin_change (struct next *n, uint64_t end, struct use *u)
 {
@@ -185,8 +187,8 @@ next_pwrite (struct container *c, const void *buf, size_t count,
   return r;
 }
 
-/* The plugin has refused to zero, which is said of ranges that are not
- * aligned to blocks of the storage.  How large they are is not known.
+/* The plugin has refused to zero, as it does for ranges that are not aligned
+ * to blocks of the storage.  The size of these blocks is not known.
  */
 static void
 raise_zero_alignment (struct next *n, uint32_t tried)
@@ -199,8 +201,8 @@ raise_zero_alignment (struct next *n, uint32_t tried)
   atomic_compare_exchange_strong (&n->zero_alignment, &tried, next);
 }
 
-/* Zero some of a range, at least a byte.  The number of bytes, 0 if it
- * has to be tried again, or -1.
+/* Zero part of a range, at least a byte.  Returns the number of bytes, 0 if
+ * the caller must try again, or -1.
  */
 static int64_t
 zero_some (struct next *n, struct view *v, uint64_t count, uint64_t offset,
@@ -292,8 +294,8 @@ next_allocated (struct container *c, uint64_t *bytes)
   return -1;
 }
 
-/* Around opening and closing views: no other thread may be inside the
- * plugin if it is not made for that.
+/* Held while a view is opened or closed: no other thread may be inside the
+ * plugin then, if the plugin is not made for that.
  */
 static void
 lock_serial (struct next *n)
@@ -309,7 +311,7 @@ unlock_serial (struct next *n)
     pthread_mutex_unlock (&n->serial_lock);
 }
 
-/* With grow_lock held: close the views that no request can be inside. */
+/* With grow_lock held: close the views that no request can be using. */
 static void
 close_unused_views (struct next *n)
 {
@@ -331,7 +333,7 @@ next_flush (struct container *c)
 {
   struct next *n = (struct next *) c;
   const struct use u = begin_use (n);
-  /* If it cannot, the user was warned at the start. */
+  /* If the plugin cannot flush, the user was warned at the start. */
   const int r = u.view->can_flush ? view_flush (u.view) : 0;
   const int err = errno;
 
@@ -344,7 +346,7 @@ next_flush (struct container *c)
   return r;
 }
 
-/* Does the name that the plugin opens still lead to the file? */
+/* Does the path that the plugin opens still lead to the file? */
 static bool
 is_in_place (const struct next *n)
 {
@@ -363,8 +365,8 @@ cannot_grow (const char *why)
   return -1;
 }
 
-/* Open a view of the file that was extended.  NULL with errno if the
- * plugin does not show at least size bytes, of this file, writable.
+/* Open a view of the extended file.  NULL with errno if the plugin does not
+ * show at least size bytes, of this file, writable.
  */
 static struct view *
 open_larger_view (struct next *n, uint64_t size)
@@ -432,8 +434,8 @@ next_grow (struct container *c, uint64_t size)
   return 0;
 }
 
-/* Extend the file to whole blocks, and more.  The door has not asked for
- * it, since the container is large enough.
+/* Extend the file to whole blocks, and more.  The door did not ask for this,
+ * since the container is large enough.
  */
 static int
 grow_over_tail (struct next *n, uint64_t end)
@@ -456,7 +458,7 @@ next_truncate (struct container *c, uint64_t size)
 {
   struct next *n = (struct next *) c;
 
-  /* What was there before us is not ours to cut. */
+  /* Do not cut what was there before us. */
   size = max_u64 (size, n->original_size);
   if (!n->can_grow || size >= container_size (c))
     return 0;
@@ -500,7 +502,7 @@ static const struct container_ops next_ops = {
   .close = next_close,
 };
 
-/* Before there is a container. */
+/* Called before there is a container. */
 static struct next *
 new_next (const struct container_next_options *options)
 {
@@ -522,8 +524,8 @@ new_next (const struct container_next_options *options)
     return n;
 
   if (fstat (n->fd, &n->file) == -1 ||
-      asprintf (&n->has_moved, "'%s' leads to another file now than the one "
-                "that is served, or to none", n->path) == -1) {
+      asprintf (&n->has_moved, "'%s' no longer leads to the file that is "
+                "served", n->path) == -1) {
     report_error ("%s: %m", n->path);
     n->has_moved = NULL;
     free_next (n);
@@ -534,7 +536,7 @@ new_next (const struct container_next_options *options)
   return n;
 }
 
-/* A filter may open the plugin later than we can see. */
+/* A filter may open the plugin later, when this cannot check the file. */
 static struct view *
 open_first_view (struct next *n, bool readonly)
 {
@@ -544,15 +546,15 @@ open_first_view (struct next *n, bool readonly)
 
   if (v == NULL || is_ours || is_in_place (n))
     return v;
-  report_error ("%s: the plugin has opened another file than the one that "
-                "was checked and locked: the file was renamed or replaced "
-                "while nbdkit started", n->path);
+  report_error ("%s: the plugin did not open the file that was checked and "
+                "locked: it was renamed or replaced while nbdkit started",
+                n->path);
   view_close (v);
   return NULL;
 }
 
-/* The size of the file, if what the view shows of it ends where its last
- * whole block does, for blocks of some size.  Else that of the view.
+/* The size of the file, if the view shows the file up to its last whole
+ * block, for blocks of some size.  Else the size of the view.
  */
 static uint64_t
 size_with_tail (const struct next *n, const struct view *v)
@@ -577,8 +579,8 @@ read_first_tail (struct next *n, struct view *v)
     r = view_pread (v, n->tail, n->tail_bytes, n->tail_offset);
     if (r == -1)
       report_error ("the plugin below takes only requests of whole blocks of "
-                    "%u bytes, and so the last %u of its bytes cannot be "
-                    "read", v->block_bytes, n->tail_bytes);
+                    "%u bytes, so its last %u bytes cannot be read",
+                    v->block_bytes, n->tail_bytes);
     return r;
   }
   file = container_open_file (n->fd);
@@ -625,12 +627,12 @@ container_open_next (const struct container_next_options *options)
   }
   if (!readonly && !v->can_write) {
     report_warning ("the storage below is read-only, "
-                    "and so is the disk that is served");
+                    "so the disk is served read-only");
     readonly = true;
   }
   if (!readonly && !v->can_flush)
     report_warning ("the storage below cannot flush: "
-                    "what clients write may be lost by a crash");
+                    "a crash may lose what clients write");
 
   v->serial_lock = n->serialize ? &n->serial_lock : NULL;
   container_init (&n->c, &next_ops, n->original_size, readonly);

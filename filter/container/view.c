@@ -6,15 +6,14 @@
 /* How this works
  *
  * nbdkit lets a filter open a context of the plugin that belongs to no
- * connection.  It remembers what the context said of itself (its size,
- * what it can do) the first time that it is asked, in plain integers, and
- * aborts the server on a request that was not preceded by the question.
- * So all questions are asked by the thread that opens the view, before any
- * other knows it.
+ * connection.  nbdkit remembers the context's first answers (its size, what
+ * it can do) in plain integers, and aborts the server on a request that was
+ * not preceded by the question.  So the thread that opens the view asks all
+ * questions before any other thread knows the view.
  *
  * nbdkit enforces the thread model of the plugin for its own connections
- * alone.  Requests come from other threads here, and so a view can have a
- * lock that is held around each call.
+ * only.  Here requests come from other threads, so a view can have a lock
+ * that is held around each call.
  */
 
 #include <config.h>
@@ -29,8 +28,8 @@
 #include "container/fd.h"
 #include "container/view.h"
 
-/* nbdkit allows 64 MiB in a request that carries data.  One that does
- * not is limited by its 32 bit count alone.
+/* nbdkit allows 64 MiB in a request that carries data.  A request without
+ * data is limited only by its 32 bit count.
  */
 #define MAX_DATA_BYTES ((uint32_t) 64 << 20)
 #define MAX_ZERO_BYTES ((uint32_t) 1 << 30)
@@ -63,7 +62,7 @@ ask_for_flags (struct view *v)
   return 0;
 }
 
-/* Ask all that nbdkit wants to have been asked, and keep the answers. */
+/* Ask everything that nbdkit requires, and keep the answers. */
 static int
 prime_view (struct view *v)
 {
@@ -75,7 +74,7 @@ prime_view (struct view *v)
       (size = next->get_size (next)) == -1 ||
       next->block_size (next, &minimum, &preferred, &maximum) == -1 ||
       ask_for_flags (v) == -1)
-    return -1;                  /* nbdkit or the plugin said why. */
+    return -1;                  /* nbdkit or the plugin reported why. */
 
   if (minimum == 0)
     minimum = 1;
@@ -137,7 +136,9 @@ view_open (nbdkit_backend *backend, bool readonly)
   return v;
 }
 
-/* It has if this process has more descriptors of it than before. */
+/* The plugin has opened the file if this process has more descriptors of it
+ * than before.
+ */
 struct view *
 view_open_of_file (nbdkit_backend *backend, bool readonly,
                    const struct stat *file, bool *is_ours)

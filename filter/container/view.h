@@ -6,9 +6,9 @@
 #ifndef DIRTY_BITMAP_VIEW_H
 #define DIRTY_BITMAP_VIEW_H
 
-/* A context of nbdkit's plugin that belongs to no connection, with all
- * that nbdkit wants to have been asked of it, and the answers.
- * For next.c.  Include <nbdkit-filter.h> first.
+/* A context of nbdkit's plugin that belongs to no connection, with all the
+ * questions that nbdkit requires a filter to ask, and the answers.  For
+ * next.c.  Include <nbdkit-filter.h> first.
  */
 
 #include <pthread.h>
@@ -24,8 +24,8 @@ struct view {
   pthread_mutex_t *serial_lock; /* held around each call, or NULL */
   uint64_t plugin_size;         /* bytes, as the plugin says */
   uint64_t size;                /* the whole blocks of it */
-  uint32_t block_bytes;         /* which requests are multiples of */
-  struct view *older;           /* in a list of those that were replaced */
+  uint32_t block_bytes;         /* requests are multiples of this */
+  struct view *older;           /* in a list of replaced views */
   uint32_t max_data_bytes;
   uint32_t max_zero_bytes;
   bool can_write;
@@ -39,20 +39,20 @@ struct view {
 /* NULL, with the reason reported, if it cannot be opened. */
 extern struct view *view_open (nbdkit_backend *, bool readonly);
 
-/* The same, and say whether the plugin has opened a certain file. */
+/* The same.  Also says whether the plugin has opened a certain file. */
 extern struct view *view_open_of_file (nbdkit_backend *, bool readonly,
                                        const struct stat *file,
                                        bool *is_ours);
 
-/* Close a view, or all in a list (or NULL), where no other thread can be
- * inside the plugin if it is not made for that.
+/* Close a view, or all views of a list (or NULL).  Call it where no other
+ * thread can be inside the plugin, if the plugin is not made for that.
  */
 extern void view_close (struct view *);
 extern void view_close_all (struct view *);
 
-/* The calls.  The view can do what is asked (can_zero and so on), and has
- * the range, of whole blocks; of zeroes it is no more than max_zero_bytes.
- * 0, or -1 with errno.
+/* The calls.  The caller makes sure that the view can do what is asked
+ * (can_zero and so on) and has the range, which is of whole blocks and, for
+ * zeroes, no longer than max_zero_bytes.  0, or -1 with errno.
  */
 extern int view_pread (struct view *, void *buf, uint64_t count,
                        uint64_t offset);

@@ -466,7 +466,7 @@ test_plugin_opens_another_file (void **state)
   assert_int_equal (container_pwrite (c, "y", 1, MiB), -1);
   assert_int_equal (errno, ENOSPC);
   assert_int_equal (nr_reports, 1);
-  assert_non_null (strstr (last_report, "another file"));
+  assert_non_null (strstr (last_report, "no longer leads"));
   assert_int_equal (fake.nr_open, 1);
   assert_int_equal (file_size (), MiB);
   assert_int_equal (container_pwrite (c, "y", 1, 5), 0);
@@ -480,7 +480,7 @@ test_plugin_opens_another_file (void **state)
   assert_int_equal (unlink (path), 0);
   assert_null (open_file (false, false));
   assert_int_equal (nr_reports, 1);
-  assert_non_null (strstr (last_report, "another file"));
+  assert_non_null (strstr (last_report, "renamed or replaced"));
   assert_int_equal (fstat (fake.opens, &statbuf), 0);
   assert_int_equal (statbuf.st_blocks, 0);
   fclose (other);
@@ -670,7 +670,7 @@ test_blocks_without_file (void **state)
   fake.minimum = 4096;
   assert_null (open_fake (false, false));
   assert_int_equal (nr_reports, 1);
-  assert_non_null (strstr (last_report, "last 8 of its bytes"));
+  assert_non_null (strstr (last_report, "its last 8 bytes"));
 
   assert_int_equal (ftruncate (fd, 3 * 4096), 0);
   c = open_fake (false, false);
