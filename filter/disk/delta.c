@@ -3,21 +3,22 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* The disk as one bitmap has it: what is dirty in the bitmap is the
- * disk's data, and what is clean reads as zeroes.
+/* The disk as seen through one bitmap: dirty bytes are the disk's data, and
+ * clean bytes read as zeroes.
  *
- * While the disk is written.  Bits are set before the data are changed
- * (disk.c), and as long as the disk is open they are not cleared, so:
+ * The disk may be written meanwhile.  Bits are set before the data are
+ * changed (disk.c), and as long as the disk is open they are not cleared,
+ * so:
  *
  * - A write that was acknowledged before a read of the delta began has
  *   its bits set, and the read returns it.
- * - Of a write that goes on meanwhile the read finds each granule clean,
- *   and returns zeroes, as if it had come first; or dirty, and returns
- *   the old data or the new.
- * - What was told as dirty never reads as a clean hole later.
+ * - If a write is under way during the read, the read finds each granule
+ *   either clean, and returns zeroes, as if the read had come first; or
+ *   dirty, and returns the old data or the new.
+ * - Bytes that were reported dirty never read as a clean hole later.
  *
- * Each run is looked at once, and only what was dirty then is read from
- * the disk.
+ * Each run is looked up once, and only runs that were dirty then are read
+ * from the disk.
  */
 
 #include <config.h>
@@ -50,9 +51,9 @@ disk_delta_read (struct disk *d, size_t bitmap, void *buf, uint32_t count,
   return 0;
 }
 
-/* Clean bytes behind done bytes of data, of which length are clean: a hole
- * that ends the data or is a piece by itself, or zeroes among the data.
- * True if the piece is complete.
+/* Add `length` clean bytes after `done` bytes of data: a hole that ends the
+ * data or is a piece by itself, or zeroes among the data.  True if the piece
+ * is complete.
  */
 static bool
 add_clean (struct qcow2_chunk *c, uint64_t length)
@@ -74,7 +75,7 @@ add_clean (struct qcow2_chunk *c, uint64_t length)
   return false;
 }
 
-/* The same of dirty ones, which are the disk's. */
+/* The same for dirty bytes, which are the disk's. */
 static int
 add_dirty (struct disk *d, uint64_t offset, struct qcow2_chunk *c,
            uint64_t length, bool *complete)

@@ -5,13 +5,13 @@
 
 /* The guest's disk.
  *
- * Every change goes through mark, and only then to the image.  That is
- * the whole of it: a flush that begins after a request was answered
- * finds its granules set, whether the request succeeded or not.
+ * Every change is marked first, and only then made in the image.  That is
+ * the whole design: a flush that begins after a request was answered finds
+ * its granules set, whether the request succeeded or not.
  *
- * Clients are offered the bitmaps of the image, which record, and then
- * those of its backing files, which are read-only: sets[0] has the
- * former, and each backing file that is a qcow2 image has the next.
+ * Clients are offered the bitmaps of the image, which record, and then those
+ * of its backing files, which are read-only: sets[0] has the former, and
+ * each backing file that is a qcow2 image has the next set.
  */
 
 #include <config.h>
@@ -33,7 +33,7 @@
 /* A bitmap that clients are offered. */
 struct offered {
   const struct bitmap *bitmap;
-  uint64_t size;                /* it knows this much of the disk */
+  uint64_t size;                /* how much of the disk the bitmap covers */
 };
 
 struct disk {
@@ -46,13 +46,13 @@ struct disk {
   size_t nr_offered;
   uint64_t size;
 
-  /* Failed barriers are counted (qcow2_lost): as it was at the last of
-   * which a client, any of them, was told.
+  /* Failed barriers are counted (qcow2_lost).  This is the count at the last
+   * failure that was reported to any client.
    */
   atomic_ulong told;
 };
 
-/* Open the set of bitmaps of an image: the next one downward. */
+/* Open the bitmaps of an image as the next set downward. */
 static int
 open_set (struct disk *d, struct qcow2 *image,
           const struct bitmap_options *options)
@@ -65,7 +65,7 @@ open_set (struct disk *d, struct qcow2 *image,
   return 0;
 }
 
-/* What was asked for has been found, in one image or another. */
+/* Check that each requested bitmap was found in one image or another. */
 static int
 check_expose (const struct disk *d, const struct disk_options *o)
 {
@@ -75,7 +75,7 @@ check_expose (const struct disk *d, const struct disk_options *o)
     for (size_t j = 0; !found && j < d->nr_sets; ++j)
       found = bitmap_set_offers (d->sets[j], o->expose[i]);
     if (!found) {
-      report_error ("bitmap '%s' cannot be offered, neither the image nor its "
+      report_error ("bitmap '%s' cannot be offered: neither the image nor its "
                     "backing files have a bitmap of this name", o->expose[i]);
       errno = ENOENT;
       return -1;
@@ -210,8 +210,8 @@ disk_open (struct container *c, const struct disk_options *options)
 static int
 fail_lost (void)
 {
-  report_error ("a flush of the image has failed before, and what was "
-                "written until then may be lost");
+  report_error ("an earlier flush of the image failed: what was written "
+                "before it may be lost");
   errno = EIO;
   return -1;
 }
@@ -225,7 +225,7 @@ disk_stop (struct disk *d)
   if (bitmap_set_give_back_reserved (d->bitmaps) &&
       qcow2_stop (d->qcow2, NULL) == -1)
     r = -1;
-  /* This says which bitmaps are the worse for it. */
+  /* This reports which bitmaps could not be stored. */
   const bool stored = bitmap_set_all_stored (d->bitmaps);
   const unsigned long lost = qcow2_lost (d->qcow2);
   const bool is_told = atomic_exchange (&d->told, lost) == lost;
@@ -291,7 +291,7 @@ disk_read_chunk (struct disk *d, uint64_t offset, struct qcow2_chunk *c)
   return qcow2_read_chunk (d->qcow2, offset, c);
 }
 
-/* What comes before every change. */
+/* Called before every change. */
 static int
 begin_change (struct disk *d, uint64_t count, uint64_t offset)
 {
@@ -307,8 +307,9 @@ begin_change (struct disk *d, uint64_t count, uint64_t offset)
   return bitmap_set_mark (d->bitmaps, offset, count);
 }
 
-/* A barrier that has failed since lost was looked at, before the change,
- * may have lost it, and the one that succeeds here would not know.
+/* If a barrier has failed since `lost` was read, before the change, the
+ * change may be lost, and a barrier that succeeds here would not report
+ * that.
  */
 static int
 end_change (struct disk *d, int r, bool fua, unsigned long lost)
@@ -396,8 +397,8 @@ raise_to (atomic_ulong *counter, unsigned long n)
     ;
 }
 
-/* Of several flushes of a client that are under way at once each fails,
- * since each speaks for the same writes.
+/* If several flushes of one client are under way at once, each of them
+ * fails, since each covers the same writes.
  */
 int
 disk_flush (struct disk *d, struct disk_client *client)

@@ -8,16 +8,15 @@
 
 /* The guest's disk: the one door for every change.
  *
- * disk/ puts the image (qcow2/) and its bitmaps (bitmap/) together: a
- * change is marked in every recording bitmap before it is made, and a
- * flush makes both durable.  Above it are nbd/ and filter.c, which have
- * both the same disk.
+ * disk/ puts the image (qcow2/) and its bitmaps (bitmap/) together: a change
+ * is marked in every recording bitmap before it is made, and a flush makes
+ * both durable.  Above it are nbd/ and filter.c, which share the disk.
  *
- * All request functions may be called from any thread at any time.
- * They return 0, or -1 with errno set and the reason reported.  Offsets
- * and counts are bytes of the guest's disk, need no alignment, and must
- * lie inside disk_size: the callers check (once, where a request comes
- * in), disk/ asserts nothing and answers EINVAL.
+ * All request functions may be called from any thread at any time.  They
+ * return 0, or -1 with errno set and the reason reported.  Offsets and
+ * counts are bytes of the guest's disk, need no alignment, and must lie
+ * inside disk_size: callers check this once, where a request comes in.
+ * disk/ does not assert it, but returns EINVAL.
  */
 
 #include <stdatomic.h>
@@ -39,8 +38,9 @@ struct disk_backing {
 
 struct disk_options {
   bool readonly;                /* nothing is written, not even in_use */
-  const char *snapshot;         /* serve this one (an ID, or else a name),
-                                   read-only and without bitmaps, or NULL */
+  const char *snapshot;         /* serve this snapshot (an ID, or else a
+                                   name), read-only and without bitmaps; or
+                                   NULL */
   uint64_t cache_size;          /* bytes for L2 and refcount tables */
   uint32_t granularity;         /* bytes, for a bitmap that is created;
                                    0 for QEMU's rule */
@@ -50,10 +50,11 @@ struct disk_options {
   const char *const *expose;    /* bitmaps that clients are offered */
   size_t nr_expose;             /* 0: all */
 
-  /* What the image refers to, which is the caller's and outlives the
-   * disk: what lies right below it, its external data file or NULL, and
-   * the qcow2 images of its whole chain from the top down, whose bitmaps
-   * clients are offered where no image above has one of the same name.
+  /* The files that the image refers to.  They are the caller's and outlive
+   * the disk: the layer right below it, its external data file or NULL, and
+   * the qcow2 images of its whole chain from the top down.  Clients are
+   * offered a bitmap of one of these where no image above has a bitmap of
+   * the same name.
    */
   struct qcow2_layer below;
   struct container *data_file;
@@ -66,26 +67,26 @@ struct disk_options {
  */
 extern int disk_check (struct container *, const struct disk_options *);
 
-/* Open the image.  The container becomes the disk's and is closed by
- * disk_close, or stays the caller's if this returns NULL.
+/* Open the image.  disk_close closes the container.  If this returns NULL,
+ * the container stays the caller's.
  */
 extern struct disk *disk_open (struct container *,
                                const struct disk_options *);
 
-/* Write all that is in RAM and cut the container to what is used.  No
- * request may be under way.  -1 if something could not be written: the
- * image is consistent, and the bitmaps concerned stay in_use.  Or if a
- * flush has failed before that no client's flush has told of.
+/* Write all that is in RAM and cut the container to the used part.  No
+ * request may be under way.  -1 if something could not be written: the image
+ * is consistent, and the bitmaps concerned stay in_use.  Also -1 if an
+ * earlier flush failed and no client's flush has reported it.
  */
 extern int disk_stop (struct disk *);
 
-/* Free the memory; writes nothing. */
+/* Free the memory.  Writes nothing. */
 extern void disk_close (struct disk *);
 
 extern uint64_t disk_size (const struct disk *);
 extern bool disk_is_readonly (const struct disk *);
 
-/* The size of a cluster in bytes: what a write is cheapest in. */
+/* The size of a cluster in bytes: the cheapest size of a write. */
 extern uint32_t disk_preferred_block_size (const struct disk *);
 
 extern int disk_read (struct disk *, void *buf, uint32_t count,
@@ -100,49 +101,50 @@ extern int disk_read_chunk (struct disk *, uint64_t offset,
 extern int disk_write (struct disk *, const void *buf, uint32_t count,
                        uint64_t offset, bool fua);
 
-/* Write zeroes.  no_hole keeps (or makes) the range allocated; fast
- * fails with ENOTSUP, having changed nothing, where that would be no
- * faster than writing.
+/* Write zeroes.  no_hole keeps (or makes) the range allocated.  fast fails
+ * with ENOTSUP, having changed nothing, if zeroing would be no faster than
+ * writing.
  */
 extern int disk_zero (struct disk *, uint64_t count, uint64_t offset,
                       bool no_hole, bool fast, bool fua);
 extern int disk_trim (struct disk *, uint64_t count, uint64_t offset,
                       bool fua);
 
-/* A client: a connection.  What it has been told of flushes that failed
- * (disk_flush).  One that comes is told of those that nobody was told of
- * yet: it may be somebody who has come again.
+/* A client: a connection, and which failed flushes were reported to it
+ * (disk_flush).  A new client also sees failures that were not yet reported
+ * to any client: it may be an earlier client that has reconnected.
  */
 struct disk_client {
   atomic_ulong told;
 };
 extern void disk_client_begin (struct disk *, struct disk_client *);
 
-/* A client's flush.  It fails, too, if a flush below has failed, for
- * whomever it was, and no flush of this client's that failed began since:
- * what he wrote until then may be lost, though it reads back.  He has to
- * write again what he wrote since his last flush that succeeded.  (Linux
- * tells fsync of it in this way, once for each open file.)
+/* A client's flush.  It also fails if a flush below has failed, for
+ * whichever client, and no failed flush of this client began since: what the
+ * client wrote until then may be lost, though it reads back.  The client has
+ * to write again everything it wrote since its last successful flush.
+ * (Linux reports such an error to fsync in this way, once for each open
+ * file.)
  *
- * FUA speaks of its own request alone, as in the protocol: a request with
- * it fails if its own data may be lost, and one that fails so leaves the
- * client's next flush to fail for the rest.
+ * FUA covers its own request only, as in the protocol: a request with FUA
+ * fails if its own data may be lost.  Such a failure leaves the rest to be
+ * reported by the client's next flush.
  */
 extern int disk_flush (struct disk *, struct disk_client *);
 
-/* The same for our own ends: it tells of itself only. */
+/* The same for the filter's own use: it reports only its own failure. */
 extern int disk_sync (struct disk *);
 
-/* disk_sync, and all else that disk_stop would write, if no request comes
- * in between.
+/* disk_sync, and everything else that disk_stop would write, if no request
+ * comes in between.
  */
 extern int disk_settle (struct disk *);
 
 extern int disk_cache (struct disk *, uint64_t count, uint64_t offset);
 
-/* From so long from now on requests that take long end early, with
- * ESHUTDOWN: what has been changed of a range stays so, and all of it is
- * marked.  disk_sync and disk_stop go on as ever.
+/* In grace_ms milliseconds, begin to end long requests early, with
+ * ESHUTDOWN.  The part of a range that was changed by then stays changed,
+ * and all of it is marked.  disk_sync and disk_stop still do all their work.
  */
 extern void disk_hurry (struct disk *, unsigned grace_ms);
 
@@ -159,43 +161,42 @@ enum {
 extern int disk_extent (struct disk *, uint64_t offset, uint64_t limit,
                         uint64_t *length, uint32_t *flags);
 
-/* Which image of the chain the run at offset comes from (as qemu-nbd
- * tells it in qemu:allocation-depth): 0 if none has it, 1 for the image
- * itself, 2 for its backing file and so on.  The rest as above.
+/* Which image of the chain the run at offset comes from (as in qemu-nbd's
+ * context qemu:allocation-depth): 0 if none has it, 1 for the image itself,
+ * 2 for its backing file and so on.  The rest as above.
  */
 extern int disk_extent_depth (struct disk *, uint64_t offset, uint64_t limit,
                               uint64_t *length, uint32_t *depth);
 
-/* Bitmaps that clients are offered, 0 to disk_nr_bitmaps - 1, in the
- * order of the image's directory, then those of its backing files.  What
- * is written to the disk changes only the image's own.  The set is fixed
- * once the disk is open.  Names are not NUL-terminated text to the
- * format, but those with a NUL inside are not offered, so these are C
- * strings.
+/* Bitmaps that clients are offered, 0 to disk_nr_bitmaps - 1, in the order
+ * of the image's directory, then those of its backing files.  Writes to the
+ * disk change only the image's own.  The set is fixed once the disk is open.
+ * The format does not terminate names with NUL, but names that contain a NUL
+ * are not offered, so these are C strings.
  */
 extern size_t disk_nr_bitmaps (const struct disk *);
 extern const char *disk_bitmap_name (const struct disk *, size_t i);
 extern uint64_t disk_bitmap_granularity (const struct disk *, size_t i);
 
-/* The runs of equally dirty or clean bytes from offset on, up to max of
- * them (at least 1), clipped to limit: run k ends at guest offset
- * ends[k].  Returns how many there are; the last of all ends at limit.
- * *dirty says what the first is; the next are of the other kind in turn.
- * What lies beyond the end of the backing file that the bitmap is in is
- * dirty: it does not know.
+/* The runs of equally dirty or clean bytes from offset on, up to max of them
+ * (at least 1), clipped to limit: run k ends at guest offset ends[k].
+ * Returns how many there are; the last one ends at limit.  *dirty says
+ * whether the first is dirty; dirty and clean runs alternate.  Bytes beyond
+ * the end of the backing file that holds the bitmap are dirty, since the
+ * bitmap does not cover them.
  */
 extern size_t disk_bitmap_runs (const struct disk *, size_t i,
                                 uint64_t offset, uint64_t limit,
                                 uint64_t *ends, size_t max, bool *dirty);
 
-/* What has been going on since the disk was opened, in the image and not
- * in its backing files, as qcow2.h and bitmap.h have it.
+/* What has happened since the disk was opened, in the image and not in its
+ * backing files; qcow2.h and bitmap.h say more.
  */
 struct disk_numbers {
   struct qcow2_numbers qcow2;
   struct bitmap_set_numbers bitmaps;
   uint64_t image_bytes;         /* the size of the image file */
-  uint64_t grown_bytes;         /* by which it grew, in all */
+  uint64_t grown_bytes;         /* the sum of its growth */
 };
 extern void disk_get_numbers (const struct disk *, struct disk_numbers *);
 
@@ -210,7 +211,7 @@ extern void disk_each_bitmap (const struct disk *,
                                           void *opaque),
                               void *opaque);
 
-/* The length of the first of them. */
+/* The length of the first run. */
 static inline uint64_t
 disk_bitmap_run (const struct disk *d, size_t i, uint64_t offset,
                  uint64_t limit, bool *dirty)
@@ -221,14 +222,14 @@ disk_bitmap_run (const struct disk *d, size_t i, uint64_t offset,
   return end - offset;
 }
 
-/* delta.c: the disk as bitmap i has it.  What is dirty is the disk's data,
- * also where those are zeroes or a hole, since that may be the change;
- * what is clean reads as zeroes.
+/* delta.c: the disk as seen through bitmap i.  Dirty bytes are the disk's
+ * data, even where the disk has zeroes or a hole, since that may be the
+ * change.  Clean bytes read as zeroes.
  */
 extern int disk_delta_read (struct disk *, size_t i, void *buf,
                             uint32_t count, uint64_t offset);
 
-/* As disk_read_chunk: what is clean is a hole. */
+/* As disk_read_chunk: clean bytes are a hole. */
 extern int disk_delta_read_chunk (struct disk *, size_t i, uint64_t offset,
                                   struct qcow2_chunk *);
 
@@ -237,7 +238,7 @@ extern int disk_delta_extent (struct disk *, size_t i, uint64_t offset,
                               uint64_t limit, uint64_t *length,
                               uint32_t *flags);
 
-/* What base:allocation says of a dirty or clean run. */
+/* The base:allocation flags of a dirty or clean run. */
 static inline uint32_t
 disk_delta_flags (bool dirty)
 {
