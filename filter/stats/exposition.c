@@ -6,9 +6,9 @@
 /* Writing the statistics in Prometheus's text format.
  *
  * All lines of a metric stand together, below its HELP and TYPE, and a
- * series is there from the beginning, so that its first increase is seen
- * as one.  Only results and bitmaps that there are not are left out:
- * results other than success are written when there has been one.
+ * series is there from the beginning, so that its first increase is seen as
+ * one.  The exceptions are results and bitmaps: a result other than success
+ * is written once it has occurred, and only existing bitmaps are written.
  */
 
 #include <config.h>
@@ -51,7 +51,7 @@ static const char *const result_names[STATS_NR_RESULTS] = {
   [STATS_ESHUTDOWN] = "ESHUTDOWN",
 };
 
-/* Of numbers that have failed, and succeeded. */
+/* For counters that are indexed by failure and success. */
 static const char *const outcome_names[2] = { "failure", "success" };
 
 static void
@@ -61,7 +61,7 @@ head (FILE *f, const char *name, const char *type, const char *help)
            name, help, name, type);
 }
 
-/* The end of a line: nanoseconds as seconds, with a point whatever the
+/* The end of a line: nanoseconds as seconds, with a decimal point in every
  * locale.
  */
 static void
@@ -114,7 +114,7 @@ write_requests (FILE *f, const struct stats_totals totals[])
                  command_names[i], result_names[j], totals[i].count[j]);
 
   head (f, "request_bytes_total", "counter",
-        "Bytes of the disk that requests which succeeded were for.");
+        "Bytes of the disk that successful requests covered.");
   for (unsigned i = 0; i < STATS_NR_COMMANDS; ++i)
     if (i != STATS_FLUSH && i != STATS_UNKNOWN)
       fprintf (f, PREFIX "request_bytes_total{command=\"%s\"} %" PRIu64 "\n",
@@ -165,7 +165,7 @@ write_connections (FILE *f, struct stats *s)
            "Connections that were served, from their handshake on.",
            tally_get (&s->accepted));
   put_one (f, "connections_refused_total", "counter",
-           "Connections that were closed at once, for want of room.",
+           "Connections that were closed at once, for lack of room.",
            tally_get (&s->refused));
 }
 
@@ -196,23 +196,23 @@ write_flushes (FILE *f, const struct disk_numbers *n)
   put_outcomes (f, "flushes_total",
                 "Flushes of the image, each for one or more requests.",
                 n->qcow2.flushes);
-  put_outcomes_ns (f, "flush_seconds_total", "Time that they took.",
+  put_outcomes_ns (f, "flush_seconds_total", "Time that flushes took.",
                    n->qcow2.flush_ns);
   put_outcomes (f, "barriers_total",
                 "Flushes of the storage below, of which a flush of the "
                 "image needs one or more.", n->qcow2.barriers);
   head (f, "barrier_seconds_total", "counter",
-        "Time that those took which succeeded.");
+        "Time that successful barriers took.");
   fputs (PREFIX "barrier_seconds_total", f);
   put_ns (f, n->qcow2.barrier_ns);
   put_outcomes (f, "syncs_total",
                 "Flushes that wrote dirty bitmaps to the image.",
                 n->bitmaps.syncs);
   put_outcomes_ns (f, "sync_seconds_total",
-                   "Time that they took, with the rest of the flush.",
+                   "Time that syncs took, with the rest of the flush.",
                    n->bitmaps.sync_ns);
   put_outcomes (f, "sync_bytes_total",
-                "Bytes of bits and of bitmap tables that they wrote.",
+                "Bytes of bits and of bitmap tables that syncs wrote.",
                 n->bitmaps.sync_bytes);
 }
 
@@ -231,13 +231,13 @@ write_image (FILE *f, struct disk *d, const struct disk_numbers *n)
   const struct qcow2_cache_numbers *l2 = &n->qcow2.l2;
   const struct qcow2_cache_numbers *refcounts = &n->qcow2.refcounts;
 
-  put_one (f, "disk_size_bytes", "gauge", "The disk that clients see.",
+  put_one (f, "disk_size_bytes", "gauge", "Size of the disk.",
            disk_size (d));
   put_one (f, "image_size_bytes", "gauge",
-           "The image file, with room made ahead of need.", n->image_bytes);
+           "Size of the image file, with spare room.", n->image_bytes);
   put_one (f, "image_grown_bytes_total", "counter",
            "Bytes by which the image file has grown.", n->grown_bytes);
-  put_one (f, "cluster_size_bytes", "gauge", "A cluster of the image.",
+  put_one (f, "cluster_size_bytes", "gauge", "Size of a cluster.",
            disk_preferred_block_size (d));
   put_one (f, "clusters_allocated_total", "counter",
            "Clusters of the image that were taken for data or tables.",
@@ -249,7 +249,7 @@ write_image (FILE *f, struct disk *d, const struct disk_numbers *n)
   put_caches (f, "cache_misses_total", "Look-ups that had to read the image.",
               l2->misses, refcounts->misses);
   put_caches (f, "cache_evictions_total",
-              "Parts of tables that had to make room for others.",
+              "Parts of tables that made room for others.",
               l2->evictions, refcounts->evictions);
 }
 
@@ -325,14 +325,14 @@ write_memory (FILE *f, const struct bitmap_list *list,
 
   for (size_t i = 0; i < list->nr; ++i)
     bitmaps += list->bitmaps[i].memory_bytes;
-  head (f, "memory_bytes", "gauge", "Memory in use, by what for.");
+  head (f, "memory_bytes", "gauge", "Memory in use, by purpose.");
   fprintf (f, PREFIX "memory_bytes{use=\"l2_cache\"} %" PRIu64 "\n",
            n->qcow2.l2.bytes);
   fprintf (f, PREFIX "memory_bytes{use=\"refcount_cache\"} %" PRIu64 "\n",
            n->qcow2.refcounts.bytes);
   fprintf (f, PREFIX "memory_bytes{use=\"bitmaps\"} %" PRIu64 "\n", bitmaps);
   put_one (f, "resident_memory_bytes", "gauge",
-           "Memory of the whole process that is resident.",
+           "Resident memory of the whole process.",
            resident_bytes ());
 }
 
@@ -344,7 +344,7 @@ write_self (FILE *f, const struct stats *s)
   stats_write_label (f, PACKAGE_VERSION);
   fputs ("} 1\n", f);
   head (f, "start_time_seconds", "gauge",
-        "When it began to serve, since the epoch.");
+        "When the filter began to serve, since the epoch.");
   fprintf (f, PREFIX "start_time_seconds %lld.%03ld\n",
            (long long) s->started.tv_sec, s->started.tv_nsec / 1000000);
 }
@@ -373,7 +373,7 @@ stats_write (struct stats *s, struct disk *d, FILE *f)
   put_bitmaps (f, &list, "dirty_bytes",
                "Bytes of the disk that are dirty in a bitmap.", dirty_bytes);
   put_bitmaps (f, &list, "granularity_bytes",
-               "What a bit of a bitmap stands for.", granularity);
+               "Bytes of the disk that a bit stands for.", granularity);
   put_bitmaps (f, &list, "recording",
                "Whether changes of the disk are recorded into a bitmap.",
                records);

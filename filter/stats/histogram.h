@@ -6,11 +6,11 @@
 #ifndef DIRTY_BITMAP_STATS_HISTOGRAM_H
 #define DIRTY_BITMAP_STATS_HISTOGRAM_H
 
-/* Durations by their size, in nanoseconds: every power of two is cut
- * into HISTOGRAM_STEPS buckets of the same width, so that a duration is
- * known to 1/64 of itself, whatever it is.  Those of less than
- * HISTOGRAM_STEPS nanoseconds have a bucket each, and those of more than
- * 18 minutes share the last.
+/* A histogram of durations, in nanoseconds: every power of two is split into
+ * HISTOGRAM_STEPS buckets of the same width, so that the relative error of a
+ * duration is at most 1/64.  Durations of less than HISTOGRAM_STEPS
+ * nanoseconds have a bucket each, and those of more than 18 minutes share
+ * the last.
  */
 
 #include <stdatomic.h>
@@ -39,8 +39,8 @@ histogram_bucket (uint64_t ns)
 /* The middle of a bucket. */
 extern double histogram_middle_ns (unsigned bucket);
 
-/* Of the total durations that are counted in buckets: the one that
- * quantile (0 to 1) of them do not exceed.  total is not 0.
+/* Of the total durations counted in buckets: the duration that quantile (0
+ * to 1) of them do not exceed.  total is not 0.
  */
 extern double histogram_quantile_ns (const uint64_t *buckets, uint64_t total,
                                      double quantile);

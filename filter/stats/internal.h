@@ -39,10 +39,10 @@ struct stats_requests {
   _Atomic uint64_t duration[HISTOGRAM_BUCKETS];
   _Atomic uint64_t sum_ns;
   _Atomic uint64_t bytes;
-  _Atomic uint64_t failed[STATS_NR_RESULTS]; /* none at STATS_SUCCESS */
+  _Atomic uint64_t failed[STATS_NR_RESULTS]; /* unused for STATS_SUCCESS */
 };
 
-/* What some of the threads have counted. */
+/* The counters of some of the threads. */
 struct stats_shard {
   _Alignas (64) struct stats_requests requests[STATS_NR_COMMANDS];
 };

@@ -6,14 +6,14 @@
 /* Counting requests and connections.
  *
  * Requests are counted in shards, over which threads are spread: so an
- * addition hardly ever waits for another processor's cache.  A request
- * costs three additions and two looks at the clock.  Memory of a
- * histogram is touched only where durations fall.
+ * addition hardly ever waits for another processor's cache.  A request costs
+ * three additions and two readings of the clock.  Only the parts of a
+ * histogram in which durations fall take memory.
  *
- * The number of requests is that of the durations, and successes are
- * those that did not fail: so a request that fails is counted as a
- * duration first (release), and whoever sums reads the failures first
- * (acquire), and never finds more of them than requests.
+ * The number of requests is the number of durations, and the requests that
+ * did not fail are the successes.  So a failed request is counted as a
+ * duration first (release), and a thread that sums reads the failures first
+ * (acquire): it never finds more failures than requests.
  */
 
 #include <config.h>

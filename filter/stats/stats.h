@@ -6,13 +6,13 @@
 #ifndef DIRTY_BITMAP_STATS_H
 #define DIRTY_BITMAP_STATS_H
 
-/* Statistics: what clients asked for, counted by whoever answers them
- * (nbd/, and clients.c where nbdkit's server answers), and what the disk
- * says of itself, written out together.
+/* Statistics: what clients asked for, counted by the code that answers them
+ * (nbd/, or clients.c where nbdkit's server answers), and the numbers of the
+ * disk, written out together.
  *
- * Every function may be called from any thread at any time.  Those that
- * count take NULL for statistics that nobody has asked for, and do
- * nothing then.
+ * Every function may be called from any thread at any time.  The functions
+ * that count do nothing if the statistics are NULL, that is, if the user did
+ * not ask for any.
  */
 
 #include <stdint.h>
@@ -23,7 +23,7 @@
 struct disk;
 struct stats;
 
-/* The protocol's commands.  Those of others are unknown. */
+/* The protocol's commands.  Any other is unknown. */
 enum stats_command {
   STATS_READ,
   STATS_WRITE,
@@ -36,15 +36,15 @@ enum stats_command {
   STATS_NR_COMMANDS,
 };
 
-/* NULL with errno.  meter_is_on has to be set for its durations. */
+/* NULL with errno.  Durations are counted only if meter_is_on. */
 extern struct stats *stats_new (void);
 extern void stats_free (struct stats *);
 
 extern void stats_count_request (struct stats *, uint64_t began,
                                  enum stats_command, uint64_t bytes, int err);
 
-/* A request was received whole.  What this returns goes to stats_end,
- * less the nanoseconds that it took before, while it was received.
+/* A request was received whole.  Pass the result to stats_end, less the
+ * nanoseconds that the request took before, while it was received.
  */
 static inline uint64_t
 stats_begin (const struct stats *s)
@@ -52,8 +52,8 @@ stats_begin (const struct stats *s)
   return __builtin_expect (s != NULL, 0) ? meter_clock () : 0;
 }
 
-/* It is done, with an errno, or 0 if it succeeded.  bytes is the length
- * of its range, and counts only if it succeeded.
+/* The request is done.  err is an errno, or 0 if it succeeded.  bytes is
+ * the length of its range, and counts only if it succeeded.
  */
 static inline void
 stats_end (struct stats *s, uint64_t began, enum stats_command command,
@@ -67,15 +67,16 @@ extern void stats_connection_opened (struct stats *);
 extern void stats_connection_closed (struct stats *);
 extern void stats_connection_refused (struct stats *);
 
-/* All of it, and the disk's, in Prometheus's text format, version 0.0.4
- * (https://prometheus.io/docs/instrumenting/exposition_formats/).  -1
- * with errno; the stream's own error is left for fclose to tell.
+/* Write these statistics, and the disk's, in Prometheus's text format,
+ * version 0.0.4
+ * (https://prometheus.io/docs/instrumenting/exposition_formats/).  -1 with
+ * errno; fclose reports an error of the stream itself.
  */
 extern int stats_write (struct stats *, struct disk *, FILE *);
 
 /* The value of a label: quoted, and escaped so that any bytes give valid
- * UTF-8, and different ones different values.  What is not UTF-8, and
- * control characters, become \xNN, as does a backslash before an x.
+ * UTF-8 and different bytes give different values.  Bytes that are not
+ * UTF-8, control characters, and a backslash before an x become \xNN.
  */
 extern void stats_write_label (FILE *, const char *value);
 
