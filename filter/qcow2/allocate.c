@@ -3,26 +3,26 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* Finding free clusters, and making refcount blocks and tables to count
- * them with.
+/* Finding free clusters, and making refcount blocks and tables that count
+ * them.
  *
  * rc.cursor is the place to search from: no cluster below it is free.
- * Clusters at rc.fresh or beyond lay outside the container when it was
- * opened and were never used since, so they read as zeroes.
+ * Clusters at rc.fresh or beyond were outside the container when it was
+ * opened and have never been used since, so they read as zeroes.
  *
- * A cluster whose refcount block does not exist is free, but the block
- * has to be made before the cluster can be taken.  A run that need not
- * be longer ends where the block is missing, and the next one begins
- * with the new block, which so counts itself.  Only where a long run is
- * asked for a block goes to its first cluster, and the run is one cluster
- * later: then it may be counted by another new block, made before it
- * (refcount.c writes their table entries in that order).  A new table is
- * made in the same way: the table in RAM is made larger first, so that
- * blocks for the clusters of the new table itself can be noted in it;
- * then blocks, then table, barrier, header, barrier.  If that fails the
- * old table, which the header still points to, is as it was.
+ * A cluster whose refcount block does not exist is free, but the block has
+ * to be made before the cluster can be taken.  Normally a run ends where the
+ * block is missing, and the next run begins with the new block, which thus
+ * counts itself.  Only if the caller needs a long run, the block takes the
+ * first cluster of the run, and the run starts one cluster later: then
+ * another new block may count it, and is made before it (refcount.c writes
+ * their table entries in that order).  A new table is made in the same way:
+ * the table in RAM is made larger first, so that blocks for the clusters of
+ * the new table itself can be noted in it; then blocks, then table, barrier,
+ * header, barrier.  If that fails, the old table is unchanged, and the
+ * header still points to it.
  *
- * All but the entry points are called with alloc_lock held.
+ * All functions except the entry points are called with alloc_lock held.
  */
 
 #include <config.h>
@@ -41,7 +41,7 @@ block_of (const struct qcow2 *q, uint64_t cluster)
   return cluster >> q->rc.block_entries_bits;
 }
 
-/* Nothing that is free by its refcount may be metadata. */
+/* A cluster that is free by its refcount must not be metadata. */
 static int
 check_free (struct qcow2 *q, uint64_t first, uint64_t nr)
 {
@@ -91,8 +91,8 @@ make_block (struct qcow2 *q, uint64_t block_index, uint64_t at)
     report_error ("cannot write a refcount block: %m");
     return -1;
   }
-  /* Nothing else would write those of its slices again, if the zeroes
-   * were lost, that are not in use.
+  /* If the zeroes were lost, no other code would write the unused slices of
+   * the block again.
    */
   if (at < rc->fresh && qcow2_barrier_since (q, lost) == -1)
     return -1;
@@ -187,7 +187,7 @@ set_counts (struct qcow2 *q, uint64_t first, uint64_t nr)
   return 0;
 }
 
-/* Take a run that find_run has found. */
+/* Take a run that find_run found. */
 static int
 take_run (struct qcow2 *q, enum qcow2_class class, uint64_t first, uint64_t nr)
 {
@@ -204,7 +204,7 @@ take_run (struct qcow2 *q, enum qcow2_class class, uint64_t first, uint64_t nr)
   return 0;
 }
 
-/* Put the larger table on disk: blocks and table, then the header. */
+/* Write the larger table: blocks and table first, then the header. */
 static int
 write_table (struct qcow2 *q, uint64_t first)
 {
@@ -235,7 +235,7 @@ write_table (struct qcow2 *q, uint64_t first)
                               bytes >> q->cluster_bits);
 }
 
-/* Forget all that was made for a larger table which did not come to be. */
+/* Forget everything that was made for a larger table that failed. */
 static void
 shrink_table (struct qcow2 *q, uint64_t old_entries)
 {
@@ -265,7 +265,7 @@ give_up_run (struct qcow2 *q, uint64_t first, uint64_t nr)
       refcount_set (q, c, 0);
 }
 
-/* While the header may point to it (header.c) it stays as it is. */
+/* The abandoned table stays while the header may point to it (header.c). */
 static void
 forget_abandoned (struct qcow2 *q)
 {
@@ -313,9 +313,9 @@ enlarge_in_ram (struct qcow2 *q, uint64_t block_index)
   return 0;
 }
 
-/* Replace the refcount table by one that has an entry for block_index.
- * The caller searches anew: with the lock let go while waiting, and
- * clusters taken for the table, what it had found may be gone.
+/* Replace the refcount table by one that has an entry for block_index.  The
+ * caller must search again: this releases the lock while waiting, and takes
+ * clusters for the table, so a run found before may be gone.
  */
 static int
 grow_table (struct qcow2 *q, uint64_t block_index)
@@ -339,7 +339,7 @@ grow_table (struct qcow2 *q, uint64_t block_index)
   if (enlarge_in_ram (q, block_index) == -1)
     return -1;
   nr = rc->table_entries * 8 >> q->cluster_bits;
-  /* It is written whole. */
+  /* The table is written whole. */
   holes = calloc (1, div_round_up (rc->table_entries * 8, HOLES_CHUNK_BYTES));
   if (holes == NULL) {
     report_error ("calloc: %m");
@@ -437,11 +437,13 @@ allocate_undo (struct qcow2 *q, uint64_t host_offset, uint64_t nr)
   q->rc.cursor = min_u64 (q->rc.cursor, first);
 }
 
-/* What may be read at the end of an image to see that it is zeroes. */
+/* The most bytes at the end of an image that are read to see whether they
+ * are zeroes.
+ */
 #define MAX_LOOKED_AT (UINT64_C (64) << 20)
 
 /* The end of the last piece of [from, to) that is not known to read as
- * zeroes, or from if all of it does.
+ * zeroes, or `from` if all of it does.
  */
 static int
 end_of_data (struct qcow2 *q, uint64_t from, uint64_t to, uint64_t *end)
@@ -491,10 +493,10 @@ allocate_larger_table (struct qcow2 *q, uint64_t block_index, uint64_t cluster)
   return grow_table (q, block_index);
 }
 
-/* If the refcounts of an image are wrong, a cluster that they call free
- * may be all that there is of something.  What was in the container when
- * it was opened is cut off only if it is no metadata and reads as zeroes,
- * as all does that we free.
+/* If the refcounts of an image are wrong, a cluster with refcount 0 may hold
+ * the only copy of something.  Clusters that were in the container when it
+ * was opened are cut off only if they are no metadata and read as zeroes, as
+ * do all clusters that we free.
  */
 int
 allocate_used_end (struct qcow2 *q, uint64_t *end)

@@ -6,13 +6,13 @@
 /* The bitmaps extension on disk.
  *
  * All numbers are big-endian.  A directory entry is 24 bytes of fields,
- * extra data (which nobody writes and QEMU refuses), the name, and
- * padding to 8 bytes.  The entries stand one after the other, and their
- * sizes must add up to the directory's, their number to the header's.
+ * extra data (which no known program writes and QEMU refuses), the name, and
+ * padding to 8 bytes.  The entries follow one another.  Their sizes must add
+ * up to the directory's size, and their number must be the header's.
  *
- * Everything here was written by a stranger.  A field is checked before
- * it is used to reach another: no entry is read beyond the directory,
- * and sums are made in 64 bits of numbers that have at most 32.
+ * Everything here is untrusted.  A field is checked before it is used to
+ * reach another: no entry is read beyond the directory, and numbers of at
+ * most 32 bits are added in 64 bits.
  */
 
 #include <config.h>
@@ -154,7 +154,7 @@ check_fields (const struct bitmap_directory_entry *e, unsigned type,
     return bitmap_damage (damage, "the table of bitmap '%s' has %" PRIu32
                           " entries", shown.text, e->table_entries);
 
-  /* A bitmap in use may not have been told of a resize. */
+  /* A program that resized the disk may not have updated a bitmap in use. */
   if (!(e->flags & BITMAP_FLAG_IN_USE) &&
       e->table_entries != bitmap_table_entries_needed (geometry,
                                                        e->granularity_bits))
@@ -220,8 +220,8 @@ compare_names (const void *ap, const void *bp)
   return memcmp (a->name, b->name, a->name_bytes);
 }
 
-/* Sorting rather than hashing: whoever chose the names may have chosen
- * them to collide.
+/* Sort rather than hash: the author of the image may have chosen names that
+ * collide.
  */
 static int
 check_names_unique (const struct bitmap_directory_entry *entries,

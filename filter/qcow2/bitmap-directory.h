@@ -6,14 +6,14 @@
 #ifndef DIRTY_BITMAP_BITMAP_DIRECTORY_H
 #define DIRTY_BITMAP_BITMAP_DIRECTORY_H
 
-/* The bitmaps extension of qcow2 as it stands on disk: the header
- * extension's fields, the directory, and the bitmap tables ("Bitmaps
- * extension" and "Bitmaps" in docs/interop/qcow2.rst).
+/* The bitmaps extension of qcow2 as it is on disk: the header extension's
+ * fields, the directory, and the bitmap tables ("Bitmaps extension" and
+ * "Bitmaps" in docs/interop/qcow2.rst).
  *
- * Nothing here reads or writes an image: the functions check and
- * convert bytes that their callers read.  What breaks a rule is damage,
- * told in words.  The rules are the specification's, and QEMU's where
- * it is stricter, so that what passes here QEMU opens.
+ * Nothing here reads or writes an image: the functions check and convert
+ * bytes that their callers read.  A broken rule is damage, described in
+ * words.  The rules are those of the specification, or QEMU's where they are
+ * stricter, so that QEMU opens what passes here.
  */
 
 #include <stdbool.h>
@@ -37,14 +37,14 @@ enum {
   BITMAP_FLAG_AUTO = 2,
 };
 
-/* Where the flags word stands in a directory entry. */
+/* The offset of the flags word in a directory entry. */
 #define BITMAP_ENTRY_FLAGS_OFFSET 12
 
 /* The two table entries that are not the offset of a data cluster. */
 #define BITMAP_TABLE_ALL_ZEROES UINT64_C (0)
 #define BITMAP_TABLE_ALL_ONES   UINT64_C (1)
 
-/* What the image is like, as far as the rules ask. */
+/* The properties of the image that the rules depend on. */
 struct bitmap_geometry {
   uint64_t disk_size_bytes;
   uint64_t container_size_bytes;
@@ -61,23 +61,23 @@ struct bitmap_directory_entry {
   const char *name;             /* inside the directory, not terminated */
 };
 
-/* What is wrong, as the end of a sentence. */
+/* The damage, as the end of a sentence. */
 struct bitmap_damage {
   char what[512];
 };
 
-/* Say what is wrong; -1 always. */
+/* Describe the damage.  Always returns -1. */
 extern int bitmap_damage (struct bitmap_damage *, const char *fmt, ...)
   __attribute__ ((format (printf, 2, 3)));
 
-/* A name as it may be shown in a message: on one line, and not endless. */
+/* A name fit for a message: on one line, and of limited length. */
 struct bitmap_shown_name {
   char text[256];
 };
 extern struct bitmap_shown_name bitmap_show_name (const char *name,
                                                   size_t name_bytes);
 
-/* The table entries that a bitmap of this granularity has exactly. */
+/* The exact number of table entries that a bitmap of this granularity has. */
 extern uint64_t bitmap_table_entries_needed (const struct bitmap_geometry *,
                                              unsigned granularity_bits);
 
@@ -107,14 +107,14 @@ bitmap_directory_check_new (const char *name, uint64_t granularity,
                             uint64_t nr_entries, uint64_t directory_bytes,
                             struct bitmap_damage *);
 
-/* The size of an entry on disk, and the entry's bytes.  put returns
- * the size.  It does not look at e->offset.
+/* The size of an entry on disk, and the entry's bytes.  put returns the
+ * size, and ignores e->offset.
  */
 extern size_t bitmap_directory_entry_bytes (size_t name_bytes);
 extern size_t bitmap_directory_put (uint8_t *p,
                                     const struct bitmap_directory_entry *e);
 
-/* Is this table entry one of all zeroes, all ones, a data cluster? */
+/* Is this table entry valid: all zeroes, all ones, or a data cluster? */
 extern bool bitmap_table_entry_is_valid (uint64_t entry,
                                          uint32_t cluster_size_bytes);
 
@@ -124,7 +124,7 @@ bitmap_table_entry_is_data (uint64_t entry)
   return entry > BITMAP_TABLE_ALL_ONES;
 }
 
-/* Between the table on disk and numbers. */
+/* Convert between the table on disk and numbers. */
 extern void bitmap_table_get (uint64_t *table, uint32_t nr_entries);
 extern void bitmap_table_put (void *p, const uint64_t *table,
                               uint32_t nr_entries);

@@ -30,7 +30,7 @@ compressed_location (const struct qcow2 *q, uint64_t descriptor,
     ((descriptor & ~(OFLAG_COPIED | OFLAG_COMPRESSED)) >> x) + 1;
 
   *host = descriptor & ((UINT64_C (1) << x) - 1);
-  /* The first sector may have been begun by another cluster. */
+  /* The first sector may have begun with the end of another cluster. */
   *bytes = sectors * SECTOR - (*host & (SECTOR - 1));
 }
 
@@ -46,7 +46,7 @@ inflate_cluster (void *out, size_t out_len, void *in, size_t in_len)
     return -1;
   r = inflate (&strm, Z_FINISH);
   inflateEnd (&strm);
-  /* What follows in the last sector is not part of it. */
+  /* The rest of the last sector is not part of the cluster. */
   return (r == Z_STREAM_END || r == Z_BUF_ERROR) && strm.avail_out == 0
     ? 0 : -1;
 }
@@ -61,7 +61,7 @@ zstd_cluster (void *out, size_t out_len, const void *in, size_t in_len)
 
   if (ctx == NULL)
     return -1;
-  /* One or more frames make the cluster. */
+  /* A cluster consists of one or more frames. */
   while (output.pos < output.size) {
     const size_t in_before = input.pos, out_before = output.pos;
 
@@ -81,7 +81,7 @@ compressed_read (struct qcow2 *q, uint64_t descriptor, void *buf)
   uint64_t host, bytes;
   int r;
 
-  /* At most twice the size of a cluster, by the width of the field. */
+  /* At most twice the size of a cluster, because of the width of the field. */
   compressed_location (q, descriptor, &host, &bytes);
   in = malloc (bytes);
   if (in == NULL) {

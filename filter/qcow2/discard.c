@@ -6,22 +6,23 @@
 /* Write-zeroes and discard.
  *
  * Whole clusters (or subclusters, in an image that has them) only change
- * their L2 entries, a slice at a time, under a range lock.  Parts of
- * them are zeroed in place, or written.  One is whole, too, if the disk
- * ends inside of it.
+ * their L2 entries, a slice at a time, under a range lock.  Parts of them
+ * are zeroed in place, or written.  A unit that the disk ends in counts as
+ * whole, too.
  *
- * A request that looked an entry up before it was changed may still
- * write to the old cluster.  That harms nobody: the cluster is not used
- * for something else until the request is done (release.c), nor for the
- * same part of the disk again (reuse.c), and the two were under way at
- * once, so either order of them is right.
+ * A request that looked an entry up before it was changed may still write to
+ * the old cluster.  That is harmless: until the request is done, the cluster
+ * is not used for anything else (release.c), nor for the same part of the
+ * disk again (reuse.c).  The two requests were under way at once, so either
+ * order of them is right.
  *
- * Where there is a backing file a discarded cluster becomes explicit
- * zeroes, so that nothing shines through; in version 2, which knows no
- * such thing, it is left alone, and zeroes are written.
+ * If there is a backing file, a discarded cluster becomes explicit zeroes,
+ * so that the backing file does not show through.  Version 2 has no explicit
+ * zeroes: there a discarded cluster is left alone, and zeroes are written as
+ * data.
  *
- * A raw external data file has to read as the guest's disk does, so
- * there it is the data file that is zeroed, and the entries stay.
+ * A raw external data file must read as the guest's disk does, so the data
+ * file itself is zeroed, and the entries stay.
  */
 
 #include <config.h>
@@ -34,7 +35,7 @@
 
 static const uint8_t zeroes[65536];
 
-/* The units of one kind of request, from first up to end: clusters, or
+/* The units of one kind of request, from first up to end: clusters or
  * subclusters.
  */
 struct units {
@@ -42,8 +43,8 @@ struct units {
   uint64_t first, end;
 };
 
-/* The whole units inside of a range.  With the last one of the disk goes
- * the rest of its cluster.
+/* The whole units inside a range.  The last unit of the disk includes the
+ * rest of its cluster.
  */
 static struct units
 whole_units (const struct qcow2 *q, unsigned bits, uint64_t count,
@@ -61,7 +62,7 @@ whole_units (const struct qcow2 *q, unsigned bits, uint64_t count,
   return u;
 }
 
-/* The subclusters of a cluster that are among them, as bits. */
+/* The subclusters of a cluster that are among the units, as bits. */
 static uint32_t
 units_in (const struct qcow2 *q, const struct units *u, uint64_t guest_cluster)
 {
@@ -78,7 +79,7 @@ units_in (const struct qcow2 *q, const struct units *u, uint64_t guest_cluster)
   return (UINT32_MAX << from) & (UINT32_MAX >> (L2_SUBCLUSTERS - to));
 }
 
-/* Is the cluster of an L2 entry given up for another? */
+/* Does the new L2 entry give up the cluster of the old one? */
 static bool
 loses_cluster (const struct l2_entry *old, const struct l2_entry *new)
 {
@@ -88,8 +89,8 @@ loses_cluster (const struct l2_entry *old, const struct l2_entry *new)
     ? differ != 0 : (differ & ENTRY_OFFSET_MASK) != 0;
 }
 
-/* Guest data that nothing refers to any more, in a data file of which
- * every guest cluster has its own place: give the storage back.
+/* Give back the storage of guest data that nothing refers to any more, in a
+ * data file where every guest cluster has its own place.
  */
 static void
 punch_data_file (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
@@ -109,9 +110,9 @@ punch_data_file (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
   }
 }
 
-/* Set entries and release what the old ones referred to, with the range
- * lock held.  Where nothing changes an L2 table in common with snapshots
- * stays so.
+/* Set entries and release what the old ones referred to, with the range lock
+ * held.  If nothing changes, an L2 table that is shared with snapshots stays
+ * shared.
  */
 static int
 replace_entries (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
@@ -143,8 +144,8 @@ l2_table_exists (struct qcow2 *q, uint64_t guest_cluster)
           & ENTRY_OFFSET_MASK) != 0;
 }
 
-/* Subclusters become zeroes, or unallocated.  A cluster that has none
- * left with data is given up.
+/* Subclusters become zeroes or unallocated.  A cluster whose subclusters all
+ * have no data any more is given up.
  */
 static struct l2_entry
 without_subclusters (const struct l2_entry *old, uint32_t bits, bool zero)
@@ -154,7 +155,7 @@ without_subclusters (const struct l2_entry *old, uint32_t bits, bool zero)
   if (bits == UINT32_MAX)
     return (struct l2_entry) { .bitmap = zero ? UINT64_MAX << 32 : 0 };
   if (old->descriptor & OFLAG_COMPRESSED)
-    return new;                 /* the caller takes care of it */
+    return new;                 /* the caller handles it */
   new.bitmap &= ~((uint64_t) bits << 32 | bits);
   if (zero)
     new.bitmap |= (uint64_t) bits << 32;
@@ -181,7 +182,7 @@ clear_slice (struct qcow2 *q, const struct units *u, uint64_t first,
   return replace_entries (q, first, nr, old, new);
 }
 
-/* Unallocated, where nothing shines through then. */
+/* Make units unallocated, where no backing file shows through then. */
 static int
 trim_slice (struct qcow2 *q, const struct units *u, uint64_t first,
             unsigned nr)
@@ -201,7 +202,7 @@ zero_slice (struct qcow2 *q, const struct units *u, uint64_t first,
   return clear_slice (q, u, first, nr, true);
 }
 
-/* An entry whose cluster reads as zeroes and has a place. */
+/* An entry that reads as zeroes and has a host cluster. */
 static struct l2_entry
 zero_with_host (const struct qcow2 *q, uint64_t host)
 {
@@ -210,8 +211,8 @@ zero_with_host (const struct qcow2 *q, uint64_t host)
     : (struct l2_entry) { host | OFLAG_COPIED | OFLAG_ZERO, 0 };
 }
 
-/* Set entries that keep their host clusters, up to the first which has
- * none of its own; then allocate for as many of those as can be had.
+/* Set entries that keep their host clusters, up to the first that has no
+ * cluster of its own; then allocate for as many of those as possible.
  */
 static int
 keep_some (struct qcow2 *q, uint64_t first, unsigned nr,
@@ -252,7 +253,7 @@ zero_keep_slice (struct qcow2 *q, const struct units *u, uint64_t first,
 {
   struct l2_entry old[L2_MAX_SLICE_ENTRIES];
 
-  (void) u;                     /* they are clusters */
+  (void) u;                     /* the units are clusters */
   if (l2_get (q, first, nr, old) == -1)
     return -1;
   for (unsigned i = 0, done; i < nr; i += done)
@@ -264,7 +265,7 @@ zero_keep_slice (struct qcow2 *q, const struct units *u, uint64_t first,
 typedef int slice_function (struct qcow2 *, const struct units *,
                             uint64_t first, unsigned nr);
 
-/* Do something to whole units, a slice at a time. */
+/* Call fn for whole units, a slice at a time. */
 static int
 for_each_slice (struct qcow2 *q, const struct units *u, slice_function *fn)
 {
@@ -298,8 +299,8 @@ for_each_slice (struct qcow2 *q, const struct units *u, slice_function *fn)
   return 0;
 }
 
-/* A compressed cluster has no subclusters: leave it out where it is not
- * among the units whole.  (None ever becomes compressed, so this stays
+/* A compressed cluster has no subclusters: leave it out if it is not wholly
+ * among the units.  (No cluster ever becomes compressed, so this stays
  * true.)
  */
 static int
@@ -337,7 +338,7 @@ write_zeroes (struct qcow2 *q, uint64_t count, uint64_t offset)
   return 0;
 }
 
-/* Zero a run in place, if it is one that can be. */
+/* Zero a run in place, if possible. */
 static int
 zero_in_place (struct qcow2 *q, uint64_t count, uint64_t offset, bool keep,
                uint64_t *done)
@@ -364,7 +365,7 @@ zero_in_place (struct qcow2 *q, uint64_t count, uint64_t offset, bool keep,
   return 0;
 }
 
-/* Zero by bytes: parts of clusters, or what has no zero flag to set. */
+/* Zero by bytes: parts of clusters, or units that have no zero flag. */
 static int
 zero_bytes (struct qcow2 *q, uint64_t count, uint64_t offset, bool keep)
 {
@@ -391,7 +392,7 @@ zero_bytes (struct qcow2 *q, uint64_t count, uint64_t offset, bool keep)
   return 0;
 }
 
-/* Is there no data to overwrite in a range? */
+/* Does a range have no data to overwrite? */
 static int
 range_is_fast (struct qcow2 *q, uint64_t count, uint64_t offset, bool keep)
 {
@@ -412,8 +413,8 @@ range_is_fast (struct qcow2 *q, uint64_t count, uint64_t offset, bool keep)
   return 0;
 }
 
-/* How the units of a write-zeroes request are made zero, or NULL if all
- * of it goes by bytes.
+/* The method that makes the units of a write-zeroes request zero, or NULL if
+ * all of it is zeroed by bytes.
  */
 static slice_function *
 zero_method (const struct qcow2 *q, bool keep, uint64_t offset)
@@ -442,7 +443,7 @@ qcow2_zero (struct qcow2 *q, uint64_t count, uint64_t offset, unsigned flags)
       tail = offset + count - (u.end << u.bits);
   }
   else
-    u.end = u.first;            /* all of it is head */
+    u.end = u.first;            /* all of it is the head */
 
   if ((flags & QCOW2_ZERO_FAST) != 0 &&
       (range_is_fast (q, head, offset, keep) == -1 ||
@@ -464,7 +465,7 @@ qcow2_trim (struct qcow2 *q, uint64_t count, uint64_t offset)
   if (q->data_file_raw)
     return zero_bytes (q, count, offset, false);
   if (q->header.version < 3)
-    /* What the backing file has would shine through. */
+    /* The backing file would show through. */
     u.first = max_u64 (u.first, div_round_up (q->backing_size,
                                               q->cluster_size));
   if (leave_out_compressed (q, &u) == -1)

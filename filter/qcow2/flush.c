@@ -26,39 +26,37 @@
  *                      free (release.c)
  *
  * L1 entries and the entries of the new L2 tables need no order between
- * them, see mapping.c.  Where there are more dirty slices than are copied
- * at a time, the steps from copy to the writing of L2 slices are repeated;
- * the barrier of a round covers the L2 slices of the one before.
+ * them, see mapping.c.  Where there are more dirty slices than are copied at
+ * a time, the steps from copy to the writing of L2 slices are repeated.  The
+ * barrier of a round covers the L2 slices of the previous round.
  *
- * The L1 entries are taken after the slices are copied: so a slice that
- * is written has its L1 entry written by the same flush, or one before.
+ * The L1 entries are taken after the slices are copied: so a slice that is
+ * written has its L1 entry written by the same flush or an earlier one.
  *
- * A flush that fails leaves everything dirty that it has not made
- * durable, and the next one begins anew.
+ * A flush that fails leaves dirty everything that it has not made durable,
+ * and the next flush starts over.
  *
- * A hook that fails is no failure of the flush: it goes on without the
- * hooks.  What the guest has written needs nothing of what they write.
- * Where one lacked space the flush is followed by another with hooks, if
- * clusters could be freed in between.
+ * A failed hook does not make the flush fail: it goes on without the hooks.
+ * Guest data do not depend on what the hooks write.  If a hook lacked space,
+ * another flush with hooks follows, if clusters could be freed in between.
  *
- * When a barrier fails, in a flush or elsewhere, it is unknown what of
- * the writes before it is on disk, and no later barrier will tell:
- * Linux drops a page that it could not write, and reports it once.  So
- * barriers that fail are counted (qcow2_lost), and what is done about it is
+ * When a barrier fails, in a flush or elsewhere, it is unknown which of the
+ * writes before it are on disk, and no later barrier will tell: Linux drops
+ * a page that it could not write, and reports it once.  So failed barriers
+ * are counted (qcow2_lost), and are handled as follows:
  *
- *   metadata     all that RAM has and no barrier has covered is written
- *                again by the next flush: L2 slices and L1 entries, which
- *                are dirty until their flush succeeds; refcounts, which
- *                stay in RAM until a barrier has covered them; bitmaps
- *                (bitmap/sync.c); new L2 tables, which are zeroed again.
- *                A barrier of which others failed while it was waited for
- *                counts as failed.  So I1 and I3 hold all the while
- *   guest data   are not in RAM.  What was written since the last flush
- *                that succeeded may be lost, with the rest of clusters
- *                that were allocated for it.  Each client is told: the
- *                flush that it asks for fails, or its next one if it was
- *                not a flush of its own for which the barrier was
- *                (disk_flush).  Then it has to write it again
+ *   metadata     the next flush writes again everything that RAM has and no
+ *                barrier has covered: L2 slices and L1 entries, which are
+ *                dirty until their flush succeeds; refcounts, which stay in
+ *                RAM until a barrier has covered them; bitmaps
+ *                (bitmap/sync.c); new L2 tables, which are zeroed again.  A
+ *                barrier counts as failed if another one failed while a
+ *                thread waited for it.  So I1 and I3 always hold
+ *   guest data   are not in RAM.  Data written since the last flush that
+ *                succeeded may be lost, with the rest of the clusters
+ *                allocated for them.  Each client is told: its flush fails,
+ *                or its next flush, if the barrier was issued for another
+ *                client (disk_flush).  Then it has to write the data again
  */
 
 #include <config.h>
@@ -77,8 +75,8 @@
 #define ROUND 2048
 
 struct flush {
-  const struct qcow2_flush_hooks *hooks; /* NULL: none (any more) */
-  bool lacks_space;             /* one of them did */
+  const struct qcow2_flush_hooks *hooks; /* NULL: none, or none any more */
+  bool lacks_space;             /* a hook did */
   struct l1_copies l1;
   struct l2_copy *copies;       /* of all rounds: pinned until the end */
   size_t nr_copies, max_copies;
@@ -86,7 +84,7 @@ struct flush {
   size_t round;                 /* how many fit into data */
   size_t next_set;
   bool references;              /* some were written */
-  unsigned long lost;           /* barriers, before this began */
+  unsigned long lost;           /* failed barriers, before this flush began */
 };
 
 int
@@ -136,8 +134,8 @@ qcow2_barrier_since (struct qcow2 *q, unsigned long lost)
     return -1;
   if (qcow2_lost (q) == lost)
     return 0;
-  report_error ("cannot flush the image: another flush of it has failed, "
-                "and what was written before may be lost");
+  report_error ("cannot flush the image: another flush failed, and what was "
+                "written before it may be lost");
   errno = EIO;
   return -1;
 }
@@ -177,7 +175,9 @@ qcow2_write_metadata (struct qcow2 *q, enum qcow2_class class,
 
 enum hook { HOOK_DATA, HOOK_REFERENCES, HOOK_SETTLE };
 
-/* Call a hook, where there are any.  One that fails is the last, and 0. */
+/* Call a hook, if there are any.  If it fails, this returns 0 and no more
+ * hooks are called.
+ */
 static int
 call_hook (struct flush *f, enum hook which)
 {
@@ -197,7 +197,7 @@ call_hook (struct flush *f, enum hook which)
   return 0;
 }
 
-/* Copy the next slices to be written.  Returns how many, or -1. */
+/* Copy the next slices to be written.  Returns their number, or -1. */
 static ssize_t
 copy_slices (struct qcow2 *q, struct flush *f)
 {
@@ -207,8 +207,8 @@ copy_slices (struct qcow2 *q, struct flush *f)
   if (dirty == 0)
     return 0;
   if (f->data == NULL) {
-    /* A set whole, at least: so each round gets further, however fast
-     * what it has copied is made dirty again.
+    /* At least a whole set: so each round makes progress, however fast the
+     * copied slices become dirty again.
      */
     f->round = min_u64 (ROUND, max_u64 (dirty, L2_WAYS));
     f->data = malloc (f->round * l2_slice_bytes (q));
@@ -243,7 +243,7 @@ write_slices (struct qcow2 *q, struct flush *f, size_t n)
   return 0;
 }
 
-/* Guest data that are not in the container. */
+/* Make guest data durable that are not in the container. */
 static int
 data_barrier (struct qcow2 *q)
 {
@@ -304,7 +304,7 @@ run_steps (struct qcow2 *q, struct flush *f)
 }
 
 /* With flush_lock held.  *lacks_space, if it is not NULL, says whether a
- * hook did.
+ * hook lacked space.
  */
 static int
 flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks,
@@ -341,7 +341,7 @@ flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks,
   return r;
 }
 
-/* Did a flush succeed that began after number others had begun? */
+/* Has a flush succeeded that began after `number` flushes had begun? */
 static bool
 flushed_since (const struct qcow2 *q, unsigned long number, bool with_hooks)
 {
@@ -372,7 +372,7 @@ qcow2_flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
     return 0;
   report_hold_begin (&hold);
   r = flush_since (q, hooks, number, &lacks_space);
-  /* A hook needs space, which only a flush can bring home. */
+  /* A hook needs space, which only a flush can free. */
   if (r == 0 && lacks_space && !release_is_empty (q) &&
       reclaim_quietly (q) == 0)
     r = flush_since (q, hooks, atomic_load (&q->flushes_begun),
@@ -391,9 +391,9 @@ flush_metadata (struct qcow2 *q)
   return qcow2_flush (q, NULL);
 }
 
-/* The wait for requests under way holds no lock: they may be waiting for
- * a range whose holder waits for flush_lock.  A request that takes long
- * is not waited for for ever; its clusters come free later.
+/* The wait for requests under way holds no lock: they may be waiting for a
+ * range whose holder waits for flush_lock.  A long request is not waited for
+ * without limit; its clusters become free later.
  */
 int
 qcow2_reclaim (struct qcow2 *q)
@@ -442,8 +442,8 @@ qcow2_settle (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
 {
   if (q->readonly)
     return 0;
-  /* Freeing clusters changes refcounts, which are flushed again.  Where
-   * others go on writing there is no end of it.
+  /* Freeing clusters changes refcounts, which are flushed again.  While
+   * other threads go on writing, this would never end.
    */
   for (unsigned rounds = 0; rounds < 3; ++rounds) {
     if (qcow2_flush (q, hooks) == -1)
@@ -480,7 +480,7 @@ all_clean (struct qcow2 *q)
     atomic_load (&q->l2.nr_dirty) == 0 && q->nr_dirty_l1 == 0;
 }
 
-/* Free all that was released.  No request is under way. */
+/* Free all released clusters.  No request is under way. */
 static void
 retire_all (struct qcow2 *q)
 {
@@ -488,7 +488,7 @@ retire_all (struct qcow2 *q)
     release_forget (q);
 }
 
-/* Flush; where a hook needs space that only a flush brings home, again. */
+/* Flush.  If a hook needs space that only a flush frees, flush again. */
 static int
 flush_to_stop (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
 {
@@ -520,8 +520,8 @@ qcow2_stop (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
     return -1;
   allocate_forget_abandoned (q);
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->flush_lock);
-  /* Freeing clusters changes refcounts, which are flushed again; what the
-   * hooks could not do they will not be able to do then.
+  /* Freeing clusters changes refcounts, which are flushed again, without
+   * the hooks: what they could not do, they could not do then either.
    */
   do {
     if (flush_to_stop (q, hooks) == -1)
@@ -530,7 +530,7 @@ qcow2_stop (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
     retire_all (q);
   } while (!all_clean (q));
 
-  /* Nothing that is known of a corrupt image is to be relied on. */
+  /* Nothing that is known about a corrupt image can be relied on. */
   if (atomic_load (&q->corrupt))
     return 0;
   if (allocate_used_end (q, &end) == -1)

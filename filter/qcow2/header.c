@@ -6,25 +6,25 @@
 /* The header of the image and its extensions (qcow2.rst, "Header",
  * "Header extensions").
  *
- * Reading: every field is checked here, once, so that the rest of
- * qcow2/ can rely on it.  What we cannot serve is refused by name.
+ * Reading: every field is checked here, once, so that the rest of qcow2/ can
+ * rely on it.  An unsupported feature is refused by name.
  *
- * Writing: a copy of the first cluster as it is on disk is kept, and
- * small changes are patched into both.  A write of up to 512 bytes that
- * does not cross a multiple of 512 is atomic, so every change is
- * either one such write, or several with barriers between them of which
- * only the last makes a difference to a reader:
+ * Writing: a copy of the first cluster as it is on disk is kept, and small
+ * changes are patched into both.  A write of up to 512 bytes that does not
+ * cross a multiple of 512 is atomic.  So every change is either one such
+ * write, or several with barriers between them, of which only the last makes
+ * a difference to a reader:
  *
  *   - autoclear bits, incompatible bits, the refcount table: fields of
  *     the first 512 bytes, one write.
  *   - the bitmaps extension, when there was none: it goes where the END
- *     marker is, so nothing behind the marker counts for a reader.  All
- *     behind its first eight bytes is written first; barrier; then the
- *     eight bytes.
+ *     marker is, so nothing behind the marker counts for a reader.
+ *     Everything behind its first eight bytes is written first; barrier;
+ *     then the eight bytes.
  *   - the bitmaps extension, when there is one: its 24 bytes of data are
- *     patched, in one write if they do not cross a multiple of 512.
- *     If they do, the autoclear bit is cleared first and set after, so
- *     that a crash in between leaves bitmaps which nobody trusts.
+ *     patched, in one write if they do not cross a multiple of 512.  If they
+ *     do, the autoclear bit is cleared first and set after, so that a crash
+ *     in between leaves bitmaps that no program trusts.
  */
 
 #include <config.h>
@@ -77,7 +77,7 @@ invalid (int err)
   return -1;
 }
 
-/* Fields that need no other field but the version. */
+/* Fields that depend on no other field except the version. */
 static int
 read_fields (struct qcow2 *q, const uint8_t *p)
 {
@@ -141,8 +141,8 @@ check_compression (const struct header *h)
   return 0;
 }
 
-/* Parse the header extensions.  Features that make us refuse the image
- * are judged later; here it must only be well formed.
+/* Parse the header extensions.  Features that we refuse are checked later;
+ * here the list must only be well formed.
  */
 static int
 read_extensions (struct qcow2 *q)
@@ -189,12 +189,12 @@ read_extensions (struct qcow2 *q)
       hs->unknown_extension = true;
     pos += 8 + round_up (len, 8);
   }
-  /* No END marker: the end of the room is the end of the list. */
+  /* Without an END marker the list ends where the room does. */
   hs->extensions_end = pos;
   return 0;
 }
 
-/* Name an unknown incompatible feature by the image's own table. */
+/* Find the name of an unknown incompatible feature in the image's own table. */
 static void
 feature_name (const struct header_text *table, unsigned bit, char name[64])
 {
@@ -241,8 +241,8 @@ check_features (struct qcow2 *q)
     return invalid (EINVAL);
   }
   if (q->has_data_file && h->nr_snapshots != 0) {
-    report_error ("the image has an external data file and internal "
-                  "snapshots, which do not go together");
+    report_error ("the image has both an external data file and internal "
+                  "snapshots, which is not supported");
     return invalid (EINVAL);
   }
   if (crypt == 1)
@@ -317,7 +317,7 @@ check_tables (struct qcow2 *q)
     return invalid (EINVAL);
   }
   if (q->readonly)
-    return 0;                   /* it is not looked at */
+    return 0;                   /* the table is not read */
   return check_table (q, "refcount table", h->reftable_offset,
                       h->reftable_clusters * q->cluster_size,
                       MAX_REFTABLE_BYTES);
@@ -412,7 +412,7 @@ write_durably (struct qcow2 *q, uint64_t offset, size_t count)
     : qcow2_barrier_since (q, lost);
 }
 
-/* Set the autoclear bits, if they are not so, durably. */
+/* Set the autoclear bits durably, if they differ. */
 static int
 set_autoclear (struct qcow2 *q, uint64_t bits)
 {
@@ -420,7 +420,7 @@ set_autoclear (struct qcow2 *q, uint64_t bits)
     return 0;
   put_be64 (q->hs.cluster + F_AUTOCLEAR, bits);
   if (write_durably (q, F_AUTOCLEAR, 8) == -1) {
-    /* Whether it is on disk is unknown: the next try writes again. */
+    /* It is unknown whether they are on disk: the next call writes again. */
     put_be64 (q->hs.cluster + F_AUTOCLEAR, q->header.autoclear);
     return -1;
   }
@@ -429,7 +429,7 @@ set_autoclear (struct qcow2 *q, uint64_t bits)
   return 0;
 }
 
-/* With hs.lock held: clear autoclear bits of what we do not know. */
+/* With hs.lock held: clear the autoclear bits of unknown features. */
 static int
 clear_unknown (struct qcow2 *q)
 {
@@ -441,8 +441,8 @@ clear_unknown (struct qcow2 *q)
   return q->header.version < 3 ? 0 : set_autoclear (q, bits);
 }
 
-/* With hs.lock held: see to it that the header on disk points to the
- * refcount table that we have (header_set_reftable).
+/* With hs.lock held: make sure that the header on disk points to the
+ * refcount table in RAM (header_set_reftable).
  */
 static int
 restore_reftable (struct qcow2 *q)
@@ -486,7 +486,7 @@ header_begin_writing (struct qcow2 *q)
   leaks_release (q);
   if (!atomic_load (&q->corrupt))
     return 0;
-  errno = EIO;                  /* It has said why. */
+  errno = EIO;                  /* The function above reported why. */
   return -1;
 }
 
@@ -519,9 +519,9 @@ header_set_corrupt (struct qcow2 *q)
   write_durably (q, F_INCOMPATIBLE, 8);
 }
 
-/* If it fails nobody knows which table the header on disk points to, and
- * what changes from now on would be in one of them only.  So it is set
- * back, at the latest before the next change.
+/* If this fails, it is unknown which table the header on disk points to, and
+ * later changes would be in one of the two only.  So the header is set back,
+ * at the latest before the next change.
  */
 int
 header_set_reftable (struct qcow2 *q, uint64_t offset, uint32_t clusters)
@@ -566,15 +566,15 @@ qcow2_distrust_bitmaps (struct qcow2 *q)
   q->hs.distrust_bitmaps = true;
 }
 
-/* The room that the bitmaps extension and the END marker take. */
+/* The size of the bitmaps extension with the END marker. */
 #define END_MARKER_SIZE 8
 #define BITMAPS_EXTENSION_ROOM (32 + END_MARKER_SIZE)
 
-/* The backing file's name usually follows upon the extensions, and then
- * has to give way to a new one.  Where to: behind itself, so that the
- * name is whole in one of the two places whenever we crash.  What it
- * leaves behind lies behind the END marker.  0 if it cannot, or is not
- * what stands in the way.
+/* The backing file's name usually follows the extensions, and then has to
+ * make room for a new extension.  It moves to right behind itself, so that
+ * the name is whole in one of the two places whenever a crash comes.
+ * Its old bytes then lie behind the END marker.  Returns the new offset, or
+ * 0 if the name cannot move or is not in the way.
  */
 static uint64_t
 backing_name_can_move (const struct qcow2 *q)
@@ -593,8 +593,8 @@ backing_name_can_move (const struct qcow2 *q)
   return to <= q->cluster_size && size <= q->cluster_size - to ? to : 0;
 }
 
-/* With hs.lock held: is there room for another extension, or could there
- * be?
+/* With hs.lock held: is there room for another extension, or can room be
+ * made?
  */
 static bool
 has_room (const struct qcow2 *q)
@@ -618,7 +618,7 @@ move_backing_name (struct qcow2 *q)
     return -1;
   put_be64 (hs->cluster + F_BACKING_OFFSET, to);
   if (write_durably (q, F_BACKING_OFFSET, 8) == -1) {
-    /* On disk it is one or the other, and both are good. */
+    /* Either offset may be on disk, and both are valid. */
     put_be64 (hs->cluster + F_BACKING_OFFSET, name);
     return -1;
   }
@@ -638,7 +638,7 @@ append_extension (struct qcow2 *q, const uint8_t data[24])
     return -1;
   room_for_end = hs->extensions_limit - at >= BITMAPS_EXTENSION_ROOM;
 
-  /* Not yet trusted by anyone. */
+  /* No program trusts it yet. */
   if (set_autoclear (q, q->header.autoclear & ~AUTOCLEAR_BITMAPS) == -1)
     return -1;
 
@@ -652,7 +652,7 @@ append_extension (struct qcow2 *q, const uint8_t data[24])
   put_be32 (hs->cluster + at + 4, 24);
   if ((ORDER (EXTENSION_BEFORE_AUTOCLEAR) ? write_durably : write_header)
       (q, at, 8) == -1) {
-    /* The marker may or may not be gone; a second try must put the
+    /* The marker may or may not be gone: another attempt must put the
      * extension in the same place.
      */
     memset (hs->cluster + at, 0, 8);

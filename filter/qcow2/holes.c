@@ -5,30 +5,27 @@
 
 /* Space for metadata that is written later.
  *
- * A write is acknowledged when its data are in the container; the tables
- * and refcounts that lead to them are written by the next flush.  Where
- * the container is a sparse file these can lie in a hole: in the part by
- * which the file grew, in a new image's L1 table, in a cluster that was
- * freed and punched, in any table of an image that was copied with its
- * zeroes left out.  If they got their storage only from the flush, data
- * might have taken the last of it by then, and all that was acknowledged
- * would be lost.
+ * A write is acknowledged when its data are in the container; the next flush
+ * writes the tables and refcounts that lead to them.  If the container is a
+ * sparse file, these can lie in a hole: in the part by which the file grew,
+ * in a new image's L1 table, in a cluster that was freed and punched, in any
+ * table of an image that was copied without its zeroes.  If they got their
+ * storage only from the flush, data might have taken the last space by then,
+ * and all acknowledged data would be lost.
  *
- * So a write takes what it will need.  Whatever a sector holds other than
- * zeroes it has storage for; so it is only when the first byte of
- * a sector becomes other than zero that there may be none, and then zeroes
- * are written to the sector before the byte is changed in RAM.  If that
- * fails, so does the request.  Around the sector all others that are zero
- * are written too: so a table that fills up from its beginning costs one
- * write a chunk.
+ * So a write reserves the space that it will need.  A sector that holds
+ * anything other than zeroes has storage.  So only when the first byte of a
+ * sector becomes nonzero may storage be missing: then zeroes are written to
+ * the sector before the byte is changed in RAM.  If that fails, so does the
+ * request.  All other zero sectors around it are written, too, so a table
+ * that fills up from its beginning costs one write a chunk.
  *
  * This makes no difference to the order of writes, as the container has
  * zeroes there already.  It may race with a flush that writes the same
- * chunk: that leaves out the sectors that are holes to it.
+ * chunk: the flush leaves out the sectors that its flags call holes.
  *
- * Storage that needs new space for what is overwritten (btrfs, ZFS, or
- * anything below a snapshot of it) promises nothing, whatever is written
- * first.
+ * Storage that needs new space for an overwrite (btrfs, ZFS, or any storage
+ * that has a snapshot) gives no such guarantee, whatever is written first.
  */
 
 #include <config.h>
@@ -85,9 +82,7 @@ write_sectors (struct qcow2 *q, enum qcow2_class class, const void *bytes,
   return 0;
 }
 
-/* The sectors around one for which the flags say the same, as first and
- * end.
- */
+/* The sectors around one for which the flags say the same, as first and end. */
 static void
 alike (uint8_t holes, unsigned nr, unsigned sector, unsigned *first,
        unsigned *end)

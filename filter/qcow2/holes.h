@@ -8,11 +8,11 @@
 
 /* Space for metadata that is written later (holes.c says why).
  *
- * Metadata is looked at in chunks of at most 4096 bytes, each of which has
- * a byte of flags: bit i is set while sector i of the chunk, of 512 bytes,
- * reads as zeroes in the container and may have no storage there.  So
- * a table has an array of these bytes.  Whatever lock protects the
- * metadata protects its flags.
+ * Metadata is divided into chunks of at most 4096 bytes, each of which has a
+ * byte of flags: bit i is set while sector i of the chunk, of 512 bytes,
+ * reads as zeroes in the container and may have no storage there.  A table
+ * has an array of these bytes.  The lock that protects the metadata protects
+ * its flags, too.
  */
 
 #include <stddef.h>
@@ -27,20 +27,20 @@
 #define HOLES_ALL 0xff
 
 /* The flags of a chunk whose bytes were just read from the container, or
- * are about to be for ever zero there.  A multiple of 8 bytes.
+ * will be zero there from now on.  count is a multiple of 8.
  */
 extern uint8_t holes_in (const void *bytes, size_t count);
 
-/* The same of a table, allocated.  NULL, with an error, if out of memory. */
+/* The same for a table, allocated.  NULL, with an error, if out of memory. */
 extern uint8_t *holes_in_table (const void *bytes, size_t count);
 
-/* Before a byte of a chunk, at byte offset `at` in it, becomes other than
- * zero in RAM: see to it that its sector has storage.  The chunk, of count
- * bytes, is at host_offset.  -1, with an error, if there is no space: then
- * the change must not be made.
+/* Call this before a byte of a chunk, at byte offset `at` in it, becomes
+ * nonzero in RAM: it makes sure that the byte's sector has storage.  The
+ * chunk, of count bytes, is at host_offset.  -1, with an error, if there is
+ * no space: then the change must not be made.
  *
- * Writes zeroes where the container has zeroes, so any order with other
- * writes will do; the caller has seen to header_begin_writing.
+ * It writes zeroes where the container has zeroes, so it needs no order with
+ * other writes.  The caller has called header_begin_writing.
  */
 extern int holes_fill (struct qcow2 *, enum qcow2_class, uint8_t *holes,
                        uint64_t host_offset, size_t count, size_t at);
@@ -50,7 +50,7 @@ extern int holes_fill_table (struct qcow2 *, enum qcow2_class,
                              uint8_t *holes, uint64_t table_offset,
                              size_t count, size_t at);
 
-/* Write a chunk, but for its holes, which are zero in RAM, too. */
+/* Write a chunk except its holes, which are zero in RAM, too. */
 extern int holes_write_around (struct qcow2 *, enum qcow2_class,
                                const void *bytes, size_t count,
                                uint8_t holes, uint64_t host_offset);

@@ -38,12 +38,12 @@
  *   registry.lock       changes to the registry
  *   header_state.lock   the copy of the header and its bits
  *   grace.lock          inside of grace.c, for a moment
- * A read, or a write to a cluster that is allocated, takes none of them
- * unless an L2 slice has to be loaded.
+ * A read, or a write to an allocated cluster, takes none of them unless it
+ * has to load an L2 slice.
  *
- * No thread waits for a range lock inside of a section of q->requests:
- * what needs both takes the range lock first.  So the holder of a range
- * lock may wait for the end of all sections (reuse.c).
+ * No thread waits for a range lock inside a section of q->requests: a thread
+ * that needs both takes the range lock first.  So the holder of a range lock
+ * may wait for the end of all sections (reuse.c).
  */
 
 #include <errno.h>
@@ -82,7 +82,7 @@
 #define AUTOCLEAR_BITMAPS UINT64_C (1)
 #define AUTOCLEAR_RAW_EXTERNAL UINT64_C (2)
 
-/* QEMU's limits, which bound what a header can make us allocate. */
+/* QEMU's limits.  They bound what a header can make us allocate. */
 #define MAX_L1_BYTES (UINT64_C (32) << 20)
 #define MAX_REFTABLE_BYTES (UINT64_C (8) << 20)
 
@@ -109,19 +109,19 @@ struct header_text {
   uint32_t length;
 };
 
-/* Offsets of fields that others than header.c look at. */
+/* Offsets of fields that other files than header.c use. */
 #define HEADER_BACKING_OFFSET 8
 #define HEADER_BACKING_SIZE 16
 
 /* header.c.  The raw first cluster is kept as it is on disk, and every
- * change goes through it.
+ * change goes through that copy.
  */
 struct header_state {
   pthread_mutex_t lock;         /* protects what follows */
   uint8_t *cluster;
   uint64_t extensions_end;      /* offset of the END extension, or of the
-                                   place where it would be */
-  uint64_t extensions_limit;    /* they may not reach beyond this */
+                                   place for it */
+  uint64_t extensions_limit;    /* extensions must end before this */
   uint64_t bitmaps_offset;      /* of the extension's data, or 0 */
   struct qcow2_bitmaps_extension bitmaps;
   struct header_text feature_names, backing_format, data_file;
@@ -140,9 +140,9 @@ struct registry {
 struct refcount_slice {
   uint64_t index;               /* UINT64_MAX if unused */
   uint8_t *data;
-  uint8_t holes;                /* in it, in the container (holes.c) */
+  uint8_t holes;                /* in this slice of the container (holes.c) */
   bool dirty, pinned, referenced;
-  unsigned long written;        /* in which epoch, 0 if it is durable */
+  unsigned long written;        /* in which epoch; 0 if the slice is durable */
   struct refcount_slice *next;  /* in its hash chain */
 };
 
@@ -157,17 +157,17 @@ struct refcounts {
   uint64_t table_offset;        /* on disk */
   uint8_t *table_holes;         /* of the table on disk (holes.c) */
   bool growing;                 /* a larger table is being made */
-  uint64_t abandoned, nr_abandoned; /* clusters of one that was made in
-                                       vain, while reftable_unknown */
+  uint64_t abandoned, nr_abandoned; /* clusters of a table that failed, kept
+                                       while reftable_unknown */
   unsigned long tables;         /* how often the table was replaced */
   uint64_t *dirty_table;        /* indices of entries to write */
   size_t nr_dirty_table, max_dirty_table;
-  size_t nr_written_table;      /* of those, the first are written */
+  size_t nr_written_table;      /* the first of those, which are written */
   unsigned long epoch;          /* counts barriers, from 1 on */
-  unsigned long lost;           /* as qcow2_lost when it was last called */
+  unsigned long lost;           /* qcow2_lost at the last check */
   struct refcount_slice *slices;
   size_t nr_slices, hand, nr_pinned;
-  size_t nr_written_slices;     /* which are not durable */
+  size_t nr_written_slices;     /* written and not durable */
   atomic_size_t nr_dirty;       /* changed under alloc_lock */
   pthread_cond_t unpinned;      /* nr_pinned has fallen to 0 */
   struct refcount_slice **hash;
@@ -189,9 +189,10 @@ struct release_list {
   uint64_t nr_clusters;
 };
 
-/* An L2 entry: the descriptor of the host cluster, and if the image has
- * extended entries the bitmap of its subclusters (which are allocated in
- * the lower half, which read as zeroes in the upper), else 0.
+/* An L2 entry: the descriptor of the host cluster and, if the image has
+ * extended entries, the bitmap of its subclusters, else 0.  The lower half
+ * of the bitmap says which subclusters are allocated, the upper half which
+ * read as zeroes.
  */
 struct l2_entry {
   uint64_t descriptor;
@@ -206,7 +207,7 @@ struct l2_slot {
   _Atomic uint64_t tag;         /* (slice + 1) << 24 | version, or version */
   atomic_uint referenced;       /* since the clock hand passed */
   bool dirty, pinned;           /* protected by the set's lock, as is */
-  uint8_t holes;                /* in it, in the container (holes.c) */
+  uint8_t holes;                /* in this slice of the container (holes.c) */
 };
 
 struct l2_set {
@@ -217,7 +218,7 @@ struct l2_set {
 };
 
 struct l2_cache {
-  struct meter lookups;         /* while meter_is_on */
+  struct meter lookups;         /* counted while meter_is_on */
   _Atomic uint64_t misses, evictions, slots_used;
   unsigned slice_bits;          /* log2 of entries in a slice */
   unsigned entry_bits;          /* log2 of 64-bit words in an entry */
@@ -232,7 +233,8 @@ struct leak;
 struct leaks {
   struct leak *ranges;
   size_t nr;
-  bool corrupt;                 /* refcounts are too low: nothing leaks */
+  bool corrupt;                 /* refcounts are too low: no leaks are
+                                   reclaimed */
   atomic_bool released;
 };
 
@@ -246,7 +248,7 @@ struct qcow2 {
   struct container *container;
   struct container *data;       /* guest data: the container, or ... */
   bool has_data_file;           /* an external data file */
-  bool data_file_raw;           /* which is a raw image by itself */
+  bool data_file_raw;           /* which is a raw image of its own */
   struct qcow2_layer backing;
   uint64_t backing_size;        /* 0 if there is none */
   bool readonly;
@@ -255,18 +257,18 @@ struct qcow2 {
   unsigned cluster_bits;
   uint64_t cluster_size;
   bool extended_l2;
-  unsigned unit_bits;           /* of what has a kind of mapping of its
-                                   own: a cluster, or a subcluster */
+  unsigned unit_bits;           /* of the units that have a kind of mapping
+                                   each: clusters, or subclusters */
   unsigned l2_bits;             /* log2 of entries in an L2 table */
   uint64_t size;                /* of the guest's disk */
 
-  pthread_mutex_t preallocated_lock; /* held to find this out */
+  pthread_mutex_t preallocated_lock; /* held while finding this out */
   atomic_int preallocated;
 
-  atomic_bool writing;          /* the first change was let through */
-  atomic_bool corrupt;          /* takes no writes any more */
-  atomic_bool hurried;          /* long requests are to end, from some time
-                                   on (flush.c) */
+  atomic_bool writing;          /* the first change was allowed */
+  atomic_bool corrupt;          /* no more writes are allowed */
+  atomic_bool hurried;          /* long requests must end, from hurried_at on
+                                   (flush.c) */
   _Atomic int64_t hurried_at;
 
   struct registry registry;
@@ -280,17 +282,17 @@ struct qcow2 {
   struct release_list durable;  /* no longer referred to, on disk */
   struct release_list waiting;  /* for the requests that might use them */
   bool grace_under_way;
-  grace_period retiring;        /* what waiting waits for */
+  grace_period retiring;        /* the period that waiting waits for */
   atomic_size_t pending_ranges;         /* in all lists */
   _Atomic uint64_t pending_clusters;
   struct grace requests;        /* requests that use host offsets */
-  _Atomic grace_period emptied; /* what reuse.c waits for, or 0 */
+  _Atomic grace_period emptied; /* the period that reuse.c waits for, or 0 */
 
   struct leaks leaks;
 
   _Atomic uint64_t *l1;
   atomic_bool *l2_proven;       /* COPIED flags of l1 that are known to be
-                                   true, or NULL if all are believed */
+                                   true, or NULL if all are trusted */
   pthread_mutex_t l1_lock;      /* protects what follows */
   uint8_t *l1_holes;            /* of the table on disk (holes.c) */
   uint32_t *dirty_l1;
@@ -302,36 +304,37 @@ struct qcow2 {
   pthread_cond_t range_cond;
   struct range_lock *ranges;
 
-  unsigned long lost_before;    /* barriers that had failed when this was
-                                   opened (flush.c) */
+  unsigned long lost_before;    /* failed barriers when the image was opened
+                                   (flush.c) */
   atomic_bool reftable_unknown; /* see header_set_reftable */
 
   pthread_mutex_t flush_lock;   /* protects what follows */
-  unsigned long lost_redone;    /* as lost was when that was made good */
+  unsigned long lost_redone;    /* the value of qcow2_lost up to which all
+                                   losses were redone */
   atomic_ulong flushes_begun;
-  unsigned long flush_succeeded[2]; /* without, with hooks, which may
+  unsigned long flush_succeeded[2]; /* without hooks; with hooks, which may
                                        have failed */
   tally flushes[2], flush_ns[2]; /* that have failed, succeeded */
 };
 
 /* header.c */
-/* Read and parse the header; header_read also judges it. */
+/* Read and parse the header.  header_read also checks whether we support it. */
 extern int header_load (struct qcow2 *);
 extern int header_read (struct qcow2 *);
 extern void header_free (struct qcow2 *);
-/* To be called before every change.  EROFS, EIO if corrupt. */
+/* Call before every change.  EROFS; EIO if the image is corrupt. */
 extern int header_begin_writing (struct qcow2 *);
 extern int header_set_reftable (struct qcow2 *, uint64_t offset,
                                 uint32_t clusters);
-/* A dirty image: before its repair, which is no change of the disk, and
- * durably when it is done.
+/* For a dirty image.  The first is called before the repair, which does not
+ * change the disk; the second after it, and removes the mark durably.
  */
 extern int header_begin_repair (struct qcow2 *);
 extern int header_end_repair (struct qcow2 *);
-/* The image is found or about to be damaged: take no more writes. */
+/* The image is damaged, or about to be: allow no more writes. */
 extern void header_set_corrupt (struct qcow2 *);
 
-/* references.c: does the header name a backing file, well or badly? */
+/* references.c: does the header name a backing file, validly or not? */
 extern bool references_backing (const struct qcow2 *);
 
 /* registry.c */
@@ -350,7 +353,7 @@ extern const char *registry_class_name (enum qcow2_class);
 extern int refcounts_open (struct qcow2 *, uint64_t cache_bytes);
 extern void refcounts_free (struct qcow2 *);
 extern int refcount_get (struct qcow2 *, uint64_t cluster, uint64_t *count);
-/* The refcount block exists. */
+/* The refcount block must exist. */
 extern int refcount_set (struct qcow2 *, uint64_t cluster, uint64_t count);
 /* Find the first free cluster from *cluster on.  Clusters whose refcount
  * block does not exist are free.
@@ -359,73 +362,75 @@ extern int refcount_find_free (struct qcow2 *, uint64_t *cluster);
 extern bool refcount_block_exists (struct qcow2 *, uint64_t block_index);
 /* Forget cached slices of refcount block index and beyond. */
 extern void refcount_forget (struct qcow2 *, uint64_t block_index);
-/* Set an entry of the refcount table, to be written by the next flush. */
+/* Set an entry of the refcount table.  The next flush writes it. */
 extern int refcount_set_table_entry (struct qcow2 *, uint64_t block_index,
                                      uint64_t host_offset);
-/* Write all dirty slices but pinned ones. */
+/* Write all dirty slices except pinned ones. */
 extern int refcounts_write_all (struct qcow2 *);
 
-/* The highest that there can be. */
+/* The highest possible refcount. */
 extern uint64_t refcount_max (const struct qcow2 *);
 /* An entry of a refcount block as it is on disk. */
 extern uint64_t refcount_entry (const struct qcow2 *, const uint8_t *block,
                                 uint64_t i);
-/* Write all that is dirty, and make it durable. */
+/* Write everything that is dirty, and make it durable. */
 extern int refcounts_write_durably (struct qcow2 *);
 
-/* This one without. */
+/* This one without alloc_lock. */
 extern void refcounts_get_numbers (const struct qcow2 *,
                                    struct qcow2_cache_numbers *);
 
 /* refcount.c: without alloc_lock, under flush_lock. */
 extern int refcounts_flush (struct qcow2 *, unsigned long lost);
-/* Around a barrier that comes after it, and succeeds. */
+/* Around a barrier that follows refcounts_flush.  The second only if the
+ * barrier succeeds.
+ */
 extern unsigned long refcounts_barrier_begins (struct qcow2 *);
 extern void refcounts_barrier_done (struct qcow2 *, unsigned long epoch);
-/* What a failed barrier may have lost is dirty again. */
+/* Make dirty again what a failed barrier may have lost. */
 extern void refcounts_redo_lost (struct qcow2 *);
 
-/* allocate.c.  Without alloc_lock.  At least one and at most nr
- * contiguous clusters, *got of them; *zeroed if they read as zeroes.
+/* allocate.c.  Without alloc_lock.  Allocate at least one and at most nr
+ * contiguous clusters: *got of them, *zeroed if they read as zeroes.
  */
 extern int allocate_clusters (struct qcow2 *, enum qcow2_class, uint64_t nr,
                               uint64_t *host_offset, uint64_t *got,
                               bool *zeroed);
-/* Undo it: nothing ever referred to them. */
+/* Undo an allocation.  Nothing ever referred to the clusters. */
 extern void allocate_undo (struct qcow2 *, uint64_t host_offset, uint64_t nr);
-/* With alloc_lock held: make a refcount block in a cluster that nothing
- * uses; make the refcount table larger, with an entry for block_index,
- * in a place from cluster on, where everything with no refcount is free.
+/* With alloc_lock held.  Make a refcount block in a cluster that nothing
+ * uses.  Make the refcount table larger, with an entry for block_index, in a
+ * place from cluster on, where every cluster with no refcount is free.
  */
 extern int allocate_block_at (struct qcow2 *, uint64_t block_index,
                               uint64_t cluster);
 extern int allocate_larger_table (struct qcow2 *, uint64_t block_index,
                                   uint64_t cluster);
-/* Give back the clusters of an abandoned table, if they can be. */
+/* Give back the clusters of an abandoned table, if possible. */
 extern void allocate_forget_abandoned (struct qcow2 *);
-/* Where the container may be cut: the end of the last cluster in use, or
- * of what else is not to be lost, in bytes.
+/* Where the container may be cut, in bytes: the end of the last cluster in
+ * use, or of anything else that must not be lost.
  */
 extern int allocate_used_end (struct qcow2 *, uint64_t *end);
 
 /* release.c */
 extern void release_clusters (struct qcow2 *, uint64_t cluster, uint64_t nr);
-/* Before an L2 entry is replaced: -1 with EIO if what it refers to can
- * not be guest data.
+/* Call before an L2 entry is replaced.  -1 with EIO if it refers to
+ * something that cannot be guest data.
  */
 extern int release_check_entry (struct qcow2 *, uint64_t entry);
-/* The reference of an L2 entry is gone. */
+/* An L2 entry no longer refers to its clusters. */
 extern void release_entry (struct qcow2 *, uint64_t entry);
 extern void release_flush_begins (struct qcow2 *);
 extern void release_flush_ends (struct qcow2 *, bool success);
-/* Free what can be freed now, or once the requests that might use it are
- * done.  -1, with a warning, if there is something that could not be
- * freed: it is kept.  Under flush_lock.
+/* Free the clusters that can be freed now, or (wait) once the requests that
+ * might use them are done.  -1, with a warning, if some could not be freed:
+ * these are kept.  Under flush_lock.
  */
 extern int release_retire (struct qcow2 *, bool wait);
-/* Forget what could not be freed. */
+/* Forget the clusters that could not be freed. */
 extern void release_forget (struct qcow2 *);
-/* Should the caller, outside of any section, call qcow2_reclaim? */
+/* Should the caller, outside any section, call qcow2_reclaim? */
 extern bool release_wants_reclaim (struct qcow2 *);
 extern bool release_is_empty (struct qcow2 *);
 extern void release_free (struct qcow2 *);
@@ -439,8 +444,8 @@ extern int l2_get (struct qcow2 *, uint64_t guest_cluster, unsigned nr,
 extern void l2_get_numbers (const struct qcow2 *,
                             struct qcow2_cache_numbers *);
 /* Set nr entries from guest cluster on, all of one slice, whose L2 table
- * exists.  EAGAIN if the cache has to be flushed first.  ENOSPC, and none
- * is set, if there would be no space for them in the table on disk.
+ * exists.  EAGAIN if the cache has to be flushed first.  ENOSPC, and no
+ * entry is set, if the table on disk has no space for them.
  */
 extern int l2_set (struct qcow2 *, uint64_t guest_cluster, unsigned nr,
                    const struct l2_entry *entries);
@@ -457,17 +462,17 @@ extern size_t l2_copy_dirty (struct qcow2 *, size_t *next_set,
                              size_t max_copies);
 extern int l2_write_copy (struct qcow2 *, const struct l2_copy *,
                           const uint8_t *data);
-/* Unpin them; they are dirty again if !written. */
+/* Unpin the slices.  If !written they are dirty again. */
 extern void l2_copies_done (struct qcow2 *, const struct l2_copy *copies,
                             size_t nr, bool written);
 extern unsigned l2_slice_bytes (const struct qcow2 *);
-/* Zero those slices of an L2 table on disk that were never set, under
+/* Zero the slices of an L2 table on disk in which no entry was set, under
  * flush_lock.  The table is new: no flush has written its L1 entry.
  */
 extern int l2_zero_again (struct qcow2 *, uint32_t l1_index);
 
-/* mapping.c.  A unit is what has a kind of its own: a cluster, or with
- * extended L2 entries a subcluster.
+/* mapping.c.  A unit is what has one kind: a cluster or, with extended L2
+ * entries, a subcluster.
  */
 enum mapping_kind {
   MAPPING_UNALLOCATED,          /* the backing file provides it */
@@ -480,15 +485,15 @@ enum mapping_kind {
 
 struct mapping {
   enum mapping_kind kind;
-  bool copied;                  /* the host cluster is this image's alone */
-  uint64_t host;                /* of the first byte, if it has a place */
+  bool copied;                  /* only this image uses the host cluster */
+  uint64_t host;                /* of the first byte, if it has a host offset */
   uint64_t length;              /* bytes from the guest offset asked for */
   uint64_t descriptor;          /* of the first cluster */
 };
 extern int mapping_open (struct qcow2 *);
 extern void mapping_free (struct qcow2 *);
-/* Has the entry a host cluster that is this image's alone, and whose
- * units it can make use of?
+/* Does the entry have a host cluster that only this image uses, and whose
+ * units it can use?
  */
 extern bool mapping_owns_cluster (const struct qcow2 *, uint64_t descriptor);
 /* The mapping at guest offset, up to count bytes: one kind, and for data
@@ -496,24 +501,24 @@ extern bool mapping_owns_cluster (const struct qcow2 *, uint64_t descriptor);
  */
 extern int mapping_lookup (struct qcow2 *, uint64_t offset, uint64_t count,
                            struct mapping *);
-/* The same without regard to host offsets. */
+/* The same, without regard to host offsets. */
 extern int mapping_lookup_kind (struct qcow2 *, uint64_t offset,
                                 uint64_t count, struct mapping *);
-/* Make sure that there is an L2 table for a guest cluster, and that it is
- * the disk's alone: before an entry in it is changed.
+/* Make sure that a guest cluster has an L2 table, and that only the disk
+ * uses that table.  Call it before an entry in the table is changed.
  */
 extern int mapping_need_l2 (struct qcow2 *, uint64_t guest_cluster);
 /* Set the entries of guest clusters that belong to one L2 slice. */
 extern int mapping_set (struct qcow2 *, uint64_t guest_cluster, unsigned nr,
                         const struct l2_entry *entries);
-/* Guest clusters from guest_cluster to the end of its slice. */
+/* The number of guest clusters from guest_cluster to the end of its slice. */
 extern uint64_t mapping_slice_left (const struct qcow2 *,
                                     uint64_t guest_cluster);
 extern void range_lock_take (struct qcow2 *, struct range_lock *,
                              uint64_t first, uint64_t last);
 extern void range_lock_drop (struct qcow2 *, struct range_lock *);
-/* The L1 entries that are dirty, added to those that the flush has taken
- * over: write them, then be done with them.
+/* The dirty L1 entries, added to those that the flush has taken already.
+ * The flush writes them, then calls mapping_l1_done.
  */
 struct l1_copies {
   uint32_t *indices;
@@ -523,35 +528,35 @@ extern int mapping_take_dirty_l1 (struct qcow2 *, struct l1_copies *);
 extern int mapping_write_l1 (struct qcow2 *, const struct l1_copies *);
 extern void mapping_l1_done (struct qcow2 *, struct l1_copies *,
                              bool written);
-/* Zero the new L2 tables once more, as far as nothing was set in them. */
+/* Zero the new L2 tables once more, where no entry was set. */
 extern int mapping_zero_again (struct qcow2 *);
 
-/* reuse.c.  With a range lock held that covers them: */
-/* L2 entries were replaced, by such as have no data that the old ones had
- * not.
+/* reuse.c.  With a range lock held that covers the clusters: */
+/* L2 entries were replaced.  The new entries have no data that the old ones
+ * did not have.
  */
 extern void reuse_entries_changed (struct qcow2 *, unsigned nr,
                                    const struct l2_entry *old,
                                    const struct l2_entry *new);
-/* Before the place of a mapping that is not data is filled: may requests
- * be under way that take it for data?  Then wait for them, outside of any
- * section.
+/* The caller is about to fill the place of a mapping that is not data.  May
+ * a request be under way that takes the place for data?  Then the caller
+ * must wait for it, outside any section.
  */
 extern bool reuse_must_wait (struct qcow2 *, const struct mapping *);
 extern void reuse_wait (struct qcow2 *);
 
-/* compressed.c: read a compressed cluster whole into buf. */
+/* compressed.c: read a whole compressed cluster into buf. */
 extern int compressed_read (struct qcow2 *, uint64_t descriptor, void *buf);
 extern void compressed_location (const struct qcow2 *, uint64_t descriptor,
                                  uint64_t *host, uint64_t *bytes);
 
-/* scan.c: of an image that is being opened, with its tables loaded and
+/* scan.c: for an image that is being opened, with its tables loaded and
  * nothing changed yet.
  */
 struct scan_limits {
   uint64_t bytes;               /* of metadata to be read */
   uint64_t clusters;            /* of the container */
-  unsigned ms;                  /* to take, 0 if that does not matter */
+  unsigned ms;                  /* 0 for no limit of time */
 };
 
 enum scan_result {
@@ -561,57 +566,59 @@ enum scan_result {
 struct scan {
   uint32_t *references;         /* by cluster */
   uint64_t nr;                  /* clusters of the container */
-  uint64_t end;                 /* after the last that is referred to */
+  uint64_t end;                 /* the end of the last cluster that is
+                                   referred to */
   bool complete;                /* nothing else can refer to a cluster */
   bool crashed;                 /* a bitmap is in use */
-  char why[600];                /* not done, or not complete */
+  char why[600];                /* why it was not done, or is not complete */
 
   struct scan_limits limits;
   uint64_t spent, reads, began;
   uint64_t nr_trees, nr_blocks, max_count;
 };
 
-/* First what is not a mapping; then the mappings of the disk and of its
- * snapshots, perhaps with other limits.  scan_free whatever they return.
+/* First scan everything except mappings; then the mappings of the disk and
+ * of its snapshots, perhaps with other limits.  Call scan_free whatever they
+ * return.
  */
 extern enum scan_result scan_begin (struct qcow2 *, struct scan *,
                                     struct scan_limits);
 extern enum scan_result scan_finish (struct qcow2 *, struct scan *);
 extern void scan_free (struct scan *);
 extern uint64_t scan_count (const struct scan *, uint64_t cluster);
-/* Is it an L2 table or data of the disk, whose entry has the COPIED flag
- * if its refcount is 1?
+/* Does the disk use it as an L2 table or data, so that its entry has the
+ * COPIED flag if its refcount is 1?
  */
 extern bool scan_wants_copied (const struct scan *, uint64_t cluster);
-/* The bytes of an L2 entry. */
+/* The size of an L2 entry in bytes. */
 extern unsigned scan_entry_bytes (const struct qcow2 *);
-/* Call differs for each cluster whose refcount on disk is not what was
- * counted, in ascending order.  It returns 0, or -1 with errno to end.
+/* Call differs for each cluster whose refcount on disk is not the counted
+ * one, in ascending order.  It returns 0, or -1 with errno to end.
  */
 typedef int (*scan_differs) (void *opaque, uint64_t cluster,
                              uint64_t stored, uint64_t counted);
 extern enum scan_result scan_compare (struct qcow2 *, struct scan *,
                                       scan_differs, void *opaque);
 
-/* leaks.c: look for them, before anything is changed; and give them to
- * release.c, at the first change.
+/* leaks.c: look for leaks before anything is changed, and give them to
+ * release.c at the first change.
  */
 extern void leaks_find (struct qcow2 *);
 extern void leaks_release (struct qcow2 *);
 extern void leaks_free (struct qcow2 *);
 
-/* repair.c: if the image is marked dirty, repair it, or if check_only see
- * whether that can be done.
+/* repair.c: if the image is marked dirty, repair it; or, if check_only,
+ * check whether that is possible.
  */
 extern int repair_dirty (struct qcow2 *, bool check_only);
 
-/* preallocated.c: are there far more clusters than storage for them, so
- * that it is worth asking the storage which of them are zeroes?
+/* preallocated.c: does the image have far more clusters than storage for
+ * them, so that asking the storage which of them are zeroes is worthwhile?
  */
 extern bool is_preallocated (struct qcow2 *);
 
-/* layer.c: what provides the bytes that the image does not have.
- * Everything beyond its end is zeroes.
+/* layer.c: provides the bytes that the image does not have.  Everything
+ * beyond its end is zeroes.
  */
 extern int layer_open (struct qcow2 *, const struct qcow2_options *);
 extern int layer_read (struct qcow2 *, void *buf, uint64_t count,
@@ -619,8 +626,8 @@ extern int layer_read (struct qcow2 *, void *buf, uint64_t count,
 extern int layer_extent (struct qcow2 *, uint64_t offset, uint64_t limit,
                          uint64_t *length, enum qcow2_extent_type *,
                          unsigned *depth);
-/* Does what is unallocated from offset on read as zeroes for certain?
- * *length is cut to how far the answer goes.
+/* Do unallocated bytes from offset on certainly read as zeroes?  *length is
+ * cut to how far the answer holds.
  */
 static inline bool
 layer_is_zero (const struct qcow2 *q, uint64_t offset, uint64_t *length)
@@ -631,8 +638,8 @@ layer_is_zero (const struct qcow2 *q, uint64_t offset, uint64_t *length)
   return false;
 }
 
-/* read.c: guest data, inside a section of q->requests.  What lies beyond
- * the end of the disk reads as zeroes.
+/* read.c: guest data, inside a section of q->requests.  Bytes beyond the end
+ * of the disk read as zeroes.
  */
 extern int read_range (struct qcow2 *, void *buf, uint64_t count,
                        uint64_t offset);
@@ -640,47 +647,47 @@ extern int read_range (struct qcow2 *, void *buf, uint64_t count,
 /* write.c.  Check a host range that is about to be changed in place. */
 extern int write_check_host (struct qcow2 *, uint64_t host, uint64_t count);
 /* Does a run of a kind read as zeroes, from offset on?  *length is cut to
- * how far the answer goes.
+ * how far the answer holds.
  */
 extern bool reads_as_zeroes (const struct qcow2 *, enum mapping_kind,
                              uint64_t offset, uint64_t *length);
-/* After a request failed: free what can be freed and return true if it
- * can be tried once more; else report why it failed.
+/* Call after a request failed.  Frees what can be freed and returns true if
+ * the request can be tried once more; else reports why it failed.
  */
 extern bool write_may_retry (struct qcow2 *, const struct report_hold *,
                              bool *retried);
 
 /* snapshots.c */
-/* Make a snapshot's L1 table and disk size those that are served, before
- * mapping_open.  ENOENT if there is none of that ID or name.
+/* Serve a snapshot's L1 table and disk size.  Call before mapping_open.
+ * ENOENT if no snapshot has that ID or name.
  */
 extern int snapshots_select (struct qcow2 *, const char *id_or_name);
-/* Before anything is written: see to it that nothing of the snapshots can
- * be written or freed.  After mapping_open.
+/* Call before anything is written, and after mapping_open: makes sure that
+ * nothing of the snapshots can be written or freed.
  */
 extern int snapshots_register (struct qcow2 *);
-/* Read the entry of snapshot i at *offset, and move on to the next: where
- * its L1 table is.
+/* Read the entry of snapshot i at *offset, which says where its L1 table is,
+ * and move *offset on to the next entry.
  */
 extern int snapshots_next (struct qcow2 *, uint32_t i, uint64_t *offset,
                            uint64_t *l1_offset, uint32_t *l1_entries);
 
 /* flush.c */
 extern int flush_metadata (struct qcow2 *);
-/* Flush, and wait until what was released is free.  Outside of sections,
- * with no range lock held.
+/* Flush, and wait until released clusters are free.  Outside sections, with
+ * no range lock held.
  */
 extern int qcow2_reclaim (struct qcow2 *);
-/* The same as a means to an end: if it fails, whoever needs the space
- * says so.
+/* The same, but a failure is not reported as an error: the caller that needs
+ * the space reports it.
  */
 extern int reclaim_quietly (struct qcow2 *);
 
 /* flush.c */
 extern bool is_time_up (const struct qcow2 *);
 
-/* To be asked in each loop of a request that may be long: -1 with errno if
- * it is to end here.
+/* Call in each loop of a request that may be long: -1 with errno if the
+ * request must end here.
  */
 static inline int
 request_goes_on (const struct qcow2 *q)
@@ -692,14 +699,16 @@ request_goes_on (const struct qcow2 *q)
   return -1;
 }
 
-/* How much of a request is done between two times of asking, in bytes of
- * the guest's disk: where data are moved, and where they are not.  The
- * first is no less than a cluster can have.
+/* How many bytes of the guest's disk a request processes between two such
+ * calls: with data to move, and without.  The first is no less than the
+ * largest cluster.
  */
 #define DATA_PIECE (UINT64_C (2) << 20)
 #define ZERO_PIECE (UINT64_C (32) << 20)
 
-/* From offset to the next multiple of a piece, or count if that is less. */
+/* The bytes from offset to the next multiple of piece, or count if that is
+ * less.
+ */
 static inline uint64_t
 piece_of (uint64_t count, uint64_t offset, uint64_t piece)
 {

@@ -5,28 +5,29 @@
 
 /* L2 tables in RAM.
  *
- * The cache holds slices of L2 tables, of at most 4 KiB, in sets of 16
- * slots each; a slice's number says which set it can be in.  Slices are
- * numbered through the guest's disk, whatever L2 tables they are in, so
- * that moving a table does not concern the cache.
+ * The cache holds slices of L2 tables, of at most 4 KiB, in sets of 16 slots
+ * each; the number of a slice says which set it can be in.  Slices are
+ * numbered by their position on the guest's disk, whichever L2 tables they
+ * are in, so moving a table does not affect the cache.
  *
- * Looking up takes no lock.  A slot's tag has the number of its slice and
- * a version, which changes whenever something else is put into the slot.
- * A reader reads the tag, the entries, and the tag again: if it has not
- * changed the entries were the slice's.  That needs no fence: a word is
- * stored with release and loaded with acquire, so whoever sees one that
- * was stored after the tag went sees that it has gone.  All changes are
- * made under the set's lock.  An extended entry is two words, and so the
- * tag also goes and comes back with another version where such entries
- * are changed.
+ * Looking up takes no lock.  A slot's tag has the number of its slice and a
+ * version, which changes whenever something else is put into the slot.  A
+ * reader reads the tag, the entries, and the tag again: if the tag has not
+ * changed, the entries were the slice's.  That needs no fence: a word is
+ * stored with release and loaded with acquire, so a reader that sees a word
+ * stored after the tag was removed also sees that the tag is gone.  All
+ * changes are made under the set's lock.  An extended entry is two words, so
+ * the tag is also removed, and comes back with another version, when such
+ * entries are changed.
  *
- * A slot that was changed is dirty until the flush writes it, since only
- * the flush knows when (flush.c).  The flush copies dirty slots and pins
- * them until the copies are on disk: a slot that is dirty or pinned is
- * not replaced, so nobody reads an old version back.  Where all slots of
- * a set are so, l2_set asks its caller to flush.
+ * A slot that was changed is dirty until the flush writes it, since only the
+ * flush knows when (flush.c).  The flush copies dirty slots and pins them
+ * until the copies are on disk: a slot that is dirty or pinned is not
+ * replaced, so no thread reads an old version back.  If all slots of a set
+ * are dirty or pinned, l2_set asks its caller to flush.
  *
- * What a slot is changed to has its space on disk before (holes.c).
+ * Before a slot is changed, the new entries have their space on disk
+ * (holes.c).
  */
 
 #include <config.h>
@@ -62,7 +63,7 @@ l2_cache_open (struct qcow2 *q, uint64_t cache_bytes)
     l2->nr_sets *= 2;
   slots = l2->nr_sets * L2_WAYS;
 
-  /* calloc, so that slots which are never used cost no memory. */
+  /* calloc, so that unused slots cost no memory. */
   l2->sets = calloc (l2->nr_sets, sizeof l2->sets[0]);
   l2->words = calloc (slots, slice_bytes);
   if (l2->sets == NULL || l2->words == NULL) {
@@ -164,7 +165,7 @@ get_words (const struct qcow2 *q, _Atomic uint64_t *words, unsigned first,
   }
 }
 
-/* Look without the lock.  True if the slice was there. */
+/* Look up without the lock.  True if the slice was there. */
 static bool
 peek (struct qcow2 *q, struct l2_set *set, uint64_t slice, unsigned first,
       unsigned nr, struct l2_entry *entries)
@@ -216,8 +217,8 @@ find_victim (struct l2_set *set)
   return -1;
 }
 
-/* With the set's lock held: no reader believes the slot in between, in
- * which words are stored with release.
+/* With the set's lock held: until the change ends, no reader accepts the
+ * words of the slot, which are stored with release.
  */
 static void
 begin_change (struct l2_slot *slot)
@@ -239,8 +240,8 @@ end_change (struct l2_slot *slot, uint64_t slice)
                          memory_order_release);
 }
 
-/* For the statistics.  A miss reads from the disk, so it may share a
- * counter with others; a look-up may not.
+/* For the statistics.  A miss reads from the disk, so all threads may share
+ * its counter; look-ups must not share one.
  */
 static void
 count_lookup (struct qcow2 *q)
@@ -293,7 +294,7 @@ fill (struct qcow2 *q, struct l2_set *set, unsigned way, uint64_t slice,
   atomic_store_explicit (&slot->referenced, 1, memory_order_relaxed);
 }
 
-/* Split a guest cluster into its slice and its place in there. */
+/* Split a guest cluster into its slice and its position in that slice. */
 static uint64_t
 slice_of (const struct qcow2 *q, uint64_t guest_cluster, unsigned *first)
 {
@@ -321,7 +322,7 @@ l2_get (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
   count_miss (q);
   if (read_slice (q, slice, buf) == -1)
     return -1;
-  /* Where there is no slot the disk has what is true, as the slice is
+  /* If there is no slot, the entries on disk are current: the slice is
    * neither dirty nor pinned, and cannot become so under the lock.
    */
   way = find_victim (set);
@@ -336,8 +337,8 @@ l2_get (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
   return 0;
 }
 
-/* With the set's lock held: see to it that nr entries of a slice, from
- * first on, have their space on disk.
+/* With the set's lock held: make sure that nr entries of a slice, from first
+ * on, have their space on disk.
  */
 static int
 fill_holes (struct qcow2 *q, struct l2_slot *slot, uint64_t slice,
@@ -486,9 +487,7 @@ l2_copies_done (struct qcow2 *q, const struct l2_copy *copies, size_t nr,
   }
 }
 
-/* With the set's lock held: zero a slice on disk, unless it is to be
- * written.
- */
+/* With the set's lock held: zero a slice on disk, unless it will be written. */
 static int
 zero_slice (struct qcow2 *q, struct l2_set *set, uint64_t slice)
 {
@@ -499,7 +498,7 @@ zero_slice (struct qcow2 *q, struct l2_set *set, uint64_t slice)
     return 0;
   if (slice_location (q, slice, &location) == -1)
     return -1;
-  /* Nothing was set, so nothing needs the space. */
+  /* No entry was set, so none needs the space. */
   if (container_zero (q->container, l2_slice_bytes (q), location,
                       true) == -1) {
     report_error ("cannot write a new L2 table: %m");

@@ -3,9 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* The backing file: what provides the bytes that the image does not have
- * itself, another image or raw bytes.  It is not changed while we use
- * it, and it may be shorter or longer than the disk.
+/* The backing file provides the bytes that the image does not have.  It is
+ * another image or raw bytes.  It is not changed while we use it, and it may
+ * be shorter or longer than the disk.
  */
 
 #include <config.h>
@@ -64,7 +64,7 @@ raw_extent (struct qcow2 *q, uint64_t offset, uint64_t count,
                   "backing file: %m", offset);
     return -1;
   }
-  /* As explicit zeroes are told, for it is there. */
+  /* Report them as explicit zeroes, since the backing file has them. */
   *type = hole ? QCOW2_EXTENT_ZERO : QCOW2_EXTENT_DATA;
   return 0;
 }

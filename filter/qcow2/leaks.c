@@ -3,26 +3,25 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* Leaks that a crash has left: clusters whose refcount is higher than
- * what refers to them.
+/* Leaks left by a crash: clusters whose refcount is higher than the number
+ * of references to them.
  *
- * When an image is opened for writing its references are counted
- * (scan.c), if that does not delay the start: within small limits
- * always, within larger ones if something tells of a crash.  What is
- * proven to be a leak is noted, and nothing is written, since whoever
- * changes nothing is to leave the file as it was.  When the first change
- * is let through the clusters go the way of all released ones
- * (release.c), which gives their storage back and lowers their refcounts
- * by one.  So those that are too high by more are lowered before that,
- * to one more than is right.
+ * When an image is opened for writing, its references are counted (scan.c),
+ * if that does not delay the start: always within small limits, and within
+ * larger ones if there are signs of a crash.  Proven leaks are noted, and
+ * nothing is written: without a change the file must stay as it was.  At the
+ * first change the clusters are released like any others (release.c), which
+ * gives their storage back and lowers their refcounts by one.  So a refcount
+ * that is too high by more is first lowered to one more than is right.
  *
  * A cluster of the disk that is used once, but has a higher refcount and
- * hence no COPIED flag, is left alone: the two would no longer agree.
+ * hence no COPIED flag, is left alone: flag and refcount would no longer
+ * agree.
  *
- * Refcounts that are too low are another matter.  Such an image is
- * corrupt, but it is served: no leak is reclaimed, and with the first
- * change those refcounts are raised, so that no cluster which is in use
- * is taken for a free one.  If they cannot be, nothing is changed.
+ * Refcounts that are too low are another matter.  Such an image is corrupt,
+ * but it is served: no leak is reclaimed, and with the first change those
+ * refcounts are raised, so that no cluster in use is taken for a free one.
+ * If they cannot be raised, nothing is changed.
  */
 
 #include <config.h>
@@ -36,8 +35,8 @@
 
 #define MIB (UINT64_C (1) << 20)
 
-/* The limits.  A counter is 4 bytes, so this is 256 MiB of RAM at worst,
- * for the time of the scan.
+/* The limits.  A counter is 4 bytes, so the scan takes 256 MiB of RAM at
+ * worst, while it lasts.
  */
 static const struct scan_limits always = {
   .bytes = 4 * MIB, .clusters = 64 * MIB, .ms = 500,
@@ -46,12 +45,12 @@ static const struct scan_limits after_crash = {
   .bytes = 64 * MIB, .clusters = 64 * MIB, .ms = 2000,
 };
 
-/* More are not noted. */
+/* At most so many are noted. */
 #define MAX_RANGES 65536
 
 struct leak {
   uint64_t cluster, nr;
-  uint64_t count;               /* to be set first, if set */
+  uint64_t count;               /* the refcount to set first, if set */
   bool set;
 };
 
@@ -90,7 +89,7 @@ leak_found (void *opaque, uint64_t cluster, uint64_t stored, uint64_t counted)
       search->first_low = cluster;
       search->nr = 0;
     }
-    /* Where there is no refcount block we cannot help. */
+    /* A missing refcount block is not repaired here. */
     if (search->nr >= MAX_RANGES ||
         !refcount_block_exists (search->q, cluster >>
                                 search->q->rc.block_entries_bits))
@@ -105,8 +104,8 @@ leak_found (void *opaque, uint64_t cluster, uint64_t stored, uint64_t counted)
                                        stored != counted + 1 });
 }
 
-/* Does the file reach beyond the last cluster in use?  It is cut there
- * by a clean stop, and grows ahead of what is used before.
+/* Does the file reach beyond the last cluster in use?  A clean stop cuts it
+ * there; until then it grows ahead of use.
  */
 static bool
 has_spare_end (struct qcow2 *q, const struct scan *s)
@@ -117,7 +116,7 @@ has_spare_end (struct qcow2 *q, const struct scan *s)
   return s->nr > 0 && refcount_get (q, s->nr - 1, &count) == 0 && count == 0;
 }
 
-/* Count, with the limits that are fit. */
+/* Count, with the limits that apply. */
 static enum scan_result
 count_references (struct qcow2 *q, struct scan *s)
 {
@@ -163,7 +162,7 @@ leaks_find (struct qcow2 *q)
     if (r == SCAN_INCONSISTENT)
       report_warning ("the image is corrupt: %s; see qemu-img check", s.why);
     else
-      report_debug ("leaks are not looked for: %s", s.why);
+      report_debug ("no search for leaks: %s", s.why);
     search.nr = 0;
   }
   else

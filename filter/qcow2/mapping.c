@@ -4,30 +4,29 @@
  */
 
 /* Guest offset to host offset: L1 and L2 entries (qcow2.rst, "Cluster
- * mapping"), and who may change them.
+ * mapping"), and which threads may change them.
  *
- * The L1 table is in RAM whole.  Looking a mapping up takes no lock.
- * Whoever changes the mapping of guest clusters holds a range lock on
- * them from the time he looks until the entries are set, so that of two
- * writes to one unallocated cluster the second finds what the first has
- * allocated.  Writes to clusters that are allocated, and reads, take no
- * range lock: for them a cluster that is given up stays what it was
- * until they are done (release.c).
+ * The whole L1 table is in RAM.  Looking up a mapping takes no lock.  A
+ * thread that changes the mapping of guest clusters holds a range lock on
+ * them from its look-up until the entries are set, so that of two writes to
+ * one unallocated cluster the second finds what the first has allocated.
+ * Writes to allocated clusters, and reads, take no range lock: a cluster
+ * that is given up is not reused until they are done (release.c).
  *
- * An L1 entry in RAM changes once, from none to a new L2 table, which
- * has been zeroed in the container by then; so whatever part of the new
- * L1 entry and the new L2 entries is on disk after a crash, it is
- * consistent.  The flush will find space for the entry, as for those of
- * the new table (holes.c).
+ * An L1 entry in RAM changes once, from none to a new L2 table, which has
+ * been zeroed in the container by then.  So whichever of the new L1 entry
+ * and the new L2 entries are on disk after a crash, the image is consistent.
+ * The flush will find space for the entry, as for those of the new table
+ * (holes.c).
  *
- * So it is where an L2 table is in common with snapshots (snapshots.c):
- * the new table is a copy of the old one, in the container.  No entry is
- * ever changed in a table that is not this disk's alone, hence the cache
- * has nothing of it that is dirty, and what the container has is true.
- * The refcount of the old table falls when no L1 entry on disk refers to
- * it any more, and the snapshots' references remain.  In an image that has
- * snapshots the flag COPIED of an L1 entry is believed only when the
- * refcount of the table has been seen to be 1.
+ * The same holds where an L2 table is shared with snapshots (snapshots.c):
+ * the new table is a copy of the old one, in the container.  No entry of a
+ * shared table is ever changed, so the cache has no dirty slices of it, and
+ * the container has its current entries.  The refcount of the old table
+ * falls when no L1 entry on disk refers to it any more, and the snapshots'
+ * references remain.  In an image that has snapshots, the flag COPIED of an
+ * L1 entry is trusted only after the refcount of the table was found to be
+ * 1.
  */
 
 #include <config.h>
@@ -39,14 +38,14 @@
 #include "common/vector.h"
 #include "qcow2/internal.h"
 
-/* Entries looked up at once, at first and at most: a run that is short
- * is not to cost more than it must.
+/* The number of entries looked up at once, at first and at most: a short run
+ * must not cost more than needed.
  */
 #define FIRST_BATCH 4
 #define BATCH 64
 
-/* In the list of dirty L1 entries (of which there are at most 2^22): the
- * table has begun as zeroes.
+/* In the list of dirty L1 entries (at most 2^22): the table was zeroed when
+ * it was made.
  */
 #define L1_NEW_TABLE (UINT32_C (1) << 31)
 
@@ -127,9 +126,9 @@ mapping_free (struct qcow2 *q)
   free (q->dirty_l1);
 }
 
-/* What a standard entry, or a descriptor with no regard to the bitmap,
- * says.  Reserved bits make it invalid for all that is to be written, but
- * not for what is read, as with QEMU.
+/* The kind of a standard entry, or of a descriptor without regard to the
+ * bitmap.  As in QEMU, reserved bits make it invalid for everything that
+ * will be written, but not for what is read.
  */
 static enum mapping_kind
 descriptor_kind (const struct qcow2 *q, uint64_t descriptor)
@@ -163,8 +162,8 @@ mapping_owns_cluster (const struct qcow2 *q, uint64_t descriptor)
     (kind == MAPPING_DATA || kind == MAPPING_ZERO_ALLOCATED);
 }
 
-/* The kind of the subclusters from one on, of a cluster with a
- * descriptor of that kind; *nr is how many are alike.
+/* The kind of the subclusters from first on, of a cluster whose descriptor
+ * has that kind.  *nr is how many are alike.
  */
 static enum mapping_kind
 subcluster_kind (enum mapping_kind cluster, uint64_t bitmap, unsigned first,
@@ -200,7 +199,7 @@ subcluster_kind (enum mapping_kind cluster, uint64_t bitmap, unsigned first,
   return kind;
 }
 
-/* What an entry says of the units from one on, *nr of which are alike. */
+/* Decode the units of an entry from first on.  *nr of them are alike. */
 static void
 decode (const struct qcow2 *q, const struct l2_entry *entry, unsigned first,
         struct mapping *m, unsigned *nr)
@@ -222,7 +221,7 @@ continues (const struct qcow2 *q, const struct mapping *run, uint64_t nr,
            const struct mapping *next, bool with_host)
 {
   if (!with_host) {
-    /* What base:allocation tells apart: data, zero, unallocated. */
+    /* The distinctions of base:allocation: data, zero, unallocated. */
     static const unsigned char group[] = {
       [MAPPING_UNALLOCATED] = 0, [MAPPING_ZERO] = 1,
       [MAPPING_ZERO_ALLOCATED] = 1, [MAPPING_DATA] = 2,
@@ -247,9 +246,9 @@ mapping_slice_left (const struct qcow2 *q, uint64_t guest_cluster)
   return in_slice - (guest_cluster & (in_slice - 1));
 }
 
-/* Get up to nr entries, and up to batch.  Where there is no L2 table
- * *uniform is set: *got can be any number up to nr, and they all are as
- * the first, 0.
+/* Get up to nr entries, and up to batch.  If there is no L2 table, *uniform
+ * is set: then *got can be any number up to nr, and all entries are 0, like
+ * the first.
  */
 static int
 get_entries (struct qcow2 *q, uint64_t guest_cluster, uint64_t nr,
@@ -334,7 +333,7 @@ lookup (struct qcow2 *q, uint64_t offset, uint64_t count, bool with_host,
   bool uniform;
 
   if (nr == 1 && sub_bits == 0) {
-    /* By far the most: no need to look for the end of the run. */
+    /* By far the most common case: no need to look for the end of the run. */
     if (get_entries (q, first, 1, 1, entries, &got, &uniform) == -1)
       return -1;
     decode (q, &entries[0], 0, m, &batch);
@@ -389,7 +388,9 @@ note_dirty_l1 (struct qcow2 *q, uint32_t index)
   return 0;
 }
 
-/* Is there an L2 table, and is it the disk's alone?  It stays so. */
+/* Is there an L2 table that only the disk uses?  If so, that does not
+ * change.
+ */
 static bool
 has_own_l2 (struct qcow2 *q, uint32_t index)
 {
@@ -402,7 +403,7 @@ has_own_l2 (struct qcow2 *q, uint32_t index)
      atomic_load_explicit (&q->l2_proven[index], memory_order_acquire));
 }
 
-/* With l1_lock held: from here on it is this one. */
+/* With l1_lock held: from now on this is the table. */
 static void
 set_own_l2 (struct qcow2 *q, uint32_t index, uint64_t table)
 {
@@ -419,7 +420,7 @@ count_references (struct qcow2 *q, uint64_t table, uint64_t *count)
   return refcount_get (q, table >> q->cluster_bits, count);
 }
 
-/* Put what is in the old table, or zeroes, into a new one. */
+/* Copy the old table, or zeroes, into a new one. */
 static int
 fill_l2 (struct qcow2 *q, uint64_t old, uint64_t host, bool zeroed)
 {
@@ -442,7 +443,7 @@ fill_l2 (struct qcow2 *q, uint64_t old, uint64_t host, bool zeroed)
       qcow2_write_metadata (q, QCOW2_L2_TABLE, table, q->cluster_size,
                             host) == -1)
     return -1;
-  /* If it were lost (flush.c) nobody could write it again. */
+  /* If it were lost (flush.c), no other code could write it again. */
   return qcow2_barrier_since (q, lost);
 }
 
@@ -469,9 +470,7 @@ make_l2 (struct qcow2 *q, uint32_t index, uint64_t old)
   return 0;
 }
 
-/* There is an L2 table, of which it is not known whether it is the disk's
- * alone.
- */
+/* There is an L2 table, and it is not known whether only the disk uses it. */
 static int
 make_own_l2 (struct qcow2 *q, uint32_t index, uint64_t l1_entry)
 {
@@ -489,8 +488,8 @@ make_own_l2 (struct qcow2 *q, uint32_t index, uint64_t l1_entry)
   }
   if (make_l2 (q, index, table) == -1)
     return -1;
-  /* With a count of 1 the flag, or the count, is wrong.  If it is the
-   * count a snapshot has the table, which rather leaks than is freed.
+  /* With a count of 1 the flag, or the count, is wrong.  If it is the count,
+   * a snapshot uses the table: better leak it than free it.
    */
   if (count > 1)
     release_clusters (q, table >> q->cluster_bits, 1);
@@ -589,7 +588,7 @@ mapping_l1_done (struct qcow2 *q, struct l1_copies *copies, bool written)
     ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->l1_lock);
     for (size_t i = 0; i < copies->nr; ++i)
       if (note_dirty_l1 (q, copies->indices[i]) == -1)
-        /* The table would never be reachable on disk. */
+        /* No L1 entry on disk would ever point to the table. */
         header_set_corrupt (q);
   }
   free (copies->indices);

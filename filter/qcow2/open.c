@@ -12,7 +12,7 @@
 
 #include "qcow2/internal.h"
 
-/* Where guest data are. */
+/* The container that holds guest data. */
 static int
 data_file_open (struct qcow2 *q, const struct qcow2_options *options)
 {
@@ -30,7 +30,7 @@ data_file_open (struct qcow2 *q, const struct qcow2_options *options)
   return 0;
 }
 
-/* See to what a crash may have left. */
+/* Handle what a crash may have left. */
 static int
 mend (struct qcow2 *q, bool check_only)
 {
@@ -52,7 +52,7 @@ open_parts (struct qcow2 *q, const struct qcow2_options *options)
       layer_open (q, options) == -1 || registry_init (q) == -1 ||
       registry_set (q, QCOW2_HEADER, 0, 1) == -1)
     return -1;
-  /* Whoever only reads has no use for refcounts. */
+  /* Refcounts are of no use to a reader. */
   if (!q->readonly && refcounts_open (q, cache_size / 5) == -1)
     return -1;
   if (mapping_open (q) == -1 ||

@@ -6,20 +6,19 @@
 /* Was the image preallocated without its data?
  *
  * Then all of the disk has clusters (preallocation=metadata), and most of
- * them were never written.  What the entries say is true, they
- * are data; but the storage knows that they are zeroes, and a backup need
- * not read them.  To ask the storage costs two system calls a run, so
- * that is not done for an image that is as full as it says.
+ * them were never written.  The entries are right to call them data; but the
+ * storage knows that they are zeroes, and a backup need not read them.
+ * Asking the storage costs two system calls a run, so it is not asked for an
+ * image that is as full as its tables say.
  *
- * As QEMU does it, the image is taken for preallocated if many more of its
- * clusters have refcounts than there is storage for: a tenth more, and
- * more than two.  The refcounts on disk are counted, once, when the first
- * client asks, and only as far as it takes; and only if the file has holes
- * at all.  It is a guess, and all that hangs on it is that the question is
- * asked.
+ * As in QEMU, the image is taken for preallocated if many more of its
+ * clusters have refcounts than there is storage for: a tenth more, and more
+ * than two.  The refcounts on disk are counted once, when the first client
+ * asks, only if the file has holes at all, and only until the answer is
+ * known.  It is a guess, which only decides whether the storage is asked.
  *
- * A raw data file says by itself how full it is: all of it is referred to
- * from the beginning.
+ * For a raw data file no refcounts are counted: the image refers to all of
+ * it from the beginning.
  */
 
 #include <config.h>
@@ -28,14 +27,12 @@
 
 #include "qcow2/internal.h"
 
-/* Refcount blocks that are read at most. */
+/* The most bytes of refcount blocks that are read. */
 #define MAX_READ_BYTES (UINT64_C (64) << 20)
 
 enum { UNKNOWN, NO, YES };
 
-/* How many clusters make an image that has storage for so many bytes a
- * preallocated one.
- */
+/* How many clusters make an image with this much storage a preallocated one. */
 static uint64_t
 threshold (const struct qcow2 *q, uint64_t allocated)
 {
@@ -44,7 +41,7 @@ threshold (const struct qcow2 *q, uint64_t allocated)
   return real + max_u64 (real / 9, 2);
 }
 
-/* Count the clusters of a refcount block that are used, up to max. */
+/* Count the used clusters of a refcount block, up to max. */
 static uint64_t
 count_block (const struct qcow2 *q, const uint8_t *block, uint64_t entries,
              uint64_t max)
@@ -56,8 +53,8 @@ count_block (const struct qcow2 *q, const uint8_t *block, uint64_t entries,
   return count;
 }
 
-/* Does the image use so many clusters?  If that cannot be found out it
- * does not.
+/* Does the image use at least nr clusters?  False if that cannot be found
+ * out.
  */
 static bool
 uses_clusters (struct qcow2 *q, uint64_t nr)

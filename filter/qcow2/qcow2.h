@@ -22,27 +22,27 @@
 struct container;
 struct qcow2;
 
-/* What an image refers to by name, in its header.  Strings are owned by
- * the struct; NULL if absent.
+/* The files that an image's header names.  Strings are owned by the struct;
+ * NULL if absent.
  */
 struct qcow2_references {
   char *backing_name;
-  char *backing_format;         /* "raw", "qcow2", or whatever it says */
+  char *backing_format;         /* "raw", "qcow2", or any other text */
   bool has_data_file;           /* guest data are in another file, */
   bool data_file_raw;           /* as they would be in a raw image */
-  char *data_file_name;         /* may be absent all the same */
+  char *data_file_name;         /* may be absent even so */
 };
 
-/* Read only these, checking no more than that takes.  The names are
- * NUL-terminated and contain no other NUL.
+/* Read only the references, and check no more than that requires.  The names
+ * are NUL-terminated and contain no other NUL.
  */
 extern int qcow2_read_references (struct container *,
                                   struct qcow2_references *);
 extern void qcow2_free_references (struct qcow2_references *);
 
-/* What provides the bytes that an image does not have itself: another
- * image, opened read-only, or raw bytes; none if both are NULL.  Beyond
- * its end it reads as zeroes.
+/* The layer below an image provides the bytes that the image does not have:
+ * another image, opened read-only, or raw bytes; none if both are NULL.
+ * Beyond its end it reads as zeroes.
  */
 struct qcow2_layer {
   struct qcow2 *image;
@@ -51,33 +51,33 @@ struct qcow2_layer {
 
 struct qcow2_options {
   bool readonly;
-  bool check_only;              /* see whether it could be opened: an image
-                                   that has to be repaired is not */
+  bool check_only;              /* see whether the image could be opened; do
+                                   not repair it */
   uint64_t cache_size;          /* bytes for L2 and refcount tables */
 
-  /* The backing file and the external data file, opened by the caller
-   * where the header refers to them, and closed by him after qcow2_close.
+  /* The backing file and the external data file.  The caller opens them
+   * where the header refers to them, and closes them after qcow2_close.
    */
   struct qcow2_layer backing;
   struct container *data_file;
 
-  /* Serve this internal snapshot (an ID, or else a name), read-only;
-   * NULL for the disk as it is.
+  /* Serve this internal snapshot (an ID, or else a name), read-only; NULL
+   * for the current disk.
    */
   const char *snapshot;
 };
 
 /* Open an image: check every field of the header, and load the L1 and
- * refcount tables.  Nothing is written, unless the image is marked dirty
- * and opened for writing: then its refcounts are repaired, or it is
+ * refcount tables.  Nothing is written, unless the image is marked dirty and
+ * opened for writing: then its refcounts are repaired, or the image is
  * refused.  The container stays the caller's.
  */
 extern struct qcow2 *qcow2_open (struct container *,
                                  const struct qcow2_options *);
 extern void qcow2_close (struct qcow2 *);
 
-/* The guest's disk in bytes: the header's size rounded down to 512, as
- * QEMU has it.
+/* The guest's disk in bytes: the header's size rounded down to 512, as in
+ * QEMU.
  */
 extern uint64_t qcow2_size (const struct qcow2 *);
 extern uint32_t qcow2_cluster_size (const struct qcow2 *);
@@ -85,13 +85,13 @@ extern unsigned qcow2_version (const struct qcow2 *);
 extern bool qcow2_is_readonly (const struct qcow2 *);
 extern struct container *qcow2_container (const struct qcow2 *);
 
-/* Of an image that was opened read-only: how much memory its tables
- * take besides the cache.
+/* For an image that was opened read-only: the memory that its tables take
+ * besides the cache.
  */
 extern uint64_t qcow2_tables_bytes (const struct qcow2 *);
 
-/* What has been going on since the image was opened.  Times, in
- * nanoseconds, and lookups are counted only while meter_is_on.
+/* Counters since the image was opened.  Times, in nanoseconds, and lookups
+ * are counted only while meter_is_on.
  */
 struct qcow2_cache_numbers {
   uint64_t hits, misses, evictions, bytes;
@@ -106,7 +106,7 @@ struct qcow2_numbers {
 };
 extern void qcow2_get_numbers (const struct qcow2 *, struct qcow2_numbers *);
 
-/* Guest data.  Ranges lie inside qcow2_size.  A change that fails may be
+/* Guest data.  Ranges lie inside qcow2_size.  A failed change may have been
  * made in part.
  */
 extern int qcow2_read (struct qcow2 *, void *buf, uint64_t count,
@@ -114,27 +114,27 @@ extern int qcow2_read (struct qcow2 *, void *buf, uint64_t count,
 extern int qcow2_write (struct qcow2 *, const void *buf, uint64_t count,
                         uint64_t offset);
 
-/* A piece of a read: what lies at an offset, data or a hole.  A hole is a
- * run that the tables say reads as zeroes, and that is at least min_hole
- * long or all that is asked for.  Zeroes in shorter runs are data.  What
- * lies in a raw backing file is data, too, since the tables say nothing
- * of it.
+/* A piece of a read: the data or the hole at an offset.  A hole is a run
+ * that the tables say reads as zeroes, and that has at least min_hole bytes
+ * or reaches limit.  Zeroes in shorter runs are data.  Bytes in a raw
+ * backing file are data, too, since the tables say nothing about them.
  */
 struct qcow2_chunk {
-  void *buf;                    /* for data; NULL: see whether it is a hole */
-  uint64_t count;               /* its size in bytes, at least 1 */
+  void *buf;                    /* for data; or NULL, only to see whether it
+                                   is a hole */
+  uint64_t count;               /* the size of buf in bytes, at least 1 */
   uint64_t limit;               /* how far a hole may reach, at least count */
   uint64_t min_hole;
 
-  /* What is found. */
+  /* The result. */
   uint64_t length;              /* of a hole up to limit, of data up to
                                    count; 0 for data without a buffer */
   bool is_hole;
 };
 
-/* Read the piece at offset.  Nothing is read from the container for a hole,
- * and buf is left alone.  Data end where a hole begins.  Each run is looked
- * up once: it was what is told at a moment of the call.
+/* Read the piece at offset.  For a hole, nothing is read from the container
+ * and buf is not touched.  Data end where a hole begins.  Each run is looked
+ * up once: the result was true at some moment during the call.
  */
 extern int qcow2_read_chunk (struct qcow2 *, uint64_t offset,
                              struct qcow2_chunk *);
@@ -154,58 +154,56 @@ extern int qcow2_cache (struct qcow2 *, uint64_t count, uint64_t offset);
 
 enum qcow2_extent_type {
   QCOW2_EXTENT_DATA,
-  QCOW2_EXTENT_ZERO,            /* explicit zero clusters, or such as have
-                                   never been written since the image was
+  QCOW2_EXTENT_ZERO,            /* explicit zero clusters, or clusters that
+                                   were never written since the image was
                                    preallocated */
   QCOW2_EXTENT_UNALLOCATED,
 };
 
-/* The run at guest offset, clipped to limit: its type, and the depth in
- * the chain of the image that provides it, 1 for this one, 2 for its
- * backing file and so on, 0 if none does.  A backing file that is too
- * short provides the zeroes beyond its end.  The run may end before its
- * type or depth changes.  The type may be NULL: then the storage is not
- * asked.
+/* The run at guest offset, clipped to limit: its type, and the depth in the
+ * chain of the image that provides it, 1 for this one, 2 for its backing
+ * file and so on, 0 if none does.  A backing file that is too short provides
+ * the zeroes beyond its end.  The run may end before its type or depth
+ * changes.  The type may be NULL: then the storage is not queried.
  */
 extern int qcow2_extent (struct qcow2 *, uint64_t offset, uint64_t limit,
                          uint64_t *length, enum qcow2_extent_type *,
                          unsigned *depth);
 
-/* From so long from now on requests that take long, here or in a backing
- * image, end early, between two of their pieces: with ESHUTDOWN, and
- * nothing reported.  Flushing and stopping go on as ever.
+/* In grace_ms milliseconds, begin to end long requests early, here and in
+ * backing images, between two of their pieces: with ESHUTDOWN, and nothing
+ * reported.  Flushing and stopping are not affected.
  */
 extern void qcow2_hurry (struct qcow2 *, unsigned grace_ms);
 
 /* Flushing, in the order of writes of the design.
  *
- * Others who keep things in the image (the bitmaps) take part by hooks,
- * called in this order, one flush at a time:
+ * Other rooms that keep metadata in the image (bitmap/) take part through
+ * hooks, which are called in this order, one flush at a time:
  *
- *   data        write what may be on disk before the references are:
- *               new clusters, and contents safe to overwrite.  Returns 1
- *               if it left something for the next flush, for want of
- *               space, else 0
+ *   data        write what may be on disk before the references are: new
+ *               clusters, and contents safe to overwrite.  Returns 1 if it
+ *               left something for the next flush, for lack of space, else 0
  *   - refcount blocks are written; barrier -
- *   references  write what refers to them.  Returns 1 if it wrote
+ *   references  write the references to them.  Returns 1 if it wrote
  *               anything, 0 if not
  *   - L2 and L1 entries are written; barrier if anything was -
- *   settle      the references are durable.  It may write what may only
- *               be on disk after them, and then returns 1
+ *   settle      the references are durable.  Writes what must only be on
+ *               disk after them, if anything, and then returns 1
  *   - barrier if settle returned 1 -
  *   done        all of it is durable
- *   failed      called instead of all that would have followed, after
- *               any hook or write or barrier failed
+ *   failed      called after any hook or write or barrier failed, instead of
+ *               all hooks that would have followed
  *
- * Where one of the first three fails the flush goes on without hooks, and
- * says nothing of that: they know what they could not do.
+ * If one of the first three fails, the flush goes on without hooks, and does
+ * not report that: the hooks know what they could not do.
  *
  * Hooks may call qcow2_alloc, qcow2_release, qcow2_read_metadata and
  * qcow2_write_metadata, but not flush.  hooks may be NULL.
  *
- * A flush that began after this one was called, and succeeded, counts.
- * After hooks that lacked space, and if what was released up to now may
- * help, there is another flush.
+ * If another flush began after this one was called, and succeeded, this one
+ * succeeds, too.  If hooks lacked space, and the clusters released so far
+ * may help, it flushes again.
  */
 struct qcow2_flush_hooks {
   int (*data) (void *opaque);
@@ -217,19 +215,19 @@ struct qcow2_flush_hooks {
 };
 extern int qcow2_flush (struct qcow2 *, const struct qcow2_flush_hooks *);
 
-/* Flush, and bring freed clusters home, so that if nothing is written
- * after it qcow2_stop has nothing to write either.
+/* Flush, and free the released clusters, so that qcow2_stop has nothing to
+ * write if no change comes in between.
  */
 extern int qcow2_settle (struct qcow2 *, const struct qcow2_flush_hooks *);
 
-/* A clean stop: flush, bring freed clusters home so that nothing is
- * leaked, and cut the container to what is used.  No request is under
- * way.  Where nothing was ever written this writes nothing.  Hooks that
- * fail are no failure of it.
+/* A clean stop: flush, free the released clusters so that nothing is leaked,
+ * and cut the container to the used part.  No request is under way.  If
+ * nothing was ever written, this writes nothing.  Failed hooks do not make
+ * it fail.
  */
 extern int qcow2_stop (struct qcow2 *, const struct qcow2_flush_hooks *);
 
-/* Metadata that others keep in the image.
+/* Metadata that other rooms keep in the image.
  *
  * Every cluster of metadata is registered with its class, and no write
  * may touch a cluster registered with another class: such a write fails
@@ -249,11 +247,11 @@ enum qcow2_class {
   QCOW2_SNAPSHOT_TABLE,
 };
 
-/* Register the clusters of [offset, offset + bytes), found in an image
- * that is being opened.  -1 with errno EEXIST, and nothing reported or
- * registered, if one of them has a class already; EINVAL if offset is
- * not cluster aligned, or is 0, or the first byte of the last cluster
- * lies beyond the end of the container.
+/* Register the clusters of [offset, offset + bytes), found in an image that
+ * is being opened.  -1 with errno EEXIST, and nothing reported or
+ * registered, if one of them has a class already; EINVAL if offset is not
+ * cluster aligned, or is 0, or the first byte of the last cluster lies
+ * beyond the end of the container.
  */
 extern int qcow2_register (struct qcow2 *, enum qcow2_class,
                            uint64_t offset, uint64_t bytes);
@@ -264,14 +262,14 @@ extern int qcow2_register (struct qcow2 *, enum qcow2_class,
 extern void qcow2_unregister (struct qcow2 *, uint64_t offset,
                               uint64_t bytes);
 
-/* Forget all that is registered as bitmaps, of an image that is open
- * read-only, so that they can be loaded anew.
+/* Forget everything that is registered as bitmaps, so that they can be
+ * loaded again.  The image is open read-only.
  */
 extern void qcow2_unregister_bitmaps (struct qcow2 *);
 
 /* Allocate contiguous clusters, registered with the class, refcount 1.
- * Their bytes are whatever they were; *zeroed (if not NULL) says whether
- * that is known to be zeroes.
+ * Their bytes are not changed; *zeroed (if not NULL) says whether they are
+ * known to be zeroes.
  *
  * This, qcow2_release, qcow2_write_metadata and qcow2_barrier never wait
  * for a flush, so they can be called with a lock held that the hooks of
@@ -281,9 +279,9 @@ extern int qcow2_alloc (struct qcow2 *, enum qcow2_class,
                         uint64_t nr_clusters, uint64_t *host_offset,
                         bool *zeroed);
 
-/* Give clusters back, and unregister them.  Their refcounts drop, and
- * they can be used anew, only after references that were changed up to
- * now have been made durable by a flush.
+/* Give clusters back, and unregister them.  Their refcounts drop, and they
+ * can be reused, only after a flush has made durable all references that
+ * were changed up to now.
  */
 extern void qcow2_release (struct qcow2 *, uint64_t host_offset,
                            uint64_t nr_clusters);
@@ -295,27 +293,29 @@ extern int qcow2_write_metadata (struct qcow2 *, enum qcow2_class,
                                  const void *buf, size_t count,
                                  uint64_t host_offset);
 
-/* What the two that allocate and write do first, for a caller that writes in
- * another way (holes.h): see to it that the image may be changed.
+/* Make sure that the image may be changed.  qcow2_alloc and
+ * qcow2_write_metadata do this first; a caller that writes in another way
+ * (holes.h) must call it.
  */
 extern int qcow2_begin_writing (struct qcow2 *);
 
-/* A barrier of the container, for those who must order writes of their
- * own outside a flush.
+/* A barrier of the container, for callers that must order their own writes
+ * outside a flush.
  */
 extern int qcow2_barrier (struct qcow2 *);
 
-/* A barrier that fails, whoever asked for it, may lose for ever what was
- * written before it: the next says nothing about that.  So whoever writes
- * and then orders compares: qcow2_lost, the writes, and a barrier that
- * fails if another has failed since.
+/* A barrier that fails, for whichever caller, may lose for ever what was
+ * written before it, and the next barrier does not report that.  So a caller
+ * that orders writes must: n = qcow2_lost (); write;
+ * qcow2_barrier_since (n).  The last fails if another barrier has failed
+ * since n was read.
  */
 extern unsigned long qcow2_lost (const struct qcow2 *);
 extern int qcow2_barrier_since (struct qcow2 *, unsigned long lost);
 
 /* The bitmaps extension of the header. */
 struct qcow2_bitmaps_extension {
-  unsigned count;               /* how often it stands in the header */
+  unsigned count;               /* how many the header has */
   uint32_t length;              /* of its data, as the header says */
   uint32_t nr_bitmaps;          /* the fields, if length is 24 */
   uint32_t reserved;
@@ -326,24 +326,24 @@ struct qcow2_bitmaps_extension {
 extern void qcow2_get_bitmaps_extension (struct qcow2 *,
                                          struct qcow2_bitmaps_extension *);
 
-/* Can the header be pointed at a directory?  Says so, or why not: ENOTSUP
- * in a version 2 image, ENOSPC if the header has no room, EINVAL if the
- * extension that it has is damaged.
+/* Can the header be pointed at a directory?  0 if so.  If not, reports why:
+ * ENOTSUP in a version 2 image, ENOSPC if the header has no room, EINVAL if
+ * the extension that it has is damaged.
  */
 extern int qcow2_check_bitmaps_extension (struct qcow2 *);
 
 /* Point the header at a directory whose clusters and tables are durable
- * already, and set the autoclear bit: all of it or nothing is on disk
- * after a crash, or the autoclear bit is clear.  Durable on return.
+ * already, and set the autoclear bit.  After a crash either all of this is
+ * on disk, or none of it, or the autoclear bit is clear.  Durable on return.
  * Errors as above.
  */
 extern int qcow2_set_bitmaps_extension (struct qcow2 *, uint32_t nr_bitmaps,
                                         uint64_t directory_size_bytes,
                                         uint64_t directory_offset);
 
-/* The bitmaps in the image may not reflect what is written from now on:
- * clear the autoclear bit, durably, before the first change (a write,
- * or an allocation) reaches the container.
+/* From now on the bitmaps in the image may not reflect what is written:
+ * clear the autoclear bit, durably, before the first change (a write, or an
+ * allocation) reaches the container.
  */
 extern void qcow2_distrust_bitmaps (struct qcow2 *);
 

@@ -3,15 +3,14 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* Reading guest data, and telling where there is any.
+/* Reading guest data, and reporting where there are any.
  *
- * A request looks a run up and reads it inside one section of
- * q->requests, so that the clusters are not used for something else in
- * between (release.c).
+ * A request looks a run up and reads it inside one section of q->requests,
+ * so that the clusters are not reused in between (release.c).
  *
- * qcow2_read_chunk tells holes apart as it goes along, from the same
- * look-up that says where the data are.  Only where the image has nothing
- * itself the tables of its backing file are looked at first.
+ * qcow2_read_chunk finds holes as it reads, from the same look-up that says
+ * where the data are.  Only for a run that the image does not have, it looks
+ * at the tables of the backing file first.
  */
 
 #include <config.h>
@@ -99,8 +98,7 @@ qcow2_read (struct qcow2 *q, void *buf, uint64_t count, uint64_t offset)
 static int find_zeroes (struct qcow2 *, uint64_t offset, struct mapping *,
                         bool *zeroes);
 
-/* Of a run that the image does not have itself: what its backing file says.
- */
+/* For a run that the image does not have: ask its backing file. */
 static int
 find_zeroes_below (struct qcow2 *q, uint64_t offset, uint64_t *length,
                    bool *zeroes)
@@ -140,8 +138,8 @@ find_zeroes (struct qcow2 *q, uint64_t offset, struct mapping *m,
   }
 }
 
-/* Behind the data that were read are zeroes, which were not: the end of the
- * piece, or what lies before more data in it.
+/* Zeroes follow the data read so far, and were not read.  They are the end
+ * of the piece, or lie before more data in it.
  */
 static uint64_t
 fill (const struct qcow2_chunk *c, uint64_t done, uint64_t zeroes)
@@ -243,9 +241,9 @@ qcow2_cache (struct qcow2 *q, uint64_t count, uint64_t offset)
   return r;
 }
 
-/* A run of clusters with data, in an image that was preallocated: the
- * storage knows which parts of them are zeroes.  Inside a section, so that
- * the clusters stay what they are meanwhile.
+/* A run of clusters with data, in a preallocated image: the storage knows
+ * which parts of them are zeroes.  Inside a section, so that the clusters
+ * are not reused meanwhile.
  */
 static int
 preallocated_extent (struct qcow2 *q, uint64_t offset, uint64_t limit,
@@ -264,7 +262,7 @@ preallocated_extent (struct qcow2 *q, uint64_t offset, uint64_t limit,
         report_error ("cannot tell what is data at host offset %#" PRIx64
                       ": %m", m.host);
     }
-    /* What has changed since it was data is told as data for once. */
+    /* A run that has changed since the look-up is still reported as data. */
     *type = hole ? QCOW2_EXTENT_ZERO : QCOW2_EXTENT_DATA;
   }
   grace_leave (&q->requests, ticket);

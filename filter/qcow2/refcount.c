@@ -5,21 +5,21 @@
 
 /* Refcounts (qcow2.rst, "Host cluster management").
  *
- * The refcount table is in RAM whole (QEMU and we bound it to 8 MiB).
- * Of the refcount blocks, slices of at most 4 KiB are cached.
+ * The whole refcount table is in RAM (QEMU and we limit it to 8 MiB).  Of
+ * the refcount blocks, slices of at most 4 KiB are cached.
  *
  * A count in RAM may be higher than on disk only for clusters that no
- * durable entry refers to yet, since refcounts_flush runs before
- * references are written.  It is lowered in RAM only after the entry
- * that referred to the cluster is gone from the disk (release.c).  So a
- * dirty slice may be written at any time: at worst it leaks.  What may
- * not be written at any time is an entry of the refcount table: the
- * block it points to, with its count of itself, is durable first.
+ * durable entry refers to yet, since refcounts_flush runs before references
+ * are written.  It is lowered in RAM only after the entry that referred to
+ * the cluster is gone from the disk (release.c).  So a dirty slice may be
+ * written at any time: at worst it leaks.  An entry of the refcount table
+ * may not: the block it points to, with its count of itself, must be durable
+ * first.
  *
  * A barrier that fails may lose what was written before it (flush.c), so
  * what was written stays in the cache until a barrier has covered it: a
- * slice, and an entry of the table.  Where all slices wait for that, a
- * new one has to, too.
+ * slice, and an entry of the table.  If all slices wait for that, a thread
+ * that needs a slice has to wait, too.
  *
  * A count is raised, and an entry of the table set, only where there is
  * space on disk for it (holes.c).
@@ -212,7 +212,7 @@ set_clean (struct refcounts *rc, struct refcount_slice *s)
   rc->nr_dirty--;
 }
 
-/* In which epoch a slice was written, or 0 if it is durable. */
+/* Set in which epoch a slice was written, or 0 if it is durable. */
 static void
 mark_written (struct refcounts *rc, struct refcount_slice *s,
               unsigned long epoch)
@@ -221,7 +221,7 @@ mark_written (struct refcounts *rc, struct refcount_slice *s,
   s->written = epoch;
 }
 
-/* It is written, but not durable. */
+/* The slice is written, but not durable. */
 static void
 set_written (struct refcounts *rc, struct refcount_slice *s)
 {
@@ -248,8 +248,8 @@ unhash (struct refcounts *rc, struct refcount_slice *s)
   mark_written (rc, s, 0);
 }
 
-/* With alloc_lock held: if barriers have failed since this was called,
- * all that was written and not durable is dirty again.
+/* With alloc_lock held: if barriers have failed since the last call,
+ * everything that was written and is not durable becomes dirty again.
  */
 static void
 redo_lost (struct qcow2 *q)
@@ -277,7 +277,7 @@ refcounts_redo_lost (struct qcow2 *q)
   redo_lost (q);
 }
 
-/* With alloc_lock held: what was written up to an epoch is durable. */
+/* With alloc_lock held: everything written up to an epoch is durable. */
 static void
 settle (struct qcow2 *q, unsigned long epoch)
 {
@@ -327,9 +327,7 @@ refcounts_write_durably (struct qcow2 *q)
   return 0;
 }
 
-/* A slice to put something else into, or NULL if there is none which is
- * durable.
- */
+/* A slice that can be replaced, or NULL if no slice is durable. */
 static struct refcount_slice *
 find_durable (struct refcounts *rc)
 {
@@ -514,7 +512,7 @@ refcount_set_table_entry (struct qcow2 *q, uint64_t block_index,
   struct refcounts *rc = &q->rc;
   const uint64_t on_disk = q->header.reftable_clusters * q->cluster_size;
 
-  /* The entries of a larger table are written when it is (allocate.c). */
+  /* The entries of a larger table are written with that table (allocate.c). */
   if (block_index * 8 < on_disk &&
       holes_fill_table (q, QCOW2_REFCOUNT_TABLE, rc->table_holes,
                         rc->table_offset, on_disk, block_index * 8) == -1)
@@ -550,7 +548,7 @@ refcounts_write_all (struct qcow2 *q)
 #define BATCH 64
 
 /* Copy dirty slices from *next on, and pin them: what is pinned is not
- * replaced, so nobody reads it back from the disk before it is there.
+ * replaced, so no thread reads it back from the disk before it is there.
  */
 static size_t
 take_batch (struct qcow2 *q, size_t *next, size_t picked[BATCH],
@@ -605,8 +603,8 @@ flush_slices (struct qcow2 *q)
   uint64_t index[BATCH];
   uint8_t holes[BATCH];
 
-  /* Read without the lock: a count raised before this flush began is
-   * seen, since its request has been answered.
+  /* Read without the lock: a count raised before this flush began is seen,
+   * since its request has been answered.
    */
   if (atomic_load (&q->rc.nr_dirty) == 0)
     return 0;
@@ -647,8 +645,8 @@ write_table_entry (struct qcow2 *q, uint64_t index)
   return 0;
 }
 
-/* Is the block of dirty entry i counted by a block of one of the entries
- * [first, i)?  A block is made after the one that counts it.
+/* Does a block of one of the entries [first, i) count the block of dirty
+ * entry i?  A block is made after the block that counts it.
  */
 static bool
 is_counted_by_one_of (const struct qcow2 *q, size_t first, size_t i)
@@ -667,9 +665,9 @@ is_counted_by_one_of (const struct qcow2 *q, size_t first, size_t i)
 }
 
 /* Write the first nr dirty entries of the refcount table that are not
- * written yet, with a barrier before one whose block is counted by
- * another new block.  If the table has been replaced in the meantime they
- * are in the new one, durably.
+ * written yet, with a barrier before an entry whose block is counted by
+ * another new block.  If the table has been replaced in the meantime, the
+ * new one has these entries, durably.
  */
 static int
 flush_table (struct qcow2 *q, size_t nr, unsigned long tables,
@@ -702,7 +700,7 @@ refcounts_flush (struct qcow2 *q, unsigned long lost)
   unsigned long tables;
   size_t nr, done;
 
-  /* What becomes dirty from here on is the next flush's. */
+  /* Entries that become dirty from now on are left to the next flush. */
   pthread_mutex_lock (&q->alloc_lock);
   nr = q->rc.nr_dirty_table;
   done = q->rc.nr_written_table;

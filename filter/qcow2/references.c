@@ -3,9 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* The files that the header names: the backing file, with its format,
- * and the external data file (qcow2.rst, "Header", "Header extensions").
- * They are only told here; whoever opens the image decides what to do
+/* The files that the header names: the backing file, with its format, and
+ * the external data file (qcow2.rst, "Header", "Header extensions").  This
+ * file only reports them; the caller that opens the image decides what to do
  * about them.
  */
 
@@ -20,9 +20,7 @@
 /* QEMU's limit for the name of a backing file. */
 #define MAX_BACKING_NAME 1023
 
-/* NUL bytes may fill the room up.  What follows upon one QEMU would not
- * see.
- */
+/* NUL bytes may pad the text.  QEMU would not see anything after a NUL. */
 static int
 copy_text (const char *what, struct header_text from, char **to)
 {
@@ -56,7 +54,7 @@ get_backing_name (const struct qcow2 *q, struct header_text *name)
 
   if (offset == 0)
     return 0;
-  /* Without a name, as QEMU has it, there is no backing file. */
+  /* As in QEMU, without a name there is no backing file. */
   if (length > MAX_BACKING_NAME ||
       range_exceeds (offset, length, q->cluster_size)) {
     report_error ("the name of the image's backing file, %" PRIu32 " bytes at "

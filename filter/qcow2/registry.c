@@ -5,17 +5,16 @@
 
 /* Which clusters of the container hold metadata.
  *
- * A hash table from cluster to class.  It is read without a lock by
- * every write, and changed under registry.lock.  A slot holds
- * (cluster << 8 | class) and is 0 while unused.  Once a slot has a
- * cluster it keeps it: a cluster that is metadata no longer has its
- * class set to QCOW2_DATA.  So a reader, who walks from the hash to the
- * first unused slot, never misses a cluster that is not being changed
- * at that moment.
+ * A hash table from cluster to class.  Every write reads it without a lock;
+ * it is changed under registry.lock.  A slot holds (cluster << 8 | class)
+ * and is 0 while unused.  Once a slot has a cluster it keeps it: when a
+ * cluster ceases to be metadata, its class is set to QCOW2_DATA.  So a
+ * reader, which walks from the hash to the first unused slot, never misses a
+ * cluster that is not being changed at that moment.
  *
- * When the table gets full a larger one takes its place.  Readers may
- * still be walking the old one, which is kept until the image is closed;
- * all old tables together are smaller than the present one.
+ * When the table gets full, a larger one replaces it.  Readers may still be
+ * walking the old one, which is kept until the image is closed; all old
+ * tables together are smaller than the current one.
  */
 
 #include <config.h>

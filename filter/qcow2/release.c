@@ -5,20 +5,20 @@
 
 /* Clusters on their way from used to free.
  *
- * When the last entry that refers to a cluster changes in RAM the
- * cluster is released, but it is not free:
+ * When the last entry that refers to a cluster changes in RAM, the cluster
+ * is released, but it is not free:
  *
- *   released   an entry on disk may still refer to it.  If it were used
- *              for something else and the power failed, that entry would
- *              show what was written there since
+ *   released   an entry on disk may still refer to it.  If it were reused
+ *              and the power failed, that entry would show what was written
+ *              there since
  *   flushing   the flush under way began after the entry was changed
  *   durable    no entry on disk refers to it.  But a request that looked
  *              the entry up before may still read or write the cluster
  *   waiting    a grace period for such requests is under way
  *
- * After that the storage is given back, the refcount is lowered, and
- * the cluster may be used anew.  A crash on the way leaks it; where the
- * refcount cannot be read or written it keeps waiting.
+ * After that the storage is given back, the refcount is lowered, and the
+ * cluster may be reused.  A crash on the way leaks the cluster.  If the
+ * refcount cannot be read or written, the cluster keeps waiting.
  */
 
 #include <config.h>
@@ -31,13 +31,13 @@
 #include "common/vector.h"
 #include "qcow2/internal.h"
 
-/* More ranges than this are not kept back, nor more bytes than this or
- * an eighth of the container.
+/* No more ranges than this are kept back, nor more bytes than this or an
+ * eighth of the container.
  */
 #define MAX_PENDING_RANGES 65536
 #define MAX_PENDING_BYTES (UINT64_C (64) << 20)
 
-/* Clusters dealt with while alloc_lock is held. */
+/* Clusters processed while alloc_lock is held. */
 #define CHUNK 1024
 
 static int
@@ -78,7 +78,7 @@ list_move (struct release_list *to, struct release_list *from)
   }
 
   if (vector_reserve (to->ranges, to->nr, to->max, from->nr) == -1)
-    return;                     /* they stay where they are, a step behind */
+    return;                     /* they stay in the earlier list */
   memcpy (to->ranges + to->nr, from->ranges,
           from->nr * sizeof from->ranges[0]);
   to->nr += from->nr;
@@ -101,14 +101,14 @@ release_clusters (struct qcow2 *q, uint64_t cluster, uint64_t nr)
   atomic_fetch_add (&q->pending_clusters, nr);
 }
 
-/* What is released is punched, so it had better be guest data. */
+/* Released clusters are punched, so this must be guest data. */
 int
 release_check_entry (struct qcow2 *q, uint64_t entry)
 {
   uint64_t host = entry & ENTRY_OFFSET_MASK, bytes = q->cluster_size;
 
   if (q->has_data_file)
-    return 0;                   /* what it refers to has no refcount */
+    return 0;                   /* its clusters have no refcount */
   if (entry & OFLAG_COMPRESSED)
     compressed_location (q, entry, &host, &bytes);
   else if (host == 0)
@@ -159,7 +159,7 @@ release_flush_ends (struct qcow2 *q, bool success)
   list_move (success ? &q->durable : &q->released, &q->flushing);
 }
 
-/* Read the counts of up to nr clusters.  Returns how many. */
+/* Read the counts of up to nr clusters.  Returns how many were read. */
 static unsigned
 read_counts (struct qcow2 *q, uint64_t cluster, unsigned nr,
              uint64_t counts[CHUNK])
@@ -171,7 +171,7 @@ read_counts (struct qcow2 *q, uint64_t cluster, unsigned nr,
   return nr;
 }
 
-/* Give up a reference which is not the last. */
+/* Give up a reference that is not the last. */
 static bool
 lower_count (struct qcow2 *q, uint64_t cluster, uint64_t count)
 {
@@ -185,8 +185,9 @@ lower_count (struct qcow2 *q, uint64_t cluster, uint64_t count)
   return refcount_set (q, cluster, count - 1) == 0;
 }
 
-/* Give the storage of a run back, then the clusters.  In this order, as
- * they may be taken the moment their count is 0.  Returns how many.
+/* Give back the storage of a run, then free the clusters.  In this order,
+ * since another thread may take them the moment their count is 0.  Returns
+ * how many were freed.
  */
 static uint64_t
 free_run (struct qcow2 *q, uint64_t cluster, uint64_t nr)
@@ -204,7 +205,7 @@ free_run (struct qcow2 *q, uint64_t cluster, uint64_t nr)
   return c - cluster;
 }
 
-/* Free the clusters of a range, and take them out of it. */
+/* Free the clusters of a range, and remove them from it. */
 static int
 free_range (struct qcow2 *q, struct release_range *r)
 {
@@ -235,7 +236,9 @@ free_range (struct qcow2 *q, struct release_range *r)
   return 0;
 }
 
-/* Free the waiting clusters.  Those whose refcounts cannot be had stay. */
+/* Free the waiting clusters.  A cluster whose refcount cannot be read or
+ * written stays.
+ */
 static int
 free_waiting (struct qcow2 *q)
 {
@@ -289,8 +292,8 @@ grace_is_over (struct qcow2 *q, bool wait)
   return true;
 }
 
-/* End the grace period under way, if it can be, and free what waits for
- * it.
+/* End the grace period under way, if it can end, and free the clusters that
+ * wait for it.
  */
 static int
 end_grace (struct qcow2 *q, bool wait)
@@ -306,7 +309,7 @@ end_grace (struct qcow2 *q, bool wait)
 int
 release_retire (struct qcow2 *q, bool wait)
 {
-  /* Only the flush, of which there is one, touches these two lists. */
+  /* Only the flush, of which there is one, uses these two lists. */
   if (end_grace (q, wait) == -1)
     return -1;
   if (q->grace_under_way)

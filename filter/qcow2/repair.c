@@ -3,32 +3,32 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* Images that are marked dirty (qcow2.rst, "Header", incompatible
- * feature bit 0): somebody who keeps refcounts lazily did not stop
- * cleanly, so no refcount can be relied on.  We never set the mark, as
- * our refcounts are durable before what they count is referred to.
+/* Images that are marked dirty (qcow2.rst, "Header", incompatible feature
+ * bit 0): a program that updates refcounts lazily did not stop cleanly, so
+ * no refcount can be relied on.  We never set the mark: our refcounts are
+ * durable before the references to what they count.
  *
  * The references are counted (scan.c), and then, with a barrier after
  * each step:
  *
- *   raise     refcounts that are too low, in new refcount blocks where
- *             there is none, and a larger table if it must be
- *   lower     those that are too high; a cluster that nothing uses is
- *             freed as any other (release.c)
+ *   raise     refcounts that are too low, in new refcount blocks where there
+ *             is none, and in a larger table if necessary
+ *   lower     those that are too high; a cluster that nothing uses is freed
+ *             like any other (release.c)
  *   COPIED    flags of L1 and L2 entries are set where the refcount is
  *             1, and only there
  *   clean     the mark is removed
  *
- * Until the last step the image is marked, and whoever opens it next
- * begins anew: nothing that is referred to was changed but for COPIED
- * flags, and new blocks and tables are put where nothing is in use.
+ * Until the last step the image is marked, and the next program that opens
+ * it starts over: of what is referred to, only COPIED flags were changed,
+ * and new blocks and tables are put in unused places.
  *
- * Where there may be references that we know nothing of (the scan is not
- * complete), nothing is lowered, and what is new goes beyond the end of
- * the file.
+ * If there may be references that we do not know (the scan is not complete),
+ * nothing is lowered, and new blocks and tables go beyond the end of the
+ * file.
  *
- * An image that is inconsistent in any other way than by its refcounts is
- * refused, before anything is written.
+ * An image that is inconsistent in any way other than its refcounts is
+ * refused before anything is written.
  */
 
 #include <config.h>
@@ -49,7 +49,7 @@ static const struct scan_limits limits = {
 struct repair {
   struct qcow2 *q;
   struct scan *scan;
-  uint64_t place;               /* below it no cluster was found unused */
+  uint64_t place;               /* no cluster below it is unused */
   uint64_t nr_raised, nr_lowered, nr_flags;
 };
 
@@ -82,8 +82,8 @@ is_referred_to (const struct repair *r, uint64_t block)
   return false;
 }
 
-/* Make the missing block in a cluster which it counts itself, if there
- * is an unused one.
+/* Make the missing block in an unused cluster that it counts itself, if
+ * there is one.
  */
 static int
 make_block_inside (struct repair *r, uint64_t block)
@@ -94,9 +94,7 @@ make_block_inside (struct repair *r, uint64_t block)
   return block_of (q, c) == block ? allocate_block_at (q, block, c) : 0;
 }
 
-/* Find a cluster that is unused, with the refcount 0, whose block exists;
- * and make that block if it does not.
- */
+/* Find an unused cluster with refcount 0.  Its block exists, or is made. */
 static int
 find_place (struct repair *r)
 {
@@ -121,7 +119,7 @@ find_place (struct repair *r)
   }
 }
 
-/* Blocks that count something and do not exist, from first up to end. */
+/* Make the missing blocks, from first up to end, that count something. */
 static int
 make_blocks (struct repair *r, uint64_t first, uint64_t end)
 {
@@ -135,7 +133,7 @@ make_blocks (struct repair *r, uint64_t first, uint64_t end)
     if (!refcount_block_exists (q, i) && is_referred_to (r, i)) {
       if (find_place (r) == -1)
         return -1;
-      /* It may have been the place for its own block. */
+      /* The cluster found may have been used for its own block. */
       if (!refcount_block_exists (q, i) &&
           allocate_block_at (q, i, r->place) == -1)
         return -1;
@@ -155,7 +153,7 @@ make_missing_blocks (struct repair *r)
     return -1;
   if (end <= old_entries)
     return 0;
-  /* Beyond the file nothing is in use, whatever has no refcount yet. */
+  /* Nothing beyond the file is in use, even without a refcount. */
   if (end > q->rc.table_entries &&
       allocate_larger_table (q, end - 1, r->scan->nr + 1) == -1)
     return -1;
@@ -181,7 +179,7 @@ raise_count (void *opaque, uint64_t cluster, uint64_t stored,
   return set_count (r->q, cluster, counted);
 }
 
-/* Write refcounts, and free what was released. */
+/* Write refcounts, and free the released clusters. */
 static int
 settle (struct qcow2 *q)
 {
@@ -212,7 +210,7 @@ lower_count (void *opaque, uint64_t cluster, uint64_t stored,
   struct repair *r = opaque;
   struct qcow2 *q = r->q;
 
-  /* What we have made ourselves is registered. */
+  /* Clusters that we have allocated are registered. */
   if (stored <= counted ||
       (counted == 0 && registry_class (q, cluster) != QCOW2_DATA))
     return 0;
@@ -225,8 +223,8 @@ lower_count (void *opaque, uint64_t cluster, uint64_t stored,
   return release_wants_reclaim (q) ? settle (q) : 0;
 }
 
-/* Is the refcount 1?  Where leaks were left it may be higher than the
- * references.
+/* Is the refcount 1?  If leaks were left, it may be higher than the number
+ * of references.
  */
 static int
 is_copied (struct repair *r, uint64_t cluster, bool *copied)
@@ -374,7 +372,7 @@ repair (struct repair *r)
   return 0;
 }
 
-/* Say why not, and what to do. */
+/* Report why not, and what to do. */
 static int
 refuse (const struct scan *s, enum scan_result result)
 {
@@ -413,7 +411,7 @@ repair_dirty (struct qcow2 *q, bool check_only)
                   " refcounts were too low, %" PRIu64 " too high, %" PRIu64
                   " flags wrong", r.nr_raised, r.nr_lowered, r.nr_flags);
   if (!s.complete)
-    report_warning ("leaked clusters of it, if there are any, were left: %s",
+    report_warning ("its leaked clusters, if any, were not freed: %s",
                     s.why);
   return 0;
 }

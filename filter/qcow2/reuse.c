@@ -5,31 +5,31 @@
 
 /* Places that lost their data and stay the guest's.
  *
- * When the data of a cluster or subcluster become zeroes, or nothing, its
- * host cluster may stay where it is: for write-zeroes that keeps clusters,
- * where other subclusters have data, in an external data file.  The next
- * write fills the place, and then points the L2 entry at it again.
+ * When a cluster or subcluster becomes zero or unallocated, it may keep its
+ * host cluster: for write-zeroes that keeps clusters, where other
+ * subclusters have data, and in an external data file.  The next write fills
+ * the place, and then points the L2 entry at it again.
  *
- * In between a request that looked the old entry up may still be under
- * way.  If it wrote into the place after it was filled, its data would
+ * In between, a request that looked the old entry up may still be under way.
+ * If it wrote into the place after the new write filled it, its data would
  * read as zeroes until the entry points at them, even if it was answered
- * meanwhile, and come back then (I8).  If it read the place, it would
+ * meanwhile, and would come back then (I8).  If it read the place, it would
  * have seen data before the next read sees zeroes.  So a write that fills a
- * place waits first until all requests have ended that were under way
- * when it lost its data.
+ * place first waits until all requests have ended that were under way when
+ * the place lost its data.
  *
  * All places share one grace period to wait for, the last one.  A request
- * that need not wait for it, because what it fills was never data, or
- * was emptied long ago, waits a little more than it must.  In exchange
- * nothing has to be remembered of a place.
+ * that need not wait for it, because its place was never data, or was
+ * emptied long ago, waits a little longer than necessary.  In exchange
+ * nothing has to be remembered for each place.
  */
 
 #include <config.h>
 
 #include "qcow2/internal.h"
 
-/* Did data go whose place stays the guest's?  The new entry has none but
- * those that the old one had.
+/* Did data go, while the guest keeps their place?  The new entry has no data
+ * that the old one did not have.
  */
 static bool
 empties_place (const struct qcow2 *q, const struct l2_entry *old,
@@ -75,7 +75,7 @@ reuse_must_wait (struct qcow2 *q, const struct mapping *m)
     return false;
   if (!grace_ended (&q->requests, period))
     return true;
-  /* Not if there is a later one. */
+  /* Unless there is a later period. */
   atomic_compare_exchange_strong (&q->emptied, &period, 0);
   return false;
 }

@@ -5,35 +5,35 @@
 
 /* Counting, in RAM, what refers to each host cluster.
  *
- * All that the format knows is walked: the header, the refcount table
- * and its blocks, the L1 tables of the disk and of the snapshots with
+ * Everything that the format defines is walked: the header, the refcount
+ * table and its blocks, the L1 tables of the disk and of the snapshots with
  * their L2 tables and guest data, compressed clusters (each host cluster
- * that their sectors touch), the snapshot table, and the bitmaps
- * extension.  What is on disk is read, past all caches, so this is for
- * an image that is being opened.
+ * that their sectors touch), the snapshot table, and the bitmaps extension.
+ * The scan reads from disk, past all caches, so it is only for an image that
+ * is being opened.
  *
- * A counter is 32 bits: what kind of thing uses the cluster, whether the
- * disk itself does (not only a snapshot), and how often.  The array has
- * one counter for each cluster of the container, and costs memory only
- * where there is something to count.
+ * A counter has 32 bits: what kind of structure uses the cluster, whether
+ * the disk itself does (not only a snapshot), and how often.  The array has
+ * one counter for each cluster of the container, and costs memory only where
+ * there is something to count.
  *
  * What a scan finds:
  *
- *   SCAN_DONE           the counts are true; and if it is complete, then
+ *   SCAN_DONE           the counts are true; if the scan is complete,
  *                       nothing else can refer to a cluster
  *   SCAN_TOO_MUCH       the limits were reached: nothing is known
- *   SCAN_INCONSISTENT   no refcounts can make this image a sound one
- *   SCAN_FAILED         to read, or for want of memory
+ *   SCAN_INCONSISTENT   no refcounts can make this image sound
+ *   SCAN_FAILED         reading failed, or memory ran out
  *
- * It is not complete if there may be clusters that we know nothing of:
- * unknown header extensions and feature bits, and bitmaps that are
- * damaged or that nobody may trust.  What only these use counts as
- * unused, so only what is complete proves that a cluster is a leak.
+ * A scan is not complete if there may be references that we do not know:
+ * unknown header extensions and feature bits, and bitmaps that are damaged
+ * or untrusted.  A cluster that only these use counts as unused, so only a
+ * complete scan proves that a cluster is a leak.
  *
- * Two users of one cluster are inconsistent but for compressed clusters,
- * which share the cluster where one ends and the next begins, and for
- * the L2 tables and the data of snapshots, of which every L1 table may
- * use each once.
+ * Two users of one cluster are inconsistent, with two exceptions.
+ * Compressed clusters share the cluster where one ends and the next begins.
+ * Every L1 table may use each L2 table and each data cluster of snapshots
+ * once.
  */
 
 #include <config.h>
@@ -59,13 +59,13 @@ enum kind {
   KIND_COMPRESSED,
 };
 
-/* So much is read at once, where tables lie side by side; and the clock
- * is not looked at for the first few reads.
+/* The most bytes that one read covers, where tables are adjacent; and the
+ * number of reads before the clock is read for the first time.
  */
 #define MAX_READ (UINT64_C (1) << 20)
 #define FREE_READS 16
 
-/* Say why the scan ends here. */
+/* End the scan here, and say why. */
 static enum scan_result end (struct scan *s, enum scan_result result,
                              const char *fmt, ...)
   __attribute__ ((format (printf, 3, 4)));
@@ -81,7 +81,7 @@ end (struct scan *s, enum scan_result result, const char *fmt, ...)
   return result;
 }
 
-/* Note that there may be more than we know of. */
+/* Note that there may be unknown references. */
 static void
 incomplete (struct scan *s, const char *why)
 {
@@ -90,7 +90,7 @@ incomplete (struct scan *s, const char *why)
   s->complete = false;
 }
 
-/* Before reading so many bytes. */
+/* Called before so many bytes are read. */
 static enum scan_result
 spend (struct scan *s, uint64_t bytes)
 {
@@ -161,7 +161,7 @@ refer_metadata (struct qcow2 *q, struct scan *s, const char *what,
     return SCAN_DONE;
   if (offset == 0 || offset % q->cluster_size != 0 || nr > s->nr)
     return end (s, SCAN_INCONSISTENT, "%s at host offset %#" PRIx64
-                " is not where it can be", what, offset);
+                " has an invalid offset or size", what, offset);
   for (uint64_t i = 0; i < nr && r == SCAN_DONE; ++i)
     r = refer (q, s, first + i, KIND_METADATA, false);
   return r;
@@ -261,7 +261,7 @@ walk_bitmaps (struct qcow2 *q, struct scan *s)
   if (ext.count == 0 && !ext.autoclear)
     return SCAN_DONE;
   if (q->header.version < 3 || !ext.autoclear) {
-    incomplete (s, "it has bitmaps that nobody may trust");
+    incomplete (s, "it has bitmaps that are not marked valid");
     return SCAN_DONE;
   }
   if (bitmap_extension_check (&ext, &geometry, &damage) == -1) {
@@ -316,7 +316,7 @@ scan_entry_bytes (const struct qcow2 *q)
   return q->extended_l2 ? 16 : 8;
 }
 
-/* Read L2 tables, sorted by their place, and count what they refer to. */
+/* Read L2 tables, sorted by their place, and count their references. */
 static enum scan_result
 walk_tables (struct qcow2 *q, struct scan *s, const uint64_t *tables,
              uint64_t nr, bool active)
@@ -343,7 +343,7 @@ walk_tables (struct qcow2 *q, struct scan *s, const uint64_t *tables,
   return r;
 }
 
-/* What an L1 table, in host byte order, leads to. */
+/* Count what an L1 table, in host byte order, leads to. */
 static enum scan_result
 walk_l1 (struct qcow2 *q, struct scan *s, uint64_t *l1, uint64_t nr_entries,
          bool active)
@@ -438,7 +438,7 @@ scan_begin (struct qcow2 *q, struct scan *s, struct scan_limits limits)
   if (s->nr > limits.clusters)
     return end (s, SCAN_TOO_MUCH, "it has more than %" PRIu64 " clusters",
                 limits.clusters);
-  /* calloc, so that what is not counted costs no memory. */
+  /* calloc, so that unused counters cost no memory. */
   s->references = calloc (s->nr + 1, sizeof s->references[0]);
   if (s->references == NULL)
     return end (s, SCAN_FAILED, "calloc: %s", strerror (errno));
@@ -493,7 +493,7 @@ compare_counts (struct qcow2 *q, const struct scan *s, const uint8_t *block,
   for (uint64_t i = 0; i < nr && r == 0; i += in_word) {
     const uint64_t at = i / in_word * 8;
 
-    /* Most of what lies beyond the end of the file. */
+    /* The most common case beyond the end of the file. */
     if (first + i >= s->end && get_be64 (block + at) == 0)
       continue;
     for (uint64_t j = i; j < i + in_word && r == 0; ++j) {

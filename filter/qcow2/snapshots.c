@@ -6,28 +6,28 @@
 /* Internal snapshots (qcow2.rst, "Snapshots").
  *
  * A snapshot is an L1 table of its own, named by an entry of the snapshot
- * table.  The L2 tables and clusters that it has in common with the disk
- * are counted once for each of them.  We make and delete none.
+ * table.  The L2 tables and clusters that it shares with the disk are
+ * counted once for each of them.  We neither make nor delete snapshots.
  *
  * Serving a snapshot is serving another L1 table, read-only.
  *
  * Writing to the disk of an image that has snapshots must not touch what
- * is theirs:
+ * belongs to them:
  *
  *   - the snapshot table and the snapshots' L1 tables are registered and
- *     have a refcount, or the image is not opened for writing.  So no
- *     write hits them, nobody allocates them, and the file is not cut
- *     before their end.
- *   - an L2 table in common is copied before an entry of it is changed
- *     (mapping.c).  The disk stops using it, its refcount falls, but not
- *     to 0, and it stays registered: the snapshots still have it.
- *   - a cluster in common has no COPIED flag, so it is not written in
- *     place (write.c, discard.c), and it is free only when its refcount
- *     is 0 (release.c).
- *   - an L2 table of snapshots alone has a refcount, which is enough
- *     where the image is sound.  It is registered, too, against entries
- *     that are not, as long as the snapshots' L1 tables are small enough
- *     to be read without delaying the start.
+ *     have a refcount, or the image is not opened for writing.  So no write
+ *     hits them, they are never allocated, and the file is not cut before
+ *     their end.
+ *   - a shared L2 table is copied before an entry of it is changed
+ *     (mapping.c).  The disk stops using it and its refcount falls, but not
+ *     to 0.  It stays registered: the snapshots still use it.
+ *   - a shared cluster has no COPIED flag, so it is not written in place
+ *     (write.c, discard.c), and it is free only when its refcount is 0
+ *     (release.c).
+ *   - an L2 table that only snapshots use has a refcount, which is enough if
+ *     the image is sound.  It is registered, too, as a protection against
+ *     wrong entries, if the snapshots' L1 tables are small enough to be read
+ *     without delaying the start.
  *
  * The table is read entry by entry, so it takes no memory, however large
  * it claims to be.
@@ -47,14 +47,14 @@
 #define MAX_TABLE_BYTES (UINT64_C (64) << 20)
 #define MAX_EXTRA_BYTES 1024
 
-/* What is registered of all snapshots together: as many clusters as one
- * L1 table can have L2 tables; and L2 tables from this many bytes of L1
- * tables.
+/* The most that is registered for all snapshots together: as many clusters
+ * as one L1 table can have L2 tables; and L2 tables from this many bytes of
+ * L1 tables.
  */
 #define MAX_L1_CLUSTERS (MAX_L1_BYTES / 8)
 #define MAX_SEARCHED_BYTES (UINT64_C (4) << 20)
 
-/* The fixed part of an entry, and what is known of the extra data. */
+/* The fixed part of an entry, and the known part of the extra data. */
 enum {
   F_L1_OFFSET = 0,
   F_L1_ENTRIES = 8,
@@ -99,7 +99,7 @@ check_table (const struct qcow2 *q)
   const struct header *h = &q->header;
 
   if (h->nr_snapshots > MAX_SNAPSHOTS)
-    return damaged (q, "there are %" PRIu32 ", but at most %u can be",
+    return damaged (q, "there are %" PRIu32 ", more than the maximum of %u",
                     h->nr_snapshots, MAX_SNAPSHOTS);
   if (h->snapshots_offset == 0 || h->snapshots_offset % q->cluster_size != 0)
     return damaged (q, "the offset of the snapshot table, %#" PRIx64
@@ -107,7 +107,7 @@ check_table (const struct qcow2 *q)
   return 0;
 }
 
-/* Read the entry at *offset, and move on to the next. */
+/* Read the entry at *offset, and move *offset on to the next. */
 static int
 read_entry (struct qcow2 *q, uint32_t i, uint64_t *offset,
             struct snapshot *s)
@@ -177,7 +177,7 @@ snapshots_next (struct qcow2 *q, uint32_t i, uint64_t *offset,
   return 0;
 }
 
-/* Is the text at offset this one?  1, 0, or -1. */
+/* Is this the text at offset?  1, 0, or -1. */
 static int
 text_is (struct qcow2 *q, uint64_t offset, uint16_t bytes, const char *text)
 {
@@ -196,8 +196,8 @@ text_is (struct qcow2 *q, uint64_t offset, uint16_t bytes, const char *text)
   return 1;
 }
 
-/* Find a snapshot by its ID, or else by its name: of several with one
- * name the first, as QEMU does.
+/* Find a snapshot by its ID, or else by its name.  If several have the name,
+ * take the first, as QEMU does.
  */
 static int
 find (struct qcow2 *q, const char *which, struct snapshot *found,
@@ -265,7 +265,7 @@ snapshots_select (struct qcow2 *q, const char *which)
   return 0;
 }
 
-/* Register clusters that nobody may free or allocate. */
+/* Register clusters that must never be freed or allocated. */
 static int
 register_clusters (struct qcow2 *q, enum qcow2_class class,
                    const char *what, uint32_t i, uint64_t offset,
@@ -285,7 +285,9 @@ register_clusters (struct qcow2 *q, enum qcow2_class class,
 
     if (refcount_get (q, c, &count) == -1)
       return -1;
-    /* In a dirty image it may be wrong, and will be right (repair.c). */
+    /* In a dirty image the refcount may be wrong, and is repaired later
+     * (repair.c).
+     */
     if (count == 0 && !(q->header.incompatible & INCOMPAT_DIRTY))
       return damaged (q, "%s (of snapshot %" PRIu32 "), at %#" PRIx64
                       ", has the refcount 0", what, i, offset);
@@ -293,7 +295,7 @@ register_clusters (struct qcow2 *q, enum qcow2_class class,
   return 0;
 }
 
-/* Register L2 tables, which are often those of others, too. */
+/* Register L2 tables.  Other snapshots often share them. */
 static int
 register_l2_tables (struct qcow2 *q, uint32_t i, const uint64_t *entries,
                     uint32_t nr)
@@ -332,8 +334,8 @@ search_l1 (struct qcow2 *q, uint32_t i, const struct snapshot *s)
   return 0;
 }
 
-/* All L1 tables are registered before the first L2 table: of two that
- * overlap it is better to name those which are never in common.
+/* All L1 tables are registered before the first L2 table: if two tables
+ * overlap, the message names the L1 table, which is never shared.
  */
 static int
 register_l1_tables (struct qcow2 *q, uint64_t *end)

@@ -5,22 +5,22 @@
 
 /* Writing guest data.
  *
- * A run of clusters that are allocated, and this image's alone, is
- * written where it is: no lock, one call to the container.
+ * A run of allocated clusters that only this image uses is written in place:
+ * no lock, one call to the container.
  *
- * Everything else goes to new clusters, under a range lock: what the
- * request does not cover of its first and last cluster (or subcluster)
- * is copied from what was there, here or in the backing file, the new
+ * Everything else goes to new clusters, under a range lock.  The parts of
+ * the first and last cluster (or subcluster) that the request does not cover
+ * are copied from the old data, here or in the backing file.  The new
  * clusters are written, and only then do the L2 entries in RAM point to
- * them.  The L2 entries reach the disk with the next flush, after a
- * barrier (flush.c).  New clusters that read as zeroes need not be
- * filled with any.
+ * them.  The L2 entries reach the disk with the next flush, after a barrier
+ * (flush.c).  New clusters that read as zeroes need not be filled with
+ * zeroes.
  *
- * "New" are also clusters that the entry has already, for what it says
- * is not in there: explicit zeroes, or subclusters that are not
- * allocated; and any cluster of an external data file, where the place
- * of guest data is always the same.  They are filled when no request is
- * under way any more that takes them for data (reuse.c).
+ * "New" includes clusters that the entry already has, but that it does not
+ * call data: explicit zeroes, or subclusters that are not allocated; and any
+ * cluster of an external data file, where the place of guest data is always
+ * the same.  These are filled only when no request that takes them for data
+ * is under way any more (reuse.c).
  */
 
 #include <config.h>
@@ -38,7 +38,7 @@ write_check_host (struct qcow2 *q, uint64_t host, uint64_t count)
                                  q->cluster_size);
 
   if (q->has_data_file)
-    return 0;                   /* there is no metadata in there */
+    return 0;                   /* a data file has no metadata */
   if (range_exceeds (host, count, end)) {
     report_error ("the image is corrupt: an L2 entry points to %#" PRIx64
                   ", beyond the end of the file; see qemu-img check", host);
@@ -63,12 +63,12 @@ write_host (struct qcow2 *q, const void *buf, uint64_t count, uint64_t host)
 
 /* New clusters on their way into the mapping. */
 struct new_clusters {
-  uint64_t guest_cluster, nr;   /* what they are for */
+  uint64_t guest_cluster, nr;   /* the guest clusters that they are for */
   uint64_t host;
   bool zeroed;                  /* they read as zeroes */
-  bool reused;                  /* they are the guest clusters' already */
-  bool whole;                   /* all that was there moves with them */
-  struct l2_entry old[L2_MAX_SLICE_ENTRIES];     /* as they are */
+  bool reused;                  /* they already belong to the guest clusters */
+  bool whole;                   /* all old data move with them */
+  struct l2_entry old[L2_MAX_SLICE_ENTRIES];     /* the current entries */
 };
 
 /* The host offset of a guest offset in them. */
@@ -79,14 +79,14 @@ new_host (const struct qcow2 *q, const struct new_clusters *new,
   return new->host + offset - (new->guest_cluster << q->cluster_bits);
 }
 
-/* What the new clusters have to be filled up to multiples of. */
+/* The new clusters are filled up to multiples of this. */
 static uint64_t
 fill_size (const struct qcow2 *q, const struct new_clusters *new)
 {
   return new->whole ? q->cluster_size : UINT64_C (1) << q->unit_bits;
 }
 
-/* Write a part of a cluster or subcluster, and around it what was there. */
+/* Write a part of a cluster or subcluster, and the old data around it. */
 static int
 write_part (struct qcow2 *q, const struct new_clusters *new,
             const void *buf, uint64_t count, uint64_t offset)
@@ -114,7 +114,7 @@ reads_as_zeroes (const struct qcow2 *q, enum mapping_kind kind,
   return kind == MAPPING_ZERO || kind == MAPPING_ZERO_ALLOCATED;
 }
 
-/* Write the request into the new clusters, and around it what was there. */
+/* Write the request into the new clusters, and the old data around it. */
 static int
 write_new (struct qcow2 *q, const struct new_clusters *new,
            enum mapping_kind kind, const uint8_t *buf, uint64_t count,
@@ -147,7 +147,7 @@ write_new (struct qcow2 *q, const struct new_clusters *new,
   return 0;
 }
 
-/* Has an entry a host cluster, this image's or not, or is it compressed? */
+/* Does an entry have a host cluster, shared or not, or is it compressed? */
 static bool
 has_host (uint64_t descriptor)
 {
@@ -155,8 +155,8 @@ has_host (uint64_t descriptor)
     (descriptor & ENTRY_OFFSET_MASK) != 0;
 }
 
-/* Find host clusters for guest clusters, of which all begin as a run of
- * one kind and have entries new->old.
+/* Find host clusters for guest clusters that all begin as a run of one kind.
+ * Their entries are new->old.
  */
 static int
 get_clusters (struct qcow2 *q, struct new_clusters *new)
@@ -203,9 +203,7 @@ covered (const struct qcow2 *q, const struct new_clusters *new,
     : (UINT32_MAX << from) & (UINT32_MAX >> (L2_SUBCLUSTERS - to));
 }
 
-/* Point the L2 entries at the new clusters, where [offset, end) has been
- * written.
- */
+/* Point the L2 entries at the new clusters, after [offset, end) was written. */
 static int
 publish (struct qcow2 *q, const struct new_clusters *new, uint64_t offset,
          uint64_t end)
@@ -235,7 +233,7 @@ publish (struct qcow2 *q, const struct new_clusters *new, uint64_t offset,
 }
 
 /* With the range lock held: write the beginning of a run that cannot be
- * written in place.  *done says how much.
+ * written in place.  *done is how much was written.
  */
 static int
 write_allocate (struct qcow2 *q, const struct mapping *m, const void *buf,
@@ -272,8 +270,8 @@ can_be_written (const struct mapping *m)
   return m->kind == MAPPING_DATA && m->copied;
 }
 
-/* Write the beginning of a request, which could not be written in place
- * when m was looked up.  m may have changed since.
+/* Write the beginning of a request that could not be written in place when m
+ * was looked up.  m may have changed since.
  */
 static int
 write_locked (struct qcow2 *q, struct mapping *m, const void *buf,
@@ -293,8 +291,8 @@ write_locked (struct qcow2 *q, struct mapping *m, const void *buf,
     reuse_wait (q);
   ticket = grace_enter (&q->requests);
   if (can_be_written (m)) {
-    /* Another request has allocated it.  Once this one is in a section,
-     * the cluster stays what it is (release.c).
+    /* Another request has allocated it.  Once this one is in a section, the
+     * cluster is not reused (release.c).
      */
     range_lock_drop (q, &range);
     *done = m->length;
@@ -326,9 +324,9 @@ write_some (struct qcow2 *q, const void *buf, uint64_t count, uint64_t offset,
   return r == -1 || in_place ? r : write_locked (q, &m, buf, offset, done);
 }
 
-/* After a failure: was it for want of space that freed clusters, which
- * are kept back for the next flush, can give?  If so nothing need be
- * said about it.
+/* After a failure: was the cause a lack of space, which clusters that are
+ * kept back for the next flush can relieve?  If so, the failure need not be
+ * reported.
  */
 bool
 write_may_retry (struct qcow2 *q, const struct report_hold *failure,

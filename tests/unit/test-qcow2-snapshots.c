@@ -683,8 +683,8 @@ static void
 test_damaged (void **state)
 {
   static const struct damage damages[] = {
-    { "at most 65536", HEADER_NR, 4, 65537 },
-    { "at most 65536", HEADER_NR, 4, UINT32_MAX },
+    { "maximum of 65536", HEADER_NR, 4, 65537 },
+    { "maximum of 65536", HEADER_NR, 4, UINT32_MAX },
     { "beyond the end", HEADER_NR, 4, 65536 },
     { "offset of the snapshot table", HEADER_TABLE, 8, 0 },
     { "offset of the snapshot table", HEADER_TABLE, 8, 4097 },
