@@ -6,8 +6,8 @@
 #ifndef DIRTY_BITMAP_BITMAP_H
 #define DIRTY_BITMAP_BITMAP_H
 
-/* Dirty bitmaps in RAM, their states, and their way to and from the
- * image.
+/* Dirty bitmaps in RAM, their states, and how they are loaded from the image
+ * and stored to it.
  *
  * Functions return 0, or -1 with errno set and the reason reported,
  * unless said otherwise.
@@ -30,15 +30,15 @@ struct bitmap_options {
   size_t nr_expose;
   bool check_only;              /* write nothing, read no bits */
 
-  /* If there are backing files: bitmaps that are named in expose and
-   * that the image does not have may be theirs.
+  /* There are backing files: bitmaps that expose names and the image does
+   * not have may be in one of them.
    */
   bool has_backing;
 
-  /* If this is a backing file, which is open read-only: its path, for
-   * messages, and the sets of all images above it.  Of their bitmaps'
-   * names it offers none, nor anything if the bitmaps of one of them
-   * cannot be used.
+  /* For a backing file, which is open read-only: its path, for messages, and
+   * the sets of all images above it.  It offers no bitmap whose name one of
+   * these sets has.  It offers nothing if the bitmaps of one of them cannot
+   * be used.
    */
   const char *backing_path;
   const struct bitmap_set *const *above;
@@ -46,9 +46,9 @@ struct bitmap_options {
 };
 
 /* Load the image's bitmaps, create those that are required and absent
- * (durable on return), and say on stderr which cannot be used and why.
- * What is damaged in the image never makes this fail (I7), what the
- * options ask for and cannot have does.
+ * (durable on return), and warn on stderr which cannot be used and why.
+ * Damage in the image never makes this fail (I7).  A bitmap that the options
+ * ask for and that is not available does.
  */
 extern struct bitmap_set *bitmap_set_open (struct qcow2 *,
                                            const struct bitmap_options *);
@@ -59,34 +59,34 @@ extern void bitmap_set_close (struct bitmap_set *);
  * either the image's bitmap has it or is durably in_use.  -1 if in_use
  * could not be made durable: then the change must not be made.
  *
- * Any thread, no lock held.  Where all granules are set already it is
- * one relaxed load a word.
+ * Any thread, no lock held.  If all granules are set already, this costs one
+ * relaxed load a word.
  */
 extern int bitmap_set_mark (struct bitmap_set *, uint64_t offset,
                             uint64_t count);
 
-/* What qcow2_flush calls to write the bitmaps. */
+/* The hooks for qcow2_flush, which write the bitmaps. */
 extern const struct qcow2_flush_hooks *bitmap_set_hooks (struct bitmap_set *);
 
-/* A flush succeeds though bitmaps could not be stored.  Say so, once for
- * as long as that lasts.  Call it after every flush.
+/* A flush succeeds even though bitmaps could not be stored.  Warn of that,
+ * once while it lasts.  Call this after every flush.
  */
 extern void bitmap_set_tell_unstored (struct bitmap_set *);
 
-/* At the clean stop, after the last flush: release the clusters that were
- * reserved and not needed.  True if there were any: flush again.
+/* At the clean stop, after the last flush: release reserved clusters that
+ * were not needed.  True if there were any: flush again.
  */
 extern bool bitmap_set_give_back_reserved (struct bitmap_set *);
 
-/* Have all recording bitmaps reached the image, so that none is in_use
- * by us?  For the clean stop, after the last flush.  Reports those that
- * have not.
+/* Have all recording bitmaps been stored in the image, so that we left none
+ * in_use?  For the clean stop, after the last flush.  Reports the bitmaps
+ * that were not stored.
  */
 extern bool bitmap_set_all_stored (struct bitmap_set *);
 
-/* How often the bitmaps were written to the image: numbers that have
- * failed, and succeeded.  Times, in nanoseconds, are taken only while
- * meter_is_on; bytes are those of bits and bitmap tables.
+/* How often the bitmaps were written to the image: writes that failed, and
+ * that succeeded.  Times, in nanoseconds, are taken only while meter_is_on;
+ * bytes are those of bits and bitmap tables.
  */
 struct bitmap_set_numbers {
   uint64_t syncs[2], sync_ns[2], sync_bytes[2];
@@ -99,8 +99,8 @@ extern size_t bitmap_set_nr_recording (const struct bitmap_set *);
 extern const struct bitmap *bitmap_set_recording (const struct bitmap_set *,
                                                   size_t i);
 
-/* How many bytes of a disk of size bytes are dirty, and how much memory
- * the bits take where any is set.  This looks at all of them.
+/* How many bytes of a disk of size bytes are dirty, and how much memory the
+ * pieces with set bits take.  This reads all set bits.
  */
 extern uint64_t bitmap_dirty_bytes (const struct bitmap *, uint64_t size,
                                     uint64_t *memory_bytes);
@@ -112,23 +112,22 @@ extern const struct bitmap *bitmap_set_exposed (const struct bitmap_set *,
 extern const char *bitmap_name (const struct bitmap *);
 extern uint64_t bitmap_granularity (const struct bitmap *);
 
-/* Has the set a bitmap of this name that clients are, or (after a check)
- * would be offered?
+/* Does the set have a bitmap of this name that clients are offered, or
+ * (after a check) would be?
  */
 extern bool bitmap_set_offers (const struct bitmap_set *, const char *name);
 
-/* The runs of equally dirty or clean bytes from offset on, up to max of
- * them (at least 1), clipped to limit (offset < limit <= the disk's
- * size): run k ends at guest offset ends[k].  Returns how many there
- * are; the last of all ends at limit.  *dirty says what the first is;
- * the next are of the other kind in turn.  Concurrent marks may or may
- * not be seen.
+/* The runs of equally dirty or clean bytes from offset on, up to max of them
+ * (at least 1), clipped to limit (offset < limit <= the disk's size): run k
+ * ends at guest offset ends[k].  Returns how many there are; the last one
+ * ends at limit.  *dirty says whether the first is dirty; dirty and clean
+ * runs alternate.  Concurrent marks may or may not be seen.
  */
 extern size_t bitmap_runs (const struct bitmap *, uint64_t offset,
                            uint64_t limit, uint64_t *ends, size_t max,
                            bool *dirty);
 
-/* The length of the first of them. */
+/* The length of the first run. */
 static inline uint64_t
 bitmap_run (const struct bitmap *b, uint64_t offset, uint64_t limit,
             bool *dirty)

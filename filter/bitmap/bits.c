@@ -9,18 +9,18 @@
  * parts of it never are: populated says which pieces hold a set bit, and
  * searches for one look only there.
  *
- * An image can say in a few bytes that a bitmap of 512 MiB is all ones,
- * or every second cluster of it.  So pieces that it calls all ones are
- * only noted to be full.  Their words stay clear and are never changed.
+ * An image can say in a few bytes that a bitmap of 512 MiB is all ones, or
+ * every second cluster of it.  So a piece that the image calls all ones is
+ * only noted as full.  Its words stay clear and are never changed.
  *
- * Bits are only ever set while the bitmap is served.  So a search may
- * run against marks: it sees some moment's value of each word, and one
- * that was complete before the search began is always seen.  For this
- * populated is set before the bits (release), and whoever finds a bit
- * set (acquire) finds its piece populated.
+ * Bits are only ever set while the bitmap is served.  So a search may run at
+ * the same time as marks: it sees each word as it was at some moment, and it
+ * always sees a mark that was complete before the search began.  For this,
+ * populated is set before the bits (release), and a thread that finds a bit
+ * set (acquire) also finds its piece populated.
  *
- * Bits at and after nr_bits are clear: bits_loaded sees to it for what
- * comes from the image, and marks are clipped to the disk's size.
+ * Bits at and after nr_bits are clear: bits_loaded clears them in what comes
+ * from the image, and marks are clipped to the disk's size.
  */
 
 #include <config.h>
@@ -34,12 +34,13 @@
 #include "bitmap/bits.h"
 #include "common/bytes.h"
 
-/* What the system may use for memory that is filled whole: thousands of
- * page faults less.  Elsewhere it is of no use, but does no harm.
+/* The size of pages that the system may use for memory that is filled whole,
+ * which saves thousands of page faults.  Elsewhere large pages are of no
+ * use, but do no harm.
  */
 #define LARGE_PAGE (UINT64_C (2) << 20)
 
-/* Arrays that are larger are mapped. */
+/* Larger arrays are mapped. */
 #define MAPPED_BYTES (UINT64_C (2) << 20)
 
 static void *
@@ -102,7 +103,7 @@ is_full (const struct bits *bits, uint64_t piece)
   return bits->full != NULL && (bits->full[piece / 64] >> (piece % 64) & 1);
 }
 
-/* A word, as it counts. */
+/* A word, with the bits of a full piece set. */
 static inline uint64_t
 load_word (const struct bits *bits, uint64_t w)
 {
@@ -172,7 +173,7 @@ bits_count (const struct bits *bits, uint64_t *bytes)
   return n;
 }
 
-/* The first populated piece at or after from, or nr_pieces. */
+/* The first populated piece at or after `from`, or nr_pieces. */
 static uint64_t
 next_populated (const struct bits *bits, uint64_t from)
 {
@@ -191,8 +192,8 @@ next_populated (const struct bits *bits, uint64_t from)
   return w * 64 + __builtin_ctzll (v);
 }
 
-/* The first word at or after w that may have a clear bit, where w begins
- * a piece; else w itself.
+/* The first word at or after w that may have a clear bit, if w begins a
+ * piece; else w itself.
  */
 static inline uint64_t
 skip_full_pieces (const struct bits *bits, uint64_t w)
@@ -235,8 +236,8 @@ bits_all_set_or_full (const struct bits *bits, uint64_t first, uint64_t last)
   return bits_next_clear (bits, first, last + 1) > last;
 }
 
-/* The first word at or after w that may have a set bit, where w begins
- * a piece; else w itself.
+/* The first word at or after w that may have a set bit, if w begins a piece;
+ * else w itself.
  */
 static inline uint64_t
 skip_clear_pieces (const struct bits *bits, uint64_t w)
@@ -245,8 +246,8 @@ skip_clear_pieces (const struct bits *bits, uint64_t w)
     ? w : next_populated (bits, w / PIECE_WORDS) * PIECE_WORDS;
 }
 
-/* A run ends where a bit differs from the one before it.  A word is
- * loaded once, and all such bits of it are found at once.
+/* A run ends where a bit differs from the one before it.  A word is loaded
+ * once, and all its run ends are found together.
  */
 size_t
 bits_runs (const struct bits *bits, uint64_t from, uint64_t end,

@@ -7,13 +7,12 @@
 #define DIRTY_BITMAP_BITS_H
 
 /* The bits of one bitmap in RAM: a flat array, a bit a granule, least
- * significant bit of a word first, so that on a little-endian machine
- * the words are the bytes of the image.  Memory of pieces without a set
- * bit is never touched, nor is that of pieces which the image says are
- * all ones.
+ * significant bit of a word first, so that on a little-endian machine the
+ * words are the bytes of the image.  The memory of a piece is not touched if
+ * the piece has no set bit, or if the image says that it is all ones.
  *
- * A piece is 512 bytes of bits: what a disk writes whole, and the unit
- * in which changes are remembered (changes.h).
+ * A piece is 512 bytes of bits: a disk writes it whole, and changes are
+ * remembered by piece (changes.h).
  */
 
 #include <stdatomic.h>
@@ -47,12 +46,12 @@ struct bits {
 extern int bits_init (struct bits *, uint64_t nr_bits);
 extern void bits_free (struct bits *);
 
-/* bits_all_set where there are full pieces. */
+/* bits_all_set, for bits that have full pieces. */
 extern bool bits_all_set_or_full (const struct bits *, uint64_t first,
                                   uint64_t last);
 
-/* Are all bits of [first, last] set?  first <= last < nr_bits.  Where
- * this says yes, what the threads that set them did before is visible.
+/* Are all bits of [first, last] set?  first <= last < nr_bits.  If this
+ * returns true, the caller sees what the threads that set them did before.
  */
 static inline bool
 bits_all_set (const struct bits *bits, uint64_t first, uint64_t last)
@@ -69,12 +68,12 @@ bits_all_set (const struct bits *bits, uint64_t first, uint64_t last)
   return bits->full != NULL && bits_all_set_or_full (bits, first, last);
 }
 
-/* Set the bits of [first, last], which lie in one piece.  Returns true
- * if this changed any.
+/* Set the bits of [first, last], which lie in one piece.  Returns true if
+ * any bit changed.
  */
 extern bool bits_set_in_piece (struct bits *, uint64_t first, uint64_t last);
 
-/* May a piece have a set bit?  While it is not so it has none. */
+/* May a piece have a set bit?  While this is false, it has none. */
 static inline bool
 bits_is_populated (const struct bits *bits, uint64_t piece)
 {
@@ -82,12 +81,12 @@ bits_is_populated (const struct bits *bits, uint64_t piece)
                                memory_order_acquire) >> (piece % 64) & 1;
 }
 
-/* The same of all pieces of [first, last]. */
+/* The same for all pieces of [first, last]. */
 extern bool bits_all_populated (const struct bits *, uint64_t first,
                                 uint64_t last);
 
-/* The first bit at or after from that is clear, or end if there is none
- * before end.
+/* The first clear bit at or after `from`, or end if there is none before
+ * end.
  */
 extern uint64_t bits_next_clear (const struct bits *, uint64_t from,
                                  uint64_t end);
@@ -95,35 +94,33 @@ extern uint64_t bits_next_clear (const struct bits *, uint64_t from,
 /* How many bits are set, and the bytes of memory that hold them. */
 extern uint64_t bits_count (const struct bits *, uint64_t *bytes);
 
-/* The runs of equal bits from from on, up to max of them (at least 1):
- * run k ends before bit ends[k] >> shift.  Returns how many there are; the
- * last of all ends at end.  *set says what the bits of the first run are;
- * the next are of the other kind in turn.  from < end <= nr_bits.
+/* The runs of equal bits from `from` on, up to max of them (at least 1): run
+ * k ends before bit ends[k] >> shift.  Returns how many there are; the last
+ * one ends at end.  *set says whether the bits of the first run are set; set
+ * and clear runs alternate.  from < end <= nr_bits.
  */
 extern size_t bits_runs (const struct bits *, uint64_t from, uint64_t end,
                          unsigned shift, uint64_t *ends, size_t max,
                          bool *set);
 
-/* As the image has it: copy words out as little-endian bytes.  The
- * words must lie inside the array.
+/* Copy words out as the image has them: little-endian bytes.  The words must
+ * lie inside the array.
  */
 extern void bits_copy_out (const struct bits *, void *buf,
                            uint64_t first_word, size_t nr_words);
 
-/* While nobody else has the bits: the bytes [offset, offset + count) of
- * the array, to be filled with what the image has there.  bits_loaded
- * is called when they have been.  Both multiples of 512.
+/* While no other thread has the bits: the bytes [offset, offset + count) of
+ * the array, for the caller to fill from the image.  The caller then calls
+ * bits_loaded.  Both numbers are multiples of 512.
  */
 extern void *bits_bytes (struct bits *, uint64_t offset);
 extern void bits_loaded (struct bits *, uint64_t offset, uint64_t count);
 
-/* All of these bytes will be filled: memory for them may come in large
- * pages.
- */
+/* All of these bytes will be filled: their memory may come in large pages. */
 extern void bits_expect (struct bits *, uint64_t offset, uint64_t count);
 
-/* The same, where all bits of these bytes are set in the image.  It takes
- * a bit a piece, once for the whole array.  -1 with errno ENOMEM.
+/* The same, if all bits of these bytes are set in the image.  This takes a
+ * bit a piece, once for the whole array.  -1 with errno ENOMEM.
  */
 extern int bits_fill (struct bits *, uint64_t offset, uint64_t count);
 

@@ -5,19 +5,19 @@
 
 /* Changed pieces.
  *
- * Why no change is lost: bits are set first, the flag after (release);
- * the taker clears the flag first (acquire) and reads the bits after.
- * Both touch the flag with an atomic exchange or fetch_or, never with a
- * load that could skip it, so one comes first.  If the flag was set
- * first the taker reads the bits; if it was cleared first the flag is
- * set again, and the next taker reads them.
+ * Why no change is lost: a mark sets the bits first and the flag after
+ * (release); the taker clears the flag first (acquire) and reads the bits
+ * after.  Both touch the flag with an atomic exchange or fetch_or, never
+ * with a load that could skip it, so one of them comes first.  If the mark
+ * comes first, the taker reads the bits.  If the taker comes first, the flag
+ * is set again, and the next taker reads them.
  *
- * The summary follows the same rule one level up: flag first, summary
- * bit after; the taker clears the summary first.  A summary bit whose
- * flags have been taken already may remain, and means nothing.
+ * The summary follows the same rule one level up: flag first, summary bit
+ * after; the taker clears the summary first.  A summary bit may remain after
+ * its flags have been taken, and then means nothing.
  *
- * What a take, forget or give back costs follows the number of changed
- * pieces, plus one word for every 2^24 granules.
+ * The cost of a take, forget or give back is proportional to the number of
+ * changed pieces, plus one word for every 2^24 granules.
  */
 
 #include <config.h>

@@ -8,9 +8,9 @@
 
 /* Which pieces of a bitmap have changed since they were last written.
  *
- * Marks flag pieces, from any thread.  One thread at a time (that of
- * the flush) takes all flags, writes the pieces taken, and then either
- * forgets them, since they are durable, or gives them back.
+ * Marks flag pieces, from any thread.  One thread at a time (the one that
+ * flushes) takes all flags, writes the taken pieces, and then either forgets
+ * them, if they are durable, or gives them back.
  */
 
 #include <stdatomic.h>
@@ -24,7 +24,7 @@ struct changes {
   _Atomic uint64_t *flags;
   _Atomic uint64_t *summary;
 
-  /* The same for pieces taken.  The taker's. */
+  /* The same for taken pieces.  Only the thread that took them uses these. */
   uint64_t *taken;
   uint64_t *taken_summary;
 };
@@ -33,14 +33,14 @@ struct changes {
 extern int changes_init (struct changes *, uint64_t nr_pieces);
 extern void changes_free (struct changes *);
 
-/* The piece's bits have changed.  Call it after they have. */
+/* The piece's bits have changed.  Call this after the change. */
 extern void changes_flag (struct changes *, uint64_t piece);
 
 /* Is any piece flagged?  Exact if no other thread flags. */
 extern bool changes_any (const struct changes *);
 
-/* Take all flags.  What had been set in a piece when it was flagged is
- * visible to the caller.
+/* Take all flags.  The caller sees the bits that were set in a piece before
+ * it was flagged.
  */
 extern void changes_take (struct changes *);
 

@@ -5,17 +5,17 @@
 
 /* New bitmaps.
  *
- * A directory is never extended in place.  The new one is written to
- * fresh clusters: the entries of the old one byte for byte as they are,
- * then the new ones, each with a table of its own in which all entries
- * are zero.  When all of it and its refcounts are durable the header is
- * pointed at it, in one step.  So after a crash the image has the old
- * directory or the new one, and at worst leaked clusters.  However many
- * bitmaps are missing, the directory is written once.
+ * A directory is never extended in place.  The new one is written to fresh
+ * clusters: the entries of the old one, byte for byte, then the new ones,
+ * each with a table of its own in which all entries are zero.  When all of
+ * this and its refcounts are durable, the header is pointed at it in one
+ * step.  So after a crash the image has the old directory or the new one,
+ * and at worst leaked clusters.  The directory is written once, however many
+ * bitmaps are missing.
  *
- * An error before the header is touched gives the clusters back.  After
- * an error while it is, nobody knows which directory the image has, and
- * both stay as they are.
+ * An error before the header is touched gives the clusters back.  After an
+ * error while it is written, it is unknown which directory the image has,
+ * and both stay as they are.
  */
 
 #include <config.h>
@@ -31,7 +31,7 @@
 #include "common/order.h"
 #include "common/report.h"
 
-/* What is about to be in the image. */
+/* What will be in the image. */
 struct creation {
   struct bitmap_set *set;
   struct bitmap **bitmaps;
@@ -39,7 +39,7 @@ struct creation {
   size_t nr_tables;             /* of bitmaps that have a table_offset */
   uint8_t *directory;
   size_t directory_bytes;
-  uint64_t directory_offset;    /* 0 while it has none */
+  uint64_t directory_offset;    /* 0 if it has none yet */
 };
 
 static uint64_t
@@ -56,7 +56,7 @@ granularity_of_new (const struct bitmap_set *set,
     : default_granularity (set);
 }
 
-/* Is the i-th required bitmap to be created (for the first time)? */
+/* Must the i-th required bitmap be created?  False for a repeated name. */
 static bool
 is_missing (const struct bitmap_set *set,
             const struct bitmap_options *options, size_t i)
@@ -122,7 +122,7 @@ clusters_of (const struct bitmap_set *set, uint64_t bytes)
   return div_round_up (bytes, set->geometry.cluster_size_bytes);
 }
 
-/* Write bytes, and zeroes to the end of their last cluster. */
+/* Write bytes, and zeroes up to the end of their last cluster. */
 static int
 write_clusters (struct bitmap_set *set, enum qcow2_class class,
                 const uint8_t *bytes, size_t count, uint64_t host_offset)
@@ -255,7 +255,7 @@ give_back (struct creation *c)
                    clusters_of (set, c->directory_bytes));
 }
 
-/* The header has the new directory: so does the set. */
+/* The header points to the new directory: the set takes it over. */
 static void
 adopt (struct creation *c)
 {

@@ -17,8 +17,8 @@
  *   reserve.c   space for what a mark will have to be written
  *   sync.c      from RAM to the image, and how it ceases to be in use
  *
- * The states and the invariants that mark.c and sync.c keep between
- * them are told here.
+ * The states and the invariants that mark.c and sync.c maintain together are
+ * described here.
  *
  * A bitmap that records is always in one of these states:
  *
@@ -26,10 +26,10 @@
  *            bitmap durably has every bit that RAM has
  *   IN_USE   in_use is durably set
  *   DOUBTFUL in_use may be found set or clear after a crash: it has been
- *            written, but not (or not successfully) been made durable.
- *            The image's bitmap durably has every bit that RAM has
- *   CLOSING  as IN_USE, for a moment within a flush in which no bits may
- *            be set
+ *            written, but not (or not successfully) been made durable.  The
+ *            image's bitmap durably has every bit that RAM has
+ *   CLOSING  as IN_USE, for a moment within a flush, while no bits may be
+ *            set
  *
  * (A) A bit is set in RAM only in a section of the set's grace in which
  *     IN_USE was read.  In the same section, after the bits, their
@@ -38,19 +38,19 @@
  *     grace period, with no piece flagged then, all pieces that were
  *     taken since durable, and no table entry pending.
  *
- * From these follows I3, and why a set bit need only be read.  By (A)
- * the bit was set while in_use was durable.  in_use has been cleared
- * since, if at all, by (B): the grace period waited for the section, so
- * the piece had been flagged; no flag remained, so it had been taken
- * after the bit was set, and what was taken is durable.
+ * From these follow I3, and that a set bit need only be read.  By (A) the
+ * bit was set while in_use was durable.  If in_use has been cleared since,
+ * it was by (B): the grace period waited for the section, so the piece had
+ * been flagged.  No flag remained, so the piece had been taken after the bit
+ * was set, and taken pieces are durable.
  *
- * Locks: state_lock of the set, and reserve_lock, of which no thread ever
- * holds both.  The flush hooks run under the flush lock of qcow2/ and take
- * them inside; marks take them alone; both call qcow2/ with one held,
- * which takes locks of its own inside, never the flush lock (of all that
- * qcow2/ offers only qcow2_flush and qcow2_stop take that, and no caller
- * of those holds one of ours).  A section never waits for anything, so a
- * thread that waits for a grace period may hold any lock; a section may be
+ * Locks: state_lock and reserve_lock of the set.  No thread ever holds both.
+ * The flush hooks run under the flush lock of qcow2/ and take either of them
+ * inside it.  Marks hold no other lock when they take one.  Both call qcow2/
+ * with one of them held.  qcow2/ then takes its own locks inside, but never
+ * the flush lock: only qcow2_flush and qcow2_stop take that, and their
+ * callers hold no lock of ours.  A section never waits for anything, so a
+ * thread that waits for a grace period may hold any lock.  A section may be
  * entered with state_lock held.
  */
 
@@ -74,35 +74,37 @@ enum bitmap_state { SYNCED, IN_USE, DOUBTFUL, CLOSING };
 /* A table entry that was changed in RAM and is not known to be durable. */
 struct pending_entry {
   uint32_t index;
-  bool attempted;               /* it may be in the image */
-  uint64_t old_entry;           /* what it was in RAM before */
-  uint64_t reserved;            /* of which it was made (reserve.c), or 0 */
+  bool attempted;               /* the entry may be in the image */
+  uint64_t old_entry;           /* its value in RAM before */
+  uint64_t reserved;            /* the cluster it was made of (reserve.c), or
+                                   0 */
 };
 
-/* A reserved cluster reads as zeroes: a flag beside its host offset. */
+/* A reserved cluster reads as zeroes: a flag stored with its host offset. */
 #define RESERVED_ZEROED UINT64_C (1)
 
 struct bitmap {
-  /* What marks read. */
+  /* Read by marks. */
   struct bits bits;
   unsigned shift;               /* log2 of the granularity */
   _Atomic enum bitmap_state state; /* changed under state_lock */
 
   char *name;
   uint32_t flags;               /* in the image when it was opened */
-  bool inconsistent;            /* found in use: no bits, not offered */
+  bool inconsistent;            /* found in use: no bits are loaded, not
+                                   offered */
   uint64_t entry_offset;        /* of the directory entry in the image */
 
-  /* Host offset and entries of the bitmap table.  The entries are as
-   * they shall be in the image, the pending ones included.  Only the flush
-   * changes them, with reserve_lock held.
+  /* Host offset and entries of the bitmap table.  The entries are those that
+   * the image shall have, including pending ones.  Only the flush changes
+   * them, with reserve_lock held.
    */
   uint64_t table_offset;
   uint32_t table_entries;
   uint64_t *table;
 
-  /* Protected by reserve_lock.  By table entry: the cluster that is
-   * reserved for it, with RESERVED_ZEROED or not, or 0.
+  /* Protected by reserve_lock.  For each table entry: the cluster that is
+   * reserved for it, with or without RESERVED_ZEROED, or 0.
    */
   uint64_t *reserved;
   uint32_t nr_reserved;
@@ -110,18 +112,18 @@ struct bitmap {
 
   struct changes changes;
 
-  /* The flush's: what it changed in the table. */
+  /* For the flush alone: its changes to the table. */
   struct pending_entry *pending;
   size_t nr_pending, max_pending;
-  bool settling;                /* pending was written by this flush */
+  bool settling;                /* this flush wrote the pending entries */
 
-  /* Protected by state_lock: this flush wrote in_use clear, and nobody
-   * has written it since.
+  /* Protected by state_lock: this flush wrote in_use clear, and the flags
+   * word has not been written since.
    */
   bool cleared;
 };
 
-/* What the image has of a bitmaps extension. */
+/* The state of the image's bitmaps extension. */
 enum bitmap_store {
   STORE_ABSENT,
   STORE_STALE,                  /* the autoclear bit is clear */
@@ -131,8 +133,8 @@ enum bitmap_store {
 
 enum sync_phase {
   SYNC_IDLE,
-  SYNC_DATA,                    /* what is taken may not be durable */
-  SYNC_REFERENCES,              /* what was taken is durable */
+  SYNC_DATA,                    /* taken pieces may not be durable */
+  SYNC_REFERENCES,              /* taken pieces are durable */
   SYNC_SETTLE,                  /* and so are the table entries */
 };
 
@@ -147,10 +149,10 @@ struct bitmap_set {
 
   enum bitmap_store store;
   struct bitmap_damage damage;  /* if STORE_DAMAGED or STORE_STALE */
-  uint64_t memory_bytes;        /* what the bitmaps may take, at the most,
+  uint64_t memory_bytes;        /* an upper bound of what the bitmaps take,
                                    by what the image says of them */
   bool is_backing;              /* of a backing file */
-  char *prefix;                 /* of messages, names the backing file */
+  char *prefix;                 /* of messages; names the backing file */
 
   /* In the order of the directory.  Fixed when bitmap_set_open returns,
    * as are the two lists that follow.
@@ -174,22 +176,22 @@ struct bitmap_set {
   pthread_mutex_t state_lock;   /* protects the bitmaps' states, and the
                                    flags words in the image */
   atomic_size_t nr_unsettled;   /* recording and not SYNCED */
-  char why[512];                /* bitmaps could not be stored by the last
-                                   flush, or empty; under state_lock */
-  bool told;                    /* a warning has said so; likewise */
+  char why[512];                /* the reason why the last flush could not
+                                   store bitmaps, or empty; under state_lock */
+  bool told;                    /* a warning was shown; under state_lock */
 
-  pthread_mutex_t reserve_lock; /* protects what is said to be so above */
+  pthread_mutex_t reserve_lock; /* protects the fields above that say so */
 
-  /* The flush's. */
+  /* For the flush alone. */
   struct qcow2_flush_hooks hooks;
   enum sync_phase phase;
-  bool left_out;                /* a bitmap, by this flush */
+  bool left_out;                /* this flush left out a bitmap */
   uint64_t sync_began, sync_bytes;
   tally syncs[2], syncs_ns[2], syncs_bytes[2]; /* failed, succeeded */
   uint8_t *buffer;
 };
 
-/* A granule's bit, and the last bit of a range. */
+/* The bit of the granule at offset, and the last bit of a range. */
 static inline uint64_t
 bitmap_first_bit (const struct bitmap *b, uint64_t offset)
 {
@@ -218,8 +220,8 @@ extern struct bitmap *bitmap_set_find (const struct bitmap_set *,
 extern uint64_t bitmap_set_nr_bits (const struct bitmap_set *,
                                     unsigned granularity_bits);
 
-/* Will clients be offered the bitmap of this name, if it is consistent?
- * If not, and the set is read-only, nobody needs its bits.
+/* Will clients be offered the bitmap of this name, if it is consistent?  If
+ * not, and the set is read-only, its bits are not needed.
  */
 extern bool bitmap_is_wanted (const struct bitmap_options *,
                               const char *name);
@@ -227,8 +229,8 @@ extern bool bitmap_is_wanted (const struct bitmap_options *,
 /* load.c: fill the set from the image, as far as it is sound. */
 extern void bitmap_load (struct bitmap_set *, const struct bitmap_options *);
 
-/* create.c: what is required and absent.  The first says whether it can
- * be created.
+/* create.c: create the required bitmaps that are absent.  The first function
+ * says whether they can be created.
  */
 extern int bitmap_create_check (const struct bitmap_set *,
                                 const struct bitmap_options *);
@@ -237,34 +239,34 @@ extern int bitmap_create_missing (struct bitmap_set *,
 
 /* mark.c */
 
-/* Change a state.  state_lock is held, or nobody else has the set. */
+/* Change a state.  state_lock is held, or no other thread has the set. */
 extern void bitmap_set_state (struct bitmap_set *, struct bitmap *,
                               enum bitmap_state);
 
-/* Write the flags word.  state_lock is held.  Sets the state to
- * DOUBTFUL, as it is whether this succeeds or not.
+/* Write the flags word.  state_lock is held.  Sets the state to DOUBTFUL,
+ * whether this succeeds or not.
  */
 extern int bitmap_write_flags (struct bitmap_set *, struct bitmap *,
                                bool in_use);
 
 /* reserve.c */
 
-/* For a bitmap that records, and its table. */
+/* For a bitmap that records, once its table is loaded. */
 extern int bitmap_reserve_init (struct bitmap *);
 extern void bitmap_reserve_free (struct bitmap *);
 
-/* Reserve what the bits of a range will need, as far as there is space.
- * No lock is held.
+/* Reserve the space that the bits of a range will need, as far as there is
+ * any.  No lock is held.
  */
 extern void bitmap_reserve (struct bitmap_set *, uint64_t offset,
                             uint64_t count);
 
-/* With reserve_lock held: see to it that a table entry can be written. */
+/* With reserve_lock held: make sure that a table entry can be written. */
 extern int bitmap_reserve_entry (struct bitmap_set *, struct bitmap *,
                                  uint32_t index);
 
-/* With reserve_lock held: what is reserved for a table entry, or 0, which
- * is the caller's now; and back.
+/* With reserve_lock held: take the cluster reserved for a table entry, or 0,
+ * for the caller; and give it back.
  */
 extern uint64_t bitmap_take_reserved (struct bitmap *, uint32_t index);
 extern void bitmap_keep_reserved (struct bitmap *, uint32_t index,

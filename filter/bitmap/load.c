@@ -5,22 +5,22 @@
 
 /* From the image to RAM.
  *
- * Everything that is read here may have been written by a stranger or
- * be damaged, and whatever it is, the disk is served (I7).  So this has
- * one outcome for all bitmaps together: they are sound, or they are
- * damaged as a whole, told in one message, and none is in the set.  One
- * that cannot be read, or has no room in RAM, counts as damaged.
+ * Everything that is read here is untrusted and may be damaged, and the disk
+ * is served in any case (I7).  So there is one outcome for all bitmaps
+ * together: they are sound, or they are damaged as a whole, which is
+ * reported in one message, and none is in the set.  A bitmap that cannot be
+ * read, or does not fit into RAM, counts as damaged.
  *
- * If they are damaged and the image is writable, an `auto` bitmap that
- * is not in use would go stale with our first write and still look
- * valid to the next who opens the image.  qcow2_distrust_bitmaps sees
- * to it.  The same is assumed of a directory that cannot be understood.
+ * If they are damaged and the image is writable, an `auto` bitmap that is
+ * not in use would go stale with our first write and still look valid to the
+ * next program that opens the image.  qcow2_distrust_bitmaps prevents that.
+ * A directory that cannot be parsed is assumed to have such bitmaps.
  *
- * Every cluster of a sound store is registered, so that two structures
- * that overlap are found, and no write can hit one.  Bitmaps that were
- * found in use come last, and as far as they are well formed: nothing
- * will ever be written to them, so their flaws harm nobody, and must not
- * take the sound bitmaps down with them.
+ * Every cluster of a sound store is registered, so that two structures that
+ * overlap are found, and no write can hit one.  Bitmaps that were found in
+ * use are registered last, and only as far as they are well formed: nothing
+ * will ever be written to them, so their flaws are harmless, and must not
+ * make the sound bitmaps unusable.
  */
 
 #include <config.h>
@@ -36,22 +36,24 @@
 #include "common/cleanup.h"
 #include "common/report.h"
 
-/* What memory is counted for besides bits: a cluster that is registered
- * (registry.c), tables that were outgrown included; and for each piece of
- * bits so many bits: populated and full, and those of changes.h.
+/* Memory that is counted besides bits: for each registered cluster
+ * (registry.c), including outgrown tables; and for each piece of bits so
+ * many bits: populated, full, and those of changes.h.
  */
 #define REGISTERED_BYTES UINT64_C (86)
 #define BITS_A_PIECE 5
 
-/* The most bytes that one read of bits asks for. */
+/* The most bytes that one read of bits covers. */
 #define MAX_READ_BYTES (UINT64_C (1) << 20)
 
-/* What has been registered, so that it can be taken back. */
+/* What has been registered, so that it can be unregistered. */
 struct registered {
   bool directory;
-  size_t tables;                /* consistent bitmaps whose table is */
-  size_t data_bitmaps;          /* ... all of whose data clusters are */
-  uint32_t data_entries;        /* ... and of the next bitmap's table */
+  size_t tables;                /* consistent bitmaps whose table is
+                                   registered */
+  size_t data_bitmaps;          /* bitmaps with all data clusters registered */
+  uint32_t data_entries;        /* table entries of the next bitmap whose data
+                                   clusters are */
 };
 
 static uint64_t
@@ -79,7 +81,7 @@ register_clusters (struct bitmap_set *set, enum qcow2_class class,
                         : "",
                         name ? "'" : "", offset,
                         errno == EEXIST ? "overlaps other metadata"
-                        : errno == ENOMEM ? "cannot be kept in mind"
+                        : errno == ENOMEM ? "does not fit into memory"
                         : "is not inside the image");
 }
 
@@ -103,7 +105,7 @@ read_table (struct bitmap_set *set, struct bitmap *b,
   return 0;
 }
 
-/* Read the table of a consistent bitmap, and look at each entry. */
+/* Read the table of a consistent bitmap, and check each entry. */
 static int
 load_table (struct bitmap_set *set, struct bitmap *b,
             struct bitmap_damage *damage)
@@ -156,7 +158,7 @@ nr_data_clusters (const struct bitmap *b)
   return n;
 }
 
-/* Register what can be of a bitmap that was found in use. */
+/* Register what is possible of a bitmap that was found in use. */
 static void
 register_inconsistent (struct bitmap_set *set, struct bitmap *b)
 {
@@ -210,7 +212,7 @@ unregister_all (struct bitmap_set *set, const struct registered *registered)
   }
 }
 
-/* Does anybody need the bits of a bitmap? */
+/* Are the bits of a bitmap needed? */
 static bool
 has_bits (const struct bitmap_set *set, const struct bitmap_options *options,
           const char *name, uint32_t flags)
@@ -219,9 +221,10 @@ has_bits (const struct bitmap_set *set, const struct bitmap_options *options,
     (!set->readonly || bitmap_is_wanted (options, name));
 }
 
-/* What the bitmaps of a directory take whatever their tables say: their
- * tables, which cost a sparse file nothing, and what is kept a bit a piece
- * (bits.h, changes.h).  At most an eighth of the memory.
+/* Check the memory that the bitmaps of a directory take whatever their
+ * tables say: for the tables, which cost nothing in a sparse file, and for
+ * what is kept for each piece (bits.h, changes.h).  At most an eighth of the
+ * memory.
  */
 static int
 check_fixed_memory (struct bitmap_set *set,
@@ -247,9 +250,9 @@ check_fixed_memory (struct bitmap_set *set,
   return 0;
 }
 
-/* The bits of all data clusters, of all bitmaps, and what is above, with
- * those of the images above, may take half of the memory.  What is all
- * zeroes or all ones takes nothing.
+/* The bits of all data clusters of all bitmaps, plus the memory checked
+ * above, plus both for the images above this one, may take half of the
+ * memory.  Clusters that are all zeroes or all ones take nothing.
  */
 static int
 check_memory (struct bitmap_set *set, const struct bitmap_options *options,
@@ -277,7 +280,7 @@ check_memory (struct bitmap_set *set, const struct bitmap_options *options,
   return 0;
 }
 
-/* Tell where the image has data for a stretch of the bits. */
+/* Tell bits.c where the image has data for a stretch of the bits. */
 static void
 expect_data (struct bitmap *b, uint64_t cluster_size)
 {
@@ -297,7 +300,7 @@ expect_data (struct bitmap *b, uint64_t cluster_size)
   }
 }
 
-/* Read the bits of a bitmap: contiguous data clusters at once. */
+/* Read the bits of a bitmap.  Contiguous data clusters are read together. */
 static int
 load_bits (struct bitmap_set *set, struct bitmap *b,
            struct bitmap_damage *damage)
@@ -367,7 +370,7 @@ load_directory (struct bitmap_set *set,
                                  damage);
 }
 
-/* Load the bitmaps of a directory that is sound. */
+/* Load the bitmaps of a sound directory. */
 static int
 load_bitmaps (struct bitmap_set *set,
               const struct bitmap_directory_entry *entries,

@@ -6,7 +6,7 @@
 /* Marking.
  *
  * internal.h has the states and the invariants.  There are three ways
- * through a mark, each taken only where the one before it cannot do:
+ * through a mark, each taken only if the previous one is not possible:
  *
  * - All bits are set in all recording bitmaps: they are only read.
  * - All bitmaps that lack a bit are IN_USE: the bits are set with
@@ -17,17 +17,17 @@
  *   in_use in between, however many flushes there are, and every mark
  *   ends after at most one barrier.
  *
- * Before any but the first, what the flush will need is reserved
- * (reserve.c).
+ * Before the second and the third way, the space that the flush will need is
+ * reserved (reserve.c).
  *
- * A mark of more than mark_bytes is made in parts, so that no section
- * is long: somebody may be waiting for its end.
+ * A mark of more than mark_bytes is made in parts, so that no section is
+ * long: a thread may be waiting for its end.
  *
  * Failure: if a flags word cannot be written, or the barrier fails, the
- * bitmaps tried are DOUBTFUL, no bit of this part has been set, and the
- * mark fails.  Bits of the parts before, and bitmaps in use with no
- * change to show for it, do no harm: the next flush writes the former
- * and clears the latter.
+ * bitmaps tried are DOUBTFUL, no bit of this part has been set, and the mark
+ * fails.  Bits of earlier parts, and bitmaps that are in use without a
+ * change, do no harm: the next flush writes the former and clears the
+ * latter.
  */
 
 #include <config.h>
@@ -57,8 +57,8 @@ bitmap_set_state (struct bitmap_set *set, struct bitmap *b,
   enum bitmap_state old = atomic_load (&b->state);
 
   assert ((next_states[old] & 1 << state) != 0);
-  /* Raise the count first, and lower it last: whoever finds it 0 may
-   * rely on it.
+  /* Raise the count first, and lower it last: a thread that finds it 0 may
+   * rely on that.
    */
   if (old == SYNCED && state != SYNCED)
     atomic_fetch_add (&set->nr_unsettled, 1);
@@ -106,8 +106,8 @@ set_bits (struct bitmap *b, uint64_t offset, uint64_t count)
   }
 }
 
-/* Set the bits in all bitmaps, or in none and return false if there is
- * one that is not IN_USE.
+/* Set the bits in all bitmaps.  If one of them is not IN_USE, set none and
+ * return false.
  */
 static bool
 mark_in_section (struct bitmap_set *set, uint64_t offset, uint64_t count)
@@ -131,8 +131,8 @@ mark_in_section (struct bitmap_set *set, uint64_t offset, uint64_t count)
 }
 
 /* Make every bitmap IN_USE that lacks a bit of the range.  state_lock is
- * held, so a bitmap that is not IN_USE gets no bits meanwhile, and the
- * two loops see the same ones.
+ * held, so a bitmap that is not IN_USE gets no bits meanwhile, and both
+ * loops see the same bitmaps.
  */
 static int
 make_in_use (struct bitmap_set *set, uint64_t offset, uint64_t count)
@@ -172,7 +172,7 @@ mark_part (struct bitmap_set *set, uint64_t offset, uint64_t count)
   if (make_in_use (set, offset, count) == -1)
     return -1;
   if (!mark_in_section (set, offset, count))
-    abort ();                   /* Only holders of the lock undo it. */
+    abort ();                   /* Only a holder of the lock can undo it. */
   return 0;
 }
 

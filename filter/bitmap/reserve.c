@@ -5,30 +5,31 @@
 
 /* Space for bits that a flush will write.
  *
- * The data clusters of a bitmap and their table entries are written by
- * the flush.  If it had to find the space, guest data might have taken the
- * last of it by then, and the bitmap could not be stored.  So a mark takes
- * it first: before the first bit of a cluster of bits is set, a cluster
- * is allocated; before the first bit of a piece is, zeroes are written to
- * the piece, and to those of its 4 KiB that have no bits either, since
- * they may lie in a hole (qcow2/holes.c); and so to the sector of the
- * table.  A cluster of which all bits will be set needs no data.
+ * The data clusters of a bitmap and their table entries are written by the
+ * flush.  If the flush had to find the space, guest data might have taken
+ * the last of it by then, and the bitmap could not be stored.  So a mark
+ * reserves it first.  Before the first bit of a cluster of bits is set, a
+ * cluster is allocated.  Before the first bit of a piece is set, zeroes are
+ * written to the piece, and to the other pieces of its 4 KiB that have no
+ * bits, since they may lie in a hole (qcow2/holes.c).  Zeroes are written to
+ * the sector of the table in the same way.  A cluster whose bits will all be
+ * set needs no data.
  *
- * Where a mark finds no space it goes on.  The bitmap is in use then, and
- * the flush tries again, with the table first.
+ * If a mark finds no space, it goes on.  The bitmap is in use then, and the
+ * flush tries again, with the table first.
  *
- * reserve_lock, the last of ours, is held here, and by the flush while it
- * writes the pieces of a cluster or changes table entries.  So:
+ * reserve_lock, the last of our locks, is held here, and by the flush while
+ * it writes the pieces of a cluster or changes table entries.  So:
  *
- * - What this writes zeroes to is zero in the image: a piece has no bits
- *   there while it is not populated in RAM, and the flush, which writes
- *   it only when it is, cannot come in between.
- * - A cluster that is reserved becomes the entry's in the flush that
- *   first writes bits to it, or is given back if the entry becomes all
- *   ones.  One that is not known to read as zeroes is written whole by
- *   that flush, whatever this has written to it, for that may be lost.
+ * - Zeroes are written only where the image has zeroes: a piece has no bits
+ *   there while it is not populated in RAM, and the flush, which writes only
+ *   populated pieces, cannot come in between.
+ * - The flush that first writes bits to a reserved cluster makes it the
+ *   entry's; if the entry becomes all ones, the cluster is given back.  A
+ *   cluster that is not known to read as zeroes is written whole by that
+ *   flush, since the zeroes written here may be lost.
  *
- * A crash leaks what is reserved, as it does all that is new.
+ * A crash leaks reserved clusters, like all new clusters.
  */
 
 #include <config.h>
@@ -48,11 +49,11 @@ bitmap_reserve_init (struct bitmap *b)
 {
   uint8_t *bytes = (uint8_t *) b->table;
 
-  /* Whatever the order of bytes, zero is zero. */
+  /* Zero is the same in any byte order. */
   b->table_holes = holes_in_table (bytes, 8 * (size_t) b->table_entries);
   if (b->table_holes == NULL)
     return -1;
-  /* Memory of entries that never have one is never touched. */
+  /* calloc, so that entries that never have a cluster cost no memory. */
   b->reserved = calloc (b->table_entries + UINT64_C (1), 8);
   if (b->reserved == NULL) {
     report_error ("calloc: %m");
@@ -114,8 +115,8 @@ reserve_cluster (struct bitmap_set *set, struct bitmap *b, uint32_t index)
     : write_zeroes (set, set->geometry.cluster_size_bytes, host);
 }
 
-/* See to it that the pieces of [first, last], all of one cluster, whose
- * place in the image is host_offset, have their space.
+/* Make sure that the pieces of [first, last], all of one cluster, which is
+ * at host_offset in the image, have their space.
  */
 static int
 reserve_pieces (struct bitmap_set *set, struct bitmap *b, uint64_t first,
@@ -166,12 +167,12 @@ reserve_in_cluster (struct bitmap_set *set, struct bitmap *b, uint32_t index,
   if (bitmap_reserve_entry (set, b, index) == -1)
     return -1;
   if (last - first + 1 == bits)
-    return 0;                   /* They will be all ones. */
+    return 0;                   /* The cluster's bits will be all ones. */
   if (entry == BITMAP_TABLE_ALL_ZEROES) {
     if (b->reserved[index] == 0 && reserve_cluster (set, b, index) == -1)
       return -1;
     if (!(b->reserved[index] & RESERVED_ZEROED))
-      return 0;                 /* All of it was written. */
+      return 0;                 /* The whole cluster was written. */
     host = b->reserved[index] & ~RESERVED_ZEROED;
   }
   return reserve_pieces (set, b, first / PIECE_BITS, last / PIECE_BITS, host);
@@ -207,7 +208,7 @@ bitmap_reserve (struct bitmap_set *set, uint64_t offset, uint64_t count)
     const uint64_t first = bitmap_first_bit (b, offset);
     const uint64_t last = bitmap_last_bit (b, offset, count);
 
-    /* Where there are bits this was done, or tried. */
+    /* Where there are bits, this was done or tried before. */
     if (bits_all_populated (&b->bits, first / PIECE_BITS, last / PIECE_BITS))
       continue;
     report_hold_begin (&hold);

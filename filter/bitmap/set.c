@@ -5,14 +5,13 @@
 
 /* The set of an image's bitmaps: opened, asked, and closed.
  *
- * Opening goes in three steps.  What the image has is loaded, and what
- * is wrong with it is said but harms nobody (load.c).  Then the options
- * are held against it: here something can be missing, and opening fails.
- * Last, unless this is only a check, what is missing and can be created
- * is (create.c).
+ * Opening goes in three steps.  The image's bitmaps are loaded; damage is
+ * reported, but does no harm (load.c).  Then they are compared with the
+ * options: if a bitmap is missing, opening may fail.  Last, unless this is
+ * only a check, missing bitmaps that can be created are created (create.c).
  *
- * Afterwards the set of bitmaps does not change, so readers take no
- * lock; what does change is in internal.h.
+ * Afterwards the set of bitmaps does not change, so readers take no lock.
+ * internal.h describes what does change.
  */
 
 #include <config.h>
@@ -137,9 +136,9 @@ is_unusable (const struct bitmap_set *set)
   return set->store == STORE_DAMAGED || set->store == STORE_STALE;
 }
 
-/* Is a bitmap of a backing file hidden by what is above it?  Whoever
- * asks for the name means the bitmap that was kept last, even if that
- * is of no use any more.
+/* Is a bitmap of a backing file hidden by an image above it?  A client that
+ * asks for the name means the bitmap that was kept last, even if that bitmap
+ * can no longer be used.
  */
 static bool
 is_hidden (const struct bitmap_options *options, const char *name)
@@ -177,10 +176,10 @@ check_exposed (const struct bitmap_set *set,
     if ((set->is_backing || options->has_backing) && !is_unusable (set))
       continue;
     if (set->store == STORE_DAMAGED || set->store == STORE_STALE)
-      report_error ("bitmap '%s' cannot be offered, the image's bitmaps "
+      report_error ("bitmap '%s' cannot be offered: the image's bitmaps "
                     "cannot be used: %s", name, set->damage.what);
     else
-      report_error ("bitmap '%s' cannot be offered, the image has no bitmap "
+      report_error ("bitmap '%s' cannot be offered: the image has no bitmap "
                     "of this name", name);
     errno = ENOENT;
     return -1;
@@ -204,7 +203,7 @@ warn_of_inconsistent (const struct bitmap_set *set,
   }
 }
 
-/* Which bitmaps record, and which are offered. */
+/* Determine which bitmaps record, and which are offered. */
 static int
 make_lists (struct bitmap_set *set, const struct bitmap_options *options)
 {
@@ -277,7 +276,7 @@ set_fill (struct bitmap_set *set, const struct bitmap_options *options)
   if (!options->check_only && bitmap_create_missing (set, options) == -1)
     return -1;
 
-  /* Only creation needed it. */
+  /* Only create.c needed it. */
   free (set->directory);
   set->directory = NULL;
   return make_lists (set, options);
@@ -286,7 +285,7 @@ set_fill (struct bitmap_set *set, const struct bitmap_options *options)
 struct bitmap_set *
 bitmap_set_open (struct qcow2 *image, const struct bitmap_options *options)
 {
-  /* The alignment keeps the counters of the grace apart. */
+  /* The alignment puts the grace's counters on cache lines of their own. */
   struct bitmap_set *set = aligned_alloc (_Alignof (struct bitmap_set),
                                           sizeof *set);
 

@@ -5,56 +5,57 @@
 
 /* From RAM to the image, within a flush.
  *
- * internal.h has the states and the invariants.  A flush that finds
- * every bitmap SYNCED does nothing.  Otherwise the hooks do, for the
+ * internal.h has the states and the invariants.  A flush that finds every
+ * bitmap SYNCED does nothing.  Otherwise the hooks do the following for the
  * bitmaps that record:
  *
- * data: waits for the marks under way, so that every bit that somebody
- * has seen set has its piece flagged; takes the flagged pieces; and
- * writes them, which in_use makes safe.  Where the table entry has a
- * data cluster the piece is written in place.  Where it is all zeroes the
- * cluster that the mark has reserved is taken, or one is allocated; it is
- * written whole unless it reads as zeroes, and the table entry becomes
- * pending.  Where the cluster's bits are all set now nothing is written
- * and the entry becomes all ones, which is pending too.
+ * data: waits for the marks under way, so that every bit that any thread has
+ * seen set has its piece flagged; takes the flagged pieces; and writes them,
+ * which in_use makes safe.  If the table entry has a data cluster, the piece
+ * is written in place.  If the entry is all zeroes, the cluster that the
+ * mark has reserved is taken, or one is allocated; it is written whole
+ * unless it reads as zeroes, and the table entry becomes pending.  If the
+ * cluster's bits are all set now, nothing is written and the entry becomes
+ * all ones, which is pending, too.
  *
- * references: what was taken is durable.  Pending entries are written.
- * Bitmaps that have none are closed: the state becomes CLOSING, marks
- * that were under way are waited for, and if no piece has been flagged
- * since data, in_use is cleared in the image, which leaves the bitmap
- * DOUBTFUL.  Otherwise it is IN_USE again, for the next flush to close.
+ * references: the taken pieces are durable.  Pending entries are written.
+ * Bitmaps that have none are closed: the state becomes CLOSING, and the hook
+ * waits for the marks under way.  If no piece has been flagged since data,
+ * in_use is cleared in the image, which leaves the bitmap DOUBTFUL.
+ * Otherwise the bitmap is IN_USE again, for the next flush to close.
  *
- * settle: the entries written are durable, so the clusters that they
- * replaced are released, and these bitmaps are closed now.
+ * settle: the written entries are durable, so the clusters that they
+ * replaced are released, and their bitmaps are closed now.
  *
  * done: the cleared flags are durable: DOUBTFUL becomes SYNCED, unless
  * a mark has written the flags again.
  *
  * What may fail, and what is true then:
  *
- * - Before references (refcounts, the first barrier): nothing in the
- *   image refers to anything new.  The bitmaps are IN_USE.  Pieces taken
- *   are flagged again, entries that became pending in this flush are
- *   undone, and their clusters reserved again.
+ * - Before references (refcounts, the first barrier): nothing in the image
+ *   refers to anything new.  The bitmaps are IN_USE.  Taken pieces are
+ *   flagged again, entries that became pending in this flush are undone, and
+ *   their clusters are reserved again.
  * - Writing a bitmap's pieces, or allocation: the same is done for this
- *   bitmap, which is left out of the flush.  The others are not.  So it is
- *   where its table entries cannot be written: they stay pending.
- * - In references, or at the barrier after it: pieces and new clusters
- *   are durable.  An entry may or may not be in the image, so old and
- *   new clusters both stay as they are, and the entry stays pending
- *   ("attempted"), to be written again.  While it is, changes go to the
- *   new cluster.  That bitmap is IN_USE.  A bitmap whose in_use was
- *   cleared, or tried to be, is DOUBTFUL: its bits are durable, a mark
- *   will set in_use again, and the next flush clears it again.
+ *   bitmap, which is left out of the flush.  The other bitmaps are not.  A
+ *   bitmap is also left out if its table entries cannot be written: they
+ *   stay pending.
+ * - In references, or at the barrier after it: pieces and new clusters are
+ *   durable.  An entry may or may not be in the image, so old and new
+ *   clusters both stay as they are, and the entry stays pending
+ *   ("attempted"), to be written again.  While the entry is pending, changes
+ *   go to the new cluster.  That bitmap is IN_USE.  A bitmap whose in_use
+ *   was cleared, successfully or not, is DOUBTFUL: its bits are durable, a
+ *   mark will set in_use again, and the next flush clears it again.
  * - In settle or after it: the same for the bitmaps closed there.
  *
- * What could not be done is remembered (why) until a flush has done it
- * all; guest data never wait for it.
+ * The reason for a failure is remembered (why) until a flush has stored
+ * everything.  Guest data never wait for that.
  *
- * Who has what: bitmap tables, pending entries and taken pieces belong
- * to the flush, of which qcow2/ runs one at a time; reserve.c looks at the
- * tables, so they are changed under reserve_lock.  States and flags
- * words are changed under state_lock.  Marks run all the while.
+ * Ownership: bitmap tables, pending entries and taken pieces belong to the
+ * flush; qcow2/ runs one flush at a time.  reserve.c reads the tables, so
+ * they are changed under reserve_lock.  States and flags words are changed
+ * under state_lock.  Marks may run at any time.
  */
 
 #include <config.h>
@@ -71,7 +72,7 @@
 #include "common/report.h"
 #include "common/vector.h"
 
-/* Change a table entry.  Room in pending was made. */
+/* Change a table entry.  The caller has made room in pending. */
 static void
 set_table_entry (struct bitmap *b, uint32_t index, uint64_t entry,
                  uint64_t reserved)
@@ -92,8 +93,8 @@ reserve_pending (struct bitmap *b)
   return 0;
 }
 
-/* Write the bytes [offset, offset + count) of the array of bits, and
- * zeroes where it ends, to a data cluster.
+/* Write the bytes [offset, offset + count) of the array of bits, and zeroes
+ * beyond its end, to a data cluster.
  */
 static int
 write_bits (struct bitmap_set *set, struct bitmap *b,
@@ -118,8 +119,8 @@ write_bits (struct bitmap_set *set, struct bitmap *b,
   return 0;
 }
 
-/* Is there nothing but ones in the cluster of bits?  Not if some of its
- * bits are beyond the end, which must be zero in the image.
+/* Are all bits of the cluster of bits ones?  Not if some of its bits are
+ * beyond the end, since those must be zero in the image.
  */
 static bool
 cluster_is_full (const struct bitmap_set *set, const struct bitmap *b,
@@ -143,8 +144,8 @@ fill_cluster (struct bitmap_set *set, struct bitmap *b, uint32_t index)
     qcow2_release (set->image, reserved & ~RESERVED_ZEROED, 1);
 }
 
-/* The entry, which is all zeroes, gets a data cluster.  *zeroed says
- * whether it reads as zeroes.
+/* Give a data cluster to the entry, which is all zeroes.  *zeroed says
+ * whether the cluster reads as zeroes.
  */
 static int
 new_cluster (struct bitmap_set *set, struct bitmap *b, uint32_t index,
@@ -163,7 +164,7 @@ new_cluster (struct bitmap_set *set, struct bitmap *b, uint32_t index,
 }
 
 /* Write the taken pieces of one cluster of bits.  piece is the first of
- * them, end the end of the cluster's.
+ * them, end the end of the cluster's pieces.
  */
 static int
 write_cluster (struct bitmap_set *set, struct bitmap *b, uint32_t index,
@@ -188,7 +189,7 @@ write_cluster (struct bitmap_set *set, struct bitmap *b, uint32_t index,
   if (b->table[index] == BITMAP_TABLE_ALL_ZEROES) {
     if (new_cluster (set, b, index, &zeroed) == -1)
       return -1;
-    /* Pieces that are not taken have no bits yet. */
+    /* Pieces that were not taken have no bits yet. */
     if (!zeroed)
       return write_bits (set, b, cluster_start, cluster_size,
                          b->table[index]);
@@ -227,8 +228,8 @@ write_taken (struct bitmap_set *set, struct bitmap *b)
   return 0;
 }
 
-/* Undo what was not attempted, latest first: an entry may have changed
- * once before, in a flush that failed later than this one.
+/* Undo the changes that were not attempted, latest first: an entry may have
+ * changed once before, in a flush that failed at a later step than this one.
  */
 static void
 undo_pending (struct bitmap_set *set, struct bitmap *b)
@@ -239,7 +240,7 @@ undo_pending (struct bitmap_set *set, struct bitmap *b)
 
     if (p->attempted)
       break;
-    /* What was written to it are bits that will be written again. */
+    /* The bits written to it will be written again. */
     if (p->reserved != 0)
       bitmap_keep_reserved (b, p->index, p->reserved);
     b->table[p->index] = p->old_entry;
@@ -247,7 +248,7 @@ undo_pending (struct bitmap_set *set, struct bitmap *b)
   }
 }
 
-/* A bitmap, or more, cannot be stored by this flush. */
+/* This flush cannot store one or more bitmaps. */
 static void
 note_left_out (struct bitmap_set *set, const struct report_hold *hold)
 {
@@ -257,7 +258,7 @@ note_left_out (struct bitmap_set *set, const struct report_hold *hold)
             hold->any ? hold->text : "no reason");
 }
 
-/* Returns 1 if it was left out for want of space. */
+/* Returns 1 if the bitmap was left out for lack of space. */
 static int
 write_data (struct bitmap_set *set, struct bitmap *b)
 {
@@ -297,10 +298,10 @@ sync_data (void *opaque)
   return r;
 }
 
-/* Write the pending entries, and what lies between two that are near,
- * which the image has already; but no sector in which there is none, which
- * may be a hole.  Pieces are taken in ascending order, so entries are too,
- * but for those left from a flush that failed.
+/* Write the pending entries, and the entries between two that are near,
+ * which the image has already; but no sector without pending entries, since
+ * it may be a hole.  Pieces are taken in ascending order, so entries are
+ * too, except for those left from a flush that failed.
  */
 static int
 write_pending (struct bitmap_set *set, struct bitmap *b)
@@ -329,8 +330,8 @@ write_pending (struct bitmap_set *set, struct bitmap *b)
   return 0;
 }
 
-/* Begin to close: IN_USE becomes CLOSING where nothing seems to keep the
- * bitmap from being closed.
+/* Begin to close: IN_USE becomes CLOSING, if nothing seems to prevent
+ * closing the bitmap.
  */
 static bool
 begin_closing (struct bitmap_set *set, bool settling)
@@ -350,8 +351,8 @@ begin_closing (struct bitmap_set *set, bool settling)
   return any;
 }
 
-/* Close the bitmaps that can be: those which had (settling) or had not
- * table entries to write.  Returns 1 if it wrote anything.
+/* Close the bitmaps that can be closed: those that had (settling), or had
+ * not, table entries to write.  Returns 1 if it wrote anything.
  */
 static int
 close_bitmaps (struct bitmap_set *set, bool settling)
@@ -384,7 +385,7 @@ close_bitmaps (struct bitmap_set *set, bool settling)
   return r;
 }
 
-/* The same; what fails is remembered. */
+/* The same; a failure is remembered. */
 static int
 try_to_close (struct bitmap_set *set, bool settling)
 {
@@ -425,7 +426,7 @@ sync_references (void *opaque)
     return 0;
   set->phase = SYNC_REFERENCES;
 
-  /* From here on nothing is undone, so all of it has to be said before
+  /* From here on nothing is undone, so all of this has to be noted before
    * anything can fail.
    */
   for (size_t i = 0; i < set->nr_recording; ++i) {
