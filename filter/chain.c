@@ -5,23 +5,23 @@
 
 /* How this works
  *
- * From the image downward, the names in the headers are followed, each
- * file is opened, locked, and its format found out; then, from the last
- * one upward, the images are opened, since each wants the one below.
+ * From the image downward, this follows the names in the headers, opens and
+ * locks each file, and determines its format.  Then it opens the images,
+ * from the last one upward, since each needs the one below.
  *
  * Names are followed only to where they may lead (reference.c): to the
- * image's own folder (that of the path which the user gave), or where
+ * image's own folder (that of the path the user gave), or to folders that
  * the user allowed.  An image on a block device has no folder of its own:
  * every disk of the machine would be in it.  No file is used twice, which
  * also ends every cycle.
  *
- * Where the header does not say which format a backing file has, QEMU
- * looks at its first bytes.  These may be what a guest wrote into a raw
- * file that was once its disk: it then looks like an image with names of
- * the guest's choice.  QEMU creates no such images any more.  So this is
- * good enough for looking at one (-r), as QEMU would, but not for
- * writing.  What looks like any format that QEMU would find, but is not
- * served here, is never taken for raw.
+ * Where the header does not say which format a backing file has, QEMU looks
+ * at its first bytes.  A guest may have written these, into a raw file that
+ * was once its disk: it then looks like an image with names of the guest's
+ * choice.  QEMU no longer creates headers that do not name the format.  So
+ * probing is good enough for reading an image (-r), as QEMU would, but not
+ * for writing.  A file that looks like any format that QEMU recognises, but
+ * that is not supported here, is never taken for raw.
  */
 
 #include <config.h>
@@ -46,7 +46,7 @@
 #include "qcow2/qcow2.h"
 #include "reference.h"
 
-/* Bounds for what a stranger can make us open, and keep in memory. */
+/* Limits on what an untrusted image can make us open and keep in memory. */
 #define MAX_BACKING_FILES 200
 #define MAX_TABLES_BYTES (UINT64_C (512) << 20)
 
@@ -59,13 +59,13 @@ struct chain_file {
   struct container *container;
 };
 
-/* A backing file, and what is kept of the image itself. */
+/* A backing file, or what is kept of the image itself. */
 struct chain_image {
   struct chain_file file;       /* of the image itself: the path alone */
   bool is_raw;
   struct qcow2_references references;
   struct chain_file data;       /* if the references have one */
-  struct qcow2 *qcow2;          /* not of the image itself, nor if raw */
+  struct qcow2 *qcow2;          /* NULL for the image itself, and if raw */
 };
 
 struct chain {
@@ -75,11 +75,11 @@ struct chain {
   struct chain_image *image;    /* the image itself, then its backing file
                                    and so on */
   size_t nr_images;
-  struct disk_backing *backing; /* those of them that are qcow2 */
+  struct disk_backing *backing; /* those images that are qcow2 */
   size_t nr_backing;
 };
 
-/* What the image itself is called in messages. */
+/* The image's name in messages. */
 static const char *
 name_of (const struct chain_image *i)
 {
@@ -99,7 +99,7 @@ same_file (const struct stat *s, dev_t dev, ino_t ino)
   return s->st_dev == dev && s->st_ino == ino;
 }
 
-/* Which image uses the file already?  NULL if none. */
+/* Which image already uses the file?  NULL if none. */
 static const struct chain_image *
 find_user (const struct chain *chain, const struct stat *s)
 {
@@ -126,7 +126,7 @@ close_file (struct chain_file *f)
   free (f->path);
 }
 
-/* Open the file at path, which becomes f's whatever is returned. */
+/* Open the file at path.  f owns it, whatever this returns. */
 static int
 open_file (const struct chain *chain, const struct chain_image *of,
            char *path, const char *role, bool writable,
@@ -147,8 +147,8 @@ open_file (const struct chain *chain, const struct chain_image *of,
     return -1;
   user = find_user (chain, &statbuf);
   if (user != NULL) {
-    report_error ("%s: the %s '%s' is in use already, by or as '%s' of the "
-                  "same chain", name_of (of), role, path, name_of (user));
+    report_error ("%s: the %s '%s' is in use already in the same chain, by or "
+                  "as '%s'", name_of (of), role, path, name_of (user));
     return invalid (ELOOP);
   }
   f->dev = statbuf.st_dev;
@@ -168,7 +168,7 @@ open_file (const struct chain *chain, const struct chain_image *of,
   return 0;
 }
 
-/* Only done if there is something to be opened. */
+/* Called only if there is a file to open. */
 static int
 find_own_folder (struct chain *chain)
 {
@@ -210,13 +210,14 @@ open_data_file (struct chain *chain)
                   "does not name it", name_of (image));
     return invalid (EINVAL);
   }
-  /* Else there would be guest data that the image does not refer to,
-   * in place of those that it does.
+  /* Otherwise there would be guest data that the image does not refer to, in
+   * place of those that it does.
    */
   if (writable && chain->options->holds_writes) {
     report_error ("%s: the image has an external data file, which would be "
                   "written, while a filter keeps what is written to the "
-                  "image: serve it read-only (-r)", name_of (image));
+                  "image elsewhere: serve it read-only (-r)",
+                  name_of (image));
     return invalid (EINVAL);
   }
   path = reference_resolve (image->file.path, r->data_file_name, "data file",
@@ -228,7 +229,7 @@ open_data_file (struct chain *chain)
   return open_file (chain, image, path, "data file", writable, &image->data);
 }
 
-/* What is known of the format of a backing file, from its first bytes. */
+/* The format of a backing file according to its first bytes. */
 static const char *
 probe (const struct chain_file *f, const char *role)
 {
@@ -241,8 +242,8 @@ probe (const struct chain_file *f, const char *role)
   return probe_format (first, container_size (f->container), f->path);
 }
 
-/* The format is not given.  -1, with the reason reported, if that must
- * not be.
+/* The header does not name the format.  -1, with the reason reported, if
+ * that is not allowed.
  */
 static int
 guess_format (const struct chain *chain, const struct chain_image *of,
@@ -263,7 +264,7 @@ guess_format (const struct chain *chain, const struct chain_image *of,
     report_error ("%s: the header does not say which format the backing file "
                   "'%s' has (it looks like %s), so the image can only be "
                   "served read-only (-r); if that is its format, "
-                  "qemu-img rebase -u -b '%s' -F %s '%s' says so",
+                  "record it with qemu-img rebase -u -b '%s' -F %s '%s'",
                   name_of (of), f->path, *format, name, *format,
                   of->file.path != NULL ? of->file.path : "IMAGE");
     return invalid (EPERM);
@@ -292,7 +293,7 @@ find_format (const struct chain *chain, const struct chain_image *of,
   return 0;
 }
 
-/* Make room for another image, which is all empty. */
+/* Add another image, with all fields empty. */
 static struct chain_image *
 add_image (struct chain *chain)
 {
@@ -374,7 +375,7 @@ follow (struct chain *chain, struct container *c)
   }
 }
 
-/* What provides what image i does not have. */
+/* The layer that provides what image i does not have. */
 static struct qcow2_layer
 layer_below (const struct chain *chain, size_t i)
 {
@@ -391,9 +392,9 @@ layer_below (const struct chain *chain, size_t i)
   return layer;
 }
 
-/* Open the images, the last one first.  All backing files together have
- * half as much memory for their tables as the image itself: what they
- * map is never more than what it maps, but none of it is ever dirty.
+/* Open the images, the last one first.  All backing files together have half
+ * as much memory for their tables as the image itself: they map no more than
+ * the image does, and their tables are never dirty.
  */
 static int
 open_images (struct chain *chain)

@@ -19,14 +19,15 @@ struct container;
 struct disk_options;
 
 struct chain_options {
-  bool readonly;                /* the image is served so */
-  bool holds_writes;            /* what is written to it is kept elsewhere */
+  bool readonly;                /* the image is served read-only */
+  bool holds_writes;            /* a filter keeps what is written to the
+                                   image elsewhere */
   const char *path;             /* of the image, absolute; NULL if it is not
                                    a local file */
   int fd;                       /* of the image, or -1 */
 
-  /* Folders that the files may be in, besides the image's own: true
-   * paths, as of realpath.
+  /* Folders that the files may be in, besides the image's own: true paths,
+   * as from realpath.
    */
   const char *const *allowed;
   size_t nr_allowed;
@@ -45,7 +46,7 @@ extern struct chain *chain_open (struct container *image,
 /* Close all of it, after what used it. */
 extern void chain_close (struct chain *);
 
-/* Fill in what the disk has to know of it.  The chain keeps it. */
+/* Fill in what the disk has to know about the chain.  The chain keeps it. */
 extern void chain_give (const struct chain *, struct disk_options *);
 
 #endif /* DIRTY_BITMAP_CHAIN_H */

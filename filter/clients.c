@@ -5,25 +5,23 @@
 
 /* How this works
  *
- * Where nbdkit's own server answers the clients, these are its
- * callbacks.  All connections have the same disk, and the plugin below
- * was opened once for all of them: so open never calls next, next is
- * NULL in every callback, and every callback has to be here, since the
- * default of a missing one would use next.  What a connection is to is
- * decided in open, by the name that the client gave.
+ * If nbdkit's own server answers the clients, these are its callbacks.  All
+ * connections share one disk, and the plugin below was opened once for all
+ * of them.  So open never calls next, next is NULL in every callback, and
+ * every callback has to be defined here, since the default of a missing one
+ * would use next.  open chooses the export by the name that the client gave.
  *
- * nbdkit calls back from connections that it still accepts while it
- * ends, and from requests that a worker began just before the end.  So
- * every use of the disk goes through a gate: it is counted, and once the
- * gate is closed nobody enters it.  The counter is raised before the
- * gate is looked at, and the gate is closed before the counter is looked
- * at, both sequentially consistent: when a closed gate's counter is 0,
- * nobody is inside and nobody will be.
+ * nbdkit calls back from connections that it still accepts while it ends,
+ * and from requests that a worker began just before the end.  So every use
+ * of the disk goes through a gate: it is counted, and once the gate is
+ * closed no thread enters it.  A thread raises the counter before it reads
+ * the gate, and the gate is closed before the counter is read, both
+ * sequentially consistent: when a closed gate's counter is 0, no thread is
+ * inside and none will be.
  *
- * A client that goes may be the reason for nbdkit to quit (stop.c), so
- * what it has written may have to be stored in finalize.  That is outside
- * of the gate: the thread that stores it may be waiting for the
- * gate.
+ * nbdkit may quit because a client disconnects (stop.c), so what the client
+ * has written may have to be stored in finalize.  That is done outside the
+ * gate: the thread that stores it may be waiting for the gate.
  */
 
 #include <config.h>
@@ -41,8 +39,8 @@
 #include "disk/disk.h"
 #include "stats/stats.h"
 
-/* nbdkit takes 64 MiB, but qemu's servers, and ours, take this much:
- * clients see the same whoever answers.
+/* nbdkit allows 64 MiB, but qemu's servers, and ours, allow this much:
+ * clients see the same limit, whichever server answers.
  */
 #define MAX_BLOCK_SIZE ((uint32_t) 32 << 20)
 
@@ -54,7 +52,7 @@ static struct {
   struct export_options exports;
   bool is_rotational;
   struct stats *stats;          /* or NULL */
-  void (*store) (void);         /* when a client goes, or NULL */
+  void (*store) (void);         /* called when a client disconnects, or NULL */
   atomic_bool closed;           /* the gate */
   atomic_long in_flight;
 } gate;
@@ -71,7 +69,7 @@ enter (int *err)
   return NULL;
 }
 
-/* Leave with the result of a call of the disk. */
+/* Leave the gate with the result of a call of the disk. */
 static int
 leave (int r, int *err)
 {
@@ -87,7 +85,7 @@ clients_count (struct stats *stats)
   gate.stats = stats;
 }
 
-/* Leave with the result of a request, and count it. */
+/* Leave the gate with the result of a request, and count it. */
 static int
 leave_request (int r, int *err, uint64_t began, enum stats_command command,
                uint64_t count)
@@ -148,7 +146,7 @@ list_exports_of_disk (nbdkit_next_list_exports *next, nbdkit_backend *nxdata,
   return r;
 }
 
-/* The empty name is one as any other: open says whether it is known. */
+/* The empty name is like any other: open decides whether it is known. */
 static const char *
 default_export (nbdkit_next_default_export *next, nbdkit_backend *nxdata,
                 int readonly, int is_tls)
@@ -334,9 +332,9 @@ read_export (struct disk *disk, const struct export *export, void *buf,
     : disk_read (disk, buf, count, offset);
 }
 
-/* Read, by calls that ask for READING_AT_ONCE together with those of all
- * requests under way (but each for MIN_READ): what storage is in the middle
- * of when nbdkit is told to end has to be waited for (disk_hurry), and
+/* Read, in calls of such a size that all requests under way together ask for
+ * READING_AT_ONCE (but each call for at least MIN_READ): when nbdkit is told
+ * to end, the storage has to finish the calls under way (disk_hurry), and
  * nbdkit has 16 threads for each client.
  */
 static int
@@ -445,10 +443,10 @@ get_extent (struct disk *disk, const struct export *export, uint64_t offset,
   return disk_extent (disk, offset, end, length, flags);
 }
 
-/* Add the extents of [offset, end) and nothing beyond: nbdkit before
- * 1.44 aborts on some that go further.  nbdkit's flags are NBD's, and
- * it merges neighbours, and where they are too many ends its reply early,
- * which is what is right for a delta too (build_delta of nbd/).
+/* Add the extents of [offset, end) and nothing beyond: nbdkit before 1.44
+ * aborts on some that go further.  nbdkit's flags are NBD's, and it merges
+ * neighbours.  If there are too many extents it ends its reply early, which
+ * is also right for a delta (build_delta of nbd/).
  */
 static int
 add_extents (struct disk *disk, const struct export *export, uint64_t offset,

@@ -17,25 +17,27 @@
 struct disk;
 struct stats;
 
-/* Count what clients will ask for, if stats is not NULL. */
+/* Count the clients' requests, if stats is not NULL. */
 extern void clients_count (struct stats *);
 
-/* From now on requests are answered from the disk.  The strings of the
- * options outlive the clients.
+/* From now on answer requests from the disk.  The strings of the options
+ * outlive the clients.
  */
 extern void clients_start (struct disk *, const struct export_options *,
                            bool is_rotational);
 
-/* Call store when a client goes, before the filters above learn of it. */
+/* Call store when a client disconnects, before the filters above learn of
+ * it.
+ */
 extern void clients_store_when_left (void (*store) (void));
 
-/* From now on requests and new connections are refused.  Those under
- * way go on.
+/* From now on refuse requests and new connections.  Requests under way go
+ * on.
  */
 extern void clients_refuse (void);
 
-/* How many requests are under way?  When they are refused and it is 0, the
- * disk is not used any more.
+/* How many requests are under way?  Once requests are refused and this is 0,
+ * the disk is no longer used.
  */
 extern long clients_in_flight (void);
 

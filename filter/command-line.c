@@ -5,29 +5,29 @@
 
 /* How this works
  *
- * nbdkit tells a filter about -r when a client connects, and about TLS,
- * the handshake, -s and the other filters not at all.  We have to know
- * before nbdkit becomes a daemon, since an error is silent afterwards:
- * so the command line is read again from /proc/self/cmdline (nbdkit
- * takes care not to change it) and parsed the way that nbdkit does.
+ * nbdkit tells a filter about -r only when a client connects, and never
+ * about TLS, the handshake, -s and the other filters.  We have to know
+ * before nbdkit becomes a daemon, since an error is not seen afterwards.  So
+ * the command line is read again from /proc/self/cmdline (nbdkit takes care
+ * not to change it) and parsed in the same way as in nbdkit.
  *
- * The rules (abbreviations, permutation, POSIXLY_CORRECT, "--") are
- * those of getopt_long, and so it is getopt_long that is called; nbdkit
- * has finished with it when it calls filters.  The table has all
- * options of nbdkit 1.32 to 1.48.  None of the newer ones gives another
- * meaning to an abbreviation that an older nbdkit accepts.
- * --tls-priority is in it for each version, and "tls-p" for what --tls-p
- * abbreviates in one that does not have that.
+ * The rules (abbreviations, permutation, POSIXLY_CORRECT, "--") are those of
+ * getopt_long, so this calls getopt_long; nbdkit has finished with it when
+ * it calls filters.  The table has all options of nbdkit 1.32 to 1.48.  None
+ * of the newer options changes the meaning of an abbreviation that an older
+ * nbdkit accepts.  --tls-priority is in the table for every version.
+ * "tls-p" is there for what --tls-p abbreviates in a version without
+ * --tls-priority.
  *
  * An option that the table does not have is no error, since nbdkit has
- * accepted it, but then our server does not stand in: what was asked for
- * is unknown.  Where its value is given with "=", or it has none, all
- * else is understood nevertheless.  But whether it has one cannot be
- * seen: in "--new -r" the -r may be the value.  So the command line is
- * ambiguous then (also after an unknown letter), and what would do harm
- * if it were wrong is not taken from it: the disk is read-only if any
- * argument looks like a -r, and the filters and the plugin are found
- * among the objects that are loaded (loaded-objects.c).
+ * accepted it, but then our server does not stand in: what the user asked
+ * for is unknown.  If the option's value is given with "=", everything else
+ * is still understood.  Otherwise it is unknown whether it has a value: in
+ * "--new -r" the -r may be the value.  Then the command line is ambiguous
+ * (also after an unknown letter), and nothing is taken from it that would do
+ * harm if it were wrong: the disk is read-only if any argument looks like a
+ * -r, and the filters and the plugin are found among the loaded objects
+ * (loaded-objects.c).
  */
 
 #include <config.h>
@@ -49,7 +49,7 @@
 
 /* Options without a short form. */
 enum {
-  OTHER_OPTION = 256,           /* takes nothing away from anyone */
+  OTHER_OPTION = 256,           /* disables no feature of nbdkit's */
   EXIT_WITH_PARENT_OPTION,
   FILTER_OPTION,
   LOG_OPTION,
@@ -69,9 +69,9 @@ enum {
 
 static const char short_options[] = "46D:e:fg:i:nop:P:rst:u:U:vV";
 
-/* getopt_long takes two names with the same value for one option, and
- * so accepts abbreviations of them (--dump) that nbdkit refuses as
- * ambiguous.  That is harmless: nbdkit was first.
+/* getopt_long takes two names with the same value for one option, so it
+ * accepts abbreviations of them (--dump) that nbdkit refuses as ambiguous.
+ * That is harmless: nbdkit has parsed them before.
  */
 static const struct option long_options[] = {
   { "debug", required_argument, NULL, 'D' },
@@ -136,15 +136,15 @@ static const struct option long_options[] = {
   { NULL, 0, NULL, 0 },
 };
 
-/* What the options say of the protocol server.  For each the last one
- * on the command line counts, as for nbdkit.
+/* What the options say about the protocol server.  As in nbdkit, the last
+ * one on the command line counts.
  */
 struct server_options {
   bool oldstyle, no_sr, no_meta_contexts, strange_timeout, run, foreground;
   unsigned long handshake_mask;
 };
 
-/* The values that nbdkit_parse_bool takes for false. */
+/* The values that mean false to nbdkit_parse_bool. */
 static bool
 is_false (const char *s)
 {
@@ -157,7 +157,7 @@ is_false (const char *s)
   return false;
 }
 
-/* nbdkit has checked that it is one of the words that it knows. */
+/* nbdkit has checked that s is one of its words. */
 static enum tls_mode
 parse_tls_mode (const char *s)
 {
@@ -175,7 +175,7 @@ server_feature (const struct server_options *o)
 {
   if (o->oldstyle)
     return "the oldstyle protocol was asked for";
-  /* Fixed newstyle and no-zeroes, the only two flags that there are. */
+  /* Fixed newstyle and no-zeroes, the only two flags. */
   if ((o->handshake_mask & 3) != 3)
     return "--mask-handshake was given";
   if (o->no_sr)
@@ -187,7 +187,7 @@ server_feature (const struct server_options *o)
   return NULL;
 }
 
-/* A delay as nbdkit_parse_delay takes it, which nbdkit 1.32 lacks: in
+/* A delay in the syntax of nbdkit_parse_delay, which nbdkit 1.32 lacks: in
  * seconds, or with a unit.  The result is rounded up to whole seconds.
  */
 static bool
@@ -267,8 +267,8 @@ take_option (struct command_line *cl, struct server_options *o,
   }
 }
 
-/* getopt_long does not know the option that it has just passed.  If it
- * was a long one, it is the argument before optind, which has moved on.
+/* getopt_long does not know the option that it has just passed.  If that was
+ * a long one, it is the argument before optind, which has moved on.
  */
 static void
 note_unknown (struct command_line *cl, char **argv, int previous_optind)
@@ -288,7 +288,7 @@ note_unknown (struct command_line *cl, char **argv, int previous_optind)
     snprintf (cl->unknown_option, sizeof cl->unknown_option, "-%c", optopt);
 }
 
-/* Call getopt_long for all arguments, and put its variables back. */
+/* Call getopt_long for all arguments, and restore its variables. */
 static void
 take_options (struct command_line *cl, struct server_options *o,
               int argc, char **argv)
@@ -336,8 +336,8 @@ may_be_readonly (const char *arg)
   return false;
 }
 
-/* If there is an option that is not in the table: our server must not
- * stand in, and nothing may be written if that was forbidden.
+/* If there is an option that is not in the table: our server must not stand
+ * in, and nothing may be written if -r may have been given.
  */
 static void
 mind_unknown (struct command_line *cl, int argc, char **argv)
@@ -382,7 +382,7 @@ command_line_parse (struct command_line *cl, int argc, char **argv)
   return 0;
 }
 
-/* Read a file of /proc, which has no size.  A NUL is put after it. */
+/* Read a file of /proc, whose size is not known.  Adds a NUL after it. */
 static char *
 read_proc_file (const char *path, size_t *len)
 {
@@ -481,8 +481,8 @@ command_line_nr_activated (void)
   CLEANUP_FREE char *environment = NULL;
   size_t len;
 
-  /* nbdkit has unset the variables by now, but this is the environment
-   * that the process was started with.
+  /* nbdkit has unset the variables by now, but this is the environment that
+   * the process was started with.
    */
   environment = read_proc_file ("/proc/self/environ", &len);
   if (environment == NULL)

@@ -12,7 +12,7 @@
 #include <stddef.h>
 
 /* What the --tls options ask for.  nbdkit's TLS is "on" if none is given,
- * which comes to nothing where there are neither keys nor certificates.
+ * which has no effect if there are neither keys nor certificates.
  */
 enum tls_mode { TLS_ON, TLS_OFF, TLS_REQUIRE };
 
@@ -25,13 +25,14 @@ struct command_line_tls {
 };
 
 struct command_line {
-  bool readonly;                /* -r; or assumed, see unknown_option */
+  bool readonly;                /* -r; or assumed (assumes_readonly) */
   bool listens_on_stdin;        /* -s */
-  bool forks;                   /* nbdkit goes on in a child: no -f, or --run */
+  bool forks;                   /* nbdkit continues in a child: no -f, or
+                                   --run */
 
-  /* Where nbdkit's sockets are: on a Unix socket (its path as given, or
-   * NULL if nbdkit chooses one), on TCP or vsock (the port as given, or
-   * NULL).  With --run and neither, it depends on the version.
+  /* Where nbdkit listens: on a Unix socket (its path as given, or NULL if
+   * nbdkit chooses one), on TCP or vsock (the port as given, or NULL).  With
+   * --run and neither, it depends on the version.
    */
   bool on_unix, on_tcp, on_vsock;
   const char *unix_path;
@@ -46,35 +47,35 @@ struct command_line {
 
   struct command_line_tls tls;
 
-  /* -D dirty_bitmap.request=N, or 0.  nbdkit looks for the name of the
-   * filter, which has a dash, and leaves this one to us.
+  /* -D dirty_bitmap.request=N, or 0.  nbdkit takes only flags with the name
+   * of the filter, which has a dash, and leaves this one to us.
    */
   int debug_request;
 
-  /* What was asked of nbdkit's protocol server that ours does not do,
-   * as a clause ("--timeout was given"); NULL if nothing.
+  /* A feature of nbdkit's protocol server that the user asked for and ours
+   * lacks, as a clause ("--timeout was given"); NULL if none.
    */
   const char *server_feature;
 
-  /* Filters as they were named, outermost first, and the plugin (NULL
-   * if none was named).
+  /* Filters as they were named, outermost first, and the plugin (NULL if
+   * none was named).
    */
   const char **filters;
   size_t nr_filters;
   const char *plugin;
 
-  /* The first option that is not known here ("--frobnicate"), or "".
-   * If is_ambiguous, its value may be the next argument, and all of this
-   * may be wrong but for readonly, which is true if there may have been
-   * a -r (then assumes_readonly as well).  The filters and the plugin
-   * are to be learnt from loaded_objects_name then.
+  /* The first option that is not known here ("--frobnicate"), or "".  If
+   * is_ambiguous, its value may be the next argument, and everything here
+   * may be wrong except readonly, which is true if there may have been a -r
+   * (then assumes_readonly is true, too).  The caller must then get the
+   * filters and the plugin from loaded_objects_name.
    */
   char unknown_option[64];
   bool is_ambiguous;
   bool assumes_readonly;
 
   char feature[128];            /* room for server_feature */
-  char *storage;                /* the strings */
+  char *storage;                /* the memory of the strings */
   char **argv;
 };
 
@@ -83,15 +84,15 @@ struct command_line {
  */
 extern int command_line_read (struct command_line *);
 
-/* The same from arguments, which the result goes on pointing into.
- * -1, with the reason reported.
+/* The same from arguments.  The result keeps pointers into them.  -1, with
+ * the reason reported.
  */
 extern int command_line_parse (struct command_line *, int argc, char **argv);
 
 extern void command_line_free (struct command_line *);
 
-/* The number of listening sockets, from descriptor 3 on, that this
- * process was started with (systemd's socket activation); 0 if none.
+/* The number of listening sockets, from descriptor 3 on, that this process
+ * was given at its start (systemd's socket activation); 0 if none.
  */
 extern unsigned command_line_nr_activated (void);
 

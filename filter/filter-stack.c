@@ -5,55 +5,54 @@
 
 /* How this works
  *
- * A list of nbdkit's filters, those of 1.32 to 1.48, and six questions
- * of each.
+ * A list of nbdkit's filters, those of 1.32 to 1.48, with the answers to six
+ * questions about each.
  *
- * - Does it act on data alone?  Then it does below ours what it always
- *   does, whichever server answers the clients.  Others judge, count or
- *   delay the clients themselves, and where one of them is used, nbdkit's
- *   own server must answer.
- * - Does it pass bytes and size through unchanged?  Then what the file
- *   plugin's file holds is what we see, and we can look at the file
- *   before the plugin is opened, and extend it.
- * - Does it work through the opening of connections?  Our filter opens
- *   the plugin once for all, so below ours it never sees a client.
- * - Does it end connections?  Below ours there is but one, which all
- *   clients share and which lasts until the bitmaps are stored.
+ * - Does it act on data alone?  Then it works below ours as always,
+ *   whichever server answers the clients.  Other filters judge, count or
+ *   delay the clients themselves.  If one of these is used, nbdkit's own
+ *   server must answer.
+ * - Does it pass bytes and size through unchanged?  Then we see the bytes of
+ *   the file plugin's file, so we can check the file before the plugin is
+ *   opened, and extend it.
+ * - Does it act when connections are opened?  Our filter opens the plugin
+ *   once for all clients, so below ours it never sees a client.
+ * - Does it end connections?  Below ours there is only one, which all
+ *   clients share and which must last until the bitmaps are stored.
  * - Does it fail requests because nbdkit quits?  Such filters sleep in
  *   nbdkit_nanosleep.  Below ours they work until everything is stored
- *   (stop.c).  (spinning sleeps too, and does not mind if it cannot.)
- * - Does it let nbdkit quit when a client has gone?
+ *   (stop.c).  (spinning sleeps, too, but ignores a failure to.)
+ * - Does it let nbdkit quit when a client has disconnected?
  *
- * What is not in the list is unknown, and the answer is no.
+ * A filter that is not in the list is unknown, and all its answers are no.
  *
- * Some that were looked at, as to how nbdkit ends:
+ * How some filters behave when nbdkit ends:
  *
- * - retry opens the plugin again, in the thread of whatever request has
- *   failed.  In nbdkit since 1.32 that works in our context, which belongs
- *   to no connection; and as it lowers the thread model, requests come to
- *   it one at a time.
- * - pause, as long as it is paused, stops what is stored at the end, as it
- *   stops everything: nbdkit ends when it is resumed.
- * - exitlast takes a client that asks for INFO for one that has come and
- *   gone, with or without our filter.  If it was the only one nbdkit
- *   quits, and the GO that follows it is refused.
+ * - retry opens the plugin again, in the thread of the request that failed.
+ *   In nbdkit since 1.32 that works in our context, which belongs to no
+ *   connection.  As retry lowers the thread model, it gets one request at a
+ *   time.
+ * - pause, while it is paused, stops everything, including what is stored at
+ *   the end: nbdkit ends when it is resumed.
+ * - exitlast takes a client that asks for INFO for one that has connected
+ *   and disconnected, with or without our filter.  If it was the only
+ *   client, nbdkit quits, and the GO that follows is refused.
  *
- * noparallel is special.  A plugin that can do one thing at a time gets
- * one thing at a time from our container, and the clients need not know.
- * But the user of noparallel may want it for the clients, which then get
- * their replies in order.
+ * noparallel is special.  A plugin that can handle one request at a time
+ * gets one at a time from our container, and clients are not affected.  But
+ * the user of noparallel may want it for the clients, which then get their
+ * replies in order.
  *
- * A plugin can judge clients too, by .preconnect, which nbdkit's own
- * server calls for each client.  Ours cannot: nbdkit lets filters call it
- * from nbdkit's own connections only.  The rest of what a plugin may do by
- * client (.open and the lists of exports, by the name of the export or by
- * TLS) is out of reach whichever server answers, since our filter opens the
+ * A plugin can judge clients too, by .preconnect, which nbdkit's own server
+ * calls for each client.  Our server cannot: nbdkit lets filters call it
+ * from nbdkit's own connections only.  Whatever else a plugin may do by
+ * client (in .open and the lists of exports, by the name of the export or by
+ * TLS) is impossible whichever server answers, since our filter opens the
  * plugin once.  So there is a list of the plugins of nbdkit 1.32 to 1.48
- * that have no .preconnect.  The others of these are cc, eval, python and
- * sh, which have it if the script has, and torrent, which waits in it.
- * Plugins in scripts (S3, gcs, those that begin with "#! nbdkit sh") are
- * seen as the one that runs the script, since nbdkit executes itself
- * anew with that.
+ * that have no .preconnect.  The other plugins are cc, eval, python and sh,
+ * which have it if the script has, and torrent, which waits in it.  A plugin
+ * in a script (S3, gcs, those that begin with "#! nbdkit sh") counts as the
+ * plugin that runs the script, since nbdkit executes itself again with that.
  */
 
 #include <config.h>
@@ -71,9 +70,9 @@
 enum {
   DATA = 1,                     /* acts on data alone */
   SAME = 2,                     /* passes bytes and size through */
-  OPENS = 4,                    /* works through .open or .close */
+  OPENS = 4,                    /* acts in .open or .close */
   SLEEPS = 8,                   /* and fails requests when nbdkit quits */
-  QUITS = 16,                   /* when a client has gone */
+  QUITS = 16,                   /* when a client has disconnected */
   ENDS = 32,                    /* ends connections */
 };
 
@@ -149,8 +148,8 @@ static const char *const known_plugins[] = {
 #define OUR_NAME "dirty-bitmap"
 #define VOUCH "; dirty-bitmap-server=force says that it does not"
 
-/* Does arg, which is a short name or the path of a shared object, name
- * the filter or plugin?
+/* Does arg, which is a short name or the path of a shared object, name the
+ * filter or plugin?
  */
 static bool
 is_named (const char *arg, const char *name, const char *suffix)
@@ -158,7 +157,7 @@ is_named (const char *arg, const char *name, const char *suffix)
   const char *base = strrchr (arg, '/');
   const size_t len = strlen (name);
 
-  /* nbdkit's rule for what is a short name. */
+  /* nbdkit's rule for short names. */
   if (strchr (arg, '.') == NULL && base == NULL)
     return strcmp (arg, name) == 0;
 
@@ -191,8 +190,8 @@ what_is (const char *arg)
   return 0;
 }
 
-/* Our place in the stack, 0 for outermost, or -1 if we were loaded from
- * a file of another name.
+/* Our position in the stack, 0 for outermost, or -1 if this filter was
+ * loaded from a file with another name.
  */
 static ssize_t
 our_place (const struct command_line *cl)
@@ -216,7 +215,7 @@ judges_no_client (const char *plugin)
   return false;
 }
 
-/* The objection to a filter below ours, if there is one: as asprintf. */
+/* The objection to a filter below ours, if any.  Returns as asprintf. */
 static int
 object_to_filter (const char *name, bool vouched, char **objection)
 {
@@ -307,7 +306,7 @@ filter_stack_keeps_order (const struct command_line *cl)
   return false;
 }
 
-/* A file that is named like it may be another plugin. */
+/* A file with the plugin's name may be another plugin. */
 bool
 filter_stack_is_plugin_alone (const struct command_line *cl)
 {
@@ -379,7 +378,7 @@ filter_stack_warn (const struct command_line *cl)
 
   for (i = our_place (cl) + 1; i < cl->nr_filters; ++i)
     if (what_is (cl->filters[i]) & OPENS)
-      report_warning ("--filter=%s does not see the clients where it stands: "
+      report_warning ("--filter=%s does not see the clients below this filter: "
                       "name it before --filter=" OUR_NAME, cl->filters[i]);
 }
 

@@ -8,20 +8,21 @@
  * nbdkit's callbacks for the life of the filter, in the order in which
  * nbdkit calls them:
  *
- * config       parameters; what concerns us of the plugin's is remembered
- *              as it passes by (image-file.c, plugin-parameters.c)
- * get_ready    all that can go wrong is found out here, where an error
- *              is seen and nbdkit exits with it: the image is locked and
- *              checked, with the files that it refers to, keys and
- *              certificates loaded, the listening address bound, and it
- *              is decided who answers the clients
+ * config       parameters; those of the plugin that concern us are
+ *              remembered as they pass by (image-file.c,
+ *              plugin-parameters.c)
+ * get_ready    all checks are made here, where the user sees an error and
+ *              nbdkit exits with it: the image and the files that it refers
+ *              to are locked and checked, keys and certificates loaded, the
+ *              listening address bound, and it is decided which server
+ *              answers the clients
  * after_fork   the plugin is opened, unless its file is used directly, and
  *              the disk.  Either our server stands in for nbdkit's
- *              (sockets.c, and single.c for nbdkit -s), or nbdkit's own one
- *              answers (clients.c).  A thread waits for what ends nbdkit,
- *              and then ends the servers, and writes what is in RAM
+ *              (sockets.c, and single.c for nbdkit -s), or nbdkit's own
+ *              server answers (clients.c).  A thread waits for what ends
+ *              nbdkit, and then stops the servers, and writes what is in RAM
  *              (stop.c)
- * cleanup      that is waited for, and the image closed
+ * cleanup      waits for that thread, and closes the image
  * unload       if something could not be written, the process ends with
  *              an exit code that says so: cleanup has no other way, and
  *              to exit there would skip the cleanup of those below us
@@ -65,7 +66,7 @@
 #include "stop.h"
 #include "tls-options.h"
 
-/* How long the client of nbdkit -s has to take its last replies. */
+/* How long the client of nbdkit -s may take to receive its last replies. */
 #define SINGLE_GRACE_MS 300
 
 static unsigned nr_loads;
@@ -81,8 +82,8 @@ static struct chain *chain;     /* what the image refers to */
 static struct disk *disk;
 static struct nbd_tls *tls;     /* or NULL: none */
 static struct nbd_server *server;
-static struct stats *stats;     /* or NULL: nobody wants them */
-static bool failed;             /* to write at the end */
+static struct stats *stats;     /* or NULL: not requested */
+static bool failed;             /* to write at shutdown */
 
 static void
 send_report (enum report_level level, const char *fmt, va_list args)
@@ -114,7 +115,7 @@ dirty_bitmap_load (void)
   nr_loads++;
 }
 
-/* Read the command line, the first time that it is needed. */
+/* Read the command line when it is first needed. */
 static int
 know_command_line (void)
 {
@@ -128,10 +129,10 @@ know_command_line (void)
   return 0;
 }
 
-/* Before the first parameter of the plugin.  Below us there is one
- * connection of the nbd plugin in any case.  Told so, it does not ask for
- * the export name of a client, which nbdkit reports as an error where
- * there is none.  But then it never connects anew, as retry would have it.
+/* Before the first parameter of the plugin.  Below us the nbd plugin has one
+ * connection in any case.  With shared=true it does not ask for the export
+ * name of a client, which nbdkit reports as an error if there is none.  But
+ * then it never reconnects, which retry needs.
  */
 static int
 prepare_plugin (nbdkit_next_config *next, nbdkit_backend *nxdata)
@@ -232,8 +233,8 @@ open_chain (struct container *image, bool readonly)
   return chain == NULL ? -1 : 0;
 }
 
-/* If the bytes that are going to be served are those of the file: can
- * they be?
+/* If the bytes that will be served are the file's: check that they can be
+ * served.
  */
 static int
 check_image (void)
@@ -259,7 +260,7 @@ check_image (void)
   return r;
 }
 
-/* nbdkit's own server answers, though nobody asked for that. */
+/* nbdkit's own server will answer, although the user did not choose that. */
 static int
 cannot_stand_in (const char *why)
 {
@@ -269,9 +270,8 @@ cannot_stand_in (const char *why)
                   parameters.server == SERVER_ON ? "on" : "force", why);
     return -1;
   }
-  nbdkit_error ("warning: clients of nbdkit's own server are not shown the "
-                "dirty bitmaps, which it cannot serve, "
-                "and it was not replaced: %s", why);
+  nbdkit_error ("warning: nbdkit's own server cannot show clients the dirty "
+                "bitmaps, and it was not replaced: %s", why);
   stands_in = false;
   return 0;
 }
@@ -295,7 +295,7 @@ decide_who_answers (void)
   return objection != NULL ? cannot_stand_in (objection) : 0;
 }
 
-/* nbdkit -s, and our server stands in. */
+/* Does our server stand in for nbdkit -s? */
 static bool
 serves_single (void)
 {
@@ -336,7 +336,7 @@ dirty_bitmap_get_ready (int model)
     return -1;
   filter_stack_warn (&command_line);
 
-  /* Before the image: a missing key is no reason to touch that. */
+  /* Before the image: if a key is missing, the image is not touched. */
   if ((stands_in || parameters.listens) &&
       tls_options_load (&command_line.tls, &tls) == -1)
     return -1;
@@ -382,7 +382,7 @@ open_plugin (nbdkit_backend *backend)
   return c;
 }
 
-/* Open what the disk is in, and the disk. */
+/* Open the container of the disk, and the disk. */
 static int
 open_disk (nbdkit_backend *backend)
 {
@@ -415,7 +415,7 @@ open_disk (nbdkit_backend *backend)
   return 0;
 }
 
-/* Give our server the sockets that it is to serve. */
+/* Give our server its sockets. */
 static int
 add_sockets (void)
 {
@@ -464,7 +464,7 @@ start_server (void)
   return 0;
 }
 
-/* The process ends, and cleanup will not be called. */
+/* Called when the process ends and cleanup will not be called. */
 static void
 leave_nothing_behind (void)
 {
@@ -502,8 +502,8 @@ start_serving (nbdkit_backend *backend)
   return stop_start (&stop_options);
 }
 
-/* Undo what start_serving has done before it failed: nbdkit is about to
- * exit and calls nothing of ours any more.
+/* Undo what start_serving did before it failed: nbdkit is about to exit and
+ * does not call us any more.
  */
 static void
 give_up_serving (void)
@@ -524,8 +524,8 @@ dirty_bitmap_after_fork (nbdkit_backend *backend)
 
   listen_serves ();
 
-  /* A write beyond a limit of the process is to be an error of that
-   * write, not the end of the server and of what it has in RAM.
+  /* A write beyond a limit of the process must be an error of that write,
+   * not the end of the server and the loss of what it has in RAM.
    */
   if (sigaction (SIGXFSZ, NULL, &sa) == 0 && sa.sa_handler == SIG_DFL)
     signal (SIGXFSZ, SIG_IGN);
@@ -557,9 +557,8 @@ dirty_bitmap_cleanup (nbdkit_backend *backend)
   (void) backend;
   failed = stop_finish () == -1;
   if (failed)
-    nbdkit_error ("not everything could be written at the end: "
-                  "the dirty bitmaps that are incomplete "
-                  "stay marked as in use");
+    nbdkit_error ("could not write everything at shutdown: "
+                  "incomplete dirty bitmaps stay marked as in use");
   nbd_server_free (server);
   server = NULL;
   single_stop (SINGLE_GRACE_MS);
@@ -605,8 +604,8 @@ static struct nbdkit_filter filter = {
   .preconnect = dirty_bitmap_preconnect,
 };
 
-/* The callbacks of requests are in clients.c, and have to be in the
- * struct before nbdkit copies it.
+/* The callbacks of requests are in clients.c, and must be in the struct
+ * before nbdkit copies it.
  */
 __attribute__ ((constructor))
 static void

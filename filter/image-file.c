@@ -7,24 +7,23 @@
  *
  * Only the file plugin's file= is taken to be the image.  We open it once,
  * at the start, and lock it as QEMU does.  What happens to its name later
- * is of no concern to this descriptor.  The plugin, however, opens it by
- * name, and again each time that a view of it is opened (container/next.c).
+ * does not affect this descriptor.  But the plugin opens the file by name,
+ * and again for each view (container/next.c).
  *
- * So, where there is no filter between, and the plugin has no options that
- * would be taken away, the plugin is not used at all: it would do with its
- * own descriptor what container/file.c does with ours.
+ * So if there is no filter between, and the plugin has no options that would
+ * be ignored, the plugin is not used at all: it would do with its own
+ * descriptor what container/file.c does with ours.
  *
- * Elsewhere we do everything through the plugin, but for three things that
- * it cannot do for us: locking the image, looking at it while errors can
- * still be seen, and making it larger.  The file is locked whatever
- * filters stand between, for they write to it all the same (unless one
- * keeps the writes: then only as a reader does).  It can be checked, and
- * extended, only where all filters between pass bytes and size through.
- * Before anything is served, both ways are seen to lead to the same file
- * and the same bytes.
+ * Otherwise we do everything through the plugin, except three things that it
+ * cannot do for us: locking the image, checking it while the user can still
+ * see errors, and extending it.  The file is locked whichever filters are
+ * between, since writes still reach it (unless a filter keeps the writes:
+ * then it is locked as for a reader).  It can be checked and extended only
+ * if all filters between pass bytes and size through.  Before anything is
+ * served, both ways are checked to lead to the same file and the same bytes.
  *
- * A filter that opens the plugin anew at any time, so that we cannot see
- * which file it opens, could make us write to another one.
+ * A filter that may reopen the plugin at any time could make us write to
+ * another file, since we cannot see which file it opens.
  */
 
 #include <config.h>
@@ -63,13 +62,13 @@ image_file_remember (struct image_file *f, const char *key, const char *value)
   f->path = nbdkit_absolute_path (value);
   if (f->path == NULL)
     return -1;
-  /* If there is no such file, the plugin says so. */
+  /* If there is no such file, the plugin reports it. */
   f->true_path = realpath (f->path, NULL);
   return 0;
 }
 
-/* Open what the plugin will open.  A file that we may not write is
- * served read-only, as the file plugin does.
+/* Open the file that the plugin will open.  A file that we may not write is
+ * served read-only, as with the file plugin.
  */
 static int
 open_file (struct image_file *f)
@@ -127,10 +126,9 @@ image_file_open (struct image_file *f, const struct command_line *cl,
   if (f->fd == -1)
     return 0;
   if (!f->readonly && filter_stack_retries (cl)) {
-    report_error ("%s: --filter=retry opens the image anew by its name, which "
-                  "may lead to another file by then, and that would be "
-                  "written to: leave it out, or serve the image read-only "
-                  "(-r)", f->path);
+    report_error ("%s: --filter=retry reopens the image by its name, which may "
+                  "lead to another file by then, and overwrite that: leave "
+                  "it out, or serve the image read-only (-r)", f->path);
     return -1;
   }
   if (image_lock (f->fd, f->path,
@@ -159,12 +157,12 @@ image_file_container (struct image_file *f)
   report_debug ("%s: the file is used without the plugin", f->path);
   if (f->is_unwritable)
     report_warning ("the storage below is read-only, "
-                    "and so is the disk that is served");
+                    "so the disk is served read-only");
   return c;
 }
 
-/* Do both ways lead to the same bytes?  If not, what we checked is not
- * what is served.
+/* Do both ways lead to the same bytes?  If not, the file that we checked is
+ * not what is served.
  */
 static int
 compare (struct image_file *f, struct container *c)

@@ -5,17 +5,17 @@
 
 /* How this works
  *
- * QEMU's programs agree on who may use an image by open file description
- * locks on single bytes of the file (which need not exist).  There are
- * permissions with numbers p.  Who uses p holds a shared lock on byte
- * 100 + p; who does not want others to use p holds one on byte 200 + p.
- * The locks never exclude each other by themselves: first take them all,
- * then look whether somebody else holds the opposite ones, and give up
- * if so.  Of two who do this at the same time at least one sees the
- * other.
+ * QEMU's programs agree on which processes may use an image by open file
+ * description locks on single bytes of the file (which need not exist).
+ * There are permissions with numbers p.  A process that uses p holds a
+ * shared lock on byte 100 + p.  A process that does not allow others to use
+ * p holds one on byte 200 + p.  The locks never exclude each other by
+ * themselves: a process first takes all its locks, then checks whether
+ * another process holds the opposite ones, and gives up if so.  If two
+ * processes do this at the same time, at least one sees the other.
  *
  * Like QEMU's qcow2 driver, a writer uses "consistent read", "write" and
- * "resize", a reader "consistent read", and neither wants another to use
+ * "resize", a reader "consistent read", and neither allows others to use
  * "write" or "resize".
  *
  * The lock belongs to the open file description, and so it survives
@@ -65,7 +65,7 @@ lock_byte (int fd, off_t byte)
   return fcntl (fd, F_OFD_SETLK, &fl);
 }
 
-/* Does somebody else hold the byte?  -1 on error. */
+/* Does another process hold the byte?  -1 on error. */
 static int
 is_held (int fd, off_t byte)
 {

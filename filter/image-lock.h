@@ -10,10 +10,9 @@
 
 #include <stdbool.h>
 
-/* Lock the image for reading and writing, or for reading alone, until
- * the last copy of fd is closed.  path is for messages.  -1, with the
- * reason reported, if somebody else uses the image in a way that
- * excludes this.
+/* Lock the image for reading and writing, or for reading alone, until the
+ * last copy of fd is closed.  path is for messages.  -1, with the reason
+ * reported, if another process uses the image in a way that excludes this.
  */
 extern int image_lock (int fd, const char *path, bool readonly);
 

@@ -5,23 +5,22 @@
 
 /* How this works
  *
- * The sockets are bound in get_ready: an address in use is an error
- * while somebody can still read it, and the user and the directory are
- * still the ones that nbdkit was started with.
+ * The sockets are bound in get_ready: the user still sees the error if an
+ * address is in use, and the process still has the user ID and the directory
+ * that nbdkit was started with.
  *
- * A Unix socket outlives the process that made it where that process
- * was killed.  Such a socket refuses connections; it is replaced.  One
- * that somebody answers, and anything that is not a socket, is left
- * alone and is an error.
+ * A Unix socket outlives its process if that was killed.  Such a socket
+ * refuses connections; it is replaced.  If a process still listens on it, or
+ * if it is not a socket, it is left alone, which is an error.
  *
- * nbdkit can exit between get_ready and its accept loop, and calls nothing
- * of ours then: its own address is in use, another filter fails.  So the
- * destructor of this object, which exit calls, removes a socket that is
- * still there.  But in the one process that goes on with it: where nbdkit
- * goes into the background its parent exits too.
+ * nbdkit can exit between get_ready and its accept loop without calling us:
+ * its own address is in use, another filter fails.  So the destructor of
+ * this object, which exit calls, removes a socket that is still there.  It
+ * does so only in the one process that continues with the socket: if nbdkit
+ * goes into the background, its parent exits, too.
  *
- * A new one has what nbdkit's own would have: the mode that the umask
- * leaves, and the label of --selinux-label.
+ * A new socket has the mode and the label that nbdkit's own would have: the
+ * mode left by the umask, and the label of --selinux-label.
  */
 
 #include <config.h>
@@ -77,7 +76,7 @@ parse_path (const char *address, struct listen_address *a)
   return 0;
 }
 
-/* getaddrinfo takes a number that is too large modulo 65536. */
+/* getaddrinfo takes a port number modulo 65536. */
 static bool
 is_port (const char *port)
 {
@@ -86,7 +85,7 @@ is_port (const char *port)
   if (*port == '\0')
     return false;
   if (port[digits] != '\0')
-    return true;                /* Maybe a service that it knows. */
+    return true;                /* Maybe the name of a service. */
   return digits <= 5 && atoi (port) >= 1 && atoi (port) <= 65535;
 }
 
@@ -141,7 +140,7 @@ listen_address_free (struct listen_address *a)
   memset (a, 0, sizeof *a);
 }
 
-/* Remove a socket that nobody listens on.  True if it was one. */
+/* Remove a socket that no process listens on.  True if it was one. */
 static bool
 remove_stale (const struct sockaddr_un *sun)
 {
@@ -156,7 +155,7 @@ remove_stale (const struct sockaddr_un *sun)
   if (connect (fd, (const struct sockaddr *) sun, sizeof *sun) == 0 ||
       errno != ECONNREFUSED)
     return false;
-  report_debug (PARAMETER ": %s: nobody listens, replacing it",
+  report_debug (PARAMETER ": %s: no process listens, replacing it",
                 sun->sun_path);
   return unlink (sun->sun_path) == 0;
 }
@@ -203,7 +202,7 @@ open_unix (const struct listen_address *a, struct listen_sockets *s)
   return 0;
 }
 
-/* Open one address.  1: the machine does not have this family. */
+/* Open one address.  Returns 1 if the machine does not have this family. */
 static int
 open_one (const struct addrinfo *ai, const char *what,
           struct listen_sockets *s)
@@ -223,7 +222,7 @@ open_one (const struct addrinfo *ai, const char *what,
 
   if (setsockopt (fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one) == -1)
     report_debug (PARAMETER ": SO_REUSEADDR: %m");
-  /* An IPv4 address, if there is one, has a socket of its own. */
+  /* An IPv4 address, if there is one, has its own socket. */
   if (ai->ai_family == AF_INET6 &&
       setsockopt (fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one) == -1)
     report_debug (PARAMETER ": IPV6_V6ONLY: %m");
@@ -288,8 +287,7 @@ open_tcp (const struct listen_address *a, struct listen_sockets *s)
 }
 
 /* Choose the SELinux label of the sockets that this thread makes from now
- * on; NULL for the usual one.  There is a library for this, which does no
- * more.
+ * on; NULL for the default one.  libselinux does no more than this.
  */
 static int
 set_socket_label (const char *label)
@@ -351,7 +349,7 @@ void
 listen_unlink_at_exit (struct listen_sockets *s, bool forks)
 {
   if (pthread_atfork (NULL, forked_in_parent, forked_in_child) != 0)
-    return;                     /* Nothing worse than a left socket. */
+    return;                     /* At worst the socket is left behind. */
   at_exit.sockets = s;
   at_exit.forks = forks;
   at_exit.owner = getpid ();

@@ -23,15 +23,15 @@ struct listen_sockets {
   int fd[LISTEN_MAX_SOCKETS];
   size_t nr;
 
-  /* The Unix socket that we made, so that no other is removed. */
+  /* The Unix socket that we made, so that no other socket is removed. */
   char *path;
   dev_t dev;
   ino_t ino;
 };
 
-/* Parse ADDRESS: HOST:PORT, [HOST]:PORT, :PORT, or else the path of a
- * Unix socket; one with a '/' in it is a path.  A relative path is
- * relative to the present directory.  -1, with the reason reported.
+/* Parse ADDRESS: HOST:PORT, [HOST]:PORT, :PORT, or else the path of a Unix
+ * socket.  An ADDRESS with a '/' in it is a path.  A relative path is
+ * relative to the current directory.  -1, with the reason reported.
  */
 extern int listen_parse (const char *address, struct listen_address *);
 extern void listen_address_free (struct listen_address *);
@@ -42,10 +42,10 @@ extern void listen_address_free (struct listen_address *);
 extern int listen_open (const struct listen_address *,
                         const char *selinux_label, struct listen_sockets *);
 
-/* Remove the Unix socket also if nbdkit exits before it calls us again.
- * Call it in get_ready, once; forks says whether nbdkit is going to go on
- * in a child.  And in the process that serves: nothing that is forked
- * from now on has to do with the socket.
+/* The first makes sure that the Unix socket is removed even if nbdkit exits
+ * before it calls us again.  Call it once, in get_ready.  forks says whether
+ * nbdkit will continue in a child.  Call the second in the process that
+ * serves: children that are forked from then on do not remove the socket.
  */
 extern void listen_unlink_at_exit (struct listen_sockets *, bool forks);
 extern void listen_serves (void);
@@ -53,7 +53,7 @@ extern void listen_serves (void);
 /* Remove the Unix socket, if it is still ours. */
 extern void listen_unlink (struct listen_sockets *);
 
-/* Close what has not been given away (fd[i] set to -1), and free. */
+/* Close the sockets that were not given away (fd[i] set to -1), and free. */
 extern void listen_close (struct listen_sockets *);
 
 #endif /* DIRTY_BITMAP_LISTEN_H */

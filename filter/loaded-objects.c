@@ -5,20 +5,20 @@
 
 /* How this works
  *
- * nbdkit loads the plugin first, and then the filters from the innermost
- * to the outermost.  The dynamic linker keeps its list of objects in the
- * order in which they were loaded.  So the objects of that list which
- * define plugin_init and filter_init are the plugin and the filters,
- * whatever the command line means.
+ * nbdkit loads the plugin first, and then the filters from the innermost to
+ * the outermost.  The dynamic linker keeps its list of objects in the order
+ * in which they were loaded.  So the objects in that list that define
+ * plugin_init and filter_init are the plugin and the filters, whatever the
+ * command line means.
  *
- * A filter that was named twice is loaded once, and takes its innermost
- * place here.  Below ours is where a filter matters most, so this errs on
- * the safe side.  The cc plugin loads the plugin that it has compiled
- * later than all filters: the first plugin is the one.
+ * A filter that was named twice is loaded once, and has its innermost place
+ * here.  A filter matters most below ours, so this errs on the safe side.
+ * The cc plugin loads the plugin that it has compiled after all filters, so
+ * the first plugin in the list counts.
  *
- * The paths are the linker's, and last as long as the objects are
- * loaded.  dlopen cannot be called while the linker walks its list, and
- * so there are two steps.
+ * The paths are the linker's, and last as long as the objects are loaded.
+ * dlopen cannot be called while the linker walks its list, so there are two
+ * steps.
  */
 
 #include <config.h>

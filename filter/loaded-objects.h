@@ -8,8 +8,8 @@
 
 struct command_line;
 
-/* Learn the filters and the plugin from what nbdkit has loaded, instead
- * of from the command line.  Once this filter and all others are loaded.
+/* Get the filters and the plugin from the objects that nbdkit has loaded,
+ * instead of from the command line.  Call it once all filters are loaded.
  * -1, with the reason reported, on error.
  */
 extern int loaded_objects_name (struct command_line *);

@@ -5,9 +5,9 @@
 
 /* How this works
  *
- * Each parameter is taken by one function, which is found in a table.
- * All that can be said against a value without knowing the image is said
- * here, and names the parameter.
+ * One function takes each parameter; a table lists them.  Every check of a
+ * value that does not need the image is made here, and its message names the
+ * parameter.
  */
 
 #include <config.h>
@@ -27,16 +27,16 @@
 #include "parameters.h"
 #include "used-paths.h"
 
-/* The limits of bitmaps in QEMU, which is to read what we write. */
+/* QEMU's limits for bitmaps, since QEMU must be able to read them. */
 #define MIN_GRANULARITY ((int64_t) 512)
 #define MAX_GRANULARITY ((int64_t) 1 << 31)
 #define MAX_NAME_BYTES 1023
 
-/* The protocol's limit of a string. */
+/* The protocol's limit for a string. */
 #define MAX_STRING_BYTES 4096
 
-/* A few tables of the largest cluster size have to fit.  All tables of
- * the largest images that there are take less than the maximum.
+/* At least a few tables of the largest cluster size must fit.  All tables of
+ * the largest possible image take less than the maximum.
  */
 #define MIN_CACHE_SIZE ((int64_t) 1 << 20)
 #define MAX_CACHE_SIZE ((int64_t) 64 << 30)
@@ -65,7 +65,7 @@ const char parameters_help[] =
   "dirty-bitmap-server=auto|on|force|off\n"
   "                               Stand in for nbdkit's server, which cannot\n"
   "                               show bitmaps to clients (default: auto).\n"
-  "dirty-bitmap-listen=ADDRESS    Serve also on this Unix socket or HOST:PORT.\n"
+  "dirty-bitmap-listen=ADDRESS    Also serve on this Unix socket or HOST:PORT.\n"
   "dirty-bitmap-max-connections=N Clients at once (default: 256).\n"
   "dirty-bitmap-max-requests=N    Requests of a client at once (default: 16).\n"
   "dirty-bitmap-max-memory=SIZE   Memory for all clients (default: 512M).\n"
@@ -76,11 +76,9 @@ const char parameters_help[] =
   "dirty-bitmap-stats=FILE        Write statistics to this file, for Prometheus,\n"
   "                               at the start, the end and on SIGUSR1.\n"
   "dirty-bitmap-stats-interval=SECONDS\n"
-  "                               And every so many seconds.";
+  "                               Write them this often, too.";
 
-/* Add a string of which this takes care, and frees it if it is there
- * already.
- */
+/* Add a string.  names owns it; it is freed at once if it is there already. */
 static int
 add_name (struct names *names, char *name)
 {
@@ -137,8 +135,8 @@ take_expose (struct parameters *p, const char *key, const char *value)
   return take_name (&p->expose, key, value);
 }
 
-/* Keep the true path, as of now: what a symbolic link points to later
- * was not allowed.
+/* Keep the true path, as of now: the user did not allow what a symbolic link
+ * points to later.
  */
 static int
 take_allow (struct parameters *p, const char *key, const char *value)
@@ -171,9 +169,9 @@ repeated (const char *key)
   return -1;
 }
 
-/* A size as everywhere in nbdkit: a number and perhaps a suffix, powers
- * of 1024, "s" for sectors.  nbdkit_parse_size would not say which
- * parameter it does not understand.  -1, with the reason reported.
+/* A size as everywhere in nbdkit: a number and perhaps a suffix, powers of
+ * 1024, "s" for sectors.  nbdkit_parse_size would not name the parameter in
+ * its error.  -1, with the reason reported.
  */
 static int64_t
 parse_size (const char *key, const char *value)
@@ -249,7 +247,7 @@ take_cache_size (struct parameters *p, const char *key, const char *value)
   return 1;
 }
 
-/* A number from min to max, if it was not given already. */
+/* A number from min to max, unless it was given already. */
 static int
 take_number (const char *key, const char *value, bool given,
              unsigned min, unsigned max, unsigned *number)
@@ -372,7 +370,7 @@ take_snapshot (struct parameters *p, const char *key, const char *value)
   return 1;
 }
 
-/* A string for clients. */
+/* A string that clients see. */
 static int
 take_string (char **string, const char *key, const char *value)
 {
@@ -382,7 +380,7 @@ take_string (char **string, const char *key, const char *value)
   if (*string != NULL)
     return repeated (key);
   if (strlen (value) > MAX_STRING_BYTES) {
-    report_error ("%s: has more than the %d bytes of the protocol",
+    report_error ("%s: exceeds the protocol's maximum of %d bytes",
                   key, MAX_STRING_BYTES);
     return -1;
   }
@@ -407,7 +405,7 @@ take_exportname (struct parameters *p, const char *key, const char *value)
   if (strncmp (value, EXPORT_DELTA_PREFIX,
                strlen (EXPORT_DELTA_PREFIX)) == 0) {
     report_error ("%s: names that begin with " EXPORT_DELTA_PREFIX
-                  " are those of the delta exports: %s", key, value);
+                  " are reserved for delta exports: %s", key, value);
     return -1;
   }
   return take_string (&p->exportname, key, value);
@@ -509,7 +507,7 @@ parameters_take (struct parameters *p, const char *key, const char *value)
   return 0;
 }
 
-/* A parameter that bounds what clients can use of our server, if one was
+/* The name of a parameter that limits the clients of our server, if one was
  * given.
  */
 static const char *
@@ -527,24 +525,22 @@ int
 parameters_complete (struct parameters *p)
 {
   if (p->snapshot != NULL && (p->require.nr != 0 || p->expose.nr != 0)) {
-    report_error ("%s: the bitmaps of an image are not offered with a "
-                  "snapshot (dirty-bitmap-snapshot)",
+    report_error ("%s: cannot be used with dirty-bitmap-snapshot, which "
+                  "offers no bitmaps",
                   p->require.nr != 0 ? "dirty-bitmap" : "dirty-bitmap-expose");
     return -1;
   }
   if (p->granularity != 0 && p->require.nr == 0) {
-    report_error ("dirty-bitmap-granularity: is that of bitmaps which are "
-                  "created, and none is named by dirty-bitmap");
+    report_error ("dirty-bitmap-granularity: requires dirty-bitmap");
     return -1;
   }
   if (p->stats_interval != 0 && p->stats == NULL) {
-    report_error ("dirty-bitmap-stats-interval: says how often a file is "
-                  "written, which dirty-bitmap-stats would name");
+    report_error ("dirty-bitmap-stats-interval: requires dirty-bitmap-stats");
     return -1;
   }
   if (p->server == SERVER_OFF && !p->listens && given_limit (p)) {
-    report_error ("%s: bounds the clients of the filter's own server, and "
-                  "there is none with dirty-bitmap-server=off",
+    report_error ("%s: requires the filter's own server, which "
+                  "dirty-bitmap-server=off disables",
                   given_limit (p));
     return -1;
   }

@@ -38,7 +38,7 @@ struct parameters {
   bool listens;                 /* dirty-bitmap-listen */
   struct listen_address listen;
 
-  /* dirty-bitmap-max-connections and the others; 0: not given. */
+  /* dirty-bitmap-max-connections and others; 0: not given. */
   struct nbd_limits limits;
 
   bool cache_size_given, delta_given, server_given, idle_timeout_given;
@@ -46,13 +46,13 @@ struct parameters {
 
 #define PARAMETERS_DEFAULT_CACHE_SIZE ((uint64_t) 40 << 20)
 
-/* Take a parameter.  1 if it is one of ours, 0 if it is not, or -1 with
+/* Take a parameter.  1 if it belongs to this filter, 0 if not, or -1 with
  * the reason reported.
  */
 extern int parameters_take (struct parameters *,
                             const char *key, const char *value);
 
-/* All have been taken: fill in the defaults.  -1, with the reason
+/* All parameters have been taken: fill in the defaults.  -1, with the reason
  * reported, if they contradict each other.
  */
 extern int parameters_complete (struct parameters *);

@@ -6,12 +6,11 @@
 /* How this works
  *
  * Some plugins choose what they serve by the export name of the client.
- * Ours opens the plugin before there is a client.  nbdkit before 1.44
- * then has no name for the plugin at all, instead of an empty one: the
- * file plugin crashes, the nbd plugin aborts, others end with an error
- * that does not name the cause.  So these are refused, by their parameters or
- * by their names, before the plugin sees that its parameters are
- * complete.
+ * This filter opens the plugin before there is a client.  nbdkit before 1.44
+ * then gives the plugin no name at all, instead of an empty one: the file
+ * plugin crashes, the nbd plugin aborts, others end with an error that does
+ * not name the cause.  So these plugins are refused, by their parameters or
+ * by their names, before they see the end of their parameters.
  */
 
 #include <config.h>
@@ -29,7 +28,7 @@ void
 plugin_parameters_note (struct plugin_parameters *p,
                         const char *key, const char *value)
 {
-  /* What nbdkit_parse_bool takes for true. */
+  /* The values that mean true to nbdkit_parse_bool. */
   static const char *const true_words[] = {
     "1", "true", "t", "yes", "y", "on"
   };
@@ -63,8 +62,8 @@ plugin_parameters_check (const struct plugin_parameters *p,
     return -1;
   }
   if (filter_stack_serves_by_client (cl)) {
-    report_error ("the plugin %s serves each client something else, "
-                  "and below --filter=dirty-bitmap it is opened once for all",
+    report_error ("the plugin %s serves each client something different, "
+                  "but --filter=dirty-bitmap opens it once for all clients",
                   cl->plugin);
     return -1;
   }

@@ -6,8 +6,8 @@
 #ifndef DIRTY_BITMAP_PLUGIN_PARAMETERS_H
 #define DIRTY_BITMAP_PLUGIN_PARAMETERS_H
 
-/* What the parameters of the plugin mean to this filter, which opens the
- * plugin once, for all clients, and without a name that a client gave.
+/* What the parameters of the plugin mean for this filter, which opens the
+ * plugin once for all clients, without an export name from a client.
  */
 
 #include <stdbool.h>
@@ -19,12 +19,12 @@ struct plugin_parameters {
   bool dynamic_export;          /* nbd dynamic-export=true */
 };
 
-/* Note a parameter that passes by. */
+/* Note a parameter that the filter passes on. */
 extern void plugin_parameters_note (struct plugin_parameters *,
                                     const char *key, const char *value);
 
-/* When all have passed by: -1, with the reason reported, if the plugin
- * serves what depends on the client.
+/* After the last parameter: -1, with the reason reported, if what the plugin
+ * serves depends on the client.
  */
 extern int plugin_parameters_check (const struct plugin_parameters *,
                                     const struct command_line *);

@@ -3,9 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* The formats that QEMU recognises, each by its magic, and two of them
- * by other signs.  We are less exact than QEMU about what comes after
- * the magic: what only nearly has another format is not raw to us.
+/* The formats that QEMU recognises, each by its magic, and two of them by
+ * other signs.  We are less strict than QEMU about what comes after the
+ * magic: a file that only nearly has another format is not raw to us.
  */
 
 #include <config.h>
@@ -38,8 +38,8 @@ static const struct {
   MAGIC ("cloop", 0, "#!/bin/sh\n#V2.0 Format\n"),
 };
 
-/* A VMDK's descriptor is a text, in which after comments and empty lines
- * there comes the version.
+/* A VMDK descriptor is a text with the version after comments and empty
+ * lines.
  */
 static bool
 is_vmdk_descriptor (const char *p, const char *end)
@@ -60,7 +60,7 @@ is_vmdk_descriptor (const char *p, const char *end)
   return false;
 }
 
-/* QEMU goes by the name here. */
+/* QEMU recognises this format by the name. */
 static bool
 is_dmg (const char *path)
 {

@@ -6,14 +6,14 @@
 #ifndef DIRTY_BITMAP_PROBE_H
 #define DIRTY_BITMAP_PROBE_H
 
-/* Which format a file has, judged by its first bytes as QEMU does. */
+/* The format of a file, judged by its first bytes as in QEMU. */
 
 #include <stdint.h>
 
 #define PROBE_BYTES 512
 
-/* The name that QEMU has for the format: "raw" if it looks like no
- * other.  first[] is filled up with zeroes where the file has less.
+/* QEMU's name for the format: "raw" if it looks like no other.  If the file
+ * is shorter than first[], the rest of first[] is zeroes.
  */
 extern const char *probe_format (const uint8_t first[PROBE_BYTES],
                                  uint64_t size, const char *path);

@@ -5,27 +5,26 @@
 
 /* How this works
  *
- * The names may have been written by a stranger, who must not get to
- * read, or write, or as much as open, what is not the image's:
+ * The names are untrusted.  Their author must not be able to read, write, or
+ * even open files that do not belong to the image:
  *
- * - A file is first opened without using it in any way (O_PATH); what
- *   was opened is asked for its true path, with all symbolic links
- *   resolved, and for its kind; and only if both are fine the very same
- *   file is opened for use, through /proc/self/fd.  So nothing that
- *   happens to the path in between makes a difference.
+ * - A file is first opened without using it in any way (O_PATH).  Its true
+ *   path, with all symbolic links resolved, and its type are checked.  Only
+ *   if both are allowed, the very same file is opened for use, through
+ *   /proc/self/fd.  So a change of the path in between makes no difference.
  * - The true path has to be in the image's own folder or below, or in a
- *   folder that the user allowed.  For a block device only the latter
- *   counts.
+ *   folder that the user allowed.  A block device must be in an allowed
+ *   folder.
  * - json: and names with a protocol are not followed at all.
  *
- * Relative names are meant as QEMU means them.  Those of backing files
- * are relative to the folder of the file that names them.  Those of data
- * files, and those after "file:", are relative to the current folder of
- * whoever opens the image, of all things.  It would be another file
- * every time, and for a server it is hardly ever what was meant.  So
- * these are taken from the image's folder too, but if the current folder
- * has another file of that name the image is refused: we would write to
- * one data file and QEMU to the other.
+ * Relative names are resolved as in QEMU, with one exception.  Names of
+ * backing files are relative to the folder of the file that names them.  In
+ * QEMU, names of data files, and names after "file:", are relative to the
+ * current folder of the process that opens the image.  That can be a
+ * different file every time, and for a server it is hardly ever the intended
+ * one.  So these are taken from the image's folder, too.  But if the current
+ * folder has another file of that name, the image is refused: we would write
+ * to one data file and QEMU to the other.
  */
 
 #include <config.h>
@@ -55,8 +54,8 @@ reference_name (const char *of)
   return of != NULL ? of : "the image";
 }
 
-/* Does a name begin with a protocol, as QEMU understands names?  The
- * length of the protocol, or 0.
+/* Does a name begin with a protocol, by QEMU's rules?  Returns the length of
+ * the protocol, or 0.
  */
 static size_t
 protocol_length (const char *name)
@@ -66,7 +65,7 @@ protocol_length (const char *name)
   return name[n] == ':' ? n : 0;
 }
 
-/* A name in the folder of a file. */
+/* The path of a name in the folder of a file. */
 static char *
 join (const char *of, const char *name)
 {
@@ -80,8 +79,8 @@ join (const char *of, const char *name)
   return path;
 }
 
-/* Is there a file of this name in the current folder, which is not the
- * one at path?
+/* Does the current folder have a file of this name that is not the one at
+ * path?
  */
 static bool
 is_ambiguous (const char *name, const char *path)
@@ -93,9 +92,7 @@ is_ambiguous (const char *name, const char *path)
      here.st_dev != there.st_dev || here.st_ino != there.st_ino);
 }
 
-/* Can a name be that of a file at all?  It goes into messages from here
- * on.
- */
+/* Can a name be that of a file at all?  From here on messages contain it. */
 static int
 check_name (const char *of, const char *name, const char *role)
 {
@@ -156,8 +153,8 @@ reference_resolve (const char *of, const char *name, const char *role,
   path = join (of, name);
   if (path != NULL && from_current_folder && is_ambiguous (name, path)) {
     report_error ("%s: the %s is named '%s', which QEMU looks for in the "
-                  "current folder, where it is another file than '%s': "
-                  "it needs an absolute name",
+                  "current folder, where it is a different file from '%s': "
+                  "use an absolute name",
                   reference_name (of), role, name, path);
     free (path);
     errno = EINVAL;
@@ -166,7 +163,7 @@ reference_resolve (const char *of, const char *name, const char *role,
   return path;
 }
 
-/* Is a true path that of something in a folder or below? */
+/* Is a true path in a folder or below it? */
 static bool
 is_below (const char *path, const char *folder)
 {
@@ -190,7 +187,7 @@ is_allowed (const struct reference_rules *rules, const char *true_path,
   return false;
 }
 
-/* The true path of what is open at fd. */
+/* The true path of the open file fd. */
 static int
 true_path (int fd, const char *path, char result[PATH_MAX])
 {
@@ -212,7 +209,7 @@ true_path (int fd, const char *path, char result[PATH_MAX])
   return 0;
 }
 
-/* Judge what is open at fd, of which nothing was used yet. */
+/* Judge the open file fd, which has not been used yet. */
 static int
 check_place (const struct reference_rules *rules, int fd, const char *path,
              const char *role, const struct stat *statbuf)
@@ -231,7 +228,7 @@ check_place (const struct reference_rules *rules, int fd, const char *path,
                   ? "not in the image's folder or below"
                   : "in no folder that is allowed");
     if (strcmp (place, path) != 0)
-      report_error ("'%s' is '%s' in truth", path, place);
+      report_error ("'%s' resolves to '%s'", path, place);
     return invalid (EACCES);
   }
   if (!is_block_device && !S_ISREG (statbuf->st_mode)) {

@@ -5,17 +5,17 @@
 
 /* How this works
  *
- * Each file has one use.  nbdkit writes to those of -P and --log before
- * it calls after_fork, whatever is there: get_ready is the last moment
- * to see that one of them is the image.
+ * Each file must have one use only.  nbdkit writes to the files of -P and
+ * --log before it calls after_fork, whatever they contain: get_ready is the
+ * last moment to find that one of them is the image.
  *
- * An option that command-line.c does not know may be about TLS, or hide
- * one that is.  So the socket of dirty-bitmap-listen, which our
- * server serves in any case, is refused with such options.
+ * An option that command-line.c does not know may concern TLS, or hide an
+ * option that does.  So dirty-bitmap-listen, whose socket our server serves
+ * in any case, is refused with such options.
  *
- * Options of nbdkit that bound its clients bound those of our server as
- * well: -t, --timeout, and the filter noparallel.  Where a parameter says
- * something else, the smaller number holds.
+ * Options of nbdkit that limit its clients also limit those of our server:
+ * -t, --timeout, and the filter noparallel.  If a parameter sets the same
+ * limit, the smaller number holds.
  */
 
 #include <config.h>
@@ -55,12 +55,12 @@ check_unknown_option (const struct settings *s)
   if (s->parameters->listens &&
       (cl->is_ambiguous || strncmp (cl->unknown_option, "--tls", 5) == 0)) {
     report_error ("dirty-bitmap-listen: nbdkit's option %s is not known to "
-                  "this filter, which cannot tell what it means for that "
-                  "socket: leave out one of them", cl->unknown_option);
+                  "this filter and may concern that socket: leave out one of "
+                  "them", cl->unknown_option);
     return -1;
   }
   if (cl->assumes_readonly)
-    report_warning ("the disk is served read-only, since there may be a -r: "
+    report_warning ("the disk is served read-only, since -r may be given: "
                     "nbdkit's option %s is not known to this filter",
                     cl->unknown_option);
   return 0;
@@ -82,10 +82,10 @@ settings_check_locked (const struct settings *s)
     used_paths_check_unlocked (&log) == -1 ? -1 : 0;
 }
 
-/* As for dirty-bitmap-handshake-timeout. */
+/* The same as for dirty-bitmap-handshake-timeout. */
 #define MAX_HANDSHAKE_SECONDS (24 * 60 * 60)
 
-/* The smaller of two bounds, of which 0 is none. */
+/* The smaller of two limits, where 0 is none. */
 static unsigned
 smaller_bound (unsigned a, unsigned b)
 {

@@ -19,17 +19,17 @@ struct settings {
   const char *image_path;       /* file=, or NULL */
 };
 
-/* -1, with the reason reported, if one contradicts the other.  What has
- * to be known of unknown options is reported as well.
+/* -1, with the reason reported, if the settings contradict each other.  Also
+ * warns of unknown options where they matter.
  */
 extern int settings_check (const struct settings *);
 
 /* The same once the image, and all that it refers to, is locked: -1, with
- * the reason reported, if nbdkit is going to write to one of these.
+ * the reason reported, if nbdkit would write to one of these files.
  */
 extern int settings_check_locked (const struct settings *);
 
-/* What clients of our server can use at most. */
+/* The limits for the clients of our server. */
 extern struct nbd_limits settings_limits (const struct parameters *,
                                           const struct command_line *);
 

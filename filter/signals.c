@@ -6,26 +6,26 @@
 /* How this works
  *
  * nbdkit installs one handler for TERM, INT, QUIT and HUP before it calls
- * after_fork.  The handler sets a flag, and from that moment on nothing
- * that sleeps in nbdkit works any more (stop.c says why that matters).  So
- * this file takes its place with a handler that does no more than write to
- * an eventfd; the thread that reads it tells nbdkit when it is time.
+ * after_fork.  The handler sets a flag, and from then on every
+ * nbdkit_nanosleep fails (stop.c says why that matters).  So this file
+ * replaces it with a handler that only writes to an eventfd.  The thread
+ * that reads the eventfd tells nbdkit when to quit.
  *
- * nbdkit's handler is known by this: it is that of TERM, and takes one
- * argument.  A signal that something else has taken (a plugin, the
- * language that it is written in), or that is ignored, is left alone.
- * A second signal finds the eventfd written to, and adds nothing.
+ * nbdkit's handler is recognised as the handler of TERM, which takes one
+ * argument.  A signal that has another handler (of a plugin, or of the
+ * language that it is written in), or that is ignored, is left alone.  A
+ * second signal, when the eventfd is already written to, has no effect.
  *
- * Signals that came before are nbdkit's: the flag is set, and cleanup
- * comes as soon as after_fork has returned.
+ * nbdkit handles signals that came before: the flag is set, and nbdkit calls
+ * cleanup as soon as after_fork has returned.
  *
- * Children that plugins fork have the handler until they call exec, and
- * the eventfd with it.  A signal that is for such a child is not for us.
+ * Children that plugins fork have the handler, and the eventfd, until they
+ * call exec.  A signal to such a child is not for us.
  *
  * When the filter is unloaded the handler must not be in use.  The kernel
- * gives a signal of the process to the main thread if that does not block
- * it.  The main thread never does, but for the moment of a poll, and it is
- * the one that puts nbdkit's handler back.
+ * delivers a signal of the process to the main thread, unless that blocks
+ * it.  The main thread never does, except during a poll, and it is the
+ * thread that puts nbdkit's handler back.
  */
 
 #include <config.h>
@@ -44,7 +44,7 @@ static const int quit_signals[] = { SIGTERM, SIGINT, SIGQUIT, SIGHUP };
 static struct sigaction saved[NR_SIGNALS];
 static bool is_taken[NR_SIGNALS];
 
-/* Set before the handler is. */
+/* Set before the handler is installed. */
 static volatile int write_fd = -1;
 static volatile pid_t owner;
 
@@ -58,7 +58,7 @@ handle_signal (int sig)
   (void) sig;
   if (getpid () == owner) {
     r = write (write_fd, &one, sizeof one);
-    (void) r;                   /* If it is full the thread wakes anyway. */
+    (void) r;                   /* If it is full, the thread wakes anyway. */
   }
   errno = saved_errno;
 }
@@ -84,7 +84,7 @@ signals_take (int fd)
         !is_plain_handler (&saved[i]) ||
         saved[i].sa_handler != theirs.sa_handler)
       continue;
-    ours = saved[i];            /* the flags and the mask stay */
+    ours = saved[i];            /* keep the flags and the mask */
     ours.sa_handler = handle_signal;
     is_taken[i] = sigaction (quit_signals[i], &ours, NULL) == 0;
   }

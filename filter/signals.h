@@ -6,19 +6,19 @@
 #ifndef DIRTY_BITMAP_SIGNALS_H
 #define DIRTY_BITMAP_SIGNALS_H
 
-/* The signals that end nbdkit, before nbdkit knows of them. */
+/* The signals that end nbdkit, which this intercepts. */
 
 #include <stdbool.h>
 
-/* Put a handler of ours in the place of nbdkit's, for all signals that
- * have it.  From then on fd, an eventfd, is written to when one of them
- * comes, and nbdkit does not quit.  False if nbdkit's handler was not
- * recognised: then nothing is changed.  In after_fork.
+/* Replace nbdkit's handler with ours, for all signals that have it.  From
+ * then on such a signal writes to fd, an eventfd, and nbdkit does not quit.
+ * False if nbdkit's handler was not recognised: then nothing is changed.  In
+ * after_fork.
  */
 extern bool signals_take (int fd);
 
-/* Put nbdkit's handler back.  In cleanup, by the main thread.  fd is not
- * used any more.
+/* Put nbdkit's handler back.  In cleanup, by the main thread.  fd is no
+ * longer used.
  */
 extern void signals_give_back (void);
 

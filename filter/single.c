@@ -5,21 +5,21 @@
 
 /* How this works
  *
- * With -s nbdkit moves standard input and output away after get_ready,
- * and later, on its main thread, calls preconnect and then talks to the
- * client on them.  So in get_ready we take them first, and what nbdkit
- * moves away is an eventfd that is never written to.  Nothing is ever
- * said on that: preconnect lasts as long as our server serves the
- * client, and then refuses nbdkit's connection, upon which nbdkit ends
- * as it does when its only client has gone.
+ * With -s, nbdkit moves standard input and output away after get_ready.
+ * Later, on its main thread, it calls preconnect and then talks to the
+ * client on them.  So in get_ready we take them first, and nbdkit moves away
+ * an eventfd that is never written to.  nbdkit never talks on that:
+ * preconnect lasts as long as our server serves the client, and then refuses
+ * nbdkit's connection.  nbdkit then ends, as it does when its only client
+ * has disconnected.
  *
- * If both are the same stream socket, that becomes a connection of our
- * server as if it had been accepted.  The server knows sockets only: for
- * pipes and all else it gets one end of a pair, and two threads carry the
- * bytes between the other end and the client.  Then the client has gone
- * when all that is for it was written, or cannot be.
+ * If both are the same stream socket, it becomes a connection of our server
+ * as if it had been accepted.  The server only handles sockets: for pipes
+ * and anything else it gets one end of a socket pair, and two threads carry
+ * the bytes between the other end and the client.  Then the client counts as
+ * disconnected when everything for it was written, or cannot be.
  *
- * Lock-free: what the threads use is set before they begin.
+ * There is no lock: what the threads use is set before they start.
  */
 
 #include <config.h>
@@ -45,9 +45,7 @@
 #include "nbd/nbd.h"
 #include "single.h"
 
-/* How soon it is noticed that nbdkit is to end for a reason that is not
- * ours.
- */
+/* How soon this notices that nbdkit must end for another reason. */
 #define LOOK_MS 200
 
 #define RELAY_SIZE (64 * 1024)
@@ -55,13 +53,13 @@
 static struct {
   bool taken;
   int in, out;                  /* the client's, or -1 */
-  int ended;                    /* an eventfd: the client has gone */
-  int woken;                    /* an eventfd: nbdkit is to end */
+  int ended;                    /* an eventfd: the client has disconnected */
+  int woken;                    /* an eventfd: nbdkit must end */
 
   /* The relay. */
   bool relays;
   int sock;                     /* its end of the pair */
-  int stop;                     /* an eventfd: the threads are to end */
+  int stop;                     /* an eventfd: the threads must end */
   pthread_t to_server, to_client;
 } s = { .in = -1, .out = -1, .ended = -1, .woken = -1, .sock = -1,
         .stop = -1 };
@@ -118,7 +116,7 @@ is_one_socket (void)
     type == SOCK_STREAM;
 }
 
-/* Our server waits in its calls. */
+/* Our server expects its calls to block. */
 static int
 set_blocking (int fd)
 {
@@ -127,9 +125,7 @@ set_blocking (int fd)
   return flags == -1 ? -1 : fcntl (fd, F_SETFL, flags & ~O_NONBLOCK);
 }
 
-/* Wait until something can be done with a descriptor.  False if it is
- * time to stop.
- */
+/* Wait until a descriptor is ready.  False if it is time to stop. */
 static bool
 wait_for (int fd, short events)
 {
@@ -144,7 +140,7 @@ wait_for (int fd, short events)
   return fds[1].revents == 0;
 }
 
-/* Write some of it, and do not sleep: a pipe that can be written to has
+/* Write some of buf, and do not sleep: a pipe that is ready for writing has
  * room for PIPE_BUF bytes.
  */
 static ssize_t
@@ -177,8 +173,8 @@ write_all (int fd, const uint8_t *buf, size_t count)
   return true;
 }
 
-/* Carry bytes until there are no more.  False if they cannot be written,
- * or it is time to stop.
+/* Carry bytes until there are no more.  False if they cannot be written, or
+ * it is time to stop.
  */
 static bool
 carry (int from, int to)
@@ -207,9 +203,7 @@ carry_to_server (void *unused)
   return NULL;
 }
 
-/* If the client does not take its replies, the server need not make more
- * of them.
- */
+/* If the client does not receive its replies, the server need not make more. */
 static void *
 carry_to_client (void *unused)
 {
@@ -282,7 +276,7 @@ single_wait (void)
     { .fd = s.woken, .events = POLLIN },
   };
 
-  /* That fails when nbdkit is to end, and says so on stderr. */
+  /* This fails when nbdkit must end, and reports that on stderr. */
   while (nbdkit_nanosleep (0, 1) == 0)
     if (poll (fds, 2, LOOK_MS) > 0)
       break;

@@ -5,32 +5,31 @@
 
 /* How this works
  *
- * nbdkit binds its sockets between get_ready and after_fork and begins
- * to accept after after_fork.  In after_fork its listening sockets are
- * known by this:
+ * nbdkit binds its sockets between get_ready and after_fork and begins to
+ * accept after after_fork.  In after_fork its listening sockets are
+ * recognised as follows:
  *
  * - Under socket activation they are descriptors 3 and up, as many as
- *   LISTEN_FDS said.
- * - Otherwise they were not there in get_ready, listen, are closed on
- *   exec, and have the family and the port or path that the command line
- *   says.  Listening sockets that plugins and filters have opened, or
- *   that the process was started with, are not taken.  (Where the port is
- *   left to the system, -p 0, or the command line is not understood, one
- *   that the plugin opens in its after_fork cannot be told from nbdkit's.)
+ *   LISTEN_FDS says.
+ * - Otherwise they did not exist in get_ready, listen, are closed on exec,
+ *   and have the family and the port or path of the command line.  Listening
+ *   sockets that plugins and filters have opened, or that the process was
+ *   started with, are not taken.  (If the system chooses the port, -p 0, or
+ *   the command line is not understood, a socket that the plugin opens in
+ *   its after_fork cannot be told from nbdkit's.)
  *
- * Taking over: the listening socket moves to a descriptor of ours, so
- * that clients which are queued already are kept, and in its place
- * nbdkit gets an eventfd that is never written to.  nbdkit polls its
- * sockets and accepts from one that is readable; this one never is.
- * Nobody can reach it, there is nothing to remove afterwards, and one
- * descriptor of nbdkit cannot disturb another.
+ * Taking over: the listening socket moves to a descriptor of ours, so that
+ * clients already queued are kept, and nbdkit gets an eventfd in its place
+ * that is never written to.  nbdkit polls its sockets and accepts from those
+ * that are readable; the eventfd never is.  No client can reach it, there is
+ * nothing to remove afterwards, and each descriptor of nbdkit has its own.
  *
- * The clients of nbdkit's own server, when they have to be shut down,
- * are known by their local address: a connected socket has the path of
- * the listening socket that it was accepted from, or its port.
+ * The clients of nbdkit's own server, when they have to be shut down, are
+ * recognised by their local address: a connected socket has the path of the
+ * listening socket that it was accepted from, or its port.
  *
- * All this happens in nbdkit's main thread, but for what is done about
- * these clients, which only reads what the main thread has left.
+ * All this happens in nbdkit's main thread, except shutting down these
+ * clients, which only reads what the main thread has stored.
  */
 
 #include <config.h>
@@ -61,8 +60,8 @@
 
 #define FIRST_ACTIVATED_FD 3
 
-/* A local address, reduced to what accepted sockets have in common with
- * the socket that they were accepted from.
+/* A local address, reduced to what an accepted socket shares with its
+ * listening socket.
  */
 struct local {
   sa_family_t family;
@@ -213,7 +212,7 @@ is_other (const struct stat *statbuf)
   return false;
 }
 
-/* Is it the path that was given to -U, made absolute by nbdkit? */
+/* Is it the path given to -U, which nbdkit has made absolute? */
 static bool
 is_unix_path (const char *path, const char *given)
 {
@@ -225,9 +224,9 @@ is_unix_path (const char *path, const char *given)
     strcmp (path + len - given_len, given) == 0;
 }
 
-/* Is the port the one that was given?  Names of services are not looked
- * up, and 0, for vsock the largest number, leave it to the system.
- * getaddrinfo takes the number of a TCP port modulo 65536.
+/* Is it the port that was given?  Names of services are not looked up.  0,
+ * or the largest number for vsock, lets the system choose.  getaddrinfo
+ * takes a TCP port number modulo 65536.
  */
 static bool
 is_port (unsigned port, const char *given, sa_family_t family)
@@ -246,7 +245,7 @@ is_port (unsigned port, const char *given, sa_family_t family)
   return number == 0 || number == port;
 }
 
-/* Is the address one that the command line asks for? */
+/* Does the command line ask for this address? */
 static bool
 is_asked_for (const struct command_line *cl, const struct local *l)
 {
@@ -359,13 +358,13 @@ is_client (int fd, const struct stat *statbuf)
 static int
 shut_client (int fd, const struct stat *statbuf, void *how)
 {
-  /* It may be gone, or not connected: that is as well. */
+  /* If it is gone or not connected, that is fine. */
   if (is_client (fd, statbuf))
     shutdown (fd, *(const int *) how);
   return 0;
 }
 
-/* Bytes that were sent and not received. */
+/* Find bytes that were sent and not received. */
 static int
 look_for_stuck (int fd, const struct stat *statbuf, void *found)
 {

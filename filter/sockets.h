@@ -11,8 +11,8 @@
 struct command_line;
 struct nbd_server;
 
-/* In get_ready, before nbdkit opens its sockets: remember those that are
- * not nbdkit's.
+/* In get_ready, before nbdkit opens its sockets: remember the listening
+ * sockets that are not nbdkit's.
  */
 extern int sockets_note_others (const struct command_line *);
 
@@ -21,15 +21,15 @@ extern int sockets_note_others (const struct command_line *);
  */
 extern int sockets_find (const struct command_line *);
 
-/* Give what was found to our server, and leave nbdkit descriptors on
- * which nothing ever happens.  -1, with the reason reported.
+/* Give the sockets found to our server, and give nbdkit descriptors on which
+ * nothing ever happens.  -1, with the reason reported.
  */
 extern int sockets_take_over (struct nbd_server *);
 
-/* shutdown(2) the connections of nbdkit's clients in the given way. */
+/* shutdown(2) the connections of nbdkit's clients; how is as in shutdown. */
 extern void sockets_shut_clients (int how);
 
-/* Is there one of them that does not take what nbdkit sends? */
+/* Does one of these clients not receive what nbdkit sends? */
 extern bool sockets_client_is_stuck (void);
 
 extern void sockets_free (void);

@@ -6,20 +6,20 @@
 /* How this works
  *
  * A thread sleeps until an eventfd is written to or the interval is over,
- * and writes the file.  Who reads it never sees half of it, since it is
- * written under another name and renamed.  That name does not end in
- * ".prom", so that node_exporter's textfile collector passes it over.
+ * and writes the file.  A reader never sees half of it, since it is written
+ * under another name and renamed.  That name does not end in ".prom", so
+ * node_exporter's textfile collector ignores it.
  *
- * SIGUSR1 is caught by a handler that writes to the eventfd, in whatever
- * thread it interrupts: nobody's signal mask is changed, which children
- * of plugins would inherit.  System calls are restarted.  The handler is
- * there before nbdkit forks, so that none comes too early.  With --run
- * there are two processes then, which have the eventfd in common, and it
- * does not matter which of them is signalled.
+ * SIGUSR1 is caught by a handler that writes to the eventfd, in whichever
+ * thread it interrupts.  No thread's signal mask is changed, since children
+ * of plugins would inherit it.  System calls are restarted.  The handler is
+ * installed before nbdkit forks, so that no signal comes too early.  With
+ * --run there are then two processes that share the eventfd, so either of
+ * them may be signalled.
  *
- * What is there and is not one of ours is not replaced, at the start or
- * later: it may be the image, or nbdkit's socket.  An empty file that is
- * not in use has nothing to lose.
+ * An existing file that does not hold our statistics is not replaced, at the
+ * start or later: it may be the image, or nbdkit's socket.  An empty file
+ * that is not in use has nothing to lose.
  */
 
 #include <config.h>
@@ -46,7 +46,7 @@
 #include "stats-file.h"
 #include "stats/stats.h"
 
-/* How every file of ours begins. */
+/* How each of our files begins. */
 #define BEGINNING "# HELP nbdkit_dirty_bitmap_"
 
 static const char *path;
@@ -72,7 +72,7 @@ handle_signal (int sig)
 
   (void) sig;
   r = write (wake_fd, &one, sizeof one);
-  (void) r;                     /* If it is full the thread wakes anyway. */
+  (void) r;                     /* If it is full, the thread wakes anyway. */
   errno = saved_errno;
 }
 
@@ -88,7 +88,7 @@ open_temporary (char **name)
     *name = NULL;
     return -1;
   }
-  /* One that is left from a process of our number that was killed. */
+  /* A killed process with our process ID may have left one. */
   unlink (*name);
   fd = open (*name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC,
              0666);
@@ -126,7 +126,7 @@ write_to (int fd)
   return r;
 }
 
-/* An empty file may be an image of QEMU's, or what is behind one. */
+/* An empty file may be an image of QEMU's, or belong to one. */
 static bool
 is_locked (int fd)
 {
@@ -135,8 +135,8 @@ is_locked (int fd)
   return fcntl (fd, F_OFD_GETLK, &fl) == 0 && fl.l_type != F_UNLCK;
 }
 
-/* Is what is there to be replaced?  If not, *why says why, or is NULL and
- * errno does.
+/* May the existing file be replaced?  If not, *why is the reason, or NULL if
+ * errno is.
  */
 static int
 check_file (const char **why)
@@ -159,19 +159,18 @@ check_file (const char **why)
   if (statbuf.st_size == 0) {
     if (!is_locked (fd))
       return 0;
-    *why = "is locked by somebody who uses it, and it is not replaced";
+    *why = "is locked by another process, and is not replaced";
     return -1;
   }
   if (pread (fd, beginning, sizeof beginning, 0) != sizeof beginning ||
       memcmp (beginning, BEGINNING, sizeof beginning) != 0) {
-    *why = "there is a file already that does not hold these statistics, "
-      "and it is not replaced";
+    *why = "exists, does not hold these statistics, and is not replaced";
     return -1;
   }
   return 0;
 }
 
-/* -1 with the reason as check_file has it. */
+/* -1 with the reason as from check_file. */
 static int
 replace_file (const char **why)
 {
@@ -206,7 +205,7 @@ write_file (void)
   complained = true;
 }
 
-/* Can a file be made beside it? */
+/* Can a file be created beside it? */
 static int
 check_folder (void)
 {
@@ -254,7 +253,7 @@ stats_file_prepare (const char *file)
   return 0;
 }
 
-/* Sleep until somebody wakes us, or it is time.  A time that was slept
+/* Sleep until the thread is woken, or it is time.  A time that was slept
  * through is not made up for.
  */
 static void
@@ -327,7 +326,7 @@ stats_file_free (void)
   if (handles_signal && !is_running) {
     struct sigaction now;
 
-    /* Where nothing was served; at the end of what was it is ignored. */
+    /* If nothing was served.  After serving, the signal is ignored. */
     if (sigaction (SIGUSR1, NULL, &now) == 0 &&
         now.sa_handler == handle_signal)
       sigaction (SIGUSR1, &saved_action, NULL);

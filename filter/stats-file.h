@@ -11,16 +11,16 @@
 struct disk;
 struct stats;
 
-/* See whether the file can be written, and have SIGUSR1 ask for it from
- * now on.  -1 with the reason reported.  The path is absolute, and stays
- * the caller's.
+/* Check that the file can be written, and make SIGUSR1 request a write from
+ * now on.  -1 with the reason reported.  The path is absolute, and stays the
+ * caller's.
  */
 extern int stats_file_prepare (const char *path);
 
 /* Begin to write: now, when SIGUSR1 comes, and every interval_s seconds,
- * unless that is 0.  What fails from here on is reported, once, and does
- * not matter to anybody else.  -1, with the reason reported, if there can
- * be no thread.  After stats_file_prepare.
+ * unless that is 0.  Later failures are reported, once, and have no other
+ * effect.  -1, with the reason reported, if the thread cannot be started.
+ * Call it after stats_file_prepare.
  */
 extern int stats_file_start (struct stats *, struct disk *,
                              unsigned interval_s);
@@ -28,7 +28,7 @@ extern int stats_file_start (struct stats *, struct disk *,
 /* Write for the last time.  SIGUSR1 is ignored from now on. */
 extern void stats_file_stop (void);
 
-/* Free what there is, at the very end. */
+/* Free everything, at the very end. */
 extern void stats_file_free (void);
 
 #endif /* DIRTY_BITMAP_STATS_FILE_H */

@@ -5,72 +5,73 @@
 
 /* How this works
  *
- * What is in RAM alone is lost if nbdkit is killed, and two things get in
- * the way of storing it when nbdkit is told to end:
+ * What is only in RAM is lost if nbdkit is killed, and two things get in the
+ * way of storing it when nbdkit is told to end:
  *
  * - Once nbdkit quits, every nbdkit_nanosleep fails.  Filters below that
  *   sleep (delay, rate, retry) then fail the writes that they delay.
  * - nbdkit waits until its connections have ended by themselves, and only
- *   then calls cleanup.  Whatever started it loses patience and kills it.
+ *   then calls cleanup.  Before that, the program that started it may lose
+ *   patience and kill it.
  *
- * So signals come to a thread of ours (signals.c), which works through
- * this, and tells nbdkit to quit when it is done:
+ * So signals go to a thread of ours (signals.c), which works through these
+ * steps and then tells nbdkit to quit:
  *
- *   refuse      No request is begun any more for a client of nbdkit's
- *               server, and our server begins to stop: it goes on with
- *               that by itself, while this thread goes on here.
+ *   refuse      No more requests begin for clients of nbdkit's server, and
+ *               our server begins to stop, by itself, while this thread
+ *               continues here.
  *   store       disk_sync, while the last requests are still under way, so
- *               that being killed in what follows loses nothing that was
+ *               that a kill in the following steps loses nothing that was
  *               acknowledged until now.
- *   wait        Until no request is under way.  GRACE_MS after "refuse"
- *               long ones end early (disk_hurry), and clients of our
+ *   wait        Until no request is under way.  GRACE_MS after "refuse",
+ *               long requests end early (disk_hurry), and clients of our
  *               server are disconnected.  If a request is stuck for
  *               PATIENCE_MS, maybe asleep in a filter below: store once
- *               more, and let nbdkit quit, which wakes it; then wait for
- *               as long as it takes.
+ *               more, and let nbdkit quit, which wakes it; then wait for as
+ *               long as it takes.
  *   stop        disk_stop.  No request comes after it.
  *   quit        nbdkit_shutdown.
- *   shut down   The receiving side of the connections of nbdkit's server
- *               is shut down after a while: replies still get out, and
- *               idle connections end.  Later the sending side as well,
- *               for the sake of clients that do not take their replies.
- *               Both are repeated until cleanup, since nbdkit may still be
- *               starting a connection that it accepted just before.
- *               (nbdkit 1.32 aborts if the second is done to a client that
- *               has several replies to take: an assertion in its
+ *   shut down   The receiving side of the connections of nbdkit's server is
+ *               shut down after a while: replies still get out, and idle
+ *               connections end.  Later the sending side is shut down, too,
+ *               because of clients that do not receive their replies.  Both
+ *               are repeated until cleanup, since nbdkit may still be
+ *               starting a connection that it accepted just before.  (nbdkit
+ *               1.32 aborts if the second is done to a client that has
+ *               several replies to receive: an assertion in its
  *               raw_send_socket.  There the process ends instead, with the
  *               status that it would have had, and without the cleanup of
- *               plugin and filters, which an abort skips too.)
+ *               plugin and filters, which an abort skips, too.)
  *
- * Why nothing that was acknowledged is missing from the image: a request
- * is either counted as under way, from before the gate of clients.c or the
- * server's flag was looked at until it has left the disk, or it is refused.
- * "wait" ends when both are closed and none is counted, so disk_stop comes
- * after the last change.  (The gate says why none slips through; our
- * server has joined its threads.)  The first store races with requests,
- * as every flush does: a change that it missed is in RAM, and its bitmap
- * is in use in the image, durably, until disk_stop.
+ * Why nothing that was acknowledged is missing from the image: a request is
+ * either counted as under way, from before it reads the gate of clients.c or
+ * the server's flag until it has left the disk, or it is refused.  "wait"
+ * ends when both are closed and none is counted, so disk_stop comes after
+ * the last change.  (The gate says why none slips through; our server has
+ * joined its threads.)  The first store races with requests, as every flush
+ * does: a change that it missed is in RAM, and its bitmap is in use in the
+ * image, durably, until disk_stop.
  *
  * Why the first store waits for no request: a flush waits for marks under
  * way, each of which is short, and takes no range lock.
  *
- * Where nbdkit quits for another reason, the same is done, as far as it
- * can be then.  Such reasons, and how this thread learns of them:
+ * If nbdkit quits for another reason, the same is done, as far as possible
+ * then.  Such reasons, and how this thread learns of them:
  *
  * - A signal before after_fork has ended; a plugin, or a filter, that calls
- *   nbdkit_shutdown.  Where nbdkit's own server answers, another thread
- *   sleeps in nbdkit_nanosleep, which fails at that moment (at the price of
- *   a line in the log).  Elsewhere nbdkit has no client, and calls cleanup
- *   at once.
- * - The filters exitlast and exitwhen do that when a client has gone.  They
- *   learn of it after us, in close: so in finalize (clients.c) everything
- *   is stored, by this thread (stop_store).  In the connection's own thread
- *   filters below could not sleep, since its client has gone.
- * - With -s the client has gone: cleanup is called, and nbdkit does not
- *   even quit.
+ *   nbdkit_shutdown.  If nbdkit's own server answers, another thread sleeps
+ *   in nbdkit_nanosleep, which fails at that moment (at the price of a line
+ *   in the log).  Otherwise nbdkit has no client, and calls cleanup at once.
+ * - The filters exitlast and exitwhen do that when a client has
+ *   disconnected.  They learn of it after us, in close: so in finalize
+ *   (clients.c) this thread stores everything (stop_store).  The
+ *   connection's own thread could not, since filters below cannot sleep in
+ *   it once its client has disconnected.
+ * - With -s, the client has disconnected: nbdkit calls cleanup, without
+ *   quitting.
  *
- * cleanup (stop_finish) waits for this thread, whatever it was woken by.
- * So there is one thread that stops the disk, and it does so once.
+ * cleanup (stop_finish) waits for this thread, whatever woke it.  So there
+ * is one thread that stops the disk, and it does so once.
  */
 
 #include <config.h>
@@ -102,34 +103,35 @@
 
 #define TICK_MS 20
 
-/* What requests under way get to end by themselves, clients to leave by
- * themselves, and, when the disk is stopped, to take their replies.
+/* The time for requests under way to end by themselves, for clients to
+ * disconnect by themselves, and, once the disk is stopped, for clients to
+ * receive their replies.
  */
 #define GRACE_MS 300
 
-/* What a request may be stuck for. */
+/* How long a request may be stuck. */
 #define PATIENCE_MS (5 * 1000)
 
-/* The thread that does all of this, and the one that sleeps until nbdkit
+/* The thread that does all this, and the thread that sleeps until nbdkit
  * quits.
  */
 static pthread_t stopper, sleeper;
 static bool has_stopper, has_sleeper;
 static struct stop_options options;
 
-/* Eventfds: a signal has come; look at what follows. */
+/* Eventfds: a signal has come; the state below has changed. */
 static int signal_fd = -1, wake_fd = -1;
 
 /* Protects what follows.  No other lock is taken while it is held. */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static bool is_asked;           /* to stop */
-static bool is_finishing;       /* cleanup has come */
+static bool is_finishing;       /* cleanup was called */
 static bool is_stopped;         /* the disk is */
 static unsigned stores_asked, stores_done;
 static int result;              /* of disk_stop */
 
-/* Sleep until there is something to be done.  True if that is to stop. */
+/* Sleep until there is something to do.  True if that is to stop. */
 static bool
 wait_to_be_asked (void)
 {
@@ -147,7 +149,7 @@ wait_to_be_asked (void)
   return is_asked || fds[0].revents != 0;
 }
 
-/* Store for clients that have gone, if there are any. */
+/* Store for clients that have disconnected, if any. */
 static void
 store_for_leavers (void)
 {
@@ -166,8 +168,8 @@ store_for_leavers (void)
   pthread_cond_broadcast (&changed);
 }
 
-/* Wait until no request is under way.  False if one is still, after a time
- * of now_ms.
+/* Wait until no request is under way.  False if one still is at `until`, in
+ * now_ms.
  */
 static bool
 requests_end (int64_t until)
@@ -194,7 +196,7 @@ stop (int64_t began)
   disk_hurry (options.disk, GRACE_MS);
   if (options.server != NULL)
     nbd_server_begin_stop (options.server, GRACE_MS);
-  disk_sync (options.disk);     /* If it fails, disk_stop tells. */
+  disk_sync (options.disk);     /* If this fails, disk_stop reports it. */
   if (!requests_end (began + PATIENCE_MS)) {
     disk_sync (options.disk);
     nbdkit_shutdown ();
@@ -210,7 +212,7 @@ stop (int64_t began)
   pthread_cond_broadcast (&changed);
 }
 
-/* Has cleanup come?  Wait a little for it. */
+/* Was cleanup called?  Waits a little for it. */
 static bool
 cleanup_comes (void)
 {
@@ -224,7 +226,9 @@ cleanup_comes (void)
   return is_finishing;
 }
 
-/* Clients of nbdkit's server had time to take their replies. */
+/* Called once clients of nbdkit's server have had time to receive their
+ * replies.
+ */
 static void
 end_sending (void)
 {
@@ -234,10 +238,9 @@ end_sending (void)
   sockets_shut_clients (SHUT_RD);
   if (!sockets_client_is_stuck ())
     return;
-  report_warning ("there are clients that do not take their replies, and "
-                  "this version of nbdkit would abort if they were "
-                  "disconnected: the disk is stopped, and the process ends "
-                  "here");
+  report_warning ("some clients do not receive their replies, and this "
+                  "version of nbdkit would abort if they were disconnected: "
+                  "the disk is stopped, so the process ends here");
   options.give_up ();
   _exit (result == 0 ? EXIT_SUCCESS : EXIT_FAILURE);
 #endif
@@ -322,9 +325,9 @@ stop_start (const struct stop_options *o)
        start_thread (&sleeper, sleeper_main, &has_sleeper) == -1))
     return -1;
   if (!signals_take (signal_fd) && options.sleeper != NULL)
-    report_warning ("--filter=%s stops to work when nbdkit is told to end, "
+    report_warning ("--filter=%s stops working when nbdkit is told to end, "
                     "and what is in memory then may be lost: nbdkit's "
-                    "handling of signals is not as it is known",
+                    "signal handler was not recognised",
                     options.sleeper);
   return 0;
 }
@@ -357,7 +360,7 @@ stop_finish (void)
   }
   pthread_join (stopper, NULL);
   if (has_sleeper) {
-    nbdkit_shutdown ();         /* This wakes it, if nothing has. */
+    nbdkit_shutdown ();         /* Wakes it, if nothing has. */
     pthread_join (sleeper, NULL);
     has_sleeper = false;
   }

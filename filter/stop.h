@@ -18,8 +18,8 @@ struct stop_options {
   struct nbd_server *server;    /* ours, started, or NULL */
   bool nbdkit_answers;          /* nbdkit's own server has clients */
 
-  /* The name of a filter below that sleeps as long as nbdkit does not
-   * quit, or NULL.
+  /* The name of a filter below that sleeps, which it can only until nbdkit
+   * quits; or NULL.
    */
   const char *sleeper;
 
@@ -29,19 +29,21 @@ struct stop_options {
   void (*give_up) (void);
 };
 
-/* Wait, in a thread, for what ends nbdkit.  All that is in the options
- * outlives it.  -1, with the reason reported.  At the end of after_fork.
+/* Start a thread that waits for whatever ends nbdkit.  Everything in the
+ * options outlives it.  -1, with the reason reported.  At the end of
+ * after_fork.
  */
 extern int stop_start (const struct stop_options *);
 
-/* A client of nbdkit's server has gone, and nbdkit may quit because of it
- * without a signal: write what is in RAM, and return when that is done.
+/* A client of nbdkit's server has disconnected, and nbdkit may quit because
+ * of that without a signal: write what is in RAM, and return when that is
+ * done.
  */
 extern void stop_store (void);
 
-/* Bring it to the end, if that was not done yet: our server is stopped,
- * clients are refused, no request is under way, and the disk is stopped.
- * -1 if something could not be written.  In cleanup.
+/* Finish the stop, if that is not done yet: our server is stopped, clients
+ * are refused, no request is under way, and the disk is stopped.  -1 if
+ * something could not be written.  In cleanup.
  */
 extern int stop_finish (void);
 

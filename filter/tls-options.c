@@ -5,18 +5,17 @@
 
 /* How this works
  *
- * The rules are those of nbdkit-tls(1), so that it makes no difference
- * who answers the clients:
+ * The rules are those of nbdkit-tls(1), so that both servers behave alike:
  *
- * - --tls=off is the end of it.
+ * - --tls=off disables TLS.
  * - A file of keys (--tls-psk) counts before certificates.
- * - Certificates are in the directory of --tls-certificates, or else in
- *   one of the default ones.  A directory counts if it has the three
- *   files that a server needs; where none does, there is no TLS, unless
- *   it is required.
+ * - Certificates are in the directory of --tls-certificates, or else in one
+ *   of the default ones.  A directory counts if it has the three files that
+ *   a server needs.  If none has, there is no TLS; if TLS is required, that
+ *   is an error.
  *
- * This is called while nbdkit is still what it was started as: the user,
- * the current directory, and somebody who reads the errors.
+ * This is called while nbdkit still has its original user ID and current
+ * directory, and the user still sees errors.
  */
 
 #include <config.h>
@@ -54,8 +53,9 @@ has_certificates (const char *dir)
   return true;
 }
 
-/* nbdkit looks in one place for root, and in two in the home directory
- * of others.  The result is to be freed; NULL if there are none.
+/* nbdkit looks in one place for root, and in two places in the home
+ * directory of other users.  The result is for the caller to free; NULL if
+ * there are none.
  */
 static char *
 default_certificates (void)
@@ -79,7 +79,7 @@ default_certificates (void)
   return NULL;
 }
 
-/* The directory to use, to be freed; NULL if there is none. */
+/* The directory to use, for the caller to free; NULL if there is none. */
 static char *
 find_certificates (const struct command_line_tls *tls)
 {

@@ -11,9 +11,9 @@
 struct command_line_tls;
 struct nbd_tls;
 
-/* Load the keys or certificates that nbdkit itself would use.  *tls is
- * NULL where nbdkit would offer no TLS.  -1, with the reason reported,
- * if it is required, or was named, and cannot be had.
+/* Load the keys or certificates that nbdkit itself would use.  *tls is NULL
+ * if nbdkit would offer no TLS.  -1, with the reason reported, if TLS was
+ * required, or its keys or certificates were named, and cannot be had.
  */
 extern int tls_options_load (const struct command_line_tls *,
                              struct nbd_tls **tls);

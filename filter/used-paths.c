@@ -5,13 +5,13 @@
 
 /* How this works
  *
- * nbdkit writes its number over whatever -P names, and that may be the
- * image.  Two paths name one file if they are equal when the links in
- * them are followed, or, if both exist, when device and inode are.
+ * nbdkit overwrites the file that -P names with its process ID, and that
+ * file may be the image.  Two paths name one file if they are equal after
+ * links are followed, or, if both exist, if device and inode are equal.
  * Devices like /dev/null, and pipes, can have many uses.
  *
- * What an image refers to, backing files and data files, has no name on
- * the command line.  But it is locked once it is open.
+ * The files that an image refers to, backing files and data files, are not
+ * named on the command line.  But they are locked once they are open.
  */
 
 #include <config.h>

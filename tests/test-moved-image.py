@@ -230,7 +230,7 @@ def reopened_by_a_filter():
     said = harness.run("nbdkit", "-f", "-U", "refused",
                        "--filter=" + harness.FILTER, "--filter=retry", "file",
                        "folder/disk", status=1, env=harness.environment())
-    assert "--filter=retry opens the image anew by its name" in said, said
+    assert "--filter=retry reopens the image by its name" in said, said
     s = harness.Server(args=["-r", "--filter=" + harness.FILTER,
                              "--filter=retry", "file", "folder/disk"])
     s.stop()

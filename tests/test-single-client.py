@@ -296,5 +296,5 @@ with open("broken", "w"):
 h.shutdown()
 assert process.wait(PATIENCE) == 1
 with open("single.log", encoding="utf-8") as f:
-    assert "not everything could be written" in f.read()
+    assert "could not write everything" in f.read()
 assert "in-use" in harness.flags("disk.qcow2", "b")

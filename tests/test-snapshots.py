@@ -202,7 +202,7 @@ def refusals():
     harness.refused("r.qcow2", "dirty-bitmap-snapshot=", pattern="empty")
     for p in "dirty-bitmap=b", "dirty-bitmap-expose=b", "dirty-bitmap=new":
         harness.refused("r.qcow2", "dirty-bitmap-snapshot=two", p,
-                        pattern=p.split("=")[0] + ": the bitmaps")
+                        pattern=p.split("=")[0] + ": cannot be used with dirty-bitmap-snapshot")
     # The ID goes before the name, as with qemu-nbd -l.
     for name, byte in ("1", 1), ("2", 2), ("two", 2):
         server = Server("r.qcow2", "dirty-bitmap-snapshot=" + name)

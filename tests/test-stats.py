@@ -417,7 +417,7 @@ def appears_later():
         f.write("not to be lost\n")
     os.rename("precious", "later.prom")
     os.kill(server.pid, signal.SIGUSR1)
-    until(lambda: "later.prom: there is a file already" in server.messages(),
+    until(lambda: "later.prom: exists, does not hold" in server.messages(),
           "the warning")
     os.remove("later.prom")
     os.kill(server.pid, signal.SIGUSR1)
