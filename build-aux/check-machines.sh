@@ -2,7 +2,8 @@
 # Compile for other machines, and run the unit tests as they would run
 # there, in a Debian of its own (in-debian.sh).  As root or with sudo.
 #
-#   i386    32 bits.  Its programs run here as they are
+#   i386    32 bits.  Its programs run here as they are, or under QEMU's
+#           emulation if the kernel cannot run them
 #   s390x   most significant byte first.  Its programs run under QEMU's
 #           emulation of a processor, without a kernel of their own
 #   musl    another C library, for which Debian has no packages of what the
@@ -152,7 +153,16 @@ compile_musl ()
 one_machine ()
 {
     case $1 in
-        i386) run_tests i386 i686-linux-gnu i386-linux-gnu "" ;;
+        i386)
+            # Some kernels cannot run its programs.
+            if /lib/ld-linux.so.2 --help >/dev/null 2>&1; then
+                run_tests i386 i686-linux-gnu i386-linux-gnu ""
+            else
+                # shellcheck disable=SC2086  # words are meant
+                run_tests i386 i686-linux-gnu i386-linux-gnu \
+                          qemu-i386-static $emulated_out
+            fi
+            ;;
         s390x)
             # shellcheck disable=SC2086  # words are meant
             run_tests s390x s390x-linux-gnu s390x-linux-gnu \
