@@ -48,9 +48,9 @@ extern int export_describe (const struct disk *,
                             const struct export_options *,
                             const struct export *, char **description);
 
-/* Call fn for each export of a list, the disk first.  Clients take a list of 10000
- * (libnbd's limit, and nbdkit's): if there are more, the deltas are left
- * out.  Stops if fn returns -1, and returns that.
+/* Call fn for each export of a list, the disk first.  Clients take a list of
+ * 10000 (libnbd's limit, and nbdkit's).  If there are more, the deltas are
+ * left out.  Stops if fn returns -1, and returns that.
  */
 extern int exports_list (const struct disk *, const struct export_options *,
                          int (*fn) (void *opaque, const char *name,
