@@ -155,13 +155,12 @@ one_machine ()
     case $1 in
         i386)
             # Some kernels cannot run its programs.
+            runner=qemu-i386-static left_out=$emulated_out
             if /lib/ld-linux.so.2 --help >/dev/null 2>&1; then
-                run_tests i386 i686-linux-gnu i386-linux-gnu ""
-            else
-                # shellcheck disable=SC2086  # words are meant
-                run_tests i386 i686-linux-gnu i386-linux-gnu \
-                          qemu-i386-static $emulated_out
+                runner='' left_out=''
             fi
+            # shellcheck disable=SC2086  # words are meant
+            run_tests i386 i686-linux-gnu i386-linux-gnu "$runner" $left_out
             ;;
         s390x)
             # shellcheck disable=SC2086  # words are meant

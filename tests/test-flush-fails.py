@@ -10,12 +10,14 @@ file is used without the plugin, through the plugin, and in a data file.
 
 import os
 import subprocess
+import sys
 
 import harness
 from harness import Server, nbd
 
 if harness.SERVER != "nbdkit":
-    raise SystemExit("this is not for another server")
+    print("skipped: for our own server")
+    sys.exit(77)
 
 SHIM = r"""
 #include <dlfcn.h>
