@@ -9,13 +9,13 @@
 
 #include "common/shard.h"
 
-static atomic_uint next_shard;
-static _Thread_local unsigned my_shard; /* 1 + shard, or 0 if not chosen */
+_Thread_local unsigned chosen_shard;
 
 unsigned
-shard_of_thread (void)
+choose_shard (void)
 {
-  if (my_shard == 0)
-    my_shard = 1 + atomic_fetch_add (&next_shard, 1) % NR_SHARDS;
-  return my_shard - 1;
+  static atomic_uint next;
+
+  chosen_shard = 1 + atomic_fetch_add (&next, 1) % NR_SHARDS;
+  return chosen_shard - 1;
 }

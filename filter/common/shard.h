@@ -13,7 +13,17 @@
 
 #define NR_SHARDS 32
 
-/* The part of the calling thread, below NR_SHARDS. */
-extern unsigned shard_of_thread (void);
+/* 1 + the part of the calling thread, or 0 if none is chosen yet. */
+extern _Thread_local unsigned chosen_shard;
+extern unsigned choose_shard (void);
+
+/* The part of the calling thread, below NR_SHARDS.  Each request asks for
+ * it several times.
+ */
+static inline unsigned
+shard_of_thread (void)
+{
+  return chosen_shard != 0 ? chosen_shard - 1 : choose_shard ();
+}
 
 #endif /* DIRTY_BITMAP_SHARD_H */
