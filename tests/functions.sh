@@ -111,12 +111,15 @@ elapsed_less ()
     fail "longer than $2 seconds"
 }
 
-# wait_until COMMAND...: poll for up to 10 seconds.
+# How many hundredths of a second we wait for what is sure to come.
+patience=6000
+
+# wait_until COMMAND...: poll until it succeeds.
 wait_until ()
 {
   local i
 
-  for i in {1..500}; do
+  for ((i = 0; i < patience; i += 2)); do
     if "$@" >/dev/null 2>&1; then return 0; fi
     sleep 0.02
   done
@@ -142,7 +145,7 @@ start_nbdkit ()
   rm -f "$d/pid" "$sock"
   nbdkit -f -P "$d/pid" "${where[@]}" "$@" 2>"$log" &
   server_pid=$!
-  for i in {1..1000}; do
+  for ((i = 0; i < patience; i++)); do
     if [ -s "$d/pid" ]; then return 0; fi
     kill -0 $server_pid 2>/dev/null || break
     sleep 0.01
@@ -188,7 +191,7 @@ server_ends ()
 {
   local status=0 expected=${1:-0} i pid=$server_pid
 
-  for i in {1..500}; do
+  for ((i = 0; i < patience; i++)); do
     kill -0 "$pid" 2>/dev/null || break
     sleep 0.01
   done

@@ -36,7 +36,7 @@ CONTEXT = "qemu:dirty-bitmap:"
 HOLE, ZERO = 1, 2
 
 # Sanitizers and busy machines are slow.
-PATIENCE = 20
+PATIENCE = 60
 
 tmp = tempfile.mkdtemp(prefix="dirty-bitmap.")
 servers = []

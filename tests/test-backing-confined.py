@@ -81,7 +81,7 @@ def refused_late(*args, pattern):
     """Where the image is not seen before nbdkit has its sockets."""
     p = subprocess.run(["nbdkit", "-f", "-U", "late", *args],
                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                       env=harness.environment(), timeout=20)
+                       env=harness.environment(), timeout=harness.PATIENCE)
     out = p.stdout.decode()
     assert p.returncode == 1 and pattern in out, out
     os.unlink("late")

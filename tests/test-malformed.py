@@ -161,7 +161,7 @@ for number in range(max(ROUNDS, len(HANDSHAKE))):
     server.alive()
 
 # After all that: memory and descriptors are bounded.
-deadline = time.monotonic() + 5
+deadline = time.monotonic() + harness.PATIENCE
 while len(os.listdir("/proc/%d/fd" % server.pid)) > 40:
     assert time.monotonic() < deadline, "descriptors are lost"
     time.sleep(0.05)

@@ -23,7 +23,7 @@ if harness.SERVER != "nbdkit":
     print("skipped: this is about nbdkit")
     sys.exit(77)
 
-LIMIT = 1.5 if not harness.PRELOAD else 4.0
+LIMIT = 4.0 if not harness.PRELOAD else 10.0
 SIZE = 64 << 20
 HAS_TLS = "tls=yes" in harness.run("nbdkit", "--dump-config").splitlines()
 GO = b"IHAVEOPT\0\0\0\7\0\0\0\6" + bytes(6)

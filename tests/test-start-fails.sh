@@ -98,12 +98,8 @@ late ()
   rm -f refused
   [ ! -e own ] || fail "the socket was left behind: $pattern"
   nbdkit -U refused "$@" dirty-bitmap-listen=own 2>/dev/null || :
-  for i in {1..500}; do
-    [ -e own ] || break
-    sleep 0.02
-  done
+  wait_until test ! -e own
   rm -f refused
-  [ ! -e own ] || fail "the daemon left the socket behind: $pattern"
 }
 late 'nowhere' --filter=log "${our[@]}" logfile="$d/nowhere/log"
 late 'nowhere' -P "$d/nowhere/pid" "${our[@]}"

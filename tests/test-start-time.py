@@ -12,7 +12,7 @@ import time
 import harness
 from harness import CONTEXT, Server
 
-LIMIT = 1.0 if not harness.PRELOAD else 5.0
+LIMIT = 3.0 if not harness.PRELOAD else 10.0
 PERIOD = 2 << 30        # What a cluster of bits covers.
 SIZE = 1 << 40
 harness.create("disk.qcow2", SIZE, ("b", 4096), ("c", 65536))

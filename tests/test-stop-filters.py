@@ -130,7 +130,7 @@ def stuck():
     h.aio_cache(65536, 40 << 20)
     time.sleep(0.3)
     server.process.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + 4
+    deadline = time.monotonic() + 30
     while harness.flags("disk.qcow2", "b") != {"auto"}:
         server.alive()
         assert time.monotonic() < deadline, "nothing is stored meanwhile"

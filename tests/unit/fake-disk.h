@@ -40,10 +40,12 @@ struct disk {
   size_t nr_bitmaps;
 
   /* Called before each operation, with no lock held.  It may sleep, and
-   * what it returns, if not 0, is the operation's errno.
+   * what it returns, if not 0, is the operation's errno.  It may be set
+   * while operations run.
    */
-  int (*hook) (struct disk *, enum fake_op, uint64_t offset, uint64_t count);
-  void *opaque;                 /* the hook's */
+  int (*_Atomic hook) (struct disk *, enum fake_op, uint64_t offset,
+                       uint64_t count);
+  void *opaque;                 /* the hook's; set before it */
 
   /* Protects data and what follows. */
   pthread_mutex_t lock;

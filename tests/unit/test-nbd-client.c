@@ -98,7 +98,7 @@ fixture_stop (struct fixture *f)
 {
   nbd_server_stop (f->server, 1000);
   nbd_server_free (f->server);
-  tls_relay_wait ();
+  tls_relay_end ();
   nbd_tls_free (f->tls);
   fake_disk_free (f->disk);
   unlink (f->path);

@@ -29,9 +29,10 @@ const char *tls_relay_priority;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t ended = PTHREAD_COND_INITIALIZER;
-static unsigned nr_relays;      /* protected by lock */
+static struct relay *relays;    /* all that run; protected by lock */
 
 struct relay {
+  struct relay *next;           /* protected by lock */
   int server, test;             /* descriptors */
   gnutls_session_t session;
   unsigned next_update;         /* in milliseconds () */
@@ -253,6 +254,12 @@ pump (struct relay *r)
     progress |= send_to_test (r, down, &fds[0].events, &end);
     if (is_empty (up))
       fds[0].events |= POLLIN;
+    /* poll would return at once for a peer that hung up, whether anything
+     * is wanted of it or not.
+     */
+    for (int i = 0; i < 2; ++i)
+      if (fds[i].events == 0)
+        fds[i].fd = -1;
     if (!progress && !end)
       poll (fds, 2, 1000);
   }
@@ -269,12 +276,15 @@ relay_main (void *vp)
     pump (r);
   if (r->session != NULL)
     gnutls_deinit (r->session);
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
+  struct relay **place = &relays;
+  while (*place != r)
+    place = &(*place)->next;
+  *place = r->next;
   close (r->server);
   close (r->test);
   free (r);
-
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
-  nr_relays--;
   pthread_cond_broadcast (&ended);
   return NULL;
 }
@@ -296,14 +306,19 @@ tls_relay_start (int fd)
   if (pthread_create (&thread, NULL, relay_main, r) != 0)
     abort ();
   pthread_detach (thread);
-  nr_relays++;
+  r->next = relays;
+  relays = r;
   return pair[0];
 }
 
 void
-tls_relay_wait (void)
+tls_relay_end (void)
 {
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
-  while (nr_relays > 0)
+  for (struct relay *r = relays; r != NULL; r = r->next) {
+    shutdown (r->test, SHUT_RDWR);
+    shutdown (r->server, SHUT_RDWR);
+  }
+  while (relays != NULL)
     pthread_cond_wait (&ended, &lock);
 }

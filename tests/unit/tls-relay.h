@@ -28,10 +28,10 @@ extern const char *tls_relay_priority;
  */
 extern int tls_relay_start (int fd);
 
-/* Wait until all relays have ended.  The server must have stopped, or
- * the tests have closed their descriptors.
+/* End all relays, also those of descriptors that a failed test has left
+ * open, and wait for them.
  */
-extern void tls_relay_wait (void);
+extern void tls_relay_end (void);
 
 /* A client's session that knows the key.  fd is the connection; it is
  * not blocking if nonblocking.
