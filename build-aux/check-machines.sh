@@ -126,7 +126,7 @@ run_tests ()
     say "$machine: running $(echo "$tests" | wc -w) unit tests"
     test $# -eq 0 || say "$machine: left out: $*"
     UNDER_SANITIZERS=1 CRASH_STATES=400 \
-        make -C "build-$machine/tests" check TESTS="$tests" \
+        make -j"$(nproc)" -C "build-$machine/tests" check TESTS="$tests" \
              LOG_COMPILER="timeout -k 10 $test_timeout $runner"
 }
 
