@@ -9,8 +9,8 @@
  * nbdkit calls them:
  *
  * config       parameters; those of the plugin that concern us are
- *              remembered as they pass by (image-file.c,
- *              plugin-parameters.c)
+ *              remembered as they pass by (image/image-file.c,
+ *              nbdkit/plugin-parameters.c)
  * get_ready    all checks are made here, where the user sees an error and
  *              nbdkit exits with it: the image and the files that it refers
  *              to are locked and checked, keys and certificates loaded, the
@@ -18,10 +18,10 @@
  *              answers the clients
  * after_fork   the plugin is opened, unless its file is used directly, and
  *              the disk.  Either our server stands in for nbdkit's
- *              (sockets.c, and single.c for nbdkit -s), or nbdkit's own
- *              server answers (clients.c).  A thread waits for what ends
- *              nbdkit, and then stops the servers, and writes what is in RAM
- *              (stop.c)
+ *              (nbdkit/sockets.c, and nbdkit/single.c for nbdkit -s), or
+ *              nbdkit's own server answers (nbdkit/clients.c).  A thread
+ *              waits for what ends nbdkit, and then stops the servers, and
+ *              writes what is in RAM (nbdkit/stop.c)
  * cleanup      waits for that thread, and closes the image
  * unload       if something could not be written, the process ends with
  *              an exit code that says so: cleanup has no other way, and
@@ -42,29 +42,29 @@
 
 #include <nbdkit-filter.h>
 
-#include "chain.h"
-#include "clients.h"
-#include "command-line.h"
 #include "common/cleanup.h"
 #include "common/meter.h"
 #include "common/report.h"
 #include "container/container.h"
 #include "container/next.h"
 #include "disk/disk.h"
-#include "filter-stack.h"
-#include "image-file.h"
-#include "listen.h"
-#include "loaded-objects.h"
+#include "image/chain.h"
+#include "image/image-file.h"
 #include "nbd/nbd.h"
+#include "nbdkit/clients.h"
+#include "nbdkit/command-line.h"
+#include "nbdkit/filter-stack.h"
+#include "nbdkit/listen.h"
+#include "nbdkit/loaded-objects.h"
+#include "nbdkit/plugin-parameters.h"
+#include "nbdkit/single.h"
+#include "nbdkit/sockets.h"
+#include "nbdkit/stop.h"
+#include "nbdkit/tls-options.h"
 #include "parameters.h"
-#include "plugin-parameters.h"
 #include "settings.h"
-#include "single.h"
-#include "sockets.h"
-#include "stats-file.h"
+#include "stats/stats-file.h"
 #include "stats/stats.h"
-#include "stop.h"
-#include "tls-options.h"
 
 /* How long the client of nbdkit -s may take to receive its last replies. */
 #define SINGLE_GRACE_MS 300
@@ -604,7 +604,7 @@ static struct nbdkit_filter filter = {
   .preconnect = dirty_bitmap_preconnect,
 };
 
-/* The callbacks of requests are in clients.c, and must be in the struct
+/* The callbacks of requests are in nbdkit/clients.c, and must be in the struct
  * before nbdkit copies it.
  */
 __attribute__ ((constructor))

@@ -12,8 +12,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "listen.h"
 #include "nbd/nbd.h"
+#include "nbdkit/listen.h"
 
 enum server_mode { SERVER_AUTO, SERVER_ON, SERVER_FORCE, SERVER_OFF };
 

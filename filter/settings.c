@@ -9,9 +9,9 @@
  * --log before it calls after_fork, whatever they contain: get_ready is the
  * last moment to find that one of them is the image.
  *
- * An option that command-line.c does not know may concern TLS, or hide an
- * option that does.  So dirty-bitmap-listen, whose socket our server serves
- * in any case, is refused with such options.
+ * An option that nbdkit/command-line.c does not know may concern TLS, or
+ * hide an option that does.  So dirty-bitmap-listen, whose socket our server
+ * serves in any case, is refused with such options.
  *
  * Options of nbdkit that limit its clients also limit those of our server:
  * -t, --timeout, and the filter noparallel.  If a parameter sets the same
@@ -23,9 +23,9 @@
 #include <stddef.h>
 #include <string.h>
 
-#include "command-line.h"
 #include "common/report.h"
-#include "filter-stack.h"
+#include "nbdkit/command-line.h"
+#include "nbdkit/filter-stack.h"
 #include "parameters.h"
 #include "settings.h"
 #include "used-paths.h"

@@ -14,7 +14,8 @@ import subprocess
 import sys
 
 # From the roof down.  "" is the roof.
-ROOMS = ["", "nbd", "stats", "disk", "bitmap", "qcow2", "container", "common"]
+ROOMS = ["", "image", "nbdkit", "nbd", "stats", "disk", "bitmap", "qcow2",
+         "container", "common"]
 LEVEL = {room: i for i, room in enumerate(ROOMS)}
 
 top = os.environ.get("top_srcdir", ".")
@@ -73,7 +74,10 @@ def objects():
             continue
         here = os.path.relpath(os.path.dirname(base), objects)
         for name in names:
-            if name.endswith(".o"):
+            # Of a file that has moved, an old object may be left.
+            source = re.sub(r"^lib\w*_la-|\.o$", "", name) + ".c"
+            if name.endswith(".o") and os.path.exists(
+                    os.path.join(top, "filter", here, source)):
                 result[os.path.join(here, name)] = (
                     "" if here == "." else here,
                     *symbols(os.path.join(base, name)))

@@ -7,8 +7,8 @@
  *
  * A container over a file descriptor, of a file or a block device.  It
  * serves backing files, data files, and the image itself where the plugin
- * would only do the same (image-file.c).  The descriptor stays that of the
- * opened file, whatever happens to the file's name.
+ * would only do the same (image/image-file.c).  The descriptor stays that
+ * of the opened file, whatever happens to the file's name.
  *
  * The size of a read-only container is the size at the time of opening; a
  * file that is cut later gives EIO.  The door refuses every change.

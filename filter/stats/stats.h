@@ -7,7 +7,7 @@
 #define DIRTY_BITMAP_STATS_H
 
 /* Statistics: what clients asked for, counted by the code that answers them
- * (nbd/, or clients.c where nbdkit's server answers), and the numbers of the
+ * (nbd/, or nbdkit/ where nbdkit's server answers), and the numbers of the
  * disk, written out together.
  *
  * Every function may be called from any thread at any time.  The functions

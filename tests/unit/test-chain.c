@@ -24,7 +24,7 @@
 
 #include <cmocka.h>
 
-#include "chain.h"
+#include "image/chain.h"
 #include "common/report.h"
 #include "container/container.h"
 #include "disk/disk.h"

@@ -20,11 +20,11 @@
 
 #include <cmocka.h>
 
-#include "command-line.h"
+#include "nbdkit/command-line.h"
 #include "common/report.h"
-#include "filter-stack.h"
+#include "nbdkit/filter-stack.h"
 #include "parameters.h"
-#include "plugin-parameters.h"
+#include "nbdkit/plugin-parameters.h"
 #include "settings.h"
 
 #define MAX_ARGS 32

@@ -19,7 +19,7 @@
 #include <cmocka.h>
 
 #include "common/report.h"
-#include "listen.h"
+#include "nbdkit/listen.h"
 #include "parameters.h"
 
 static unsigned nr_reports;

@@ -15,7 +15,7 @@
 
 #include <cmocka.h>
 
-#include "probe.h"
+#include "image/probe.h"
 
 struct row {
   const char *format;

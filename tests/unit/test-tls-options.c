@@ -22,10 +22,10 @@
 
 #include <cmocka.h>
 
-#include "command-line.h"
+#include "nbdkit/command-line.h"
 #include "common/report.h"
 #include "nbd/nbd.h"
-#include "tls-options.h"
+#include "nbdkit/tls-options.h"
 
 #define KEY "0123456789abcdef0123456789abcdef"
 

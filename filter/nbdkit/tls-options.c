@@ -26,11 +26,11 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "command-line.h"
 #include "common/cleanup.h"
 #include "common/report.h"
 #include "nbd/nbd.h"
-#include "tls-options.h"
+#include "nbdkit/command-line.h"
+#include "nbdkit/tls-options.h"
 
 static bool
 has_certificates (const char *dir)

@@ -33,10 +33,10 @@
 
 #include <nbdkit-filter.h>
 
-#include "clients.h"
 #include "common/bytes.h"
 #include "common/report.h"
 #include "disk/disk.h"
+#include "nbdkit/clients.h"
 #include "stats/stats.h"
 
 /* nbdkit allows 64 MiB, but qemu's servers, and ours, allow this much:

@@ -43,7 +43,7 @@
 #include "common/report.h"
 #include "common/threads.h"
 #include "disk/disk.h"
-#include "stats-file.h"
+#include "stats/stats-file.h"
 #include "stats/stats.h"
 
 /* How each of our files begins. */

@@ -53,10 +53,10 @@
 #include <linux/sockios.h>
 #include <linux/vm_sockets.h>
 
-#include "command-line.h"
 #include "common/report.h"
 #include "nbd/nbd.h"
-#include "sockets.h"
+#include "nbdkit/command-line.h"
+#include "nbdkit/sockets.h"
 
 #define FIRST_ACTIVATED_FD 3
 

@@ -39,7 +39,7 @@
 
 #include "common/cleanup.h"
 #include "common/report.h"
-#include "reference.h"
+#include "image/reference.h"
 
 static int
 invalid (int err)

@@ -61,9 +61,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "command-line.h"
 #include "common/report.h"
-#include "filter-stack.h"
+#include "nbdkit/command-line.h"
+#include "nbdkit/filter-stack.h"
 
 #define NOPARALLEL "noparallel"
 

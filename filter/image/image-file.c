@@ -38,15 +38,15 @@
 
 #include <nbdkit-filter.h>
 
-#include "command-line.h"
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/report.h"
 #include "container/container.h"
 #include "container/next.h"
-#include "filter-stack.h"
-#include "image-file.h"
-#include "image-lock.h"
+#include "image/image-file.h"
+#include "image/image-lock.h"
+#include "nbdkit/command-line.h"
+#include "nbdkit/filter-stack.h"
 
 #define COMPARED_BYTES 65536
 

@@ -19,10 +19,10 @@
 #include <string.h>
 #include <strings.h>
 
-#include "command-line.h"
 #include "common/report.h"
-#include "filter-stack.h"
-#include "plugin-parameters.h"
+#include "nbdkit/command-line.h"
+#include "nbdkit/filter-stack.h"
+#include "nbdkit/plugin-parameters.h"
 
 void
 plugin_parameters_note (struct plugin_parameters *p,

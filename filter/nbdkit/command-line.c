@@ -43,9 +43,9 @@
 #include <strings.h>
 #include <unistd.h>
 
-#include "command-line.h"
 #include "common/cleanup.h"
 #include "common/report.h"
+#include "nbdkit/command-line.h"
 
 /* Options without a short form. */
 enum {

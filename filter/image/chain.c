@@ -34,17 +34,17 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "chain.h"
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/report.h"
 #include "container/container.h"
 #include "disk/disk.h"
-#include "image-lock.h"
-#include "probe.h"
+#include "image/chain.h"
+#include "image/image-lock.h"
+#include "image/probe.h"
+#include "image/reference.h"
 #include "qcow2/bitmap-directory.h"
 #include "qcow2/qcow2.h"
-#include "reference.h"
 
 /* Limits on what an untrusted image can make us open and keep in memory. */
 #define MAX_BACKING_FILES 200

@@ -89,17 +89,17 @@
 
 #include <nbdkit-filter.h>
 
-#include "clients.h"
 #include "common/cleanup.h"
 #include "common/clock.h"
 #include "common/report.h"
 #include "common/threads.h"
 #include "disk/disk.h"
 #include "nbd/nbd.h"
-#include "signals.h"
-#include "single.h"
-#include "sockets.h"
-#include "stop.h"
+#include "nbdkit/clients.h"
+#include "nbdkit/signals.h"
+#include "nbdkit/single.h"
+#include "nbdkit/sockets.h"
+#include "nbdkit/stop.h"
 
 #define TICK_MS 20
 

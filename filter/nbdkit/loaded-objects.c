@@ -28,10 +28,10 @@
 #include <stdbool.h>
 #include <stdlib.h>
 
-#include "command-line.h"
 #include "common/cleanup.h"
 #include "common/report.h"
-#include "loaded-objects.h"
+#include "nbdkit/command-line.h"
+#include "nbdkit/loaded-objects.h"
 
 struct paths {
   const char **path;

@@ -42,7 +42,7 @@
 
 #include "common/cleanup.h"
 #include "common/report.h"
-#include "listen.h"
+#include "nbdkit/listen.h"
 
 #define PARAMETER "dirty-bitmap-listen"
 

@@ -14,7 +14,7 @@
 #include <string.h>
 
 #include "common/bytes.h"
-#include "probe.h"
+#include "image/probe.h"
 
 #define MAGIC(format, at, text) { format, at, sizeof text - 1, text }
 

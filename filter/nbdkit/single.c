@@ -43,7 +43,7 @@
 #include "common/report.h"
 #include "common/threads.h"
 #include "nbd/nbd.h"
-#include "single.h"
+#include "nbdkit/single.h"
 
 /* How soon this notices that nbdkit must end for another reason. */
 #define LOOK_MS 200

@@ -36,7 +36,7 @@
 #include <stdint.h>
 #include <unistd.h>
 
-#include "signals.h"
+#include "nbdkit/signals.h"
 
 static const int quit_signals[] = { SIGTERM, SIGINT, SIGQUIT, SIGHUP };
 #define NR_SIGNALS (sizeof quit_signals / sizeof quit_signals[0])

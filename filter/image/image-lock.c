@@ -30,7 +30,7 @@
 #include <unistd.h>
 
 #include "common/report.h"
-#include "image-lock.h"
+#include "image/image-lock.h"
 
 enum {
   CONSISTENT_READ = 0,
