@@ -7,7 +7,7 @@
 # bytes come from, as it does of qemu-nbd -A; what is written moves to
 # depth 1.  base:allocation calls data what a backing file provides (R6).
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd qemu-io
 
 depth ()

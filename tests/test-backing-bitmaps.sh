@@ -6,7 +6,7 @@
 # Bitmaps that live in backing files are offered where no image above has
 # one of that name, and do not record.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd qemu-io
 
 listed ()
@@ -19,7 +19,7 @@ print (" ".join (c[18:] for c in e["contexts"] if c[:18] == "qemu:dirty-bitmap:"
 
 put_flags ()
 {
-  PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$tests /usr/bin/python3 -c '
+  PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$tests/lib /usr/bin/python3 -c '
 import sys
 from qcow2image import Image
 Image (sys.argv[1]).bitmap (sys.argv[2]).put ("flags", int (sys.argv[3]))' "$@"

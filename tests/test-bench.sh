@@ -6,7 +6,7 @@
 # The bench: it holds figures against the bars rightly, keeps what it
 # measured, and measures at all.
 
-. "${srcdir:-.}/functions.sh"
+. "${srcdir:-.}/lib/functions.sh"
 requires "${PYTHON:-python3}" qemu-img
 
 top=$(cd "$tests/.." && pwd)

@@ -8,7 +8,7 @@
 # write and ask.  Those that can do so negotiate extended headers, which is
 # seen in the server's log: QEMU's from 8.2 on, libnbd's from 1.18 on.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires nbdcopy qemu-io
 [ "$SERVER" = nbdkit ] || skip "for our own server's log"
 

@@ -6,7 +6,7 @@
 # Compressed clusters, deflate and zstd, are read; writing over one
 # replaces it, whole or in part, and its space is given back.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-io qemu-nbd
 
 /usr/bin/python3 -c '

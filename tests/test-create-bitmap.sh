@@ -6,7 +6,7 @@
 # dirty-bitmap=NAME makes the bitmap if it is absent: it is in the image,
 # durable, before the first client is answered, and QEMU sees it.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd
 
 qemu-img create -q -f qcow2 disk.qcow2 64M

@@ -6,7 +6,7 @@
 # As a daemon: nbdkit returns when clients can connect, the pid file names
 # the process, relative paths work, and TERM leaves the bitmap in the image.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 
 qemu-img create -q -f qcow2 disk.qcow2 10M
 qemu-img bitmap --add disk.qcow2 b

@@ -6,7 +6,7 @@
 # External data files: the guest's data go there, metadata and bitmaps to
 # the image.  With data_file_raw the data file is the disk, byte for byte.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd qemu-io
 
 # work MODEL: writes of all kinds, to the server and to a raw file.
@@ -53,7 +53,7 @@ for raw in off on; do
   if [ $raw = on ]; then
     cmp data.raw model.raw
     same "the size of the data file" 16777216 "$(stat -c %s data.raw)"
-    [ "$(PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$tests /usr/bin/python3 -c '
+    [ "$(PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$tests/lib /usr/bin/python3 -c '
 from qcow2image import Image
 print (Image ("disk.qcow2").get ("autoclear_features") & 2)')" = 2 ] ||
       fail "the data file is not raw any more"

@@ -6,7 +6,7 @@
 # Requests of one connection run in parallel: with a slow storage below,
 # eight of them take little longer than one.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 
 qemu-img create -q -f qcow2 -o preallocation=full disk.qcow2 10M
 qemu-img bitmap --add disk.qcow2 b

@@ -8,7 +8,7 @@
 # zeroes.  nbdcopy makes an increment of it, and that, put onto the copy
 # that was made before, is the disk as it is now.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires nbdcopy qemu-nbd qemu-io
 
 delta ()

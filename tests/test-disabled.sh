@@ -6,7 +6,7 @@
 # A disabled bitmap is served and never changes, neither its bits nor its
 # flags nor its bytes, whatever is written (I4).
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-io
 
 qemu-img create -q -f qcow2 disk.qcow2 64M
@@ -16,7 +16,7 @@ qemu-img bitmap --disable disk.qcow2 off
 
 bytes ()
 {
-  PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$tests /usr/bin/python3 -c '
+  PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$tests/lib /usr/bin/python3 -c '
 import hashlib
 from qcow2image import Image
 b = Image ("disk.qcow2").bitmap ("off")

@@ -5,7 +5,7 @@
 
 # The tarball has every file that git has, but for debian/.
 
-. "${srcdir:-.}/functions.sh"
+. "${srcdir:-.}/lib/functions.sh"
 requires make git
 top=$(cd "$tests/.." && pwd)
 build=${abs_top_builddir:-$top}

@@ -7,7 +7,7 @@
 # out of tree, passes the tests, installs, uninstalls and cleans up.
 # Run by make check-long.
 
-. "${srcdir:-.}/functions.sh"
+. "${srcdir:-.}/lib/functions.sh"
 requires make git xz
 top=$(cd "$tests/.." && pwd)
 build=${abs_top_builddir:-$top}

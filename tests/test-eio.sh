@@ -7,7 +7,7 @@
 # failed writes are recorded, and when the storage has recovered so has
 # the disk.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd
 
 qemu-img create -q -f qcow2 disk.qcow2 64M

@@ -6,7 +6,7 @@
 # The file system below is full: the write fails, the image and its
 # bitmaps stay intact, and after space was made all is recorded.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd
 
 # A limit on the size of files is a full disk that needs no privileges.

@@ -7,7 +7,7 @@
 # name and no other, clients see both in the list, and an unknown name is
 # refused; whichever server answers.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 
 qemu-img create -q -f qcow2 disk.qcow2 10M
 qemu-img bitmap --add disk.qcow2 b

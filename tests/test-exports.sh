@@ -6,7 +6,7 @@
 # The shared object exports filter_init and the debug flags, nothing
 # else: it lives in one process with nbdkit, its plugin and other filters.
 
-. "${srcdir:-.}/functions.sh"
+. "${srcdir:-.}/lib/functions.sh"
 requires nm
 
 nm -D --defined-only "$FILTER" | awk '{ print $NF }' | sort > exported

@@ -5,7 +5,7 @@
 
 # dirty-bitmap-expose=NAME offers only these to clients (R10); all record.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd
 
 qemu-img create -q -f qcow2 disk.qcow2 64M

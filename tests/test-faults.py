@@ -8,7 +8,7 @@ it: he gets the error that the storage gave, his connection stays, what
 does not need the storage that fails goes on, and when the fault has ended
 so has the trouble.  One server lives through all of it.
 
-(unit/test-faults.c fails every call of many workloads, and looks closer.)
+(unit/disk/test-faults.c fails every call of many workloads, and looks closer.)
 """
 
 import os

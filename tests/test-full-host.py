@@ -10,7 +10,7 @@ after a flush and a kill, after a stop, and after there was space again.
 Every bitmap has all changes or is marked; if one is marked after a stop,
 the exit status and a message say so.
 
-(unit/test-space.c tries every point of many workloads.)
+(unit/disk/test-space.c tries every point of many workloads.)
 """
 
 import contextlib

@@ -7,7 +7,7 @@
 # stop.  Either the bitmap reached the image, or it is marked and nbdkit's
 # exit status tells.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd unshare mount
 
 # As root no user namespace is needed for a mount of our own.

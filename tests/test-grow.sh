@@ -6,7 +6,7 @@
 # The container grows over the file plugin while clients write, and is cut
 # to what is used at a clean stop.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd
 
 for cluster in 4k 64k; do

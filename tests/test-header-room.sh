@@ -7,7 +7,7 @@
 # extensions, and makes room for the first bitmap.  Where it cannot, the
 # image is refused as it is.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-io
 [ "$SERVER" = nbdkit ] || skip "only the filter makes bitmaps"
 

@@ -6,7 +6,7 @@
 # nbdkit --help shows the filter's parameters, and those are what the
 # manual page describes; nbdkit -v shows the filter's version.
 
-. "${srcdir:-.}/functions.sh"
+. "${srcdir:-.}/lib/functions.sh"
 pod=$tests/../filter/nbdkit-dirty-bitmap-filter.pod
 
 nbdkit --filter="$FILTER" null --help > help

@@ -6,7 +6,7 @@
 # A flush with nothing to flush does not reach the storage, whoever asks
 # for it; a flush after a change does.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 
 qemu-img create -q -f qcow2 -o preallocation=full disk.qcow2 16M
 qemu-img bitmap --add disk.qcow2 b

@@ -6,7 +6,7 @@
 # Serving an image read-write without writing to it leaves the file as it
 # was, byte for byte, also after a kill (I4).
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-io
 
 for cluster in 512 64k; do

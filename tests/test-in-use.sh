@@ -7,7 +7,7 @@
 # not before the first write, while the image's bitmap lacks a bit, and
 # not after a flush.  A bit that is set already costs nothing (R14).
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 
 qemu-img create -q -f qcow2 disk.qcow2 100M
 for b in fine:64k coarse:2M; do

@@ -7,7 +7,7 @@
 # offered and not recorded into, and named on stderr.  The others and the
 # disk are served.  Asking for it by name is an error with the remedy.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd
 
 qemu-img create -q -f qcow2 disk.qcow2 64M

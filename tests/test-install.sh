@@ -6,7 +6,7 @@
 # make install puts the filter where nbdkit looks for filters, and the
 # manual page beside the others; make uninstall takes both away.
 
-. "${srcdir:-.}/functions.sh"
+. "${srcdir:-.}/lib/functions.sh"
 requires make
 build=${abs_top_builddir:-$tests/..}
 [ -f "$build/config.status" ] || skip "$build is not configured"

@@ -6,7 +6,7 @@
 # The largest disk that clusters of 512 bytes can have: its L1 table is as
 # large as QEMU allows, 32 MiB.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-io
 
 qemu-img create -q -f qcow2 -o cluster_size=512 disk.qcow2 128G

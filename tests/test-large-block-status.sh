@@ -6,7 +6,7 @@
 # Block status of 4 GiB - 1 at once on a large disk, with data and dirty
 # runs longer than that, and the whole disk in large steps.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd
 
 qemu-img create -q -f qcow2 disk.qcow2 12T

@@ -7,7 +7,7 @@
 # and written the next time; if it is only served, the file stays as it
 # was.  An image that is too large to look for leaks starts no later.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-io
 
 # check_leaks FILE: qemu-img check, which may find leaks; how many.
@@ -68,7 +68,7 @@ echo "$some clusters were leaked"
 # leak FILE CLUSTER...: raise their refcounts.
 leak ()
 {
-  PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$tests /usr/bin/python3 -c '
+  PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$tests/lib /usr/bin/python3 -c '
 import sys
 from qcow2image import Image
 image = Image (sys.argv[1])

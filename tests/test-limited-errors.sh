@@ -6,7 +6,7 @@
 # Writes that all fail for one reason are not as many lines in the log: the
 # first ones are there, and at the end how many more there were.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 
 fail_300_times='
 for i in range(300):

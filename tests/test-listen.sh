@@ -6,7 +6,7 @@
 # dirty-bitmap-listen=ADDRESS serves the contexts on a socket of its own
 # besides, whatever stands in front: a Unix path, or HOST:PORT.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 
 qemu-img create -q -f qcow2 disk.qcow2 10M
 qemu-img bitmap --add disk.qcow2 b

@@ -6,7 +6,7 @@
 # The image is locked as QEMU locks it: a second writer of either kind is
 # refused with the reason, and before nbdkit becomes a daemon.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd qemu-io
 
 qemu-img create -q -f qcow2 disk.qcow2 10M

@@ -6,7 +6,7 @@
 # The main job, as the README has it: serve an image with a bitmap, write,
 # see the dirty granule, stop, and find the same with QEMU's tools.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd qemu-io
 
 qemu-img create -q -f qcow2 disk.qcow2 100G

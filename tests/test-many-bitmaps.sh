@@ -5,7 +5,7 @@
 
 # Many bitmaps, with short and long names: made, listed, recorded, stored.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd
 
 long=$(printf 'x%.0s' {1..1023})

@@ -6,7 +6,7 @@
 # nbdinfo [ nbdkit ... ] and nbdcopy [ nbdkit ... ]: libnbd's tools start
 # the server themselves, by socket activation.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires nbdcopy qemu-io qemu-nbd
 
 qemu-img create -q -f qcow2 disk.qcow2 10M

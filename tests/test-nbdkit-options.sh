@@ -6,7 +6,7 @@
 # Options of nbdkit that the filter's server honours as nbdkit's own does:
 # -t, -p 0, and the newer ones where this nbdkit has them.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 
 qemu-img create -q -f qcow2 disk.qcow2 1M
 qemu-io -f qcow2 -c 'write -q 0 1M' disk.qcow2

@@ -6,7 +6,7 @@
 # A header that has no room for the bitmaps extension: dirty-bitmap=NAME
 # is refused before nbdkit becomes a daemon, and the image stays as it was.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-img
 
 qemu-img create -q -f qcow2 -o cluster_size=512 disk.qcow2 1M

@@ -6,7 +6,7 @@
 # Over a plugin without a path the image uses what is there, then gets
 # ENOSPC: a clear message, no damage, the bitmaps intact.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd
 
 qemu-img create -q -f qcow2 disk.qcow2 1G

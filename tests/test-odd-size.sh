@@ -6,7 +6,7 @@
 # Disks whose size is no multiple of the cluster or the granule: the end
 # can be written, zeroed and trimmed, and its bit is right.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd
 
 for size in 512 1536 1000448 $((64 * 1048576 + 512)) $((1 << 32 | 512)); do

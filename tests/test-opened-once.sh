@@ -7,7 +7,7 @@
 # Plugins that choose by the name what they serve are refused with an error
 # that says so (some would crash), and the nbd plugin does not complain.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 
 mkdir folder
 qemu-img create -q -f qcow2 folder/disk.qcow2 1M

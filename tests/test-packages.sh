@@ -7,7 +7,7 @@
 # and they depend on one upstream version of nbdkit.  (That they can be
 # built and used is what build-aux/check-package.sh tests.)
 
-. "${srcdir:-.}/functions.sh"
+. "${srcdir:-.}/lib/functions.sh"
 top=$(cd "$tests/.." && pwd)
 spec=$top/packaging/nbdkit-dirty-bitmap-filter.spec
 

@@ -6,7 +6,7 @@
 # Bad parameters: one clear error that names the parameter, and a status
 # that is not 0.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 
 qemu-img create -q -f qcow2 disk.qcow2 10M
 qemu-img bitmap --add disk.qcow2 b

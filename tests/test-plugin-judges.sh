@@ -7,7 +7,7 @@
 # that may do so nbdkit's own server answers, with the line that says why.
 # dirty-bitmap-server=force is the user's word that it does not.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires "${CC:-cc}" pkg-config
 
 qemu-img create -q -f qcow2 disk.qcow2 16M

@@ -6,7 +6,7 @@
 # The manual page is well-formed and has the sections that nbdkit's
 # filters have.
 
-. "${srcdir:-.}/functions.sh"
+. "${srcdir:-.}/lib/functions.sh"
 requires podchecker pod2man
 pod=$tests/../filter/nbdkit-dirty-bitmap-filter.pod
 

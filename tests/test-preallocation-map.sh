@@ -7,7 +7,7 @@
 # as zeroes, as qemu-nbd tells it, and what was written as data; a backup
 # that goes by it is complete.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd qemu-io
 
 truncate -s 1M hole

@@ -6,7 +6,7 @@
 # Preallocated images: writing changes data in place, allocates nothing,
 # and is recorded all the same.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-io
 
 for mode in metadata falloc full; do

@@ -6,7 +6,7 @@
 # nbdkit -r: every request works that reads, none that writes, and the
 # file stays as it was, byte for byte.  Two such servers at once are fine.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-io
 
 qemu-img create -q -f qcow2 disk.qcow2 10M

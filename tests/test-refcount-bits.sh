@@ -6,7 +6,7 @@
 # Refcounts of 1 to 64 bits, with enough clusters that refcount blocks
 # are added, and where clusters are small the refcount table grows.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd
 
 for bits in 1 2 4 8 16 32 64; do

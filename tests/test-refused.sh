@@ -6,7 +6,7 @@
 # Images that are not served yet, and why: an error that names the feature,
 # and not a byte is written.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-io
 
 # no PATTERN NBDKIT-OPTIONS...: disk.qcow2 is refused, and stays as it was.
@@ -33,7 +33,7 @@ create ()
 
 put ()
 {
-  PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$tests /usr/bin/python3 -c '
+  PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$tests/lib /usr/bin/python3 -c '
 import sys
 from qcow2image import Image
 Image ("disk.qcow2").put (sys.argv[1], int (sys.argv[2], 0))' "$@"
@@ -60,7 +60,7 @@ stop_server
 create
 put incompatible_features $((1 << 40))
 for r in "" -r; do no '40' $r; done
-PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$tests /usr/bin/python3 -c '
+PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$tests/lib /usr/bin/python3 -c '
 from qcow2image import Image, MAGIC_FEATURES
 image = Image ("disk.qcow2")
 at = image.extension_offset (MAGIC_FEATURES)

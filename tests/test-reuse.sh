@@ -7,7 +7,7 @@
 # used again: writing and trimming over and over does not make the file
 # grow.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd
 
 for cluster in 4k 64k; do

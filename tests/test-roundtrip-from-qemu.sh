@@ -6,7 +6,7 @@
 # What QEMU leaves in an image, this filter serves, for all cluster sizes
 # and granularities, and recording goes on where QEMU left off.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd qemu-io
 
 for cluster in 512 4k 64k 2M; do

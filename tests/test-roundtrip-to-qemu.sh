@@ -6,7 +6,7 @@
 # What this filter leaves in an image, QEMU reads, for all cluster sizes
 # and granularities: the bitmap, its flags, the data, and a silent check.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd qemu-io
 
 for cluster in 512 4k 64k 2M; do

@@ -6,7 +6,7 @@
 # --run: the command finds the server, and when it ends the bitmap is in
 # the image and nbdkit's status is the command's.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd
 
 qemu-img create -q -f qcow2 disk.qcow2 10M

@@ -7,7 +7,7 @@
 # bitmaps.  Where nbdkit's own server answers it is not, but recording
 # works.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd
 
 single ()

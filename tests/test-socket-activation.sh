@@ -5,7 +5,7 @@
 
 # systemd's socket activation, with a Unix and a TCP socket at once.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires systemd-socket-activate
 
 qemu-img create -q -f qcow2 disk.qcow2 10M

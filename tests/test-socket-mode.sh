@@ -6,7 +6,7 @@
 # Unix sockets have the mode and owner that nbdkit gives them, where the
 # filter's server stands in and at dirty-bitmap-listen.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 
 qemu-img create -q -f qcow2 disk.qcow2 1M
 qemu-img bitmap --add disk.qcow2 b

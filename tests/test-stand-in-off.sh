@@ -8,7 +8,7 @@
 # but the data, the recording and the end are right, also with an idle
 # client when TERM comes.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-nbd
 
 cat > client.py <<'END'

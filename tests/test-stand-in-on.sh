@@ -6,7 +6,7 @@
 # dirty-bitmap-server=on is fine where nothing is in the way, and filters
 # that act on data alone may be below.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 
 qemu-img create -q -f qcow2 disk.qcow2 10M
 qemu-img bitmap --add disk.qcow2 b

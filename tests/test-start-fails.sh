@@ -7,7 +7,7 @@
 # cause, before any file is touched; and one that fails late, whatever
 # fails, leaves no socket of dirty-bitmap-listen behind.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires "${CC:-cc}" pkg-config
 
 qemu-img create -q -f qcow2 disk.qcow2 10M

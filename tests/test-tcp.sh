@@ -5,7 +5,7 @@
 
 # TCP: -p serves IPv4 and IPv6.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 
 qemu-img create -q -f qcow2 disk.qcow2 10M
 qemu-img bitmap --add disk.qcow2 b

@@ -6,8 +6,8 @@
 # --tls-verify-peer: clients need a certificate of the server's authority
 # that has not expired and was not revoked.  Without it nobody asks.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
-. "$tests/tls-functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
+. "$tests/lib/tls-functions.sh"
 
 make_ca ca
 make_ca other

@@ -7,8 +7,8 @@
 # and keys, required and at the client's choice, with the clients that
 # users have: libnbd's tools and QEMU's.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
-. "$tests/tls-functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
+. "$tests/lib/tls-functions.sh"
 requires nbdcopy qemu-io
 
 make_ca ca

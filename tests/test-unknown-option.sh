@@ -11,7 +11,7 @@
 # No nbdkit has such an option.  So a filter that does nothing else gives
 # one that nbdkit has parsed another name, before ours looks.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires "${CC:-cc}" pkg-config qemu-io
 
 cat > rename.c <<'END'

@@ -6,7 +6,7 @@
 # Version 2 images are served read-write.  They have no bitmaps and no
 # zero clusters.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-io
 
 for cluster in 512 64k; do

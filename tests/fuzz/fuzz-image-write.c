@@ -11,7 +11,7 @@
  *   - what is registered as metadata never has guest data in it
  *   - what could be opened can be opened after a clean stop
  *
- * And if the image was sound, by the rules of unit/crash-check.h:
+ * And if the image was sound, by the rules of lib/crash-check.h:
  *
  *   - all of the disk reads as a model of it, after the stop, too
  *   - it is sound whenever the process ends, and after a clean stop no

@@ -29,7 +29,7 @@
 
 #include "common/bytes.h"
 #include "nbd/protocol.h"
-#include "unit/tls-relay.h"
+#include "lib/tls-relay.h"
 #include "peer.h"
 
 /* What a server that works never takes, however busy the machine is. */

@@ -17,7 +17,7 @@
 
 #include "common/bytes.h"
 #include "nbd/exports.h"
-#include "test-nbd-client.h"
+#include "nbd-client.h"
 
 #define SIZE (1024 * 1024)
 #define GRANULE 4096

@@ -17,7 +17,7 @@
 #include <unistd.h>
 
 #include "common/bytes.h"
-#include "test-nbd-client.h"
+#include "nbd-client.h"
 #include "tls-relay.h"
 
 /* What a server that works never takes. */

@@ -15,7 +15,7 @@
 #include <unistd.h>
 
 #include "common/bytes.h"
-#include "test-nbd-client.h"
+#include "nbd-client.h"
 
 /* nbd/internal.h */
 extern size_t extents_max;

@@ -21,7 +21,7 @@
 
 #include "common/bytes.h"
 #include "nbd/tls.h"
-#include "test-nbd-client.h"
+#include "nbd-client.h"
 #include "tls-relay.h"
 
 #define SIZE (UINT64_C (8) * 1024 * 1024)

@@ -19,7 +19,7 @@
 #include "common/cleanup.h"
 #include "nbd/internal.h"
 #include "image.h"
-#include "test-nbd-client.h"
+#include "nbd-client.h"
 
 #define BLOCK 512
 #define SIZE (UINT64_C (40) << 20)

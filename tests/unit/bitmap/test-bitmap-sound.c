@@ -18,7 +18,7 @@
 #include <cmocka.h>
 
 #include "image.h"
-#include "test-bitmap-image.h"
+#include "bitmap-image.h"
 
 #define MIB (UINT64_C (1) << 20)
 #define LIMIT (1 << 20)

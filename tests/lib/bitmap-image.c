@@ -4,7 +4,7 @@
  */
 
 /* Crafted images and their reader.  The recording container is in
- * test-bitmap-recorder.c.
+ * bitmap-recorder.c.
  */
 
 #include <config.h>
@@ -22,7 +22,7 @@
 
 #include "common/bytes.h"
 #include "common/report.h"
-#include "test-bitmap-image.h"
+#include "bitmap-image.h"
 
 #define EXTENSION_MAGIC 0x23852875
 #define HEADER_LENGTH 104

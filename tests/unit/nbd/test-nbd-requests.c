@@ -16,7 +16,7 @@
 
 #include "common/bytes.h"
 #include "image.h"
-#include "test-nbd-client.h"
+#include "nbd-client.h"
 
 #define SIZE (UINT64_C (64) * 1024 * 1024)
 #define MAX (32 * 1024 * 1024)

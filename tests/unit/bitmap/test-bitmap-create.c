@@ -21,7 +21,7 @@
 
 #include "common/bytes.h"
 #include "image.h"
-#include "test-bitmap-image.h"
+#include "bitmap-image.h"
 
 #define MIB (UINT64_C (1) << 20)
 #define LIMIT (1 << 20)

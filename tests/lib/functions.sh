@@ -4,7 +4,7 @@
 
 # What every shell test begins with:
 #
-#     . "${srcdir:-.}/functions.sh"
+#     . "${srcdir:-.}/lib/functions.sh"
 #
 # After that the test is in a temporary directory of its own, $d, which
 # is removed at the end together with the servers that it started.

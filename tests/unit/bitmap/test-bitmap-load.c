@@ -25,7 +25,7 @@
 
 #include "common/bytes.h"
 #include "qcow2/bitmap-directory.h"
-#include "test-bitmap-image.h"
+#include "bitmap-image.h"
 
 #define MIB (UINT64_C (1) << 20)
 #define LIMIT (1 << 20)

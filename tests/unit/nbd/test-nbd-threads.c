@@ -18,7 +18,7 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "image.h"
-#include "test-nbd-client.h"
+#include "nbd-client.h"
 
 #define SIZE (UINT64_C (128) * 1024 * 1024)
 

@@ -32,7 +32,7 @@
 #include <unistd.h>
 
 #include "common/bytes.h"
-#include "test-nbd-client.h"
+#include "nbd-client.h"
 
 #define SIZE (UINT64_C (1) << 20)
 #define MAX (32 * 1024 * 1024)

@@ -38,7 +38,7 @@ static bool slow_set (struct bits *bits, uint64_t first, uint64_t last);
 #undef bits_set_in_piece
 
 #include "image.h"
-#include "test-bitmap-image.h"
+#include "bitmap-image.h"
 
 #define LIMIT (1 << 17)
 #define SIZE (UINT64_C (1) << 20)

@@ -21,7 +21,7 @@
 
 #include "common/bytes.h"
 #include "common/report.h"
-#include "test-nbd-client.h"
+#include "nbd-client.h"
 
 #define SIZE (UINT64_C (256) * 1024 * 1024)
 #define MiB (UINT32_C (1) << 20)

@@ -7,7 +7,7 @@
 # are repaired when they are opened for writing, and only then.  We never
 # leave one dirty.
 
-. "${srcdir:-$(dirname "$0")}/functions.sh"
+. "${srcdir:-$(dirname "$0")}/lib/functions.sh"
 requires qemu-io
 
 # incompatible features: bit 0 is the mark.
@@ -125,7 +125,7 @@ qemu-img check -q disk.qcow2 >/dev/null || [ $? -eq 3 ] || fail "errors"
 # and stays as it was.
 create ""
 qemu-io -t unsafe -f qcow2 -c 'write -q -P 1 2M 1M' disk.qcow2
-PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$tests /usr/bin/python3 -c '
+PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$tests/lib /usr/bin/python3 -c '
 from qcow2image import Image
 image = Image ("disk.qcow2")
 table = int.from_bytes (image.read (image.get ("l1_table_offset"), 8), "big")

@@ -19,7 +19,7 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "nbd/protocol.h"
-#include "test-nbd-client.h"
+#include "nbd-client.h"
 #include "tls-relay.h"
 
 /* GnuTLS takes at most 8 changes of a peer's keys a second. */

@@ -14,7 +14,7 @@
 #include <unistd.h>
 
 #include "common/bytes.h"
-#include "test-nbd-client.h"
+#include "nbd-client.h"
 
 #define SIZE (1024 * 1024)
 #define FIXED_NO_ZEROES (NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES)

@@ -18,7 +18,7 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "nbd/internal.h"
-#include "test-nbd-client.h"
+#include "nbd-client.h"
 
 #define SIZE (UINT64_C (64) * 1024 * 1024)
 #define PART (128 * 1024)

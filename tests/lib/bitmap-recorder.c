@@ -24,7 +24,7 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "image.h"
-#include "test-bitmap-image.h"
+#include "bitmap-image.h"
 
 enum event_type { EVENT_WRITE, EVENT_BARRIER, EVENT_SIZE, EVENT_NOTE };
 
