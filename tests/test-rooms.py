@@ -114,6 +114,26 @@ def undefined_rules(defined):
     return found
 
 
+def missing_in_index(defined):
+    """What tests/README.md should name and does not, or names in vain."""
+    text = read(os.path.join(top, "tests", "README.md"))
+    words = set(re.findall(r"[\w./-]*[\w/-]", text))
+    tests = {os.path.relpath(path, os.path.join(top, "tests"))
+             for path in files("tests", ".c", ".sh", ".py")
+             if os.path.basename(path).startswith("test-")}
+    tests = {re.sub(r"\.c$", "", test) for test in tests}
+    assert len(tests) > 100, "only %d tests: are they still found?" % len(tests)
+    manual = read(os.path.join(top, "filter",
+                               "nbdkit-dirty-bitmap-filter.pod"))
+    parameters = set(re.findall(r"^=item B<(dirty-bitmap[a-z-]*)=", manual,
+                                re.M))
+    assert parameters, "no parameter is found in the manual"
+    named = {word for word in words
+             if re.search(r"(^|/)test-\w[\w-]*(\.sh|\.py)?$", word)}
+    return sorted(((tests | parameters | defined) - words) |
+                  (named - tests))
+
+
 assert upward_includes() == [], upward_includes()
 found = objects()
 if not found:
@@ -124,7 +144,9 @@ assert {where for where, _, _ in found.values()} == set(ROOMS), \
 assert upward_calls(found) == [], upward_calls(found)
 defined = defined_rules()
 assert undefined_rules(defined) == [], undefined_rules(defined)
+assert missing_in_index(defined) == [], missing_in_index(defined)
 # What is looked for would be found.
+assert missing_in_index(defined | {"I99"}) == ["I99"]
 assert undefined_rules(defined - {"I3"}) != []
 LEVEL["disk"], LEVEL["nbd"] = LEVEL["nbd"], LEVEL["disk"]
 assert upward_includes() != [] and upward_calls(found) != []
