@@ -195,6 +195,7 @@ get_disk_options (struct disk_options *o)
   memset (o, 0, sizeof *o);
   o->readonly = is_readonly ();
   o->snapshot = parameters.snapshot;
+  o->keep = parameters.keep;
   o->cache_size = parameters.cache_size;
   o->granularity = parameters.granularity;
   o->require = (const char *const *) parameters.require.name;

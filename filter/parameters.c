@@ -58,6 +58,8 @@ const char parameters_help[] =
   "                               besides the image's own (may be repeated).\n"
   "dirty-bitmap-exportname=NAME   Name of the export (default: any name).\n"
   "dirty-bitmap-description=TEXT  Description of the export.\n"
+  "dirty-bitmap-crash=keep|mark   Bitmaps stay complete in a crash, or are\n"
+  "                               marked (default: mark).\n"
   "dirty-bitmap-delta=on|off      List the exports delta:BITMAP (default: off).\n"
   "dirty-bitmap-snapshot=NAME_OR_ID\n"
   "                               Serve this internal snapshot, read-only.\n"
@@ -340,6 +342,20 @@ take_server (struct parameters *p, const char *key, const char *value)
 }
 
 static int
+take_crash (struct parameters *p, const char *key, const char *value)
+{
+  if (p->crash_given)
+    return repeated (key);
+  if (strcmp (value, "keep") != 0 && strcmp (value, "mark") != 0) {
+    report_error ("%s: must be keep or mark: %s", key, value);
+    return -1;
+  }
+  p->keep = strcmp (value, "keep") == 0;
+  p->crash_given = true;
+  return 1;
+}
+
+static int
 take_delta (struct parameters *p, const char *key, const char *value)
 {
   if (p->delta_given)
@@ -481,6 +497,7 @@ parameters_take (struct parameters *p, const char *key, const char *value)
     { "dirty-bitmap", take_require },
     { "dirty-bitmap-allow-path", take_allow },
     { "dirty-bitmap-cache-size", take_cache_size },
+    { "dirty-bitmap-crash", take_crash },
     { "dirty-bitmap-delta", take_delta },
     { "dirty-bitmap-description", take_description },
     { "dirty-bitmap-exportname", take_exportname },

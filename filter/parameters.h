@@ -33,6 +33,7 @@ struct parameters {
   char *exportname;             /* dirty-bitmap-exportname, or NULL */
   char *description;            /* dirty-bitmap-description, or NULL */
   bool list_deltas;             /* dirty-bitmap-delta */
+  bool keep;                    /* dirty-bitmap-crash */
   char *stats;                  /* dirty-bitmap-stats, absolute, or NULL */
   unsigned stats_interval;      /* dirty-bitmap-stats-interval, or 0 */
   bool listens;                 /* dirty-bitmap-listen */
@@ -41,7 +42,8 @@ struct parameters {
   /* dirty-bitmap-max-connections and others; 0: not given. */
   struct nbd_limits limits;
 
-  bool cache_size_given, delta_given, server_given, idle_timeout_given;
+  bool cache_size_given, crash_given, delta_given, server_given;
+  bool idle_timeout_given;
 };
 
 #define PARAMETERS_DEFAULT_CACHE_SIZE ((uint64_t) 40 << 20)

@@ -29,6 +29,8 @@ struct bitmap_options {
   const char *const *expose;    /* offered to clients; all if none */
   size_t nr_expose;
   bool check_only;              /* write nothing, read no bits */
+  bool keep;                    /* never mark a bitmap in_use, if possible:
+                                   write bits ahead of the changes */
 
   /* There are backing files: bitmaps that expose names and the image does
    * not have may be in one of them.
@@ -64,6 +66,18 @@ extern void bitmap_set_close (struct bitmap_set *);
  */
 extern int bitmap_set_mark (struct bitmap_set *, uint64_t offset,
                             uint64_t count);
+
+/* If the set keeps its bitmaps by writing bits ahead: have the image lose bits
+ * that RAM does not have, in units that were of no use since the last call,
+ * or everywhere.  -1 if something could not be written: then the image's
+ * bitmaps have more bits than they should.  Any thread, no lock held.
+ */
+extern int bitmap_set_tidy (struct bitmap_set *, bool all);
+
+/* How many bytes of the disk the image's bitmap, after a crash now, would
+ * report that were not changed.
+ */
+extern uint64_t bitmap_extra_bytes (const struct bitmap *);
 
 /* The hooks for qcow2_flush, which write the bitmaps. */
 extern const struct qcow2_flush_hooks *bitmap_set_hooks (struct bitmap_set *);

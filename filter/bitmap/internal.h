@@ -16,6 +16,8 @@
  *   mark.c      marking, and how a bitmap becomes in use
  *   reserve.c   space for what a mark will have to be written
  *   sync.c      from RAM to the image, and how it ceases to be in use
+ *   ahead.c     where the image has more bits than RAM
+ *   keep.c      how it comes to have them, so that none is ever missing
  *
  * The states and the invariants that mark.c and sync.c maintain together are
  * described here.
@@ -32,19 +34,22 @@
  *            set
  *
  * (A) A bit is set in RAM only in a section of the set's grace in which
- *     IN_USE was read.  In the same section, after the bits, their
- *     pieces are flagged as changed.
+ *     IN_USE was read, or that its unit is ahead: then the image has the bit
+ *     already (keep.c).  In the former case, in the same section, after the
+ *     bits, their pieces are flagged as changed.
  * (B) A bitmap leaves IN_USE for DOUBTFUL only through CLOSING and a
  *     grace period, with no piece flagged then, all pieces that were
  *     taken since durable, and no table entry pending.
  *
  * From these follow I3, and that a set bit need only be read.  By (A) the
- * bit was set while in_use was durable.  If in_use has been cleared since,
+ * image had the bit durably, and keep.c never takes a bit from it that RAM
+ * has; or the bit was set while in_use was durable.  If in_use has been cleared since,
  * it was by (B): the grace period waited for the section, so the piece had
  * been flagged.  No flag remained, so the piece had been taken after the bit
  * was set, and taken pieces are durable.
  *
  * Locks: state_lock and reserve_lock of the set.  No thread ever holds both.
+ * keep_lock is taken with no other lock held, and none is taken inside it.
  * The flush hooks run under the flush lock of qcow2/ and take either of them
  * inside it.  Marks hold no other lock when they take one.  Both call qcow2/
  * with one of them held.  qcow2/ then takes its own locks inside, but never
@@ -60,6 +65,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "bitmap/ahead.h"
 #include "bitmap/bits.h"
 #include "bitmap/bitmap.h"
 #include "bitmap/changes.h"
@@ -112,7 +118,9 @@ struct bitmap {
 
   struct changes changes;
 
-  /* For the flush alone: its changes to the table. */
+  /* For the flush alone: its changes to the table.  They are added and
+   * removed with reserve_lock held.
+   */
   struct pending_entry *pending;
   size_t nr_pending, max_pending;
   bool settling;                /* this flush wrote the pending entries */
@@ -121,6 +129,10 @@ struct bitmap {
    * word has not been written since.
    */
   bool cleared;
+
+  struct ahead ahead;           /* empty unless the set keeps */
+  atomic_uint nr_entries_wanted; /* a flush shall write flagged pieces, though
+                                   the bitmap is not IN_USE */
 };
 
 /* The state of the image's bitmaps extension. */
@@ -182,6 +194,21 @@ struct bitmap_set {
 
   pthread_mutex_t reserve_lock; /* protects the fields above that say so */
 
+  /* keep.c.  keeps is fixed, and if it is false the rest is not used. */
+  bool keeps;
+  pthread_mutex_t keep_lock;    /* protects the fields down to pace_ns */
+  pthread_cond_t keep_changed;
+  bool keep_busy;               /* a thread leads a round, or tidies */
+  uint64_t next_round, last_round; /* that collects wants; that has ended */
+  uint64_t failed_round;        /* the last that failed */
+  struct keep_want *wants;
+  size_t nr_wants, max_wants;
+  unsigned region_shift;        /* log2 of bytes */
+  int64_t pace_began, pace_ns;  /* since then so much time went into rounds */
+  atomic_uint nr_entries_wanted; /* bitmaps that wait for a flush so */
+  uint8_t *keep_buffer;         /* of SYNC_BUFFER_BYTES, for that thread */
+  tally rounds, rounds_ns, tidied;
+
   /* For the flush alone. */
   struct qcow2_flush_hooks hooks;
   enum sync_phase phase;
@@ -202,6 +229,22 @@ static inline uint64_t
 bitmap_last_bit (const struct bitmap *b, uint64_t offset, uint64_t count)
 {
   return (offset + count - 1) >> b->shift;
+}
+
+static inline bool
+bitmap_has_all (const struct bitmap *b, uint64_t offset, uint64_t count)
+{
+  return bits_all_set (&b->bits, bitmap_first_bit (b, offset),
+                       bitmap_last_bit (b, offset, count));
+}
+
+/* Are all units of a range ahead? */
+static inline bool
+bitmap_is_ahead (const struct bitmap *b, uint64_t offset, uint64_t count)
+{
+  return b->ahead.ahead != NULL &&
+    ahead_all (&b->ahead, ahead_first (&b->ahead, offset),
+               ahead_last (&b->ahead, offset, count));
 }
 
 /* set.c */
@@ -274,5 +317,25 @@ extern void bitmap_keep_reserved (struct bitmap *, uint32_t index,
 
 /* sync.c */
 extern const struct qcow2_flush_hooks bitmap_sync_hooks;
+
+/* Write the bytes [offset, offset + count) of the array of bits, and zeroes
+ * beyond its end, to a data cluster.  buffer has SYNC_BUFFER_BYTES.
+ * reserve_lock is held.
+ */
+extern int bitmap_write_bits (struct bitmap_set *, struct bitmap *,
+                              uint8_t *buffer, uint64_t offset,
+                              uint64_t count, uint64_t host_offset);
+
+/* keep.c */
+
+/* For a set whose lists are made, before any mark. */
+extern int keep_init (struct bitmap_set *);
+extern void keep_free (struct bitmap_set *);
+
+/* Make the units of a range ahead, for each bitmap that lacks a bit and is
+ * not IN_USE.  -1 if that failed for some.  No lock is held.
+ */
+extern int keep_ahead (struct bitmap_set *, uint64_t offset,
+                        uint64_t count);
 
 #endif /* DIRTY_BITMAP_BITMAP_INTERNAL_H */

@@ -80,16 +80,20 @@ bitmap_write_flags (struct bitmap_set *set, struct bitmap *b, bool in_use)
                                b->entry_offset + BITMAP_ENTRY_FLAGS_OFFSET);
 }
 
-static inline bool
-has_all (const struct bitmap *b, uint64_t offset, uint64_t count)
+/* A mark relies on it that the image has these bits already, or that the
+ * bitmap is IN_USE.
+ */
+static bool
+may_set_bits (const struct bitmap *b, uint64_t offset, uint64_t count)
 {
-  return bits_all_set (&b->bits, bitmap_first_bit (b, offset),
-                       bitmap_last_bit (b, offset, count));
+  return atomic_load (&b->state) == IN_USE ||
+    bitmap_has_all (b, offset, count) || bitmap_is_ahead (b, offset, count);
 }
 
 static void
 set_bits (struct bitmap *b, uint64_t offset, uint64_t count)
 {
+  const bool is_ahead = bitmap_is_ahead (b, offset, count);
   uint64_t first = bitmap_first_bit (b, offset);
   uint64_t last = bitmap_last_bit (b, offset, count);
 
@@ -100,14 +104,17 @@ set_bits (struct bitmap *b, uint64_t offset, uint64_t count)
     /* A bit that was set already was set in another section, which
      * flags the piece itself.
      */
-    if (bits_set_in_piece (&b->bits, first, last_here))
+    if (bits_set_in_piece (&b->bits, first, last_here) && !is_ahead)
       changes_flag (&b->changes, piece);
     first = last_here + 1;
   }
+  if (is_ahead)
+    ahead_use (&b->ahead, ahead_first (&b->ahead, offset),
+               ahead_last (&b->ahead, offset, count));
 }
 
-/* Set the bits in all bitmaps.  If one of them is not IN_USE, set none and
- * return false.
+/* Set the bits in all bitmaps.  If one of them is neither IN_USE nor ahead,
+ * set none and return false.
  */
 static bool
 mark_in_section (struct bitmap_set *set, uint64_t offset, uint64_t count)
@@ -115,24 +122,22 @@ mark_in_section (struct bitmap_set *set, uint64_t offset, uint64_t count)
   grace_ticket ticket = grace_enter (&set->grace);
   bool all = true;
 
+  for (size_t i = 0; i < set->nr_recording && all; ++i)
+    all = may_set_bits (set->recording[i], offset, count);
   for (size_t i = 0; i < set->nr_recording && all; ++i) {
     struct bitmap *b = set->recording[i];
 
-    all = atomic_load (&b->state) == IN_USE || has_all (b, offset, count);
-  }
-  for (size_t i = 0; i < set->nr_recording && all; ++i) {
-    struct bitmap *b = set->recording[i];
-
-    if (!has_all (b, offset, count))
+    if (!bitmap_has_all (b, offset, count))
       set_bits (b, offset, count);
   }
   grace_leave (&set->grace, ticket);
   return all;
 }
 
-/* Make every bitmap IN_USE that lacks a bit of the range.  state_lock is
- * held, so a bitmap that is not IN_USE gets no bits meanwhile, and both
- * loops see the same bitmaps.
+/* Make every bitmap IN_USE that lacks a bit of the range and is not ahead.
+ * state_lock is held.  So a bitmap that is neither gets no bits meanwhile.
+ * It may come to be ahead, and then stays so: if that is after its flags were
+ * written, it is DOUBTFUL, which does no harm.
  */
 static int
 make_in_use (struct bitmap_set *set, uint64_t offset, uint64_t count)
@@ -142,7 +147,7 @@ make_in_use (struct bitmap_set *set, uint64_t offset, uint64_t count)
   for (size_t i = 0; i < set->nr_recording; ++i) {
     struct bitmap *b = set->recording[i];
 
-    if (atomic_load (&b->state) != IN_USE && !has_all (b, offset, count) &&
+    if (!may_set_bits (b, offset, count) &&
         bitmap_write_flags (set, b, true) == -1)
       return -1;
   }
@@ -154,7 +159,7 @@ make_in_use (struct bitmap_set *set, uint64_t offset, uint64_t count)
   for (size_t i = 0; i < set->nr_recording; ++i) {
     struct bitmap *b = set->recording[i];
 
-    if (atomic_load (&b->state) != IN_USE && !has_all (b, offset, count))
+    if (!may_set_bits (b, offset, count))
       bitmap_set_state (set, b, IN_USE);
   }
   return 0;
@@ -165,6 +170,13 @@ mark_part (struct bitmap_set *set, uint64_t offset, uint64_t count)
 {
   if (mark_in_section (set, offset, count))
     return 0;
+  if (set->keeps) {
+    /* More than once only if the units were tidied at this very moment. */
+    while (keep_ahead (set, offset, count) == 0)
+      if (mark_in_section (set, offset, count))
+        return 0;
+    bitmap_reserve (set, offset, count);
+  }
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->state_lock);
   if (mark_in_section (set, offset, count))
@@ -180,7 +192,7 @@ static bool
 marked_already (const struct bitmap_set *set, uint64_t offset, uint64_t count)
 {
   for (size_t i = 0; i < set->nr_recording; ++i)
-    if (!has_all (set->recording[i], offset, count))
+    if (!bitmap_has_all (set->recording[i], offset, count))
       return false;
   return true;
 }
@@ -201,7 +213,8 @@ bitmap_set_mark (struct bitmap_set *set, uint64_t offset, uint64_t count)
   if (count == 0 || marked_already (set, offset, count))
     return 0;
 
-  bitmap_reserve (set, offset, count);
+  if (!set->keeps)
+    bitmap_reserve (set, offset, count);
   while (count > 0) {
     uint64_t part = min_u64 (count, set->mark_bytes);
 

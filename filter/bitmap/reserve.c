@@ -115,6 +115,14 @@ reserve_cluster (struct bitmap_set *set, struct bitmap *b, uint32_t index)
     : write_zeroes (set, set->geometry.cluster_size_bytes, host);
 }
 
+/* May a piece have a set bit, in RAM or in the image? */
+static bool
+has_bits (const struct bitmap *b, uint64_t piece)
+{
+  return bits_is_populated (&b->bits, piece) ||
+    (b->ahead.ahead != NULL && ahead_has_extra (&b->ahead, piece));
+}
+
 /* Make sure that the pieces of [first, last], all of one cluster, which is
  * at host_offset in the image, have their space.
  */
@@ -131,11 +139,11 @@ reserve_pieces (struct bitmap_set *set, struct bitmap *b, uint64_t first,
     const uint64_t limit = min_u64 (start + near, b->bits.nr_pieces);
 
     end = piece + 1;
-    if (bits_is_populated (&b->bits, piece))
+    if (has_bits (b, piece))
       continue;
-    while (piece > start && !bits_is_populated (&b->bits, piece - 1))
+    while (piece > start && !has_bits (b, piece - 1))
       piece--;
-    while (end < limit && !bits_is_populated (&b->bits, end))
+    while (end < limit && !has_bits (b, end))
       end++;
     if (write_zeroes (set, (end - piece) * PIECE_BYTES,
                       host_offset + piece % in_cluster * PIECE_BYTES) == -1)

@@ -65,6 +65,7 @@ bitmap_free (struct bitmap *b)
   bits_free (&b->bits);
   changes_free (&b->changes);
   bitmap_reserve_free (b);
+  ahead_free (&b->ahead);
   free (b->pending);
   free (b->table);
   free (b->name);
@@ -243,6 +244,8 @@ set_init (struct bitmap_set *set, struct qcow2 *image,
   grace_init (&set->grace);
   pthread_mutex_init (&set->state_lock, NULL);
   pthread_mutex_init (&set->reserve_lock, NULL);
+  pthread_mutex_init (&set->keep_lock, NULL);
+  pthread_cond_init (&set->keep_changed, NULL);
   set->image = image;
   set->readonly = qcow2_is_readonly (image);
   set->geometry.disk_size_bytes = qcow2_size (image);
@@ -279,7 +282,11 @@ set_fill (struct bitmap_set *set, const struct bitmap_options *options)
   /* Only create.c needed it. */
   free (set->directory);
   set->directory = NULL;
-  return make_lists (set, options);
+  if (make_lists (set, options) == -1)
+    return -1;
+  /* A disk of no bytes has no units. */
+  return options->keep && set->nr_recording > 0 &&
+    set->geometry.disk_size_bytes > 0 ? keep_init (set) : 0;
 }
 
 struct bitmap_set *
@@ -322,6 +329,9 @@ bitmap_set_close (struct bitmap_set *set)
   pthread_mutex_destroy (&set->state_lock);
   grace_free (&set->grace);
   pthread_mutex_destroy (&set->reserve_lock);
+  pthread_mutex_destroy (&set->keep_lock);
+  pthread_cond_destroy (&set->keep_changed);
+  keep_free (set);
   free (set);
 }
 

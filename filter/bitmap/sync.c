@@ -9,6 +9,10 @@
  * bitmap SYNCED does nothing.  Otherwise the hooks do the following for the
  * bitmaps that record:
  *
+ * A bitmap that is kept (keep.c) is SYNCED, and a flush does nothing for it
+ * but write the pieces for which keep.c wants a table entry, by the first
+ * three steps.
+ *
  * data: waits for the marks under way, so that every bit that any thread has
  * seen set has its piece flagged; takes the flagged pieces; and writes them,
  * which in_use makes safe.  If the table entry has a data cluster, the piece
@@ -53,8 +57,9 @@
  * everything.  Guest data never wait for that.
  *
  * Ownership: bitmap tables, pending entries and taken pieces belong to the
- * flush; qcow2/ runs one flush at a time.  reserve.c reads the tables, so
- * they are changed under reserve_lock.  States and flags words are changed
+ * flush; qcow2/ runs one flush at a time.  reserve.c and keep.c read the
+ * tables, and keep.c the pending entries, so these are changed under
+ * reserve_lock.  States and flags words are changed
  * under state_lock.  Marks may run at any time.
  */
 
@@ -93,12 +98,9 @@ reserve_pending (struct bitmap *b)
   return 0;
 }
 
-/* Write the bytes [offset, offset + count) of the array of bits, and zeroes
- * beyond its end, to a data cluster.
- */
-static int
-write_bits (struct bitmap_set *set, struct bitmap *b,
-            uint64_t offset, uint64_t count, uint64_t host_offset)
+int
+bitmap_write_bits (struct bitmap_set *set, struct bitmap *b, uint8_t *buffer,
+                   uint64_t offset, uint64_t count, uint64_t host_offset)
 {
   uint64_t array_bytes = b->bits.nr_pieces * PIECE_BYTES;
 
@@ -106,17 +108,26 @@ write_bits (struct bitmap_set *set, struct bitmap *b,
     size_t n = min_u64 (count, SYNC_BUFFER_BYTES);
     size_t have = min_u64 (n, array_bytes - min_u64 (offset, array_bytes));
 
-    bits_copy_out (&b->bits, set->buffer, offset / 8, have / 8);
-    memset (set->buffer + have, 0, n - have);
+    bits_copy_out (&b->bits, buffer, offset / 8, have / 8);
+    if (b->ahead.ahead != NULL && have > 0)
+      ahead_add_bits (&b->ahead, buffer, offset, have);
+    memset (buffer + have, 0, n - have);
     if (qcow2_write_metadata (set->image, QCOW2_BITMAP_DATA,
-                              set->buffer, n, host_offset) == -1)
+                              buffer, n, host_offset) == -1)
       return -1;
-    set->sync_bytes += n;
     offset += n;
     host_offset += n;
     count -= n;
   }
   return 0;
+}
+
+static int
+write_bits (struct bitmap_set *set, struct bitmap *b,
+            uint64_t offset, uint64_t count, uint64_t host_offset)
+{
+  set->sync_bytes += count;
+  return bitmap_write_bits (set, b, set->buffer, offset, count, host_offset);
 }
 
 /* Are all bits of the cluster of bits ones?  Not if some of its bits are
@@ -176,10 +187,9 @@ write_cluster (struct bitmap_set *set, struct bitmap *b, uint32_t index,
 
   if (b->table[index] == BITMAP_TABLE_ALL_ONES)
     return 0;
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->reserve_lock);
   if (reserve_pending (b) == -1)
     return -1;
-
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->reserve_lock);
   if (bitmap_reserve_entry (set, b, index) == -1)
     return -1;
   if (cluster_is_full (set, b, index)) {
@@ -284,7 +294,8 @@ sync_data (void *opaque)
   struct bitmap_set *set = opaque;
   int r = 0;
 
-  if (atomic_load (&set->nr_unsettled) == 0)
+  if (atomic_load (&set->nr_unsettled) == 0 &&
+      atomic_load (&set->nr_entries_wanted) == 0)
     return 0;
 
   set->phase = SYNC_DATA;
@@ -293,7 +304,8 @@ sync_data (void *opaque)
   set->sync_bytes = 0;
   grace_synchronize (&set->grace);
   for (size_t i = 0; i < set->nr_recording; ++i)
-    if (atomic_load (&set->recording[i]->state) == IN_USE)
+    if (atomic_load (&set->recording[i]->state) == IN_USE ||
+        atomic_load (&set->recording[i]->nr_entries_wanted) > 0)
       r |= write_data (set, set->recording[i]);
   return r;
 }
@@ -465,6 +477,7 @@ sync_settle (void *opaque)
     for (size_t j = 0; j < b->nr_pending; ++j)
       if (bitmap_table_entry_is_data (b->pending[j].old_entry))
         qcow2_release (set->image, b->pending[j].old_entry, 1);
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->reserve_lock);
     b->nr_pending = 0;
   }
   return try_to_close (set, true);

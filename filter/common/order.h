@@ -109,6 +109,11 @@ enum order_rule {
   /* Bitmap table entries are durable before in_use is cleared. */
   ORDER_ENTRIES_BEFORE_CLEARED,
 
+  /* Bits that a bitmap has ahead of the changes (bitmap/keep.c) are durable
+   * before the first change that relies on them.
+   */
+  ORDER_AHEAD_BEFORE_CHANGE,
+
   /* A request with FUA is durable, with its mark, when it returns. */
   ORDER_FUA_BEFORE_RETURN,
 

@@ -94,6 +94,7 @@ open_sets (struct disk *d, const struct disk_options *o, bool check_only)
     .require = o->require, .nr_require = o->nr_require,
     .expose = o->expose, .nr_expose = o->nr_expose,
     .check_only = check_only,
+    .keep = o->keep,
     .has_backing = nr_backing > 0,
   };
 
@@ -216,11 +217,33 @@ fail_lost (void)
   return -1;
 }
 
+/* A bitmap that is not tidy is right, and only less exact. */
+static void
+tidy (struct disk *d, bool all)
+{
+  struct report_hold hold;
+  int r;
+
+  report_hold_begin (&hold);
+  r = bitmap_set_tidy (d->bitmaps, all);
+  report_hold_end (&hold);
+  if (r == -1)
+    report_limited_error ("bitmaps in the image have more bits than what was "
+                          "changed: %s", hold.any ? hold.text : "no reason");
+}
+
+void
+disk_tidy (struct disk *d)
+{
+  tidy (d, false);
+}
+
 int
 disk_stop (struct disk *d)
 {
   if (qcow2_is_readonly (d->qcow2))
     return 0;
+  tidy (d, true);
   int r = qcow2_stop (d->qcow2, bitmap_set_hooks (d->bitmaps));
   if (bitmap_set_give_back_reserved (d->bitmaps) &&
       qcow2_stop (d->qcow2, NULL) == -1)
@@ -370,6 +393,7 @@ disk_sync (struct disk *d)
 int
 disk_settle (struct disk *d)
 {
+  tidy (d, true);
   const int r = qcow2_settle (d->qcow2, bitmap_set_hooks (d->bitmaps));
 
   bitmap_set_tell_unstored (d->bitmaps);

@@ -50,6 +50,8 @@ struct disk_options {
   const char *const *expose;    /* bitmaps that clients are offered */
   size_t nr_expose;             /* 0: all */
 
+  bool keep;                    /* a crash costs no bitmap (bitmap/keep.c) */
+
   /* The files that the image refers to.  They are the caller's and outlive
    * the disk: the layer right below it, its external data file or NULL, and
    * the qcow2 images of its whole chain from the top down.  Clients are
@@ -139,6 +141,13 @@ extern int disk_sync (struct disk *);
  * comes in between.
  */
 extern int disk_settle (struct disk *);
+
+/* If the disk is open with keep: tidy what the bitmaps in the image have
+ * beyond the changes, where that was of no use since the last call.  Call it
+ * every DISK_TIDY_MS; bitmaps are right without it.
+ */
+#define DISK_TIDY_MS 10000
+extern void disk_tidy (struct disk *);
 
 extern int disk_cache (struct disk *, uint64_t count, uint64_t offset);
 
