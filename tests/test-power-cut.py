@@ -66,7 +66,7 @@ def history_at(original, steps, when):
     return history
 
 
-def one_run(options, operations):
+def one_run(options, operations, crash):
     if os.path.exists("disk.qcow2"):
         os.unlink("disk.qcow2")
     harness.create("disk.qcow2", SIZE, ("fine", 512), ("coarse", 65536),
@@ -78,7 +78,8 @@ def one_run(options, operations):
     with open("disk.qcow2", "rb") as f:
         recorder = Recorder(f.read())
     server = Server(args=["--filter=" + harness.FILTER, "nbd",
-                          "socket=" + recorder.path])
+                          "socket=" + recorder.path,
+                          "dirty-bitmap-crash=" + crash])
     h = server.connect()
     steps = []
     for _ in range(operations):
@@ -96,14 +97,17 @@ def one_run(options, operations):
             f.write(recorder.crash(when, rnd))
         history = history_at(original, steps, when)
         try:
-            clean += history.verify("crash.qcow2")
+            unmarked = history.verify("crash.qcow2")
+            assert crash == "mark" or unmarked == 2, "it cost a bitmap"
         except AssertionError:
-            print("%s: crash after %d of %d events" % (options, when, end))
+            print("%s, %s: crash after %d of %d events" %
+                  (options, crash, when, end))
             raise
+        clean += unmarked
         if number % 8 == 0:
             serve_again("crash.qcow2")
-    print("%s: %d events, %d bitmaps unmarked in %d crashes" %
-          (options, end, clean, len(points)), flush=True)
+    print("%s, %s: %d events, %d bitmaps unmarked in %d crashes" %
+          (options, crash, end, clean, len(points)), flush=True)
 
 
 def serve_again(path):
@@ -123,4 +127,5 @@ def serve_again(path):
 harness.requires("qemu-io")
 for cluster in (512, 4096, 65536):
     for bits in (1, 16, 64):
-        one_run("cluster_size=%d,refcount_bits=%d" % (cluster, bits), 60)
+        one_run("cluster_size=%d,refcount_bits=%d" % (cluster, bits), 60,
+                "keep" if bits == 16 else "mark")

@@ -97,6 +97,9 @@ extern void recorder_note (struct container *, const char *name,
 /* As it is now, as if all writes had reached it. */
 extern struct bytes recorder_image (struct container *);
 
+/* The same, as a copy for the caller to free, while other threads write. */
+extern struct bytes recorder_copy (struct container *);
+
 /* For every point of the record, for subsets of the writes since the
  * last barrier, torn at 512 bytes: make the image that a crash there
  * leaves, and check that I3 holds for the notes so far.  At most

@@ -298,6 +298,20 @@ recorder_image (struct container *c)
   return (struct bytes) { .p = r->now, .n = container_size (c) };
 }
 
+struct bytes
+recorder_copy (struct container *c)
+{
+  struct recorder *r = recorder (c);
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&r->lock);
+  const struct bytes copy = {
+    .p = malloc (container_size (c)), .n = container_size (c),
+  };
+
+  memcpy (copy.p, r->now, copy.n);
+  return copy;
+}
+
 static void
 apply (uint8_t *image, const struct event *e, size_t from, size_t count)
 {

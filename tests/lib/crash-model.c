@@ -391,6 +391,10 @@ check_bitmap (const struct model *m, struct checked *k, size_t i,
               b->name);
     return message;
   }
+  if (!b->frozen && m->never_marked && (is->flags & 1) != 0) {
+    snprintf (message, sizeof message, "bitmap %s is marked", b->name);
+    return message;
+  }
   if (b->frozen || (is->flags & 1) != 0)
     return NULL;
   for (uint64_t j = 0; j < bytes; ++j)

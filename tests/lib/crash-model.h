@@ -71,6 +71,7 @@ struct model {
   struct flushed *flushes;
   size_t nr_flushes, max_flushes;
   size_t opened;                /* when the disk had been opened */
+  bool never_marked;            /* bitmaps that are not frozen */
   bool may_lose;                /* bitmaps, after a failure to create one
                                    that left the autoclear bit clear */
 

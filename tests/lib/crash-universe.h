@@ -67,6 +67,7 @@ struct universe {
   unsigned nr_threads;
   unsigned nr_requests;         /* by each thread */
   uint64_t unit;                /* how threads share a window, bytes */
+  bool keep;                    /* bitmaps are never marked */
   bool may_fail;
   bool stopped;                 /* cleanly, at the end */
   bool leaks;                   /* there were some in the beginning */

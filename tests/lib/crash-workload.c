@@ -216,6 +216,8 @@ run_request (struct universe *u, unsigned thread, uint64_t *seed)
   struct request r = { .u = u, .seed = seed };
   const unsigned what = any (seed, 32);
 
+  if (u->keep && any (seed, 16) == 0)
+    disk_tidy (u->disk);
   r.change.kind = what < 20 ? CHANGE_WRITE
     : what < 23 ? CHANGE_ZERO : CHANGE_TRIM;
   choose_range (&r, thread);
@@ -284,7 +286,10 @@ open_disk (struct universe *u)
   const struct disk_options options = {
     .cache_size = 1, .granularity = 1024,
     .require = &u->create, .nr_require = u->create != NULL ? 1 : 0,
+    .keep = u->keep,
   };
+
+  u->model->never_marked = u->keep && !u->may_fail;
 
   u->disk = open_logged_disk (u, u->log, &options, &u->data);
   if (u->disk != NULL) {

@@ -53,6 +53,7 @@ struct trial {
   unsigned nr_threads;          /* 1 if 0 */
   unsigned nr_requests;         /* 120 if 0 */
   bool create;                  /* a bitmap */
+  bool keep;
 };
 
 #define BREAK(r, k, s, ...) \
@@ -100,6 +101,10 @@ static const struct trial trials[] = {
   BREAK (MARK_BEFORE_CHANGE, "cluster_size=4k", "is not marked"),
   BREAK (IN_USE_BEFORE_CHANGE, "cluster_size=64k", "is not marked"),
   BREAK (ENTRIES_BEFORE_CLEARED, "cluster_size=512", "is not marked"),
+  BREAK (MARK_BEFORE_CHANGE, "cluster_size=4k", "is not marked",
+         .keep = true),
+  BREAK (AHEAD_BEFORE_CHANGE, "cluster_size=64k", "is not marked",
+         .keep = true),
   BREAK (FUA_BEFORE_RETURN, "cluster_size=64k", "neither old nor new"),
   BREAK (NAME_BEFORE_OFFSET, "cluster_size=4k,backing_fmt=raw",
          "the backing file's name", .create = true),
@@ -160,6 +165,7 @@ run_universe (struct search *s, uint64_t seed)
     .kind = find_kind (t), .seed = seed, .number = seed,
     .nr_threads = t->nr_threads ? t->nr_threads : 1,
     .nr_requests = t->nr_requests ? t->nr_requests : 120, .unit = 2048,
+    .keep = t->keep,
   };
 
   universe_begin (&u, &u.kind->image, t->create ? "new" : NULL);

@@ -200,6 +200,7 @@ choose_universe (struct universe *u)
   u->nr_threads = any (&u->seed, 3) == 0 ? 2 + any (&u->seed, 2) : 1;
   u->nr_requests = (40 + any (&u->seed, 120)) / u->nr_threads;
   u->unit = 512 << any (&u->seed, 4);
+  u->keep = any (&u->seed, 2) == 0;
 }
 
 /* Trouble from below. */

@@ -191,6 +191,13 @@ test_good_parameters (void **state)
   assert_int_equal (p.cache_size, PARAMETERS_DEFAULT_CACHE_SIZE);
   parameters_free (&p);
 
+  assert_false (p.keep);
+  assert_int_equal (parameters_take (&p, "dirty-bitmap-crash", "keep"), 1);
+  assert_true (p.keep);
+  parameters_free (&p);
+  assert_int_equal (parameters_take (&p, "dirty-bitmap-crash", "mark"), 1);
+  assert_false (p.keep);
+  parameters_free (&p);
   assert_false (p.list_deltas);
   assert_int_equal (parameters_take (&p, "dirty-bitmap-delta", "on"), 1);
   assert_true (p.list_deltas);
@@ -272,6 +279,8 @@ test_bad_parameters (void **state)
     { "dirty-bitmap-cache-size", "" },
     { "dirty-bitmap-cache-size", "1048575" },
     { "dirty-bitmap-cache-size", "65G" },
+    { "dirty-bitmap-crash", "" },
+    { "dirty-bitmap-crash", "on" },
     { "dirty-bitmap-delta", "" },
     { "dirty-bitmap-delta", "yes" },
     { "dirty-bitmap-delta", "ON" },
@@ -290,6 +299,7 @@ test_bad_parameters (void **state)
     { "dirty-bitmap-server", "auto" },
     { "dirty-bitmap-listen", "/s" },
     { "dirty-bitmap-snapshot", "s" },
+    { "dirty-bitmap-crash", "keep" },
     { "dirty-bitmap-delta", "off" },
   };
   struct parameters p = { .granularity = 0 };

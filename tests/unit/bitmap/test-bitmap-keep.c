@@ -1,0 +1,389 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* Bits in the image ahead of the changes: what that costs, what the image
+ * has, errors, and marks by several threads while another one tidies.
+ *
+ * mark.c is compiled into this program in place of the library's, so that a
+ * mark can linger between the look at the units and its bits.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include <cmocka.h>
+
+#include "bitmap/internal.h"
+
+static bool slow_set (struct bits *bits, uint64_t first, uint64_t last);
+
+#define bits_set_in_piece slow_set
+#include "bitmap/mark.c"
+#undef bits_set_in_piece
+
+#include "image.h"
+#include "bitmap-image.h"
+
+#define MIB (UINT64_C (1) << 20)
+#define LIMIT (1 << 20)
+#define SIZE (64 * MIB)
+#define MARKERS 3
+#define MARKS 150
+#define ROUNDS 30
+
+static bool is_slow;
+
+static bool
+slow_set (struct bits *bits, uint64_t first, uint64_t last)
+{
+  static _Thread_local uint64_t seed;
+  const struct timespec ts = { .tv_nsec = 50000 };
+
+  if (is_slow && random_next (&seed) % 4 == 0)
+    nanosleep (&ts, NULL);
+  return bits_set_in_piece (bits, first, last);
+}
+
+/* Clusters of 4 KiB: those of bits have 32768 bits.  "fine" has units of 2048
+ * bits, "coarse" of one, and "off" does not record.
+ */
+static const struct bitmap_spec specs[] = {
+  { .name = "fine", .granularity_bits = 9, .flags = 2, .table = "d" },
+  { .name = "coarse", .granularity_bits = 20, .flags = 2, .table = "d" },
+  { .name = "off", .granularity_bits = 12, .flags = 0, .table = "d",
+    .fill = 0x11 },
+};
+
+struct world {
+  struct crafted crafted;
+  struct container *c;
+  struct qcow2 *q;
+  struct bitmap_set *set;
+};
+
+static void
+open_world (struct world *w)
+{
+  const struct bitmap_options options = { .keep = true };
+
+  craft (&w->crafted, 12, SIZE, specs, 3);
+  w->c = recorder_open (&w->crafted.bytes, LIMIT);
+  w->q = open_image (w->c, false);
+  w->set = bitmap_set_open (w->q, &options);
+  assert_non_null (w->set);
+}
+
+static void
+close_world (struct world *w)
+{
+  bitmap_set_close (w->set);
+  qcow2_close (w->q);
+  container_close (w->c);
+  free (w->crafted.bytes.p);
+}
+
+static struct disk_bitmap
+in_image (struct world *w, const char *name)
+{
+  const struct bytes now = recorder_image (w->c);
+
+  return disk_bitmap_read (&now, name);
+}
+
+/* How many bits the image has of a bitmap that is not marked. */
+static unsigned
+count_in_image (struct world *w, const char *name)
+{
+  struct disk_bitmap d = in_image (w, name);
+  unsigned nr = 0;
+
+  assert_int_equal (d.state, DISK_CLEAN);
+  for (uint64_t i = 0; i < d.nr_bits; ++i)
+    nr += disk_bitmap_bit (&d, i);
+  free (d.bits);
+  return nr;
+}
+
+/* How many data clusters a bitmap has that is not marked. */
+static unsigned
+data_entries (struct world *w, const char *name)
+{
+  struct disk_bitmap d = in_image (w, name);
+
+  assert_int_equal (d.state, DISK_CLEAN);
+  free (d.bits);
+  return d.nr_data;
+}
+
+static unsigned
+count_in_ram (struct world *w, const char *name)
+{
+  const struct bitmap *b = find_exposed (w->set, name);
+  uint64_t memory;
+
+  return bitmap_dirty_bytes (b, SIZE, &memory) >> b->shift;
+}
+
+/* Does the image have all bits that RAM has, now? */
+static bool
+image_has_all (struct world *w)
+{
+  bool all = true;
+
+  for (size_t i = 0; i < bitmap_set_nr_recording (w->set); ++i) {
+    const struct bitmap *b = bitmap_set_recording (w->set, i);
+    struct disk_bitmap d = in_image (w, bitmap_name (b));
+
+    for (uint64_t bit = 0; bit < d.nr_bits; ++bit)
+      if (ram_bit (b, bit) && !disk_bitmap_bit (&d, bit) &&
+          d.state != DISK_MARKED)
+        all = false;
+    free (d.bits);
+  }
+  return all;
+}
+
+#define assert_cost(w, writes, flushes, something)              \
+  do {                                                          \
+    unsigned writes_before_ = recorder_writes ((w)->c);         \
+    unsigned flushes_before_ = recorder_flushes ((w)->c);       \
+    something;                                                  \
+    assert_int_equal (recorder_writes ((w)->c) - writes_before_, writes); \
+    assert_int_equal (recorder_flushes ((w)->c) - flushes_before_, flushes); \
+  } while (0)
+
+/* The first mark of a region: a write for each bitmap, and one barrier.  The
+ * next ones cost nothing, and a flush writes nothing.
+ */
+static void
+test_cost (void **state)
+{
+  struct world w;
+
+  (void) state;
+  open_world (&w);
+  w.set->region_shift = 20;
+  assert_cost (&w, 2, 1, mark_and_note (w.set, w.c, 3 * MIB + 512, 1));
+  assert_int_equal (count_in_image (&w, "fine"), 2048);
+  assert_int_equal (count_in_image (&w, "coarse"), 1);
+  assert_int_equal (count_in_ram (&w, "fine"), 1);
+  assert_int_equal (count_in_ram (&w, "coarse"), 1);
+  assert_int_equal (bitmap_extra_bytes (find_exposed (w.set, "fine")),
+                    MIB - 512);
+  assert_cost (&w, 0, 0, mark_and_note (w.set, w.c, 3 * MIB, 512));
+  assert_cost (&w, 0, 0, mark_and_note (w.set, w.c, 4 * MIB - 9, 9));
+  assert_cost (&w, 0, 0, assert_int_equal
+               (qcow2_flush (w.q, bitmap_set_hooks (w.set)), 0));
+
+  /* Over a border: the part that is ahead is written along. */
+  assert_cost (&w, 2, 1, mark_and_note (w.set, w.c, 4 * MIB - 9, 10));
+  assert_true (image_has_all (&w));
+  close_world (&w);
+}
+
+/* A region grows while marks follow each other closely. */
+static void
+test_pace (void **state)
+{
+  struct world w;
+  unsigned nr = 0;
+
+  (void) state;
+  open_world (&w);
+  for (uint64_t at = 0; at < SIZE; at += MIB) {
+    const unsigned before = recorder_flushes (w.c);
+
+    w.set->pace_ns = INT64_MAX / 40; /* as if they had taken that long */
+    mark_and_note (w.set, w.c, at, 1);
+    nr += recorder_flushes (w.c) - before;
+  }
+  /* 1, 2, 4, ... MiB, and one more for each of three new clusters. */
+  assert_in_range (nr, 6, 10);
+  close_world (&w);
+}
+
+/* No data cluster yet: a flush makes one, by two barriers. */
+static void
+test_new_cluster (void **state)
+{
+  struct world w;
+
+  (void) state;
+  open_world (&w);
+  assert_int_equal (data_entries (&w, "fine"), 1);
+  const unsigned before = recorder_flushes (w.c);
+
+  mark_and_note (w.set, w.c, SIZE - 1, 1);
+  assert_int_equal (recorder_flushes (w.c) - before, 2);
+  assert_int_equal (data_entries (&w, "fine"), 2);
+  assert_true (image_has_all (&w));
+  assert_true (bitmap_set_all_stored (w.set));
+  close_world (&w);
+}
+
+/* What is not used is tidied, what is used is not, and at the end all is. */
+static void
+test_tidy (void **state)
+{
+  struct world w;
+
+  (void) state;
+  open_world (&w);
+  mark_and_note (w.set, w.c, 0, 1);
+  w.set->region_shift = 20;
+  mark_and_note (w.set, w.c, 16 * MIB - 1, 1);
+  assert_int_equal (bitmap_set_tidy (w.set, false), 0);
+  assert_true (count_in_image (&w, "fine") >= 2 * 2048);
+
+  /* Only the second is of use meanwhile. */
+  mark_and_note (w.set, w.c, 16 * MIB - 2000, 1);
+  assert_int_equal (bitmap_set_tidy (w.set, false), 0);
+  assert_int_equal (count_in_image (&w, "fine"), 2048 + 1);
+  mark_and_note (w.set, w.c, 16 * MIB - 3000, 1);
+  assert_true (image_has_all (&w));
+
+  assert_int_equal (bitmap_set_tidy (w.set, true), 0);
+  assert_int_equal (count_in_image (&w, "fine"), 4);
+  assert_int_equal (count_in_image (&w, "coarse"), 2);
+  assert_cost (&w, 0, 0, bitmap_set_tidy (w.set, true));
+  assert_int_equal (count_in_image (&w, "off"), 2 * (SIZE >> 12) / 8);
+  recorder_crash (w.c, 8, 1);
+  close_world (&w);
+}
+
+/* Each operation of a mark fails in turn, once or from then on.  Once: the
+ * bitmap is marked, and kept again after a flush.  From then on: the change
+ * must not be made.
+ */
+static void
+test_failures (void **state)
+{
+  (void) state;
+  for (unsigned n = 0; n < 12; ++n)
+    for (unsigned for_ever = 0; for_ever < 2; ++for_ever) {
+      struct world w;
+      int r;
+
+      open_world (&w);
+      recorder_fail (w.c, n, for_ever, n % 2);
+      r = bitmap_set_mark (w.set, SIZE - 1, 1);
+      if (r == 0)
+        note_mark (w.set, w.c, SIZE - 1, 1);
+      assert_true (image_has_all (&w));
+      if (recorder_failures (w.c) > 0 && for_ever && r == 0)
+        fail_msg ("failure %u has no effect", n);
+      recorder_stop_failing (w.c);
+
+      mark_and_note (w.set, w.c, MIB, 1);
+      assert_int_equal (qcow2_flush (w.q, bitmap_set_hooks (w.set)), 0);
+      assert_true (bitmap_set_all_stored (w.set));
+      mark_and_note (w.set, w.c, 40 * MIB, 1);
+      assert_true (bitmap_set_all_stored (w.set));
+      assert_true (image_has_all (&w));
+      recorder_crash (w.c, 4, n);
+      close_world (&w);
+    }
+}
+
+struct race {
+  struct world w;
+  uint64_t seed;
+  atomic_uint nr_threads, nr_left, nr_lacking;
+};
+
+/* When a mark returns the image has its bits: units may be tidied at any
+ * time, but not before the marks that relied on them.
+ */
+static void *
+mark_thread (void *arg)
+{
+  struct race *r = arg;
+  uint64_t seed = r->seed + atomic_fetch_add (&r->nr_threads, 1);
+
+  for (unsigned i = 0; i < MARKS; ++i) {
+    const uint64_t offset = random_next (&seed) % (4 * MIB);
+    const uint64_t bit = offset >> 9;
+    struct bytes now;
+    struct disk_bitmap d;
+
+    assert_int_equal (bitmap_set_mark (r->w.set, offset, 1), 0);
+    note_mark (r->w.set, r->w.c, offset, 1);
+    now = recorder_copy (r->w.c);
+    d = disk_bitmap_read (&now, "fine");
+    free (now.p);
+    if (d.state != DISK_CLEAN || !disk_bitmap_bit (&d, bit))
+      atomic_fetch_add (&r->nr_lacking, 1);
+    free (d.bits);
+  }
+  atomic_fetch_sub (&r->nr_left, 1);
+  return NULL;
+}
+
+static void
+one_race (uint64_t seed)
+{
+  struct race r = { .seed = seed, .nr_left = MARKERS };
+  const struct timespec pause = { .tv_nsec = 20000 };
+  pthread_t markers[MARKERS];
+  unsigned nr = 0;
+
+  open_world (&r.w);
+  for (unsigned i = 0; i < MARKERS; ++i)
+    pthread_create (&markers[i], NULL, mark_thread, &r);
+  while (atomic_load (&r.nr_left) > 0) {
+    nanosleep (&pause, NULL);
+    assert_int_equal (bitmap_set_tidy (r.w.set, nr % 2), 0);
+    if (++nr % 8 == 0)
+      assert_int_equal (qcow2_flush (r.w.q, bitmap_set_hooks (r.w.set)), 0);
+  }
+  for (unsigned i = 0; i < MARKERS; ++i)
+    pthread_join (markers[i], NULL);
+  assert_int_equal (atomic_load (&r.nr_lacking), 0);
+  assert_int_equal (bitmap_set_tidy (r.w.set, true), 0);
+  assert_int_equal (count_in_image (&r.w, "fine"),
+                    count_in_ram (&r.w, "fine"));
+  assert_true (bitmap_set_all_stored (r.w.set));
+  recorder_crash (r.w.c, 1, seed);
+  close_world (&r.w);
+}
+
+static void
+test_races (void **state)
+{
+  /* There one thread runs at a time, and this one would have most of it. */
+  const uint64_t rounds = getenv ("UNDER_VALGRIND") != NULL ? 1 : ROUNDS;
+
+  (void) state;
+  is_slow = true;
+  for (uint64_t i = 0; i < rounds; ++i)
+    one_race (100 * i);
+  is_slow = false;
+}
+
+int
+main (void)
+{
+  const struct CMUnitTest tests[] = {
+    cmocka_unit_test (test_cost),
+    cmocka_unit_test (test_pace),
+    cmocka_unit_test (test_new_cluster),
+    cmocka_unit_test (test_tidy),
+    cmocka_unit_test (test_failures),
+    cmocka_unit_test (test_races),
+  };
+
+  messages_install ();
+  return cmocka_run_group_tests (tests, NULL, NULL);
+}
