@@ -341,32 +341,33 @@ take_server (struct parameters *p, const char *key, const char *value)
   return 1;
 }
 
+/* A parameter that is one of two words: *result says whether the first. */
+static int
+take_either (const char *key, const char *value, const char *yes,
+             const char *no, bool *result, bool *given)
+{
+  if (*given)
+    return repeated (key);
+  if (strcmp (value, yes) != 0 && strcmp (value, no) != 0) {
+    report_error ("%s: must be %s or %s: %s", key, yes, no, value);
+    return -1;
+  }
+  *result = strcmp (value, yes) == 0;
+  *given = true;
+  return 1;
+}
+
 static int
 take_crash (struct parameters *p, const char *key, const char *value)
 {
-  if (p->crash_given)
-    return repeated (key);
-  if (strcmp (value, "keep") != 0 && strcmp (value, "mark") != 0) {
-    report_error ("%s: must be keep or mark: %s", key, value);
-    return -1;
-  }
-  p->keep = strcmp (value, "keep") == 0;
-  p->crash_given = true;
-  return 1;
+  return take_either (key, value, "keep", "mark", &p->keep, &p->crash_given);
 }
 
 static int
 take_delta (struct parameters *p, const char *key, const char *value)
 {
-  if (p->delta_given)
-    return repeated (key);
-  if (strcmp (value, "on") != 0 && strcmp (value, "off") != 0) {
-    report_error ("%s: must be on or off: %s", key, value);
-    return -1;
-  }
-  p->list_deltas = strcmp (value, "on") == 0;
-  p->delta_given = true;
-  return 1;
+  return take_either (key, value, "on", "off", &p->list_deltas,
+                      &p->delta_given);
 }
 
 static int
