@@ -77,6 +77,16 @@ extern unsigned recorder_writes (struct container *);
 extern unsigned recorder_flushes (struct container *);
 extern unsigned recorder_failures (struct container *);
 
+/* Writes and flushes that something costs.  w->c is a recorder. */
+#define assert_cost(w, writes, flushes, something)              \
+  do {                                                          \
+    unsigned writes_before_ = recorder_writes ((w)->c);         \
+    unsigned flushes_before_ = recorder_flushes ((w)->c);       \
+    something;                                                  \
+    assert_int_equal (recorder_writes ((w)->c) - writes_before_, writes); \
+    assert_int_equal (recorder_flushes ((w)->c) - flushes_before_, flushes); \
+  } while (0)
+
 /* Let other threads in at every operation. */
 extern void recorder_yield (struct container *, bool);
 

@@ -155,15 +155,6 @@ image_has_all (struct world *w)
   return all;
 }
 
-#define assert_cost(w, writes, flushes, something)              \
-  do {                                                          \
-    unsigned writes_before_ = recorder_writes ((w)->c);         \
-    unsigned flushes_before_ = recorder_flushes ((w)->c);       \
-    something;                                                  \
-    assert_int_equal (recorder_writes ((w)->c) - writes_before_, writes); \
-    assert_int_equal (recorder_flushes ((w)->c) - flushes_before_, flushes); \
-  } while (0)
-
 /* The first mark of a region: a write for each bitmap, and one barrier.  The
  * next ones cost nothing, and a flush writes nothing.
  */

@@ -110,16 +110,6 @@ assert_synced (struct world *w)
   }
 }
 
-/* Writes and flushes that something costs. */
-#define assert_cost(w, writes, flushes, something)              \
-  do {                                                          \
-    unsigned writes_before_ = recorder_writes ((w)->c);         \
-    unsigned flushes_before_ = recorder_flushes ((w)->c);       \
-    something;                                                  \
-    assert_int_equal (recorder_writes ((w)->c) - writes_before_, writes); \
-    assert_int_equal (recorder_flushes ((w)->c) - flushes_before_, flushes); \
-  } while (0)
-
 static void
 test_cost (void **state)
 {
