@@ -207,7 +207,6 @@ struct bitmap_set {
   int64_t pace_began, pace_ns;  /* since then so much time went into rounds */
   atomic_uint nr_entries_wanted; /* bitmaps that wait for a flush so */
   uint8_t *keep_buffer;         /* of SYNC_BUFFER_BYTES, for that thread */
-  tally rounds, rounds_ns, tidied;
 
   /* For the flush alone. */
   struct qcow2_flush_hooks hooks;

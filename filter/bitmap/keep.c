@@ -262,8 +262,6 @@ pace (struct bitmap_set *set, int64_t ns)
 {
   const int64_t now = now_ns ();
 
-  tally_add (&set->rounds, 1);
-  tally_add (&set->rounds_ns, ns);
   set->pace_ns += ns;
   if (set->pace_ns * 20 <= now - set->pace_began)
     return;
@@ -372,7 +370,6 @@ tidy (struct bitmap_set *set, bool all)
   for (size_t i = 0; i < set->nr_recording; ++i)
     if (tidy_pieces (set, set->recording[i]) == -1)
       r = -1;
-  tally_add (&set->tidied, nr);
   return r;
 }
 

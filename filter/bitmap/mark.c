@@ -20,6 +20,10 @@
  * Before the second and the third way, the space that the flush will need is
  * reserved (reserve.c).
  *
+ * In a set that keeps its bitmaps, bits that are ahead in the image can be
+ * set in the second way, too, and they are written ahead before the third way
+ * is tried (keep.c).
+ *
  * A mark of more than mark_bytes is made in parts, so that no section is
  * long: a thread may be waiting for its end.
  *
