@@ -6,7 +6,8 @@
 """kill -9 at many points: no errors in the image but leaks (I1), what
 was flushed reads back (I2), and a bitmap that is not marked in-use has
 every change (I3).  A disabled bitmap does not change at all (I4).  With
-dirty-bitmap-crash=keep no bitmap is ever marked.
+dirty-bitmap-crash=keep no bitmap is ever marked, and none reports more than
+the statistics said that it would.
 
 POINTS=N kills more often; SEED=N replays (as far as time can be).
 """
@@ -14,16 +15,21 @@ POINTS=N kills more often; SEED=N replays (as far as time can be).
 import os
 import shutil
 import threading
+import time
 
 import harness
 from harness import Server, nbd
 from history import History, NOTHING, Operation, SECTOR
 from qcow2image import Image
+from statsfile import refresh
 
 rnd = harness.seeded()
 POINTS = int(os.environ.get("POINTS", "48"))
 SIZE = 16 << 20
-DEPTH = 8
+DEPTH = 2
+WRITERS = 4
+RECORDING = {"sector": 512, "fine": 4096, "default": 65536,
+             "coarse": 2 << 20}
 OFF = ["off"] if harness.SERVER == "nbdkit" else []
 
 
@@ -67,29 +73,55 @@ def start(h, history, flush_often):
     return cookie, lambda: history.ack(op, bool(fua))
 
 
-def load(h, history, flush_often):
-    """Keep requests in flight until the server is gone."""
-    flying = []
+def collect(h, flying):
+    """Those that are still in flight."""
+    h.poll(1)
+    return [(cookie, done) for cookie, done in flying
+            if not (h.aio_command_completed(cookie) and (done() or True))]
+
+
+def load(handles, history, flush_often, seconds):
+    """Keep requests in flight, for so long or until the server is gone."""
+    end = time.monotonic() + seconds
+    flying = [[] for _ in handles]
     try:
-        while True:
-            while len(flying) < DEPTH:
-                started = start(h, history, flush_often)
-                if started:
-                    flying.append(started)
-            h.poll(-1)
-            flying = [(c, done) for c, done in flying
-                      if not (h.aio_command_completed(c) and
-                              (done() or True))]
+        while time.monotonic() < end or any(flying):
+            for i, h in enumerate(handles):
+                while len(flying[i]) < DEPTH and time.monotonic() < end:
+                    started = start(h, history, flush_often)
+                    if started:
+                        flying[i].append(started)
+                if flying[i]:
+                    flying[i] = collect(h, flying[i])
     except nbd.Error:
         pass
+
+
+def set_bytes(name):
+    bitmap = Image("disk.qcow2").bitmap(name)
+    return len(bitmap.bits()) * bitmap.granularity
+
+
+def check_extra(server, handles, history, flush_often):
+    """Without a request in flight, what a bitmap in the image has is known
+    to the byte.  Ends with a kill."""
+    load(handles, history, flush_often, rnd.uniform(0, 0.1))
+    stats = refresh(server.pid, "stats")
+    server.process.kill()
+    for name in RECORDING:
+        dirty = stats("dirty_bytes", bitmap=name)
+        extra = stats("extra_bytes", bitmap=name)
+        assert set_bytes(name) == dirty + extra, \
+            "%s has %d bytes, not %d + %d" % (
+                name, set_bytes(name), dirty, extra)
 
 
 def images():
     """Images to start from, with some data and bits in them."""
     for cluster in (512, 4096, 65536):
         name = "base%d.qcow2" % cluster
-        harness.create(name, SIZE, ("fine", 512), ("coarse", 65536),
-                       ("off", 4096), options="cluster_size=%d" % cluster)
+        harness.create(name, SIZE, *RECORDING.items(), ("off", 4096),
+                       options="cluster_size=%d" % cluster)
         harness.run("qemu-io", "-f", "qcow2", "-c", "write -P 1 1M 3M",
                     "-c", "write -P 2 9000000 512", name)
         harness.run("qemu-img", "bitmap", "--disable", name, "off")
@@ -104,17 +136,23 @@ for point in range(POINTS):
     shutil.copyfile(base, "disk.qcow2")
     history = History(original)
     keep = harness.SERVER == "nbdkit" and point // len(bases) % 2
-    server = Server("disk.qcow2",
-                    *(["dirty-bitmap-crash=keep"] if keep else []))
-    h = server.connect()
-    killer = threading.Timer(rnd.uniform(0, 0.12), server.process.kill)
-    killer.start()
-    load(h, history, rnd.choice([0.01, 0.05, 0.3]))
-    killer.join()
+    server = Server("disk.qcow2", *(
+        ["dirty-bitmap-crash=" + ("keep" if keep else "mark"),
+         "dirty-bitmap-stats=" + os.path.realpath("stats")]
+        if harness.SERVER == "nbdkit" else []))
+    handles = [server.connect() for _ in range(WRITERS)]
+    flush_often = rnd.choice([0.01, 0.05, 0.3])
+    if keep and rnd.random() < 0.25:
+        check_extra(server, handles, history, flush_often)
+    else:
+        killer = threading.Timer(rnd.uniform(0, 0.12), server.process.kill)
+        killer.start()
+        load(handles, history, flush_often, 60)
+        killer.join()
     server.kill()
     unmarked = history.verify("disk.qcow2", disabled=OFF)
     clean += unmarked
-    assert not keep or unmarked == 2, "a kill cost a bitmap"
+    assert not keep or unmarked == len(RECORDING), "a kill cost a bitmap"
     if harness.SERVER != "nbdkit":
         continue
     assert Image("disk.qcow2").bitmap("off").raw() == off, "I4"
@@ -129,4 +167,5 @@ for point in range(POINTS):
         server.stop()
         harness.check("disk.qcow2")
         assert harness.contents("disk.qcow2")[12345:17345] == b"again" * 1000
-print("%d kills, %d bitmaps survived unmarked" % (POINTS, clean))
+print("%d kills, %d of %d bitmaps survived unmarked" %
+      (POINTS, clean, POINTS * len(RECORDING)))

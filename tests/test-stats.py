@@ -18,53 +18,13 @@ import subprocess
 import threading
 import time
 
-import exposition
 import harness
-from harness import CONTEXT, FILTER, Server
+from harness import CONTEXT, FILTER, Server, until
+from statsfile import PREFIX, Stats, identity, refresh
 
-PREFIX = "nbdkit_dirty_bitmap_"
 COMMANDS = ("read", "write", "flush", "trim", "cache", "write_zeroes",
             "block_status", "unknown")
 MIB = 1 << 20
-
-
-class Stats:
-    def __init__(self, path):
-        with open(path, "rb") as f:
-            data = f.read()
-        self.samples = exposition.parse(data, PREFIX)
-
-    def __call__(self, name, **labels):
-        return self.samples[PREFIX + name, frozenset(labels.items())]
-
-    def get(self, name, **labels):
-        return self.samples.get((PREFIX + name, frozenset(labels.items())), 0)
-
-    def all(self, name):
-        return {tuple(sorted(labels)): value
-                for (n, labels), value in self.samples.items()
-                if n == PREFIX + name}
-
-
-def until(condition, what):
-    deadline = time.monotonic() + harness.PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain: " + what
-        time.sleep(0.01)
-
-
-def identity(path):
-    st = os.stat(path)
-    return st.st_ino, st.st_mtime_ns
-
-
-def refresh(pid, path):
-    """Ask for the file; what it says then."""
-    before = identity(path)
-    os.kill(pid, signal.SIGUSR1)
-    until(lambda: os.path.exists(path) and identity(path) != before,
-          "USR1 writes the file")
-    return Stats(path)
 
 
 def served(path):
@@ -110,6 +70,7 @@ def requests(off):
     path = "off.prom" if off else "on.prom"
     began = time.monotonic()
     server = Server("disk.qcow2", "dirty-bitmap-stats=" + path,
+                    "dirty-bitmap-crash=mark",
                     *["dirty-bitmap-server=off"] * off)
     served(path)
     before = Stats(path)

@@ -131,6 +131,8 @@ struct bitmap {
   bool cleared;
 
   struct ahead ahead;           /* empty unless the set keeps */
+  bool fell_back;               /* it is not SYNCED, though the set keeps;
+                                   under state_lock */
   atomic_uint nr_entries_wanted; /* a flush shall write flagged pieces, though
                                    the bitmap is not IN_USE */
 };
@@ -196,7 +198,7 @@ struct bitmap_set {
 
   /* keep.c.  keeps is fixed, and if it is false the rest is not used. */
   bool keeps;
-  pthread_mutex_t keep_lock;    /* protects the fields down to pace_ns */
+  pthread_mutex_t keep_lock;    /* protects the fields down to keep_why */
   pthread_cond_t keep_changed;
   bool keep_busy;               /* a thread leads a round, or tidies */
   uint64_t next_round, last_round; /* that collects wants; that has ended */
@@ -205,8 +207,12 @@ struct bitmap_set {
   size_t nr_wants, max_wants;
   unsigned region_shift;        /* log2 of bytes */
   int64_t pace_began, pace_ns;  /* since then so much time went into rounds */
+  char keep_why[512];           /* why the last failed round failed */
   atomic_uint nr_entries_wanted; /* bitmaps that wait for a flush so */
   uint8_t *keep_buffer;         /* of SYNC_BUFFER_BYTES, for that thread */
+  tally rounds[2], rounds_ns[2]; /* failed, succeeded; by that thread */
+  tally regions_marked, bytes_tidied; /* by that thread */
+  tally fallbacks;              /* under state_lock */
 
   /* For the flush alone. */
   struct qcow2_flush_hooks hooks;
@@ -336,5 +342,10 @@ extern void keep_free (struct bitmap_set *);
  */
 extern int keep_ahead (struct bitmap_set *, uint64_t offset,
                         uint64_t count);
+
+/* Warn of bitmaps that have fallen back to IN_USE, once for each.  No lock is
+ * held.
+ */
+extern void keep_tell_fallbacks (struct bitmap_set *);
 
 #endif /* DIRTY_BITMAP_BITMAP_INTERNAL_H */

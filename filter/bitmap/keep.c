@@ -47,7 +47,9 @@
 #include <config.h>
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "bitmap/internal.h"
 #include "common/bytes.h"
@@ -163,6 +165,13 @@ write_in_cluster (struct bitmap_set *set, struct keep_want *w, uint64_t first,
                             entry + first % in_cluster * PIECE_BYTES);
 }
 
+static void
+count_round (struct bitmap_set *set, bool success, int64_t ns)
+{
+  tally_add (&set->rounds[success], 1);
+  tally_add (&set->rounds_ns[success], ns);
+}
+
 static int
 write_want (struct bitmap_set *set, struct keep_want *w)
 {
@@ -249,6 +258,7 @@ write_round (struct bitmap_set *set, struct keep_want *wants, size_t nr)
     struct keep_want *w = &wants[i];
 
     ahead_end (&w->bitmap->ahead, w->first, w->last, r == 0 && !w->failed);
+    tally_add (&set->regions_marked, r == 0 && !w->failed);
     failed |= w->failed;
   }
   return r == 0 && !failed ? 0 : -1;
@@ -279,17 +289,25 @@ lead (struct bitmap_set *set)
   const size_t nr = set->nr_wants;
   const uint64_t round = set->next_round++;
   const int64_t began = now_ns ();
+  struct report_hold hold;
 
   set->wants = NULL;
   set->nr_wants = set->max_wants = 0;
   set->keep_busy = true;
   pthread_mutex_unlock (&set->keep_lock);
+  report_hold_begin (&hold);
   const int r = write_round (set, wants, nr);
+  const int64_t ns = now_ns () - began;
+  report_hold_end (&hold);
   free (wants);
+  count_round (set, r == 0, ns);
   pthread_mutex_lock (&set->keep_lock);
-  if (r == -1)
+  if (r == -1) {
     set->failed_round = round;
-  pace (set, now_ns () - began);
+    snprintf (set->keep_why, sizeof set->keep_why, "%s",
+              hold.any ? hold.text : "");
+  }
+  pace (set, ns);
   set->keep_busy = false;
   set->last_round = round;
   pthread_cond_broadcast (&set->keep_changed);
@@ -299,15 +317,15 @@ int
 keep_ahead (struct bitmap_set *set, uint64_t offset, uint64_t count)
 {
   const int err = errno;
-  struct report_hold hold;
   int r;
 
-  report_hold_begin (&hold);
   pthread_mutex_lock (&set->keep_lock);
   const uint64_t mine = set->next_round;
 
   r = want_region (set, offset, count);
-  if (r == 1)
+  if (r == -1)
+    snprintf (set->keep_why, sizeof set->keep_why, "realloc: %m");
+  else if (r == 1)
     while ((int64_t) (set->last_round - mine) < 0) {
       if (set->keep_busy)
         pthread_cond_wait (&set->keep_changed, &set->keep_lock);
@@ -317,11 +335,33 @@ keep_ahead (struct bitmap_set *set, uint64_t offset, uint64_t count)
   if (r == 1 && set->failed_round >= mine)
     r = -1;
   pthread_mutex_unlock (&set->keep_lock);
-  report_hold_end (&hold);
-  if (hold.any)
-    report_debug ("bits could not be written ahead: %s", hold.text);
   errno = err;
   return r == -1 ? -1 : 0;
+}
+
+void
+keep_tell_fallbacks (struct bitmap_set *set)
+{
+  char why[sizeof set->keep_why];
+
+  pthread_mutex_lock (&set->keep_lock);
+  memcpy (why, set->keep_why, sizeof why);
+  pthread_mutex_unlock (&set->keep_lock);
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->state_lock);
+  for (size_t i = 0; i < set->nr_recording; ++i) {
+    struct bitmap *b = set->recording[i];
+
+    if (b->fell_back || atomic_load (&b->state) != IN_USE)
+      continue;
+    b->fell_back = true;
+    /* A flush for the round has its own reason. */
+    report_warning ("bitmap '%s' is marked as in use in the image until a "
+                    "flush stores it: its bits could not be written ahead of "
+                    "a change%s%s", b->name,
+                    why[0] != '\0' || set->why[0] != '\0' ? ": " : "",
+                    why[0] != '\0' ? why : set->why);
+  }
 }
 
 /* Write the untidy pieces of a bitmap.  Those of one cluster go together. */
@@ -362,8 +402,13 @@ tidy (struct bitmap_set *set, bool all)
   {
     /* A mark that holds state_lock relies on units that are ahead. */
     ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->state_lock);
-    for (size_t i = 0; i < set->nr_recording; ++i)
-      nr += ahead_age (&set->recording[i]->ahead, all);
+    for (size_t i = 0; i < set->nr_recording; ++i) {
+      struct ahead *a = &set->recording[i]->ahead;
+      const uint64_t aged = ahead_age (a, all);
+
+      tally_add (&set->bytes_tidied, aged << a->shift);
+      nr += aged;
+    }
   }
   if (nr > 0)
     grace_synchronize (&set->grace);

@@ -163,25 +163,19 @@ make_in_use (struct bitmap_set *set, uint64_t offset, uint64_t count)
   for (size_t i = 0; i < set->nr_recording; ++i) {
     struct bitmap *b = set->recording[i];
 
-    if (!may_set_bits (b, offset, count))
+    if (!may_set_bits (b, offset, count)) {
       bitmap_set_state (set, b, IN_USE);
+      if (set->keeps)
+        tally_add (&set->fallbacks, 1);
+    }
   }
   return 0;
 }
 
+/* Mark a part of which not all bits may be set as things are. */
 static int
-mark_part (struct bitmap_set *set, uint64_t offset, uint64_t count)
+mark_in_use (struct bitmap_set *set, uint64_t offset, uint64_t count)
 {
-  if (mark_in_section (set, offset, count))
-    return 0;
-  if (set->keeps) {
-    /* More than once only if the units were tidied at this very moment. */
-    while (keep_ahead (set, offset, count) == 0)
-      if (mark_in_section (set, offset, count))
-        return 0;
-    bitmap_reserve (set, offset, count);
-  }
-
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->state_lock);
   if (mark_in_section (set, offset, count))
     return 0;                   /* Another thread was faster. */
@@ -190,6 +184,26 @@ mark_part (struct bitmap_set *set, uint64_t offset, uint64_t count)
   if (!mark_in_section (set, offset, count))
     abort ();                   /* Only a holder of the lock can undo it. */
   return 0;
+}
+
+static int
+mark_part (struct bitmap_set *set, uint64_t offset, uint64_t count)
+{
+  int r;
+
+  if (mark_in_section (set, offset, count))
+    return 0;
+  if (!set->keeps)
+    return mark_in_use (set, offset, count);
+
+  /* More than once only if the units were tidied at this very moment. */
+  while (keep_ahead (set, offset, count) == 0)
+    if (mark_in_section (set, offset, count))
+      return 0;
+  bitmap_reserve (set, offset, count);
+  r = mark_in_use (set, offset, count);
+  keep_tell_fallbacks (set);
+  return r;
 }
 
 static bool

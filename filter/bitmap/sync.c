@@ -490,8 +490,10 @@ end_flush (struct bitmap_set *set, bool success)
   for (size_t i = 0; i < set->nr_recording; ++i) {
     struct bitmap *b = set->recording[i];
 
-    if (b->cleared && success)
+    if (b->cleared && success) {
       bitmap_set_state (set, b, SYNCED);
+      b->fell_back = false;
+    }
     b->cleared = false;
     b->settling = false;
   }
@@ -547,7 +549,12 @@ bitmap_set_get_numbers (const struct bitmap_set *set,
     n->syncs[i] = tally_get (&set->syncs[i]);
     n->sync_ns[i] = tally_get (&set->syncs_ns[i]);
     n->sync_bytes[i] = tally_get (&set->syncs_bytes[i]);
+    n->rounds[i] = tally_get (&set->rounds[i]);
+    n->round_ns[i] = tally_get (&set->rounds_ns[i]);
   }
+  n->regions_marked = tally_get (&set->regions_marked);
+  n->bytes_tidied = tally_get (&set->bytes_tidied);
+  n->fallbacks = tally_get (&set->fallbacks);
 }
 
 void

@@ -570,6 +570,7 @@ get_bitmap_numbers (const struct disk *d, const struct offered *o,
   n->granularity = bitmap_granularity (o->bitmap);
   n->records = is_recording (d, o->bitmap);
   n->dirty_bytes = bitmap_dirty_bytes (o->bitmap, o->size, &n->memory_bytes);
+  n->extra_bytes = bitmap_extra_bytes (o->bitmap);
 }
 
 void

@@ -212,7 +212,7 @@ extern void disk_get_numbers (const struct disk *, struct disk_numbers *);
 /* Call fn for each bitmap that clients are offered or that records. */
 struct disk_bitmap_numbers {
   const char *name;
-  uint64_t granularity, dirty_bytes, memory_bytes;
+  uint64_t granularity, dirty_bytes, memory_bytes, extra_bytes;
   bool records;
 };
 extern void disk_each_bitmap (const struct disk *,

@@ -190,6 +190,62 @@ put_outcomes_ns (FILE *f, const char *name, const char *help,
   }
 }
 
+/* Bitmaps are listed once, and written under several metrics. */
+struct bitmap_list {
+  struct disk_bitmap_numbers *bitmaps;
+  size_t nr, max;
+  bool failed;
+};
+
+static void
+add_bitmap (const struct disk_bitmap_numbers *b, void *opaque)
+{
+  struct bitmap_list *list = opaque;
+
+  if (vector_reserve (list->bitmaps, list->nr, list->max, 1) == -1) {
+    list->failed = true;
+    return;
+  }
+  list->bitmaps[list->nr++] = *b;
+}
+
+static uint64_t
+dirty_bytes (const struct disk_bitmap_numbers *b)
+{
+  return b->dirty_bytes;
+}
+
+static uint64_t
+extra_bytes (const struct disk_bitmap_numbers *b)
+{
+  return b->extra_bytes;
+}
+
+static uint64_t
+granularity (const struct disk_bitmap_numbers *b)
+{
+  return b->granularity;
+}
+
+static uint64_t
+records (const struct disk_bitmap_numbers *b)
+{
+  return b->records;
+}
+
+static void
+put_bitmaps (FILE *f, const struct bitmap_list *list, const char *name,
+             const char *help,
+             uint64_t (*get) (const struct disk_bitmap_numbers *))
+{
+  head (f, name, "gauge", help);
+  for (size_t i = 0; i < list->nr; ++i) {
+    fprintf (f, PREFIX "%s{bitmap=", name);
+    stats_write_label (f, list->bitmaps[i].name);
+    fprintf (f, "} %" PRIu64 "\n", get (&list->bitmaps[i]));
+  }
+}
+
 static void
 write_flushes (FILE *f, const struct disk_numbers *n)
 {
@@ -214,6 +270,30 @@ write_flushes (FILE *f, const struct disk_numbers *n)
   put_outcomes (f, "sync_bytes_total",
                 "Bytes of bits and of bitmap tables that syncs wrote.",
                 n->bitmaps.sync_bytes);
+}
+
+static void
+write_keep (FILE *f, const struct bitmap_list *list,
+            const struct bitmap_set_numbers *n)
+{
+  put_outcomes (f, "ahead_writes_total",
+                "Writes of bits ahead of changes, each with a barrier.",
+                n->rounds);
+  put_outcomes_ns (f, "ahead_seconds_total",
+                   "Time that these writes took.", n->round_ns);
+  put_one (f, "ahead_regions_total", "counter",
+           "Regions of the disk whose bits were written ahead, in each "
+           "bitmap.", n->regions_marked);
+  put_one (f, "ahead_tidied_bytes_total", "counter",
+           "Bytes of the disk whose bits in the image became exact again, in "
+           "each bitmap.", n->bytes_tidied);
+  put_bitmaps (f, list, "extra_bytes",
+               "Bytes of the disk that the image's bitmap has and that were "
+               "not changed: what a crash now would report too much.",
+               extra_bytes);
+  put_one (f, "fallbacks_total", "counter",
+           "How often a bitmap was marked as in use because its bits could "
+           "not be written ahead.", n->fallbacks);
 }
 
 static void
@@ -251,56 +331,6 @@ write_image (FILE *f, struct disk *d, const struct disk_numbers *n)
   put_caches (f, "cache_evictions_total",
               "Parts of tables that made room for others.",
               l2->evictions, refcounts->evictions);
-}
-
-/* Bitmaps are listed once, and written under several metrics. */
-struct bitmap_list {
-  struct disk_bitmap_numbers *bitmaps;
-  size_t nr, max;
-  bool failed;
-};
-
-static void
-add_bitmap (const struct disk_bitmap_numbers *b, void *opaque)
-{
-  struct bitmap_list *list = opaque;
-
-  if (vector_reserve (list->bitmaps, list->nr, list->max, 1) == -1) {
-    list->failed = true;
-    return;
-  }
-  list->bitmaps[list->nr++] = *b;
-}
-
-static uint64_t
-dirty_bytes (const struct disk_bitmap_numbers *b)
-{
-  return b->dirty_bytes;
-}
-
-static uint64_t
-granularity (const struct disk_bitmap_numbers *b)
-{
-  return b->granularity;
-}
-
-static uint64_t
-records (const struct disk_bitmap_numbers *b)
-{
-  return b->records;
-}
-
-static void
-put_bitmaps (FILE *f, const struct bitmap_list *list, const char *name,
-             const char *help,
-             uint64_t (*get) (const struct disk_bitmap_numbers *))
-{
-  head (f, name, "gauge", help);
-  for (size_t i = 0; i < list->nr; ++i) {
-    fprintf (f, PREFIX "%s{bitmap=", name);
-    stats_write_label (f, list->bitmaps[i].name);
-    fprintf (f, "} %" PRIu64 "\n", get (&list->bitmaps[i]));
-  }
 }
 
 static uint64_t
@@ -378,6 +408,7 @@ stats_write (struct stats *s, struct disk *d, FILE *f)
                "Whether changes of the disk are recorded into a bitmap.",
                records);
   write_flushes (f, &n);
+  write_keep (f, &list, &n.bitmaps);
   write_image (f, d, &n);
   write_memory (f, &list, &n);
   return 0;

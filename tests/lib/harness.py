@@ -274,6 +274,13 @@ def refused(disk, *params, options=(), pattern=""):
     return out
 
 
+def until(condition, what):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain: " + what
+        time.sleep(0.01)
+
+
 def both(ours, theirs):
     """The kinds in two maps of one disk, wherever one of them changes."""
     kinds = []
