@@ -105,8 +105,8 @@ extern bool bitmap_set_all_stored (struct bitmap_set *);
 struct bitmap_set_numbers {
   uint64_t syncs[2], sync_ns[2], sync_bytes[2];
 
-  /* If the set keeps its bitmaps: rounds of writing bits ahead, each with a
-   * barrier; the regions whose bits they wrote, for each bitmap, and the
+  /* If the set keeps its bitmaps: rounds of durably writing bits ahead;
+   * the regions whose bits they wrote, for each bitmap, and the
    * bytes of the disk where these were tidied; and how often a bitmap was
    * marked as in use all the same.
    */

@@ -324,12 +324,14 @@ extern void bitmap_keep_reserved (struct bitmap *, uint32_t index,
 extern const struct qcow2_flush_hooks bitmap_sync_hooks;
 
 /* Write the bytes [offset, offset + count) of the array of bits, and zeroes
- * beyond its end, to a data cluster.  buffer has SYNC_BUFFER_BYTES.
- * reserve_lock is held.
+ * beyond its end, to a data cluster.  buffer has SYNC_BUFFER_BYTES.  If durable
+ * is not NULL, this tries to make them durable by themselves, and sets
+ * *durable to false if that needs a barrier.  reserve_lock is held.
  */
 extern int bitmap_write_bits (struct bitmap_set *, struct bitmap *,
                               uint8_t *buffer, uint64_t offset,
-                              uint64_t count, uint64_t host_offset);
+                              uint64_t count, uint64_t host_offset,
+                              bool *durable);
 
 /* keep.c */
 

@@ -20,8 +20,8 @@
  * and doubles while threads spend more than a twentieth of the time here.
  *
  * Marks that need a region come in rounds.  One of the threads that wait
- * leads: it writes the bits that all of them need, and makes them durable by
- * one barrier.  Threads that come meanwhile wait for the next round.  If a
+ * leads: it writes the bits that all of them need, and makes them durable, by
+ * one barrier if they are many.  Threads that come meanwhile wait for the next round.  If a
  * bitmap has no data cluster for these bits yet, the leader lets a flush
  * write them, with the table entry (sync.c): that is two barriers, once for
  * each cluster of bits.
@@ -62,10 +62,16 @@
 #define LEAST_REGION 20         /* log2 of bytes */
 #define LARGEST_REGION 28
 
+/* So many writes are made durable one by one.  That takes less time than a
+ * barrier, which has to write all that clients have written, too.
+ */
+#define DURABLE_WRITES 4
+
 /* Units of a bitmap that a round makes ahead. */
 struct keep_want {
   struct bitmap *bitmap;
   uint64_t first, last;
+  bool durable;                 /* what was written is, without a barrier */
   bool needs_entry;             /* a flush has to write some of it */
   bool failed;
 };
@@ -162,7 +168,8 @@ write_in_cluster (struct bitmap_set *set, struct keep_want *w, uint64_t first,
     return 0;
   return bitmap_write_bits (set, b, set->keep_buffer, first * PIECE_BYTES,
                             (end - first) * PIECE_BYTES,
-                            entry + first % in_cluster * PIECE_BYTES);
+                            entry + first % in_cluster * PIECE_BYTES,
+                            &w->durable);
 }
 
 static void
@@ -236,19 +243,21 @@ static int
 write_round (struct bitmap_set *set, struct keep_want *wants, size_t nr)
 {
   const unsigned long lost = qcow2_lost (set->image);
-  bool needs_entry = false, any = false, failed = false;
+  const bool durable = nr <= DURABLE_WRITES && ORDER (AHEAD_BEFORE_CHANGE);
+  bool needs_entry = false, needs_barrier = false, failed = false;
   int r = 0;
 
   for (size_t i = 0; i < nr; ++i) {
+    wants[i].durable = durable;
     wants[i].failed = write_want (set, &wants[i]) == -1;
     needs_entry |= wants[i].needs_entry;
-    any |= !wants[i].failed;
+    needs_barrier |= !wants[i].failed && !wants[i].durable;
   }
   if (!ORDER (AHEAD_BEFORE_CHANGE))
     ;
   else if (needs_entry)
     r = flush_entries (set, wants, nr);
-  else if (any)
+  else if (needs_barrier)
     r = qcow2_barrier_since (set->image, lost);
   if (r == 0 && qcow2_lost (set->image) != lost)
     r = -1;
@@ -385,7 +394,8 @@ tidy_pieces (struct bitmap_set *set, struct bitmap *b)
     if (bitmap_table_entry_is_data (entry) &&
         bitmap_write_bits (set, b, set->keep_buffer, piece * PIECE_BYTES,
                            (end - piece) * PIECE_BYTES,
-                           entry + piece % in_cluster * PIECE_BYTES) == -1)
+                           entry + piece % in_cluster * PIECE_BYTES,
+                           NULL) == -1)
       return -1;
     for (; piece < end; ++piece)
       ahead_tidied (&b->ahead, piece);

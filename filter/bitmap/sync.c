@@ -100,7 +100,8 @@ reserve_pending (struct bitmap *b)
 
 int
 bitmap_write_bits (struct bitmap_set *set, struct bitmap *b, uint8_t *buffer,
-                   uint64_t offset, uint64_t count, uint64_t host_offset)
+                   uint64_t offset, uint64_t count, uint64_t host_offset,
+                   bool *durable)
 {
   uint64_t array_bytes = b->bits.nr_pieces * PIECE_BYTES;
 
@@ -112,9 +113,14 @@ bitmap_write_bits (struct bitmap_set *set, struct bitmap *b, uint8_t *buffer,
     if (b->ahead.ahead != NULL && have > 0)
       ahead_add_bits (&b->ahead, buffer, offset, have);
     memset (buffer + have, 0, n - have);
-    if (qcow2_write_metadata (set->image, QCOW2_BITMAP_DATA,
-                              buffer, n, host_offset) == -1)
+    const int r = (durable != NULL && *durable ?
+                   qcow2_write_metadata_durable : qcow2_write_metadata)
+      (set->image, QCOW2_BITMAP_DATA, buffer, n, host_offset);
+
+    if (r == -1)
       return -1;
+    if (r == 1)
+      *durable = false;
     offset += n;
     host_offset += n;
     count -= n;
@@ -127,7 +133,8 @@ write_bits (struct bitmap_set *set, struct bitmap *b,
             uint64_t offset, uint64_t count, uint64_t host_offset)
 {
   set->sync_bytes += count;
-  return bitmap_write_bits (set, b, set->buffer, offset, count, host_offset);
+  return bitmap_write_bits (set, b, set->buffer, offset, count, host_offset,
+                            NULL);
 }
 
 /* Are all bits of the cluster of bits ones?  Not if some of its bits are

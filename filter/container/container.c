@@ -123,6 +123,36 @@ container_pwrite (struct container *c, const void *buf, size_t count,
                   : blocks_pwrite (c, buf, count, offset));
 }
 
+static int
+try_durable (struct container *c, const void *buf, size_t count,
+             uint64_t offset)
+{
+  if (c->ops->pwrite_durable == NULL || c->readonly || count == 0 ||
+      c->block_bytes != 1 || clip (c, count, offset) < count)
+    return 1;
+  return c->ops->pwrite_durable (c, buf, count, offset);
+}
+
+int
+container_pwrite_durable (struct container *c, const void *buf, size_t count,
+                          uint64_t offset)
+{
+  const int r = try_durable (c, buf, count, offset);
+
+  if (r == 1)
+    return container_pwrite (c, buf, count, offset) == -1 ? -1 : 1;
+  changed (c, r);
+  if (r == -1) {
+    /* The error may be of what was written before, and is reported once. */
+    const int err = errno;
+
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->flush_lock);
+    atomic_fetch_add (&c->failed_flushes, 1);
+    errno = err;
+  }
+  return r;
+}
+
 int
 container_zero (struct container *c, uint64_t count, uint64_t offset,
                 bool punch)

@@ -44,6 +44,12 @@ struct container_ops {
   int (*pwrite) (struct container *,
                  const void *buf, size_t count, uint64_t offset);
 
+  /* The same, and the bytes are durable on return.  1 if that cannot be done,
+   * and nothing was written.  NULL if it never can.
+   */
+  int (*pwrite_durable) (struct container *,
+                         const void *buf, size_t count, uint64_t offset);
+
   /* Make the range read as zeroes.  If punch, give storage back where
    * possible; the range reads as zeroes either way.
    */
@@ -134,6 +140,13 @@ extern int container_pread (struct container *, void *buf, size_t count,
 /* Write, growing the container where needed.  EROFS if read-only. */
 extern int container_pwrite (struct container *, const void *buf, size_t count,
                              uint64_t offset);
+
+/* Write, and if possible make that durable by itself.  1 if that needs a
+ * flush, and -1 if it failed.  Then other writes may be lost, too: it counts
+ * among the failed flushes.
+ */
+extern int container_pwrite_durable (struct container *, const void *buf,
+                                     size_t count, uint64_t offset);
 
 /* Zero.  The part beyond the end reads as zeroes already: the container does
  * not grow.

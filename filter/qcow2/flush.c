@@ -158,19 +158,38 @@ qcow2_begin_writing (struct qcow2 *q)
   return header_begin_writing (q);
 }
 
-int
-qcow2_write_metadata (struct qcow2 *q, enum qcow2_class class,
-                      const void *buf, size_t count, uint64_t host_offset)
+static int
+write_metadata (struct qcow2 *q, enum qcow2_class class,
+                const void *buf, size_t count, uint64_t host_offset,
+                int (*pwrite) (struct container *, const void *, size_t,
+                               uint64_t))
 {
   if (header_begin_writing (q) == -1 ||
       registry_check (q, class, host_offset, count) == -1)
     return -1;
-  if (container_pwrite (q->container, buf, count, host_offset) == -1) {
+  const int r = pwrite (q->container, buf, count, host_offset);
+
+  if (r == -1)
     report_error ("cannot write %s at host offset %#" PRIx64 ": %m",
                   registry_class_name (class), host_offset);
-    return -1;
-  }
-  return 0;
+  return r;
+}
+
+int
+qcow2_write_metadata (struct qcow2 *q, enum qcow2_class class,
+                      const void *buf, size_t count, uint64_t host_offset)
+{
+  return write_metadata (q, class, buf, count, host_offset,
+                         container_pwrite);
+}
+
+int
+qcow2_write_metadata_durable (struct qcow2 *q, enum qcow2_class class,
+                              const void *buf, size_t count,
+                              uint64_t host_offset)
+{
+  return write_metadata (q, class, buf, count, host_offset,
+                         container_pwrite_durable);
 }
 
 enum hook { HOOK_DATA, HOOK_REFERENCES, HOOK_SETTLE };

@@ -293,6 +293,14 @@ extern int qcow2_write_metadata (struct qcow2 *, enum qcow2_class,
                                  const void *buf, size_t count,
                                  uint64_t host_offset);
 
+/* The same, and it is durable on return; or 1 if it needs a barrier
+ * (container_pwrite_durable).  If it fails, more may be lost than this: see
+ * qcow2_lost.
+ */
+extern int qcow2_write_metadata_durable (struct qcow2 *, enum qcow2_class,
+                                         const void *buf, size_t count,
+                                         uint64_t host_offset);
+
 /* Make sure that the image may be changed.  qcow2_alloc and
  * qcow2_write_metadata do this first; a caller that writes in another way
  * (holes.h) must call it.

@@ -277,7 +277,7 @@ write_keep (FILE *f, const struct bitmap_list *list,
             const struct bitmap_set_numbers *n)
 {
   put_outcomes (f, "ahead_writes_total",
-                "Writes of bits ahead of changes, each with a barrier.",
+                "How often bits were durably written ahead of changes.",
                 n->rounds);
   put_outcomes_ns (f, "ahead_seconds_total",
                    "Time that these writes took.", n->round_ns);

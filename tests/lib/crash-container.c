@@ -53,6 +53,8 @@ struct entry {
   enum file file;               /* IMAGE of a NOTE */
   uint64_t offset, count;       /* whole sectors */
   uint8_t *data;                /* of a WRITE */
+  size_t durable_at;            /* of a WRITE: it is durable once the log is
+                                   longer than this; else SIZE_MAX */
   uint64_t size, old_size;      /* of a RESIZE */
   size_t covers;                /* of a BARRIER */
 };
@@ -163,7 +165,8 @@ add_entry (struct crash_log *log, enum file file, enum entry_type type)
   }
   struct entry *e = &log->entries[log->nr++];
 
-  *e = (struct entry) { .type = type, .file = file };
+  *e = (struct entry) { .type = type, .file = file,
+                        .durable_at = SIZE_MAX };
   return e;
 }
 
@@ -277,6 +280,37 @@ logged_pwrite (struct container *c, const void *buf, size_t count,
   return fail ? -1 : 0;
 }
 
+/* Half of them are left to a write and a flush. */
+static int
+logged_pwrite_durable (struct container *c, const void *buf, size_t count,
+                       uint64_t offset)
+{
+  const struct logged *l = (struct logged *) c;
+  struct crash_log *log = l->log;
+  size_t written;
+
+  {
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&log->lock);
+    if (random_next (&log->seed) % 2 == 0)
+      return 1;
+    if (fails (log)) {
+      errno = EIO;
+      return -1;
+    }
+    memcpy (l->live->bytes + offset, buf, count);
+    written = log->nr;
+    log_sectors (l, offset, count);
+  }
+  sched_yield ();
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&log->lock);
+  if (fails (log)) {
+    errno = EIO;
+    return -1;
+  }
+  log->entries[written].durable_at = log->nr;
+  return 0;
+}
+
 static int
 logged_zero (struct container *c, uint64_t count, uint64_t offset, bool punch)
 {
@@ -377,7 +411,8 @@ static struct container *
 open_logged (struct crash_log *log, enum file file)
 {
   static const struct container_ops ops = {
-    .pread = logged_pread, .pwrite = logged_pwrite, .zero = logged_zero,
+    .pread = logged_pread, .pwrite = logged_pwrite,
+    .pwrite_durable = logged_pwrite_durable, .zero = logged_zero,
     .flush = logged_flush, .grow = logged_grow, .truncate = logged_truncate,
     .close = logged_close,
   };
@@ -544,12 +579,17 @@ entry_has_luck (const struct draw *d, size_t i, const struct entry *e,
 }
 
 static void
-apply_by_chance (struct crash_image *image, const struct draw *d, size_t i,
-                 const struct entry *e, uint64_t floor, uint64_t *seed)
+apply_by_chance (const struct crash_replay *r, struct crash_image *image,
+                 const struct draw *d, size_t i, const struct entry *e,
+                 uint64_t floor, uint64_t *seed)
 {
   const uint64_t count =
     e->offset >= floor ? 0 : min_u64 (e->count, floor - e->offset);
 
+  if (r->point > e->durable_at) {
+    apply (image, e, 0, count);
+    return;
+  }
   /* The one in question may be torn in any case. */
   if (d->lottery != EACH_SECTOR && (i != d->entry || !d->torn)) {
     if (entry_has_luck (d, i, e, seed))
@@ -594,7 +634,7 @@ crash_replay_state (const struct crash_replay *r, struct crash_image *image,
     if (!is_pending (r, i))
       continue;
     if (e->type == WRITE || e->type == ZERO)
-      apply_by_chance (file_of (image, f), &d, i, e, floor[f], seed);
+      apply_by_chance (r, file_of (image, f), &d, i, e, floor[f], seed);
     else if (e->type == RESIZE) {
       sizes[f] = sizes[f] && random_next (seed) % 4 != 0;
       if (sizes[f])

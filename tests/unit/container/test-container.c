@@ -20,6 +20,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -714,6 +715,78 @@ test_file_flush_error (void **state)
   fclose (fp);
 }
 
+#ifdef RWF_DSYNC
+/* Writes that are durable by themselves.  The kernel's answer is played by
+ * pwritev2.
+ */
+static int pwritev2_errno, pwritev2_flags, nr_pwritev2;
+
+ssize_t
+pwritev2 (int fd, const struct iovec *iov, int nr, off_t offset, int flags)
+{
+  nr_pwritev2++;
+  pwritev2_flags = flags;
+  assert_int_equal (nr, 1);
+  if (pwritev2_errno != 0) {
+    errno = pwritev2_errno;
+    return -1;
+  }
+  return pwrite (fd, iov->iov_base, iov->iov_len, offset);
+}
+
+static void
+test_file_durable (void **state)
+{
+  FILE *fp = tmpfile ();
+  struct container *c = container_open_file_writable (fileno (fp));
+  struct container *memory = container_open_memory (MiB);
+
+  (void) state;
+  /* What makes the container grow needs a flush. */
+  assert_int_equal (container_pwrite_durable (c, "abcd", 4, 0), 1);
+  assert_int_equal (nr_pwritev2, 0);
+  assert_bytes (c, 0, 1, 'a');
+
+  assert_int_equal (container_pwrite_durable (c, "eeee", 4, 0), 0);
+  assert_int_equal (nr_pwritev2, 1);
+  assert_int_equal (pwritev2_flags, RWF_DSYNC);
+  assert_bytes (c, 0, 4, 'e');
+
+  /* If it fails, nobody may think that all before it is durable. */
+  pwritev2_errno = EIO;
+  assert_int_equal (container_pwrite_durable (c, "ffff", 4, 0), -1);
+  assert_int_equal (errno, EIO);
+  assert_int_equal (container_failed_flushes (c), 1);
+  pwritev2_errno = EDQUOT;
+  assert_int_equal (container_pwrite_durable (c, "ffff", 4, 0), -1);
+  assert_int_equal (errno, ENOSPC);
+  assert_int_equal (container_failed_flushes (c), 2);
+  assert_bytes (c, 0, 4, 'e');
+
+  /* A file system that does not know it is asked once. */
+  pwritev2_errno = EOPNOTSUPP;
+  nr_pwritev2 = 0;
+  assert_int_equal (container_pwrite_durable (c, "gggg", 4, 0), 1);
+  assert_int_equal (container_pwrite_durable (c, "hhhh", 4, 0), 1);
+  assert_int_equal (nr_pwritev2, 1);
+  assert_bytes (c, 0, 4, 'h');
+  assert_int_equal (container_failed_flushes (c), 2);
+  pwritev2_errno = 0;
+  container_close (c);
+
+  /* Who only reads cannot, and others need a flush. */
+  c = container_open_file (fileno (fp));
+  assert_int_equal (container_pwrite_durable (c, "i", 1, 0), -1);
+  assert_int_equal (errno, EROFS);
+  container_close (c);
+  fill (memory, 0, 4, 1);
+  assert_int_equal (container_pwrite_durable (memory, "jjjj", 4, 0), 1);
+  assert_bytes (memory, 0, 4, 'j');
+  container_close (memory);
+  fclose (fp);
+}
+#endif
+
 static void
 test_file_extent (void **state)
 {
@@ -833,6 +906,9 @@ main (void)
     cmocka_unit_test (test_file_zero_fallback),
     cmocka_unit_test (test_file_image),
     cmocka_unit_test (test_file_flush_error),
+#ifdef RWF_DSYNC
+    cmocka_unit_test (test_file_durable),
+#endif
     cmocka_unit_test (test_file_extent),
     cmocka_unit_test (test_threads),
   };
