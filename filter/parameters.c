@@ -59,7 +59,7 @@ const char parameters_help[] =
   "dirty-bitmap-exportname=NAME   Name of the export (default: any name).\n"
   "dirty-bitmap-description=TEXT  Description of the export.\n"
   "dirty-bitmap-crash=keep|mark   Bitmaps stay complete in a crash, or are\n"
-  "                               marked (default: mark).\n"
+  "                               marked (default: keep).\n"
   "dirty-bitmap-delta=on|off      List the exports delta:BITMAP (default: off).\n"
   "dirty-bitmap-snapshot=NAME_OR_ID\n"
   "                               Serve this internal snapshot, read-only.\n"
@@ -564,6 +564,8 @@ parameters_complete (struct parameters *p)
   }
   if (!p->cache_size_given)
     p->cache_size = PARAMETERS_DEFAULT_CACHE_SIZE;
+  if (!p->crash_given)
+    p->keep = true;
   return 0;
 }
 

@@ -33,7 +33,7 @@ struct parameters {
   char *exportname;             /* dirty-bitmap-exportname, or NULL */
   char *description;            /* dirty-bitmap-description, or NULL */
   bool list_deltas;             /* dirty-bitmap-delta */
-  bool keep;                    /* dirty-bitmap-crash */
+  bool keep;                    /* dirty-bitmap-crash=keep, the default */
   char *stats;                  /* dirty-bitmap-stats, absolute, or NULL */
   unsigned stats_interval;      /* dirty-bitmap-stats-interval, or 0 */
   bool listens;                 /* dirty-bitmap-listen */

@@ -3,7 +3,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright the nbdkit-dirty-bitmap-filter authors
 
-# When a bitmap is in use, as `qemu-img info -U` tells of the live image:
+# With dirty-bitmap-crash=mark: when a bitmap is in use, as `qemu-img info -U`
+# tells of the live image:
 # not before the first write, while the image's bitmap lacks a bit, and
 # not after a flush.  A bit that is set already costs nothing (R14).
 
@@ -18,7 +19,7 @@ flags ()
   echo "$(bitmap_flags disk.qcow2 fine), $(bitmap_flags disk.qcow2 coarse)"
 }
 
-serve disk.qcow2
+serve disk.qcow2 dirty-bitmap-crash=mark
 exec {in}> >(/usr/bin/python3 -u -c '
 import nbd, sys
 h = nbd.NBD ()

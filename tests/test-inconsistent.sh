@@ -12,7 +12,7 @@ requires qemu-nbd
 
 qemu-img create -q -f qcow2 disk.qcow2 64M
 qemu-img bitmap --add disk.qcow2 broken
-serve disk.qcow2
+serve disk.qcow2 dirty-bitmap-crash=mark
 shell 'h.pwrite(b"x", 0)'
 kill_server
 qemu-img bitmap --add disk.qcow2 good
