@@ -15,13 +15,14 @@ import workloads
 #   qemu   qemu-nbd -B with its defaults
 #   best   qemu-nbd -B with whichever aio or cache is fastest in that row
 #   raw    nbdkit's file plugin serving a raw copy: no format, no bitmap
+#   mark   this filter with dirty-bitmap-crash=mark
 # or, AT_MOST, how many times as much as theirs its use may be.
 AT_LEAST = {
     ("read1", ""): {"qemu": 1.8, "best": 1.05, "raw": 1.3},
     ("write1", ""): {"qemu": 1.7, "best": 1.15, "raw": 1.2},
     ("read16", ""): {"qemu": 3.5, "best": 2.0, "raw": 1.2},
     ("read16x4", ""): {"qemu": 3.5, "best": 2.0, "raw": 1.2},
-    ("write16", ""): {"qemu": 3.5, "best": 2.2, "raw": 1.1},
+    ("write16", ""): {"qemu": 3.5, "best": 2.2, "raw": 1.1, "mark": 0.97},
     ("write16x4", ""): {"qemu": 3.5, "best": 2.2, "raw": 1.1},
     ("mixed16", ""): {"qemu": 3.0, "best": 2.0, "raw": 1.1},
     ("alloc1", ""): {"qemu": 3.0, "best": 2.5},
@@ -37,7 +38,15 @@ AT_LEAST = {
     ("life", "start to first answer"): {"qemu": 5.0},
     ("life", "stop, after 1000 writes"): {"qemu": 4.0},
     # Marking costs nothing: against the filter without bitmaps.
-    ("marking", ""): {"none": 0.97},
+    ("marking", ""): {"none": 0.97, "mark": 0.97},
+    # Bits ahead of changes.
+    ("clean-flush1", ""): {"qemu": 1.0},
+    ("clean-flush16", ""): {"qemu": 1.0, "raw": 1.0},
+    ("clean-fua1", ""): {"qemu": 1.0, "raw": 1.0},
+    ("clean-fua16", ""): {"qemu": 1.0, "raw": 1.0},
+    ("first-write16", ""): {"mark": 0.9},
+    ("first-seq4k", ""): {"mark": 0.97},
+    ("first-seq1m", ""): {"mark": 0.97},
 }
 AT_MOST = {
     ("read16", "server CPU"): {"qemu": 0.30, "raw": 0.8},
@@ -50,14 +59,20 @@ AT_MOST = {
     ("life", "resident memory"): {"qemu": 0.6},
 }
 
-# Where the file system sets the pace (anything but tmpfs), the last
-# column alone counts, and this.
-ON_DISK = {("flush1", ""): {"qemu": 1.2}}
+# Where the file system sets the pace (anything but tmpfs), the columns raw
+# and mark alone count, and these.
+ON_DISK = {
+    ("flush1", ""): {"qemu": 1.2},
+    ("clean-flush1", ""): {"qemu": 1.0, "mark": 1.8},
+    ("clean-flush16", ""): {"qemu": 1.0},
+    ("clean-fua1", ""): {"qemu": 1.0},
+    ("clean-fua16", ""): {"qemu": 1.0},
+}
 
 # As few as these say little: they are shown and not judged.
 ENOUGH_ROUNDS = 5
 
-COLUMNS = ["qemu", "best", "raw", "none"]
+COLUMNS = ["qemu", "best", "raw", "none", "mark"]
 
 
 def bars(filesystem):
@@ -66,7 +81,8 @@ def bars(filesystem):
     for table, at_most in (AT_LEAST, False), (AT_MOST, True):
         for key, columns in table.items():
             if filesystem != "tmpfs":
-                columns = {c: b for c, b in columns.items() if c == "raw"}
+                columns = {c: b for c, b in columns.items()
+                           if c in ("raw", "mark")}
                 columns.update({} if at_most else ON_DISK.get(key, {}))
             out += [(key, c, columns[c], at_most)
                     for c in COLUMNS if c in columns]

@@ -34,6 +34,10 @@ def qcow2(path, size, preallocation="off", bitmaps=(BITMAP,)):
         qemu_img("bitmap", "--add", path, bitmap)
 
 
+def clear(path, bitmap=BITMAP):
+    qemu_img("bitmap", "--clear", path, bitmap)
+
+
 def raw(path, size):
     qemu_img("create", "-q", "-f", "raw", "-o", "preallocation=full",
              path, str(size))

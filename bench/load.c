@@ -71,6 +71,9 @@ static unsigned depth = 1;
 static uint64_t block_bytes = 4096;
 static uint64_t request_bytes = 1 << 30;        /* of block status */
 static uint64_t span_bytes;                     /* 0: the whole disk */
+static uint64_t once_bytes;                     /* 0: offsets may repeat */
+static bool pass;                               /* of the span, once */
+static bool fua;
 static uint64_t count;                          /* 0: as long as time is */
 static double seconds = 2.0;
 static double warm_seconds = 0.3;
@@ -198,11 +201,23 @@ connect_server (unsigned i)
   }
 }
 
+/* The nth number below nr, scattered: each comes once before any comes
+ * again, since the factor is a prime that does not divide nr.
+ */
+static uint64_t
+scattered (uint64_t n, uint64_t nr)
+{
+  return n % nr * (UINT64_C (2654435761) % nr) % nr;
+}
+
 static uint64_t
 next_offset (void)
 {
   uint64_t nr_blocks = span_bytes / block_bytes;
 
+  if (once_bytes != 0)
+    return scattered (next_sequential++, span_bytes / once_bytes) *
+      once_bytes;
   if (workload->sequential)
     return next_sequential++ % nr_blocks * block_bytes;
   return next_random () % nr_blocks * block_bytes;
@@ -242,7 +257,8 @@ issue (struct slot *slot)
                             next_offset (), cb, 0);
   else
     cookie = nbd_aio_pwrite (slot->nbd, slot->buf, block_bytes,
-                             next_offset (), cb, 0);
+                             next_offset (), cb,
+                             fua ? LIBNBD_CMD_FLAG_FUA : 0);
   if (cookie == -1)
     fail_nbd ();
   in_flight++;
@@ -453,6 +469,7 @@ usage (int status)
   fprintf (status ? stderr : stdout,
            "usage: load --uri=URI --workload=WORKLOAD [--depth=N]\n"
            "            [--connections=N] [--block=BYTES] [--span=BYTES]\n"
+           "            [--once=BYTES] [--pass] [--fua]\n"
            "            [--seconds=S] [--warm=S] [--count=N] [--seed=N]\n"
            "            [--context=NAME] [--request=BYTES]\n"
            "            [--server-pid=PID]\n"
@@ -513,6 +530,9 @@ parse_options (int argc, char *argv[])
     { "connections", required_argument, NULL, 'c' },
     { "block", required_argument, NULL, 'b' },
     { "span", required_argument, NULL, 'S' },
+    { "once", required_argument, NULL, 'o' },
+    { "pass", no_argument, NULL, 'P' },
+    { "fua", no_argument, NULL, 'f' },
     { "seconds", required_argument, NULL, 's' },
     { "warm", required_argument, NULL, 'W' },
     { "count", required_argument, NULL, 'n' },
@@ -534,6 +554,9 @@ parse_options (int argc, char *argv[])
     case 'c': nr_connections = NUMBER (1, MAX_CONNECTIONS); break;
     case 'b': block_bytes = NUMBER (1, 32 << 20); break;
     case 'S': span_bytes = NUMBER (1, INT64_MAX); break;
+    case 'o': once_bytes = NUMBER (1, UINT32_MAX); break;
+    case 'P': pass = true; break;
+    case 'f': fua = true; break;
     case 's': seconds = parse_seconds (options[i].name, optarg); break;
     case 'W': warm_seconds = parse_seconds (options[i].name, optarg); break;
     case 'n': count = NUMBER (1, INT64_MAX); break;
@@ -573,6 +596,15 @@ main (int argc, char *argv[])
     fprintf (stderr, "load: the disk is smaller than a block\n");
     exit (EXIT_FAILURE);
   }
+
+  if (once_bytes != 0 && (once_bytes < block_bytes ||
+                          span_bytes / once_bytes == 0 ||
+                          span_bytes / once_bytes > UINT32_MAX)) {
+    fprintf (stderr, "load: --once: blocks do not fit\n");
+    exit (EXIT_FAILURE);
+  }
+  if (pass)
+    count = span_bytes / (once_bytes ? once_bytes : block_bytes);
 
   if (workload->pattern == MAP)
     run_map ();

@@ -168,6 +168,8 @@ class Rig:
         elif image == "marked":
             self.make_full("marked", MARKED)
             self.make_full("unmarked", [])
+        elif image == "clean":
+            images.qcow2(path, self.o.size, "full")
         elif image == "sparse":
             images.qcow2(path, 64 * GIB)
         elif image == "big":
@@ -203,6 +205,8 @@ class Rig:
         if row.image in ("sparse", "huge"):
             self.made = None
             self.make(row.image)
+        if row.image == "clean":
+            images.clear(self.path(row.image))
         self.settle(cold)
         if row.image == "huge":
             return self.measure_life(side, row)

@@ -155,16 +155,19 @@ def nbdkit(at, *args):
     return ["nbdkit", "-f", "-U", at.sock, *tls, *args]
 
 
-def the_filter(o, at):
-    return nbdkit(at, "--filter=" + o.filter, "file", at.image)
+def the_filter(*parameters):
+    return lambda o, at: nbdkit(at, "--filter=" + o.filter, "file",
+                                at.image, *parameters)
 
 
 # The L2 tables of the image of 1 TiB, all of them.
 L2_CACHE = "l2-cache-size=128M"
 
 SIDES = {
-    "filter": Side("this filter", "nbdkit", the_filter),
-    "none": Side("this filter, no bitmap", "nbdkit", the_filter),
+    "filter": Side("this filter", "nbdkit", the_filter()),
+    "none": Side("this filter, no bitmap", "nbdkit", the_filter()),
+    "mark": Side("this filter, dirty-bitmap-crash=mark", "nbdkit",
+                 the_filter("dirty-bitmap-crash=mark"), "mark"),
     "qemu": Side("qemu-nbd -B", "qemu-nbd", qemu_nbd(), "best"),
     "io_uring": Side("qemu-nbd -B --aio=io_uring", "qemu-nbd",
                      qemu_nbd("--aio=io_uring"), "best"),
@@ -192,4 +195,4 @@ SIDES = {
 GROUPS = {
     "best": [s for s in SIDES if SIDES[s].group == "best" and s != "qemu"],
 }
-GROUPS["all"] = ["qemu", *GROUPS["best"], "raw", "bare"]
+GROUPS["all"] = ["qemu", *GROUPS["best"], "raw", "bare", "mark"]

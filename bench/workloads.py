@@ -46,6 +46,19 @@ def alloc(title, depth, count):
                "--depth=%d" % depth, "--count=%d" % count, pin=depth == 1)
 
 
+def first(title, workload, depth, *load, pin=False, unit="op/s"):
+    """On an image whose bitmap is empty before each run.  No warming up:
+    what is first written is what counts."""
+    return Row(title, "clean", unit, "--workload=" + workload,
+               "--depth=%d" % depth, *load, pin=pin, plain=True)
+
+
+def clean_granules(title, workload, depth, count, *load, **more):
+    """Each request writes to another granule."""
+    return first(title, workload, depth, "--once=%d" % (1 << 16),
+                 "--count=%d" % count, *load, **more)
+
+
 def walk(title, image, request, context=CONTEXT):
     return Row(title, image, "s", "--workload=map", "--request=%d" % request,
                "--context=" + context, per="extent", pin=True, reads=True)
@@ -77,6 +90,27 @@ ROWS = {
                         tls=True),
     "marking": rw("random write 4 KiB, depth 16, 8 bitmaps", "randwrite", 16,
                   image="marked"),
+    "clean-flush1": clean_granules(
+        "write and flush pairs 4 KiB, clean granules, depth 1, one CPU",
+        "writeflush", 1, 1000, pin=True),
+    "clean-flush16": clean_granules(
+        "write and flush pairs 4 KiB, clean granules, depth 16",
+        "writeflush", 16, 4000),
+    "clean-fua1": clean_granules(
+        "FUA writes 4 KiB, clean granules, depth 1, one CPU",
+        "randwrite", 1, 1000, "--fua", pin=True),
+    "clean-fua16": clean_granules(
+        "FUA writes 4 KiB, clean granules, depth 16", "randwrite", 16, 4000,
+        "--fua"),
+    "first-write16": first(
+        "first random write 4 KiB, depth 16", "randwrite", 16,
+        "--once=4096", "--pass"),
+    "first-seq4k": first(
+        "first sequential write 4 KiB, depth 16", "seqwrite", 16,
+        "--pass"),
+    "first-seq1m": first(
+        "first sequential write 1 MiB, depth 8", "seqwrite", 8,
+        "--block=%d" % MIB, "--pass", unit="MiB/s"),
     "alloc1": alloc("allocating random write 4 KiB, depth 1, one CPU", 1,
                     30000),
     "alloc16": alloc("allocating random write 4 KiB, depth 16", 16, 30000),
