@@ -73,6 +73,7 @@ extern int bitmap_set_mark (struct bitmap_set *, uint64_t offset,
  * bitmaps have more bits than they should.  Any thread, no lock held.
  */
 extern int bitmap_set_tidy (struct bitmap_set *, bool all);
+extern bool bitmap_set_keeps (const struct bitmap_set *);
 
 /* How many bytes of the disk the image's bitmap, after a crash now, would
  * report that were not changed.

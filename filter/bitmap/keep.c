@@ -3,7 +3,7 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* Bits in the image ahead of the changes (dirty-bitmap-crash=keep).
+/* Bits in the image ahead of the changes (dirty-bitmap-crash=keep, I9).
  *
  * While a bitmap is SYNCED, the image durably has every bit that RAM has.
  * Usually a mark makes the bitmap IN_USE before it sets a bit.  Here it
@@ -27,12 +27,12 @@
  * each cluster of bits.
  *
  * If that fails, for one bitmap or all, its units are not ahead.  The mark
- * goes on as without all this, and makes the bitmap IN_USE (mark.c).  It is kept
- * again once a flush has stored it.
+ * goes on as without all this, and makes the bitmap IN_USE (mark.c).  It is
+ * kept again once a flush has stored it.
  *
  * Units that were of no use for a while are tidied.  They cease to be ahead.
  * After a grace period RAM has the bits of all marks that relied on them,
- * and the pieces are written as RAM has them.  This needs no barrier: before
+ * and the pieces are written as RAM has them (I10).  This needs no barrier: before
  * and after it, and if it is torn, the image has the bits of RAM.  All
  * pieces are tidied at the end.
  *
@@ -459,6 +459,12 @@ bitmap_set_tidy (struct bitmap_set *set, bool all)
   pthread_cond_broadcast (&set->keep_changed);
   pthread_mutex_unlock (&set->keep_lock);
   return r;
+}
+
+bool
+bitmap_set_keeps (const struct bitmap_set *set)
+{
+  return set->keeps;
 }
 
 /* Clear bits of units that are ahead. */

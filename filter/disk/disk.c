@@ -239,6 +239,12 @@ disk_tidy (struct disk *d)
 }
 
 int
+disk_tidy_ms (const struct disk *d)
+{
+  return bitmap_set_keeps (d->bitmaps) ? 10 * 1000 : -1;
+}
+
+int
 disk_stop (struct disk *d)
 {
   if (qcow2_is_readonly (d->qcow2))

@@ -142,12 +142,12 @@ extern int disk_sync (struct disk *);
  */
 extern int disk_settle (struct disk *);
 
-/* If the disk is open with keep: tidy what the bitmaps in the image have
- * beyond the changes, where that was of no use since the last call.  Call it
- * every DISK_TIDY_MS; bitmaps are right without it.
+/* Tidy what the bitmaps in the image have beyond the changes, where that was
+ * of no use since the last call.  Call it every disk_tidy_ms milliseconds, or
+ * never if that is -1; bitmaps are right without it.
  */
-#define DISK_TIDY_MS 10000
 extern void disk_tidy (struct disk *);
+extern int disk_tidy_ms (const struct disk *);
 
 extern int disk_cache (struct disk *, uint64_t count, uint64_t offset);
 

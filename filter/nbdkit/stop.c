@@ -141,7 +141,7 @@ wait_to_be_asked (void)
   };
   eventfd_t ignored;
 
-  if (poll (fds, 2, DISK_TIDY_MS) == 0)
+  if (poll (fds, 2, disk_tidy_ms (options.disk)) == 0)
     disk_tidy (options.disk);
   if (fds[1].revents != 0)
     eventfd_read (wake_fd, &ignored);
