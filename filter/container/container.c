@@ -141,16 +141,7 @@ container_pwrite_durable (struct container *c, const void *buf, size_t count,
 
   if (r == 1)
     return container_pwrite (c, buf, count, offset) == -1 ? -1 : 1;
-  changed (c, r);
-  if (r == -1) {
-    /* The error may be of what was written before, and is reported once. */
-    const int err = errno;
-
-    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->flush_lock);
-    atomic_fetch_add (&c->failed_flushes, 1);
-    errno = err;
-  }
-  return r;
+  return changed (c, r);
 }
 
 int

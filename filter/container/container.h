@@ -141,9 +141,8 @@ extern int container_pread (struct container *, void *buf, size_t count,
 extern int container_pwrite (struct container *, const void *buf, size_t count,
                              uint64_t offset);
 
-/* Write, and if possible make that durable by itself.  1 if that needs a
- * flush, and -1 if it failed.  Then other writes may be lost, too: it counts
- * among the failed flushes.
+/* Write, and if possible make that durable by itself: 0.  1 if it is written
+ * and needs a flush.
  */
 extern int container_pwrite_durable (struct container *, const void *buf,
                                      size_t count, uint64_t offset);

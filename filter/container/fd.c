@@ -7,7 +7,9 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/fs.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
@@ -136,4 +138,13 @@ fd_count_open (const struct stat *of, unsigned *count)
   closedir (dir);
   errno = err;
   return err == 0 ? 0 : -1;
+}
+
+int
+fd_reopen (int fd)
+{
+  char path[32];
+
+  snprintf (path, sizeof path, "/proc/self/fd/%d", fd);
+  return open (path, O_WRONLY | O_CLOEXEC | O_NOCTTY);
 }

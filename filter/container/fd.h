@@ -35,4 +35,9 @@ extern uint32_t fd_zero_alignment (int fd);
 /* How many descriptors of this process refer to the file with this status. */
 extern int fd_count_open (const struct stat *, unsigned *count);
 
+/* Another open file of the same file, for writing, with errors of its own, or
+ * -1.
+ */
+extern int fd_reopen (int fd);
+
 #endif /* DIRTY_BITMAP_FD_H */

@@ -44,6 +44,7 @@
 struct file {
   struct container c;
   int fd;                       /* the caller's */
+  int durable_fd;               /* another of the same file, or -1 */
   bool is_block_device;
   bool is_image;                /* grows in steps, and is cut at the end */
   uint64_t original_size;       /* bytes, when it was opened */
@@ -76,7 +77,9 @@ file_pread (struct container *c, void *buf, size_t count, uint64_t offset)
 }
 
 /* In one call: the kernel then makes nothing durable but these bytes, where
- * the file system can tell them from the others.
+ * the file system can tell them from the others.  It reports an error of any
+ * write to the file once for each open file.  So this has an open file of its
+ * own, and a flush still sees the error.
  */
 static int
 file_pwrite_durable (struct container *c, const void *buf, size_t count,
@@ -87,10 +90,11 @@ file_pwrite_durable (struct container *c, const void *buf, size_t count,
   const struct iovec iov = { .iov_base = (void *) buf, .iov_len = count };
   ssize_t r;
 
-  if (atomic_load_explicit (&f->cannot_dsync, memory_order_relaxed))
+  if (f->durable_fd == -1 ||
+      atomic_load_explicit (&f->cannot_dsync, memory_order_relaxed))
     return 1;
   do
-    r = pwritev2 (f->fd, &iov, 1, offset, RWF_DSYNC);
+    r = pwritev2 (f->durable_fd, &iov, 1, offset, RWF_DSYNC);
   while (r == -1 && errno == EINTR);
   if (r == -1 && (errno == EOPNOTSUPP || errno == ENOSYS)) {
     atomic_store_explicit (&f->cannot_dsync, true, memory_order_relaxed);
@@ -323,7 +327,11 @@ file_truncate (struct container *c, uint64_t size)
 static void
 file_close (struct container *c)
 {
-  free (c);
+  struct file *f = (struct file *) c;
+
+  if (f->durable_fd != -1)
+    close (f->durable_fd);
+  free (f);
 }
 
 static const struct container_ops file_ops = {
@@ -357,6 +365,7 @@ open_file (int fd, bool readonly, bool is_image)
     return NULL;
   container_init (&f->c, &file_ops, size, readonly);
   f->fd = fd;
+  f->durable_fd = is_image ? fd_reopen (fd) : -1;
   f->is_block_device = S_ISBLK (statbuf.st_mode);
   f->is_image = is_image;
   f->original_size = size;

@@ -294,8 +294,7 @@ extern int qcow2_write_metadata (struct qcow2 *, enum qcow2_class,
                                  uint64_t host_offset);
 
 /* The same, and it is durable on return; or 1 if it needs a barrier
- * (container_pwrite_durable).  If it fails, more may be lost than this: see
- * qcow2_lost.
+ * (container_pwrite_durable).
  */
 extern int qcow2_write_metadata_durable (struct qcow2 *, enum qcow2_class,
                                          const void *buf, size_t count,
