@@ -133,6 +133,27 @@ ahead_end (struct ahead *a, uint64_t first, uint64_t last, bool success)
   }
 }
 
+void
+ahead_hold (struct ahead *a)
+{
+  for (uint64_t w = 0; w < div_round_up (a->nr_units, 64); ++w) {
+    const uint64_t units =
+      atomic_load_explicit (&a->ahead[w], memory_order_relaxed);
+
+    if (units != 0)
+      a->coming[w] |= units;
+  }
+}
+
+void
+ahead_release (struct ahead *a)
+{
+  /* No round is under way. */
+  for (uint64_t w = 0; w < div_round_up (a->nr_units, 64); ++w)
+    if (a->coming[w] != 0)
+      a->coming[w] = 0;
+}
+
 uint64_t
 ahead_age (struct ahead *a, bool all)
 {

@@ -76,6 +76,14 @@ extern void ahead_begin (struct ahead *, uint64_t first, uint64_t last);
 extern void ahead_end (struct ahead *, uint64_t first, uint64_t last,
                        bool success);
 
+/* For the tidying thread.  While they are held, a writer of a piece writes the
+ * bits of all units that were ahead at that moment, whether or not they are
+ * since: a mark may have relied on one that is not any more, and RAM may not
+ * have its bits yet.  reserve_lock is held.
+ */
+extern void ahead_hold (struct ahead *);
+extern void ahead_release (struct ahead *);
+
 /* For the tidying thread.  Units that were of no use since the last call, or
  * all, cease to be ahead.  Returns how many.  Their pieces are untidy: the
  * image has bits there that RAM may lack.

@@ -198,6 +198,7 @@ struct bitmap_set {
 
   /* keep.c.  keeps is fixed, and if it is false the rest is not used. */
   bool keeps;
+  atomic_bool loaded_is_durable; /* what was in the image when it was opened */
   pthread_mutex_t keep_lock;    /* protects the fields down to keep_why */
   pthread_cond_t keep_changed;
   bool keep_busy;               /* a thread leads a round, or tidies */
@@ -338,6 +339,12 @@ extern int bitmap_write_bits (struct bitmap_set *, struct bitmap *,
 /* For a set whose lists are made, before any mark. */
 extern int keep_init (struct bitmap_set *);
 extern void keep_free (struct bitmap_set *);
+
+/* Make durable what was loaded, since bits that are set already are never
+ * written again: a process that was killed may have written it a moment ago.
+ * Before the first mark, if not loaded_is_durable.  No lock is held.
+ */
+extern int keep_begin (struct bitmap_set *);
 
 /* Make the units of a range ahead, for each bitmap that lacks a bit and is
  * not IN_USE.  -1 if that failed for some.  No lock is held.

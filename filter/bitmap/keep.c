@@ -76,9 +76,20 @@ struct keep_want {
   bool failed;
 };
 
+static bool
+has_any_entry (const struct bitmap *b)
+{
+  for (uint32_t i = 0; i < b->table_entries; ++i)
+    if (b->table[i] != BITMAP_TABLE_ALL_ZEROES)
+      return true;
+  return false;
+}
+
 int
 keep_init (struct bitmap_set *set)
 {
+  bool any = false;
+
   set->keep_buffer = malloc (SYNC_BUFFER_BYTES);
   if (set->keep_buffer == NULL) {
     report_error ("malloc: %m");
@@ -95,8 +106,19 @@ keep_init (struct bitmap_set *set)
       report_error ("calloc: %m");
       return -1;
     }
+    any |= has_any_entry (b);
   }
+  atomic_init (&set->loaded_is_durable, !any);
   set->keeps = true;
+  return 0;
+}
+
+int
+keep_begin (struct bitmap_set *set)
+{
+  if (qcow2_barrier_since (set->image, qcow2_lost (set->image)) == -1)
+    return -1;
+  atomic_store_explicit (&set->loaded_is_durable, true, memory_order_release);
   return 0;
 }
 
@@ -105,6 +127,17 @@ keep_free (struct bitmap_set *set)
 {
   free (set->keep_buffer);
   free (set->wants);
+}
+
+/* keep_lock is held: will the next round do this already? */
+static bool
+is_wanted (const struct bitmap_set *set, const struct keep_want *w)
+{
+  for (size_t i = 0; i < set->nr_wants; ++i)
+    if (set->wants[i].bitmap == w->bitmap &&
+        set->wants[i].first <= w->first && set->wants[i].last >= w->last)
+      return true;
+  return false;
 }
 
 /* Note what this mark needs, for the next round.  keep_lock is held.
@@ -117,7 +150,7 @@ want_region (struct bitmap_set *set, uint64_t offset, uint64_t count)
   const uint64_t from = round_down (offset, region);
   const uint64_t to = min_u64 (round_up (offset + count, region),
                                set->geometry.disk_size_bytes);
-  const size_t before = set->nr_wants;
+  bool any = false;
 
   if (vector_reserve (set->wants, set->nr_wants, set->max_wants,
                       set->nr_recording) == -1)
@@ -125,16 +158,21 @@ want_region (struct bitmap_set *set, uint64_t offset, uint64_t count)
   for (size_t i = 0; i < set->nr_recording; ++i) {
     struct bitmap *b = set->recording[i];
 
-    if (atomic_load (&b->state) != IN_USE &&
-        !bitmap_has_all (b, offset, count) &&
-        !bitmap_is_ahead (b, offset, count))
-      set->wants[set->nr_wants++] = (struct keep_want) {
-        .bitmap = b,
-        .first = ahead_first (&b->ahead, from),
-        .last = ahead_last (&b->ahead, from, to - from),
-      };
+    const struct keep_want w = {
+      .bitmap = b,
+      .first = ahead_first (&b->ahead, from),
+      .last = ahead_last (&b->ahead, from, to - from),
+    };
+
+    if (atomic_load (&b->state) == IN_USE ||
+        bitmap_has_all (b, offset, count) ||
+        bitmap_is_ahead (b, offset, count))
+      continue;
+    any = true;
+    if (!is_wanted (set, &w))
+      set->wants[set->nr_wants++] = w;
   }
-  return set->nr_wants > before;
+  return any;
 }
 
 /* reserve_lock is held: is a table entry in the image as it is in RAM? */
@@ -232,7 +270,9 @@ flush_entries (struct bitmap_set *set, struct keep_want *wants, size_t nr)
     if (!wants[i].needs_entry)
       continue;
     atomic_fetch_sub (&wants[i].bitmap->nr_entries_wanted, 1);
-    if (!has_entries (set, &wants[i]))
+    /* A flag that remained says that a piece may not have been written. */
+    if (!has_entries (set, &wants[i]) ||
+        changes_any (&wants[i].bitmap->changes))
       wants[i].failed = true;
   }
   return r;
@@ -361,9 +401,10 @@ keep_tell_fallbacks (struct bitmap_set *set)
   for (size_t i = 0; i < set->nr_recording; ++i) {
     struct bitmap *b = set->recording[i];
 
-    if (b->fell_back || atomic_load (&b->state) != IN_USE)
+    if (b->fell_back || atomic_load (&b->state) == SYNCED)
       continue;
     b->fell_back = true;
+    tally_add (&set->fallbacks, 1);
     /* A flush for the round has its own reason. */
     report_warning ("bitmap '%s' is marked as in use in the image until a "
                     "flush stores it: its bits could not be written ahead of "
@@ -379,6 +420,7 @@ tidy_pieces (struct bitmap_set *set, struct bitmap *b)
 {
   const uint64_t in_cluster = set->geometry.cluster_size_bytes / PIECE_BYTES;
   uint64_t piece = 0, end;
+  int r = 0;
 
   while ((piece = ahead_next_untidy (&b->ahead, piece)) <
          b->ahead.nr_pieces) {
@@ -395,12 +437,25 @@ tidy_pieces (struct bitmap_set *set, struct bitmap *b)
         bitmap_write_bits (set, b, set->keep_buffer, piece * PIECE_BYTES,
                            (end - piece) * PIECE_BYTES,
                            entry + piece % in_cluster * PIECE_BYTES,
-                           NULL) == -1)
-      return -1;
+                           NULL) == -1) {
+      r = -1;
+      piece = end;
+    }
     for (; piece < end; ++piece)
       ahead_tidied (&b->ahead, piece);
   }
-  return 0;
+  return r;
+}
+
+/* Until the next grace period, flushes write the bits of all units that are
+ * ahead now (ahead_hold).
+ */
+static void
+hold_all (struct bitmap_set *set, bool hold)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->reserve_lock);
+  for (size_t i = 0; i < set->nr_recording; ++i)
+    (hold ? ahead_hold : ahead_release) (&set->recording[i]->ahead);
 }
 
 static int
@@ -409,6 +464,7 @@ tidy (struct bitmap_set *set, bool all)
   uint64_t nr = 0;
   int r = 0;
 
+  hold_all (set, true);
   {
     /* A mark that holds state_lock relies on units that are ahead. */
     ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->state_lock);
@@ -422,6 +478,7 @@ tidy (struct bitmap_set *set, bool all)
   }
   if (nr > 0)
     grace_synchronize (&set->grace);
+  hold_all (set, false);
   for (size_t i = 0; i < set->nr_recording; ++i)
     if (tidy_pieces (set, set->recording[i]) == -1)
       r = -1;
@@ -487,7 +544,8 @@ extra_bits (const struct bitmap *b)
       if (clear == end)
         break;
       bits_runs (&b->bits, clear, end, 0, ends, 1, &set);
-      nr += ends[0] - clear;
+      if (!set)                 /* A mark may have come. */
+        nr += ends[0] - clear;
       bit = ends[0];
     }
   }

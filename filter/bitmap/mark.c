@@ -163,11 +163,8 @@ make_in_use (struct bitmap_set *set, uint64_t offset, uint64_t count)
   for (size_t i = 0; i < set->nr_recording; ++i) {
     struct bitmap *b = set->recording[i];
 
-    if (!may_set_bits (b, offset, count)) {
+    if (!may_set_bits (b, offset, count))
       bitmap_set_state (set, b, IN_USE);
-      if (set->keeps)
-        tally_add (&set->fallbacks, 1);
-    }
   }
   return 0;
 }
@@ -215,6 +212,13 @@ marked_already (const struct bitmap_set *set, uint64_t offset, uint64_t count)
   return true;
 }
 
+static int
+keep_begin_once (struct bitmap_set *set)
+{
+  return atomic_load_explicit (&set->loaded_is_durable, memory_order_acquire)
+    ? 0 : keep_begin (set);
+}
+
 int
 bitmap_set_mark (struct bitmap_set *set, uint64_t offset, uint64_t count)
 {
@@ -228,7 +232,11 @@ bitmap_set_mark (struct bitmap_set *set, uint64_t offset, uint64_t count)
     report_error ("mark beyond the end of the disk: %m");
     return -1;
   }
-  if (count == 0 || marked_already (set, offset, count))
+  if (count == 0)
+    return 0;
+  if (set->keeps && keep_begin_once (set) == -1)
+    return -1;
+  if (marked_already (set, offset, count))
     return 0;
 
   if (!set->keeps)
