@@ -103,6 +103,9 @@ class Turn(Load):
             params.append("dirty-bitmap-cache-size=1M")
         if model.version > 2 and rnd.random() < 0.1:
             self.our_bitmap(params)
+        self.keeps = rnd.random() < 0.5
+        if not self.keeps:
+            params.append("dirty-bitmap-crash=mark")
         model.may_crash = rnd.random() < 0.2
         model.flushed()
         self.note("--- nbdkit " + " ".join(params))
@@ -244,7 +247,9 @@ class Turn(Load):
             dirty = bytearray(len(bitmap.dirty))
             for n in found[name].bits():
                 dirty[n] = 1
-            bitmap.adopt(dirty, "I3: " + name, self.ours)
+            # Bits ahead are more than was changed.
+            bitmap.adopt(dirty, "I3: " + name, self.ours and not (
+                self.keeps and bitmap.enabled))
         for bitmap in self.model.bitmaps.values():
             bitmap.maybe = []
 

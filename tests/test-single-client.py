@@ -226,7 +226,7 @@ def half_closed(pipes):
 def does_not_read(pipes):
     """A client that does not take its replies cannot hold nbdkit up."""
     create()
-    s = Single(pipes)
+    s = Single(pipes, "dirty-bitmap-crash=mark")
     s.sock.sendall(b"\0\0\0\3" + GO)
     read = b"\x25\x60\x95\x13\0\0\0\0" + bytes(16) + b"\0\x10\0\0"
     write = b"\x25\x60\x95\x13\0\0\0\1" + bytes(8) + \
@@ -285,7 +285,8 @@ with open("single.log", "wb") as log:
     process = subprocess.Popen(
         ["nbdkit", "-s", "--filter=" + FILTER, "--filter=error", "file",
          "disk.qcow2", "error-pwrite=EIO", "error-pwrite-rate=100%",
-         "error-file=" + os.path.join(harness.tmp, "broken")],
+         "error-file=" + os.path.join(harness.tmp, "broken"),
+         "dirty-bitmap-crash=mark"],
         stdin=theirs, stdout=theirs, stderr=log, env=harness.environment())
     theirs.close()
 h = nbd.NBD()
