@@ -13,7 +13,8 @@ requires qemu-nbd
 qemu-img create -q -f qcow2 disk.qcow2 64M
 qemu-img bitmap --add disk.qcow2 b
 start_nbdkit --filter="$FILTER" --filter=error file disk.qcow2 \
-             error=EIO error-rate=100% error-file="$d/trouble" dirty-bitmap-crash=mark
+             error=EIO error-rate=100% error-file="$d/trouble" \
+             dirty-bitmap-crash=mark
 shell 'import os
 def fails(f):
     try:
@@ -50,7 +51,8 @@ same "QEMU's map" "$ours" "$(qemu_map disk.qcow2 b)"
 before=$(checksum disk.qcow2)
 touch trouble
 start_nbdkit --filter="$FILTER" --filter=error file disk.qcow2 \
-             error-pwrite=EIO error-pwrite-rate=100% error-file="$d/trouble" dirty-bitmap-crash=mark
+             error-pwrite=EIO error-pwrite-rate=100% error-file="$d/trouble" \
+             dirty-bitmap-crash=mark
 shell 'try:
     h.pwrite(b"z" * 512, 40 << 20)
 except nbd.Error as e:
@@ -66,7 +68,8 @@ same "the file" "$before" "$(checksum disk.qcow2)"
 # bitmap is marked.
 rm trouble
 start_nbdkit --filter="$FILTER" --filter=error file disk.qcow2 \
-             error-pwrite=EIO error-pwrite-rate=100% error-file="$d/trouble" dirty-bitmap-crash=mark
+             error-pwrite=EIO error-pwrite-rate=100% error-file="$d/trouble" \
+             dirty-bitmap-crash=mark
 shell 'h.pwrite(b"z" * 512, 50 << 20)'
 touch trouble
 stop_server TERM 1

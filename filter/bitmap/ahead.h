@@ -79,7 +79,7 @@ extern void ahead_end (struct ahead *, uint64_t first, uint64_t last,
 /* For the tidying thread.  While they are held, a writer of a piece writes the
  * bits of all units that were ahead at that moment, whether or not they are
  * since: a mark may have relied on one that is not any more, and RAM may not
- * have its bits yet.  reserve_lock is held.
+ * have its bits yet.  No round may be under way.  reserve_lock is held.
  */
 extern void ahead_hold (struct ahead *);
 extern void ahead_release (struct ahead *);

@@ -20,11 +20,11 @@
  * and doubles while threads spend more than a twentieth of the time here.
  *
  * Marks that need a region come in rounds.  One of the threads that wait
- * leads: it writes the bits that all of them need, and makes them durable, by
- * one barrier if they are many.  Threads that come meanwhile wait for the next round.  If a
- * bitmap has no data cluster for these bits yet, the leader lets a flush
- * write them, with the table entry (sync.c): that is two barriers, once for
- * each cluster of bits.
+ * leads: it writes the bits that all of them need, and makes them durable.
+ * Few writes are made durable one by one, many by one barrier.  Threads that
+ * come meanwhile wait for the next round.  If a bitmap has no data cluster for
+ * these bits yet, the leader lets a flush write them, with the table entry
+ * (sync.c): that is two barriers, once for each cluster of bits.
  *
  * If that fails, for one bitmap or all, its units are not ahead.  The mark
  * goes on as without all this, and makes the bitmap IN_USE (mark.c).  It is
@@ -32,12 +32,13 @@
  *
  * Units that were of no use for a while are tidied.  They cease to be ahead.
  * After a grace period RAM has the bits of all marks that relied on them,
- * and the pieces are written as RAM has them (I10).  This needs no barrier: before
- * and after it, and if it is torn, the image has the bits of RAM.  All
+ * and the pieces are written as RAM has them (I10).  This needs no barrier:
+ * before and after it, and if it is torn, the image has the bits of RAM.  All
  * pieces are tidied at the end.
  *
- * What is in the image is the bits of RAM, and those of units that are ahead
- * or that a round is writing.  A writer of a piece writes all these, and
+ * What is in the image is the bits of RAM, and those of units that are ahead,
+ * or that a round is writing, or that ceased to be ahead before the grace
+ * period is over (ahead_hold).  A writer of a piece writes all these, and
  * holds reserve_lock meanwhile (bitmap_write_bits).
  *
  * Locks: keep_lock is held for a moment, with no other lock.  The leader and

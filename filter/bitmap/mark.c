@@ -212,13 +212,6 @@ marked_already (const struct bitmap_set *set, uint64_t offset, uint64_t count)
   return true;
 }
 
-static int
-keep_begin_once (struct bitmap_set *set)
-{
-  return atomic_load_explicit (&set->loaded_is_durable, memory_order_acquire)
-    ? 0 : keep_begin (set);
-}
-
 int
 bitmap_set_mark (struct bitmap_set *set, uint64_t offset, uint64_t count)
 {
@@ -234,7 +227,9 @@ bitmap_set_mark (struct bitmap_set *set, uint64_t offset, uint64_t count)
   }
   if (count == 0)
     return 0;
-  if (set->keeps && keep_begin_once (set) == -1)
+  if (set->keeps &&
+      !atomic_load_explicit (&set->loaded_is_durable, memory_order_acquire) &&
+      keep_begin (set) == -1)
     return -1;
   if (marked_already (set, offset, count))
     return 0;
