@@ -218,8 +218,8 @@ fail_lost (void)
 }
 
 /* A bitmap that is not tidy is right, and only less exact. */
-static void
-tidy (struct disk *d, bool all)
+void
+disk_tidy (struct disk *d, bool all)
 {
   struct report_hold hold;
   int r;
@@ -230,12 +230,6 @@ tidy (struct disk *d, bool all)
   if (r == -1)
     report_limited_error ("bitmaps in the image have more bits than what was "
                           "changed: %s", hold.any ? hold.text : "no reason");
-}
-
-void
-disk_tidy (struct disk *d)
-{
-  tidy (d, false);
 }
 
 int
@@ -249,7 +243,7 @@ disk_stop (struct disk *d)
 {
   if (qcow2_is_readonly (d->qcow2))
     return 0;
-  tidy (d, true);
+  disk_tidy (d, true);
   int r = qcow2_stop (d->qcow2, bitmap_set_hooks (d->bitmaps));
   if (bitmap_set_give_back_reserved (d->bitmaps) &&
       qcow2_stop (d->qcow2, NULL) == -1)
@@ -399,7 +393,7 @@ disk_sync (struct disk *d)
 int
 disk_settle (struct disk *d)
 {
-  tidy (d, true);
+  disk_tidy (d, true);
   const int r = qcow2_settle (d->qcow2, bitmap_set_hooks (d->bitmaps));
 
   bitmap_set_tell_unstored (d->bitmaps);

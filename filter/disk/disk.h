@@ -143,10 +143,10 @@ extern int disk_sync (struct disk *);
 extern int disk_settle (struct disk *);
 
 /* Tidy what the bitmaps in the image have beyond the changes, where that was
- * of no use since the last call.  Call it every disk_tidy_ms milliseconds, or
- * never if that is -1; bitmaps are right without it.
+ * of no use since the last call, or all of it.  Call it every disk_tidy_ms
+ * milliseconds, or never if that is -1; bitmaps are right without it.
  */
-extern void disk_tidy (struct disk *);
+extern void disk_tidy (struct disk *, bool all);
 extern int disk_tidy_ms (const struct disk *);
 
 extern int disk_cache (struct disk *, uint64_t count, uint64_t offset);

@@ -27,8 +27,8 @@
  *               long requests end early (disk_hurry), and clients of our
  *               server are disconnected.  If a request is stuck for
  *               PATIENCE_MS, maybe asleep in a filter below: store once
- *               more, and let nbdkit quit, which wakes it; then wait for as
- *               long as it takes.
+ *               more, tidy the bitmaps, and let nbdkit quit, which wakes it;
+ *               then wait for as long as it takes.
  *   stop        disk_stop.  No request comes after it.
  *   quit        nbdkit_shutdown.
  *   shut down   The receiving side of the connections of nbdkit's server is
@@ -49,8 +49,8 @@
  * ends when both are closed and none is counted, so disk_stop comes after
  * the last change.  (The gate says why none slips through; our server has
  * joined its threads.)  The first store races with requests, as every flush
- * does: a change that it missed is in RAM, and its bitmap is in use in the
- * image, durably, until disk_stop.
+ * does.  A change that it missed is in RAM, and until disk_stop its bitmap is
+ * in use in the image, or has its bits there (dirty-bitmap-crash=keep).
  *
  * Why the first store waits for no request: a flush waits for marks under
  * way, each of which is short, and takes no range lock.
@@ -142,7 +142,7 @@ wait_to_be_asked (void)
   eventfd_t ignored;
 
   if (poll (fds, 2, disk_tidy_ms (options.disk)) == 0)
-    disk_tidy (options.disk);
+    disk_tidy (options.disk, false);
   if (fds[1].revents != 0)
     eventfd_read (wake_fd, &ignored);
 
@@ -200,6 +200,7 @@ stop (int64_t began)
   disk_sync (options.disk);     /* If this fails, disk_stop reports it. */
   if (!requests_end (began + PATIENCE_MS)) {
     disk_sync (options.disk);
+    disk_tidy (options.disk, true);
     nbdkit_shutdown ();
     requests_end (INT64_MAX);
   }

@@ -217,7 +217,7 @@ run_request (struct universe *u, unsigned thread, uint64_t *seed)
   const unsigned what = any (seed, 32);
 
   if (u->keep && any (seed, 16) == 0)
-    disk_tidy (u->disk);
+    disk_tidy (u->disk, false);
   r.change.kind = what < 20 ? CHANGE_WRITE
     : what < 23 ? CHANGE_ZERO : CHANGE_TRIM;
   choose_range (&r, thread);
