@@ -103,9 +103,10 @@ make_raw (const char *size)
                                  file), 0);
   for (unsigned i = 0; i < 12; ++i)
     assert_int_equal
-      (run_command ("yes base%u | dd of='%s' conv=notrunc bs=1 count=%u "
-                    "seek=%u 2>/dev/null iflag=fullblock", i, file,
-                    3000 + 2000 * i, 23456 + 70000 * i), 0);
+      (run_command ("yes base%u | head -c %u | dd of='%s' conv=notrunc "
+                    "bs=64k iflag=fullblock oflag=seek_bytes seek=%u "
+                    "2>/dev/null", i, 3000 + 2000 * i, file,
+                    23456 + 70000 * i), 0);
   assert_int_equal (run_command ("truncate -s %s '%s'", size, file), 0);
 }
 
