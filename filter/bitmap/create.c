@@ -28,8 +28,8 @@
 #include "bitmap/internal.h"
 #include "common/bytes.h"
 #include "common/cleanup.h"
-#include "common/order.h"
 #include "common/report.h"
+#include "qcow2/order.h"
 
 /* What will be in the image. */
 struct creation {

@@ -56,9 +56,9 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/clock.h"
-#include "common/order.h"
 #include "common/report.h"
 #include "common/vector.h"
+#include "qcow2/order.h"
 
 #define LEAST_REGION 20         /* log2 of bytes */
 #define LARGEST_REGION 28

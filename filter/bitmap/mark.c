@@ -43,8 +43,8 @@
 #include "bitmap/internal.h"
 #include "common/bytes.h"
 #include "common/cleanup.h"
-#include "common/order.h"
 #include "common/report.h"
+#include "qcow2/order.h"
 
 /* The states that may follow each state. */
 static const unsigned next_states[] = {

@@ -73,9 +73,9 @@
 #include "bitmap/internal.h"
 #include "common/bytes.h"
 #include "common/cleanup.h"
-#include "common/order.h"
 #include "common/report.h"
 #include "common/vector.h"
+#include "qcow2/order.h"
 
 /* Change a table entry.  The caller has made room in pending. */
 static void

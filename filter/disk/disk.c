@@ -24,10 +24,10 @@
 #include "bitmap/bitmap.h"
 #include "common/bytes.h"
 #include "common/names.h"
-#include "common/order.h"
 #include "common/report.h"
 #include "container/container.h"
 #include "disk/disk.h"
+#include "qcow2/order.h"
 #include "qcow2/qcow2.h"
 
 /* A bitmap that clients are offered. */

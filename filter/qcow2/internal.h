@@ -56,10 +56,10 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/grace.h"
-#include "common/order.h"
 #include "common/report.h"
 #include "container/container.h"
 #include "qcow2/holes.h"
+#include "qcow2/order.h"
 #include "qcow2/qcow2.h"
 
 /* Bits of L1 and L2 entries. */

@@ -6,7 +6,7 @@
 /* The test of the crash test.
  *
  * This program is linked with libbrokenorder, where each rule of the
- * order of writes (common/order.h) can be broken.  Under each broken rule
+ * order of writes (qcow2/order.h) can be broken.  Under each broken rule
  * random universes are run, on a kind of image that gives the rule
  * something to do, and the states that crashes may leave are judged as
  * test-crash judges them, until one is found wrong in the way that the
@@ -30,10 +30,10 @@
 
 #include <cmocka.h>
 
-#include "common/order.h"
 #include "common/report.h"
 #include "crash-universe.h"
 #include "image.h"
+#include "qcow2/order.h"
 
 #define STATES_PER_UNIVERSE 120
 
@@ -234,7 +234,7 @@ test_each_rule (void **state)
     }
   for (size_t i = 0; i < NR_ORDER_RULES; ++i)
     if (!tried[i])
-      fail_msg ("rule %zu of common/order.h is never broken", i);
+      fail_msg ("rule %zu of qcow2/order.h is never broken", i);
   free_kinds ();
   assert_true (all);
 }

@@ -3,8 +3,8 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-#ifndef DIRTY_BITMAP_ORDER_H
-#define DIRTY_BITMAP_ORDER_H
+#ifndef DIRTY_BITMAP_QCOW2_ORDER_H
+#define DIRTY_BITMAP_QCOW2_ORDER_H
 
 /* The order of writes, rule by rule.
  *
@@ -127,4 +127,4 @@ extern int broken_order;        /* a rule, or -1 */
 #define ORDER(rule) 1
 #endif
 
-#endif /* DIRTY_BITMAP_ORDER_H */
+#endif /* DIRTY_BITMAP_QCOW2_ORDER_H */
