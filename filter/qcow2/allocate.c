@@ -22,7 +22,7 @@
  * header, barrier.  If that fails, the old table is unchanged, and the
  * header still points to it.
  *
- * All functions except the entry points are called with alloc_lock held.
+ * All functions except the entry points are called with rc.lock held.
  */
 
 #include <config.h>
@@ -53,7 +53,7 @@ check_free (struct qcow2 *q, uint64_t first, uint64_t nr)
                     "its refcount is 0: the image is corrupt and takes no "
                     "more writes", c << q->cluster_bits,
                     registry_class_name (class));
-      header_set_corrupt (q);
+      gate_set_corrupt (q);
       errno = EIO;
       return -1;
     }
@@ -221,8 +221,8 @@ write_table (struct qcow2 *q, uint64_t first)
     put_be64 (&be[i], rc->table[i]);
   if (refcounts_write_all (q) == -1)
     return -1;
-  if (registry_check (q, QCOW2_REFCOUNT_TABLE, first << q->cluster_bits,
-                      bytes) == -1)
+  if (gate_check (q, QCOW2_REFCOUNT_TABLE, first << q->cluster_bits,
+                  bytes) == -1)
     return -1;
   if (container_pwrite (q->container, be, bytes,
                         first << q->cluster_bits) == -1) {
@@ -231,8 +231,8 @@ write_table (struct qcow2 *q, uint64_t first)
   }
   if (ORDER (TABLE_BEFORE_HEADER) && qcow2_barrier_since (q, lost) == -1)
     return -1;
-  return header_set_reftable (q, first << q->cluster_bits,
-                              bytes >> q->cluster_bits);
+  return gate_set_reftable (q, first << q->cluster_bits,
+                            bytes >> q->cluster_bits);
 }
 
 /* Forget everything that was made for a larger table that failed. */
@@ -271,7 +271,7 @@ forget_abandoned (struct qcow2 *q)
 {
   struct refcounts *rc = &q->rc;
 
-  if (rc->nr_abandoned == 0 || atomic_load (&q->reftable_unknown))
+  if (rc->nr_abandoned == 0 || atomic_load (&q->gate.reftable_unknown))
     return;
   give_up_run (q, rc->abandoned, rc->nr_abandoned);
   rc->nr_abandoned = 0;
@@ -280,7 +280,7 @@ forget_abandoned (struct qcow2 *q)
 void
 allocate_forget_abandoned (struct qcow2 *q)
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
   forget_abandoned (q);
 }
 
@@ -333,7 +333,7 @@ grow_table (struct qcow2 *q, uint64_t block_index)
   }
   if (rc->nr_pinned != 0) {
     while (rc->nr_pinned != 0)
-      pthread_cond_wait (&rc->unpinned, &q->alloc_lock);
+      pthread_cond_wait (&rc->unpinned, &q->rc.lock);
     return 0;
   }
   if (enlarge_in_ram (q, block_index) == -1)
@@ -383,10 +383,10 @@ allocate_run (struct qcow2 *q, enum qcow2_class class, uint64_t min,
   struct refcounts *rc = &q->rc;
   uint64_t cluster, was_fresh;
 
-  if (header_begin_writing (q) == -1)
+  if (qcow2_begin_writing (q) == -1)
     return -1;
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
   forget_abandoned (q);
   cluster = rc->cursor;
   if (refcount_find_free (q, &cluster) == -1)
@@ -427,7 +427,7 @@ allocate_undo (struct qcow2 *q, uint64_t host_offset, uint64_t nr)
 {
   const uint64_t first = host_offset >> q->cluster_bits;
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
   registry_set (q, QCOW2_DATA, first, nr);
   tally_add (&q->rc.freed, nr);
   for (uint64_t c = first; c < first + nr; ++c)
@@ -504,7 +504,7 @@ allocate_used_end (struct qcow2 *q, uint64_t *end)
   const uint64_t opened = q->rc.opened << q->cluster_bits;
   uint64_t c = div_round_up (container_size (q->container), q->cluster_size);
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
   for (; c > 0 && registry_class (q, c - 1) == QCOW2_DATA; --c) {
     uint64_t count;
 

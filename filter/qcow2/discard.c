@@ -125,7 +125,7 @@ replace_entries (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
   for (unsigned i = 0; i < nr; ++i)
     if (release_check_entry (q, old[i].descriptor) == -1)
       return -1;
-  if (mapping_set (q, guest_cluster, nr, new) == -1)
+  if (change_entries (q, guest_cluster, nr, new) == -1)
     return -1;
   reuse_entries_changed (q, nr, old, new);
   if (q->has_data_file)
@@ -140,7 +140,7 @@ replace_entries (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
 static bool
 l2_table_exists (struct qcow2 *q, uint64_t guest_cluster)
 {
-  return (atomic_load (&q->l1[guest_cluster >> q->l2_bits])
+  return (atomic_load (&q->l1.entries[guest_cluster >> q->l2_bits])
           & ENTRY_OFFSET_MASK) != 0;
 }
 
@@ -290,7 +290,7 @@ for_each_slice (struct qcow2 *q, const struct units *u, slice_function *fn)
     range_lock_drop (q, &range);
     report_hold_end (&hold);
     if (r == -1) {
-      if (write_may_retry (q, &hold, &retried))
+      if (change_may_retry (q, &hold, &retried))
         continue;
       return -1;
     }
@@ -349,7 +349,7 @@ zero_in_place (struct qcow2 *q, uint64_t count, uint64_t offset, bool keep,
     return -1;
   *done = 0;
   if (m.kind == MAPPING_DATA && m.copied) {
-    if (write_check_host (q, m.host, m.length) == -1)
+    if (change_check_host (q, m.host, m.length) == -1)
       return -1;
     if (container_zero (q->data, m.length, m.host,
                         q->data_file_raw && !keep) == -1) {
@@ -435,7 +435,7 @@ qcow2_zero (struct qcow2 *q, uint64_t count, uint64_t offset, unsigned flags)
     whole_units (q, keep ? q->cluster_bits : q->unit_bits, count, offset);
   uint64_t head = count, tail = 0;
 
-  if (header_begin_writing (q) == -1 || leave_out_compressed (q, &u) == -1)
+  if (qcow2_begin_writing (q) == -1 || leave_out_compressed (q, &u) == -1)
     return -1;
   if (method != NULL && u.first < u.end) {
     head = (u.first << u.bits) - offset;
@@ -460,7 +460,7 @@ qcow2_trim (struct qcow2 *q, uint64_t count, uint64_t offset)
 {
   struct units u = whole_units (q, q->unit_bits, count, offset);
 
-  if (header_begin_writing (q) == -1)
+  if (qcow2_begin_writing (q) == -1)
     return -1;
   if (q->data_file_raw)
     return zero_bytes (q, count, offset, false);

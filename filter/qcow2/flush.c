@@ -87,111 +87,6 @@ struct flush {
   unsigned long lost;           /* failed barriers, before this flush began */
 };
 
-int
-qcow2_barrier (struct qcow2 *q)
-{
-  if (container_flush (q->container) == -1) {
-    report_error ("cannot flush the image: %m");
-    return -1;
-  }
-  return 0;
-}
-
-void
-qcow2_get_numbers (const struct qcow2 *q, struct qcow2_numbers *n)
-{
-  l2_get_numbers (q, &n->l2);
-  refcounts_get_numbers (q, &n->refcounts);
-  n->allocated = tally_get (&q->rc.allocated);
-  n->freed = tally_get (&q->rc.freed);
-  for (unsigned i = 0; i < 2; ++i) {
-    n->flushes[i] = tally_get (&q->flushes[i]);
-    n->flush_ns[i] = tally_get (&q->flush_ns[i]);
-  }
-  n->barriers[0] = qcow2_lost (q);
-  n->barriers[1] = tally_get (&q->container->flushes);
-  n->barrier_ns = tally_get (&q->container->flush_ns);
-  if (q->data != q->container) {
-    n->barriers[1] += tally_get (&q->data->flushes);
-    n->barrier_ns += tally_get (&q->data->flush_ns);
-  }
-}
-
-unsigned long
-qcow2_lost (const struct qcow2 *q)
-{
-  unsigned long n = container_failed_flushes (q->container);
-
-  if (q->data != NULL && q->data != q->container)
-    n += container_failed_flushes (q->data);
-  return n - q->lost_before;
-}
-
-int
-qcow2_barrier_since (struct qcow2 *q, unsigned long lost)
-{
-  if (qcow2_barrier (q) == -1)
-    return -1;
-  if (qcow2_lost (q) == lost)
-    return 0;
-  report_error ("cannot flush the image: another flush failed, and what was "
-                "written before it may be lost");
-  errno = EIO;
-  return -1;
-}
-
-int
-qcow2_read_metadata (struct qcow2 *q, void *buf, size_t count,
-                     uint64_t host_offset)
-{
-  if (container_pread (q->container, buf, count, host_offset) == -1) {
-    report_error ("cannot read %zu bytes at host offset %#" PRIx64 ": %m",
-                  count, host_offset);
-    return -1;
-  }
-  return 0;
-}
-
-int
-qcow2_begin_writing (struct qcow2 *q)
-{
-  return header_begin_writing (q);
-}
-
-static int
-write_metadata (struct qcow2 *q, enum qcow2_class class,
-                const void *buf, size_t count, uint64_t host_offset,
-                int (*pwrite) (struct container *, const void *, size_t,
-                               uint64_t))
-{
-  if (header_begin_writing (q) == -1 ||
-      registry_check (q, class, host_offset, count) == -1)
-    return -1;
-  const int r = pwrite (q->container, buf, count, host_offset);
-
-  if (r == -1)
-    report_error ("cannot write %s at host offset %#" PRIx64 ": %m",
-                  registry_class_name (class), host_offset);
-  return r;
-}
-
-int
-qcow2_write_metadata (struct qcow2 *q, enum qcow2_class class,
-                      const void *buf, size_t count, uint64_t host_offset)
-{
-  return write_metadata (q, class, buf, count, host_offset,
-                         container_pwrite);
-}
-
-int
-qcow2_write_metadata_durable (struct qcow2 *q, enum qcow2_class class,
-                              const void *buf, size_t count,
-                              uint64_t host_offset)
-{
-  return write_metadata (q, class, buf, count, host_offset,
-                         container_pwrite_durable);
-}
-
 enum hook { HOOK_DATA, HOOK_REFERENCES, HOOK_SETTLE };
 
 /* Call a hook, if there are any.  If it fails, this returns 0 and no more
@@ -305,11 +200,11 @@ run_rounds (struct qcow2 *q, struct flush *f)
 static int
 run_steps (struct qcow2 *q, struct flush *f)
 {
-  if (f->lost != q->lost_redone) {
+  if (f->lost != q->flush.lost_redone) {
     refcounts_redo_lost (q);
     if (mapping_zero_again (q) == -1)
       return -1;
-    q->lost_redone = f->lost;
+    q->flush.lost_redone = f->lost;
   }
   call_hook (f, HOOK_DATA);
   if (run_rounds (q, f) == -1 || mapping_write_l1 (q, &f->l1) == -1)
@@ -322,14 +217,14 @@ run_steps (struct qcow2 *q, struct flush *f)
     ? qcow2_barrier_since (q, f->lost) : 0;
 }
 
-/* With flush_lock held.  *lacks_space, if it is not NULL, says whether a
+/* With flush.lock held.  *lacks_space, if it is not NULL, says whether a
  * hook lacked space.
  */
 static int
 flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks,
        bool *lacks_space)
 {
-  const unsigned long number = atomic_fetch_add (&q->flushes_begun, 1) + 1;
+  const unsigned long number = atomic_fetch_add (&q->flush.begun, 1) + 1;
   const uint64_t began = meter_clock ();
   struct flush f = { .hooks = hooks, .lost = qcow2_lost (q) };
   int r, err;
@@ -348,12 +243,12 @@ flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks,
     (r == 0 ? hooks->done : hooks->failed) (hooks->opaque);
   if (lacks_space != NULL)
     *lacks_space = f.lacks_space;
-  tally_add (&q->flushes[r == 0], 1);
-  tally_add (&q->flush_ns[r == 0], meter_clock () - began);
+  tally_add (&q->flush.flushes[r == 0], 1);
+  tally_add (&q->flush.ns[r == 0], meter_clock () - began);
   free (f.copies);
   free (f.data);
   if (r == 0) {
-    q->flush_succeeded[hooks != NULL] = number;
+    q->flush.succeeded[hooks != NULL] = number;
     release_retire (q, false);
   }
   errno = err;
@@ -364,15 +259,15 @@ flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks,
 static bool
 flushed_since (const struct qcow2 *q, unsigned long number, bool with_hooks)
 {
-  return q->flush_succeeded[1] > number ||
-    (!with_hooks && q->flush_succeeded[0] > number);
+  return q->flush.succeeded[1] > number ||
+    (!with_hooks && q->flush.succeeded[0] > number);
 }
 
 static int
 flush_since (struct qcow2 *q, const struct qcow2_flush_hooks *hooks,
              unsigned long number, bool *lacks_space)
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->flush_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->flush.lock);
   *lacks_space = false;
   if (flushed_since (q, number, hooks != NULL))
     return 0;
@@ -382,7 +277,7 @@ flush_since (struct qcow2 *q, const struct qcow2_flush_hooks *hooks,
 int
 qcow2_flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
 {
-  const unsigned long number = atomic_load (&q->flushes_begun);
+  const unsigned long number = atomic_load (&q->flush.begun);
   struct report_hold hold;
   bool lacks_space;
   int r, err;
@@ -394,7 +289,7 @@ qcow2_flush (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
   /* A hook needs space, which only a flush can free. */
   if (r == 0 && lacks_space && !release_is_empty (q) &&
       reclaim_quietly (q) == 0)
-    r = flush_since (q, hooks, atomic_load (&q->flushes_begun),
+    r = flush_since (q, hooks, atomic_load (&q->flush.begun),
                      &lacks_space);
   err = errno;
   report_hold_end (&hold);
@@ -411,7 +306,7 @@ flush_metadata (struct qcow2 *q)
 }
 
 /* The wait for requests under way holds no lock: they may be waiting for a
- * range whose holder waits for flush_lock.  A long request is not waited for
+ * range whose holder waits for flush.lock.  A long request is not waited for
  * without limit; its clusters become free later.
  */
 int
@@ -420,17 +315,18 @@ qcow2_reclaim (struct qcow2 *q)
   const struct timespec ts = { .tv_nsec = 100000 };
   bool done;
 
-  pthread_mutex_lock (&q->flush_lock);
+  pthread_mutex_lock (&q->flush.lock);
   const int r = flush (q, NULL, NULL);
-  pthread_mutex_unlock (&q->flush_lock);
+  pthread_mutex_unlock (&q->flush.lock);
   if (r == -1)
     return -1;
 
   for (unsigned tries = 0; tries < 10000; ++tries) {
-    pthread_mutex_lock (&q->flush_lock);
+    pthread_mutex_lock (&q->flush.lock);
     const bool failed = release_retire (q, false) == -1;
-    done = failed || (!q->grace_under_way && q->durable.nr == 0);
-    pthread_mutex_unlock (&q->flush_lock);
+    done = failed ||
+      (!q->release.grace_under_way && q->release.durable.nr == 0);
+    pthread_mutex_unlock (&q->flush.lock);
     if (done)
       break;
     nanosleep (&ts, NULL);
@@ -475,28 +371,11 @@ qcow2_settle (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
   return 0;
 }
 
-void
-qcow2_hurry (struct qcow2 *q, unsigned grace_ms)
-{
-  const int64_t at = now_ns () + grace_ms * INT64_C (1000000);
-
-  for (; q != NULL; q = q->backing.image) {
-    atomic_store (&q->hurried_at, at);
-    atomic_store (&q->hurried, true);
-  }
-}
-
-bool
-is_time_up (const struct qcow2 *q)
-{
-  return now_ns () >= atomic_load (&q->hurried_at);
-}
-
 static bool
 all_clean (struct qcow2 *q)
 {
   return release_is_empty (q) && atomic_load (&q->rc.nr_dirty) == 0 &&
-    atomic_load (&q->l2.nr_dirty) == 0 && q->nr_dirty_l1 == 0;
+    atomic_load (&q->l2.nr_dirty) == 0 && q->l1.nr_dirty == 0;
 }
 
 /* Free all released clusters.  No request is under way. */
@@ -533,12 +412,13 @@ qcow2_stop (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
 {
   uint64_t end;
 
-  if (!atomic_load (&q->writing) && !atomic_load (&q->reftable_unknown))
+  if (!atomic_load (&q->gate.writing) &&
+      !atomic_load (&q->gate.reftable_unknown))
     return 0;
-  if (atomic_load (&q->reftable_unknown) && header_begin_writing (q) == -1)
+  if (atomic_load (&q->gate.reftable_unknown) && qcow2_begin_writing (q) == -1)
     return -1;
   allocate_forget_abandoned (q);
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->flush_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->flush.lock);
   /* Freeing clusters changes refcounts, which are flushed again, without
    * the hooks: what they could not do, they could not do then either.
    */
@@ -550,7 +430,7 @@ qcow2_stop (struct qcow2 *q, const struct qcow2_flush_hooks *hooks)
   } while (!all_clean (q));
 
   /* Nothing that is known about a corrupt image can be relied on. */
-  if (atomic_load (&q->corrupt))
+  if (atomic_load (&q->gate.corrupt))
     return 0;
   if (allocate_used_end (q, &end) == -1)
     return -1;

@@ -68,20 +68,6 @@ holes_in_table (const void *bytes, size_t count)
   return holes;
 }
 
-static int
-write_sectors (struct qcow2 *q, enum qcow2_class class, const void *bytes,
-               size_t count, uint64_t host_offset)
-{
-  if (registry_check (q, class, host_offset, count) == -1)
-    return -1;
-  if (container_pwrite (q->container, bytes, count, host_offset) == -1) {
-    report_error ("cannot write %s at host offset %#" PRIx64 ": %m",
-                  registry_class_name (class), host_offset);
-    return -1;
-  }
-  return 0;
-}
-
 /* The sectors around one for which the flags say the same, as first and end. */
 static void
 alike (uint8_t holes, unsigned nr, unsigned sector, unsigned *first,
@@ -111,7 +97,7 @@ holes_fill (struct qcow2 *q, enum qcow2_class class, uint8_t *holes,
   const size_t from = first * HOLES_SECTOR_BYTES;
   const size_t to = min_u64 (count, end * HOLES_SECTOR_BYTES);
 
-  if (write_sectors (q, class, zeroes, to - from, host_offset + from) == -1)
+  if (gate_write (q, class, zeroes, to - from, host_offset + from) == -1)
     return -1;
   for (; first < end; ++first)
     *holes &= ~(1U << first);
@@ -144,8 +130,8 @@ holes_write_around (struct qcow2 *q, enum qcow2_class class,
     const size_t to = min_u64 (count, end * HOLES_SECTOR_BYTES);
 
     if ((holes >> sector & 1) == 0 &&
-        write_sectors (q, class, p + from, to - from,
-                       host_offset + from) == -1)
+        gate_write (q, class, p + from, to - from,
+                    host_offset + from) == -1)
       return -1;
   }
   return 0;

@@ -40,7 +40,7 @@ extern uint8_t *holes_in_table (const void *bytes, size_t count);
  * no space: then the change must not be made.
  *
  * It writes zeroes where the container has zeroes, so it needs no order with
- * other writes.  The caller has called header_begin_writing.
+ * other writes.  The caller has called gate_pass.
  */
 extern int holes_fill (struct qcow2 *, enum qcow2_class, uint8_t *holes,
                        uint64_t host_offset, size_t count, size_t at);

@@ -116,7 +116,7 @@ slice_location (struct qcow2 *q, uint64_t slice, uint64_t *location)
   const unsigned bits = q->l2_bits - q->l2.slice_bits;
   const uint64_t in_table = slice & ((UINT64_C (1) << bits) - 1);
   const uint64_t table =
-    atomic_load_explicit (&q->l1[slice >> bits], memory_order_acquire)
+    atomic_load_explicit (&q->l1.entries[slice >> bits], memory_order_acquire)
     & ENTRY_OFFSET_MASK;
 
   if (table % q->cluster_size != 0) {
@@ -462,7 +462,7 @@ l2_write_copy (struct qcow2 *q, const struct l2_copy *copy,
 {
   uint64_t location;
 
-  if (header_begin_writing (q) == -1 ||
+  if (gate_pass (q) == -1 ||
       slice_location (q, copy->slice, &location) == -1)
     return -1;
   return holes_write_around (q, QCOW2_L2_TABLE, data, l2_slice_bytes (q),

@@ -112,7 +112,7 @@ has_spare_end (struct qcow2 *q, const struct scan *s)
 {
   uint64_t count;
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
   return s->nr > 0 && refcount_get (q, s->nr - 1, &count) == 0 && count == 0;
 }
 
@@ -182,11 +182,11 @@ static void
 release_leak (struct qcow2 *q, const struct leak *leak)
 {
   if (leak->set) {
-    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
     for (uint64_t c = leak->cluster; c < leak->cluster + leak->nr; ++c)
       if (refcount_set (q, c, leak->count) == -1) {
         if (q->leaks.corrupt)
-          header_set_corrupt (q);
+          gate_set_corrupt (q);
         return;
       }
   }

@@ -52,7 +52,7 @@
 static int
 load_l1_entry (struct qcow2 *q, uint32_t i, uint64_t entry)
 {
-  atomic_init (&q->l1[i], entry);
+  atomic_init (&q->l1.entries[i], entry);
   if (entry == 0 || q->readonly)
     return 0;
   if ((entry & L1_RESERVED_MASK) != 0) {
@@ -80,17 +80,17 @@ mapping_open (struct qcow2 *q)
   const uint32_t nr = q->header.l1_entries;
   CLEANUP_FREE uint64_t *raw = malloc (nr * UINT64_C (8) + 1);
 
-  pthread_mutex_init (&q->l1_lock, NULL);
-  pthread_mutex_init (&q->range_mutex, NULL);
-  pthread_cond_init (&q->range_cond, NULL);
-  q->l1 = malloc (nr * sizeof q->l1[0] + 1);
-  if (raw == NULL || q->l1 == NULL) {
+  pthread_mutex_init (&q->l1.lock, NULL);
+  pthread_mutex_init (&q->ranges.mutex, NULL);
+  pthread_cond_init (&q->ranges.cond, NULL);
+  q->l1.entries = malloc (nr * sizeof q->l1.entries[0] + 1);
+  if (raw == NULL || q->l1.entries == NULL) {
     report_error ("malloc: %m");
     return -1;
   }
   if (q->header.nr_snapshots != 0 && !q->readonly) {
-    q->l2_proven = calloc (nr + UINT64_C (1), sizeof q->l2_proven[0]);
-    if (q->l2_proven == NULL) {
+    q->l1.proven = calloc (nr + UINT64_C (1), sizeof q->l1.proven[0]);
+    if (q->l1.proven == NULL) {
       report_error ("calloc: %m");
       return -1;
     }
@@ -113,17 +113,17 @@ mapping_open (struct qcow2 *q)
       return -1;
   if (q->readonly)
     return 0;
-  q->l1_holes = holes_in_table (raw, nr * UINT64_C (8));
-  return q->l1_holes == NULL ? -1 : 0;
+  q->l1.holes = holes_in_table (raw, nr * UINT64_C (8));
+  return q->l1.holes == NULL ? -1 : 0;
 }
 
 void
 mapping_free (struct qcow2 *q)
 {
-  free (q->l1);
-  free (q->l2_proven);
-  free (q->l1_holes);
-  free (q->dirty_l1);
+  free (q->l1.entries);
+  free (q->l1.proven);
+  free (q->l1.holes);
+  free (q->l1.dirty);
 }
 
 /* The kind of a standard entry, or of a descriptor without regard to the
@@ -257,7 +257,7 @@ get_entries (struct qcow2 *q, uint64_t guest_cluster, uint64_t nr,
 {
   const uint64_t in_l2 = UINT64_C (1) << q->l2_bits;
   const uint64_t l1_entry =
-    atomic_load_explicit (&q->l1[guest_cluster >> q->l2_bits],
+    atomic_load_explicit (&q->l1.entries[guest_cluster >> q->l2_bits],
                           memory_order_acquire);
 
   *uniform = (l1_entry & ENTRY_OFFSET_MASK) == 0;
@@ -380,11 +380,11 @@ mapping_lookup_kind (struct qcow2 *q, uint64_t offset, uint64_t count,
 static int
 note_dirty_l1 (struct qcow2 *q, uint32_t index)
 {
-  if (vector_reserve (q->dirty_l1, q->nr_dirty_l1, q->max_dirty_l1, 1) == -1) {
+  if (vector_reserve (q->l1.dirty, q->l1.nr_dirty, q->l1.max_dirty, 1) == -1) {
     report_error ("realloc: %m");
     return -1;
   }
-  q->dirty_l1[q->nr_dirty_l1++] = index;
+  q->l1.dirty[q->l1.nr_dirty++] = index;
   return 0;
 }
 
@@ -395,28 +395,28 @@ static bool
 has_own_l2 (struct qcow2 *q, uint32_t index)
 {
   const uint64_t l1_entry =
-    atomic_load_explicit (&q->l1[index], memory_order_acquire);
+    atomic_load_explicit (&q->l1.entries[index], memory_order_acquire);
 
   return (l1_entry & OFLAG_COPIED) != 0 &&
     (l1_entry & ENTRY_OFFSET_MASK) != 0 &&
-    (q->l2_proven == NULL ||
-     atomic_load_explicit (&q->l2_proven[index], memory_order_acquire));
+    (q->l1.proven == NULL ||
+     atomic_load_explicit (&q->l1.proven[index], memory_order_acquire));
 }
 
-/* With l1_lock held: from now on this is the table. */
+/* With l1.lock held: from now on this is the table. */
 static void
 set_own_l2 (struct qcow2 *q, uint32_t index, uint64_t table)
 {
-  atomic_store_explicit (&q->l1[index], table | OFLAG_COPIED,
+  atomic_store_explicit (&q->l1.entries[index], table | OFLAG_COPIED,
                          memory_order_release);
-  if (q->l2_proven != NULL)
-    atomic_store_explicit (&q->l2_proven[index], true, memory_order_release);
+  if (q->l1.proven != NULL)
+    atomic_store_explicit (&q->l1.proven[index], true, memory_order_release);
 }
 
 static int
 count_references (struct qcow2 *q, uint64_t table, uint64_t *count)
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
   return refcount_get (q, table >> q->cluster_bits, count);
 }
 
@@ -440,8 +440,8 @@ fill_l2 (struct qcow2 *q, uint64_t old, uint64_t host, bool zeroed)
     return -1;
   }
   if (qcow2_read_metadata (q, table, q->cluster_size, old) == -1 ||
-      qcow2_write_metadata (q, QCOW2_L2_TABLE, table, q->cluster_size,
-                            host) == -1)
+      gate_write_metadata (q, QCOW2_L2_TABLE, table, q->cluster_size,
+                           host) == -1)
     return -1;
   /* If it were lost (flush.c), no other code could write it again. */
   return qcow2_barrier_since (q, lost);
@@ -456,7 +456,7 @@ make_l2 (struct qcow2 *q, uint32_t index, uint64_t old)
   if (allocate_clusters (q, QCOW2_L2_TABLE, 1, &host, &got, &zeroed) == -1)
     return -1;
   if (fill_l2 (q, old, host, zeroed) == -1 ||
-      holes_fill_table (q, QCOW2_L1_TABLE, q->l1_holes, q->header.l1_offset,
+      holes_fill_table (q, QCOW2_L1_TABLE, q->l1.holes, q->header.l1_offset,
                         q->header.l1_entries * UINT64_C (8),
                         index * UINT64_C (8)) == -1 ||
       note_dirty_l1 (q, index | (old == 0 ? L1_NEW_TABLE : 0)) == -1) {
@@ -505,40 +505,30 @@ mapping_need_l2 (struct qcow2 *q, uint64_t guest_cluster)
   if (has_own_l2 (q, index))
     return 0;
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->l1_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->l1.lock);
   if (has_own_l2 (q, index))
     return 0;
-  l1_entry = atomic_load (&q->l1[index]);
+  l1_entry = atomic_load (&q->l1.entries[index]);
   return (l1_entry & ENTRY_OFFSET_MASK) == 0
     ? make_l2 (q, index, 0) : make_own_l2 (q, index, l1_entry);
 }
 
 int
-mapping_set (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
-             const struct l2_entry *entries)
-{
-  while (l2_set (q, guest_cluster, nr, entries) == -1)
-    if (errno != EAGAIN || flush_metadata (q) == -1)
-      return -1;
-  return 0;
-}
-
-int
 mapping_take_dirty_l1 (struct qcow2 *q, struct l1_copies *copies)
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->l1_lock);
-  if (q->nr_dirty_l1 == 0)
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->l1.lock);
+  if (q->l1.nr_dirty == 0)
     return 0;
 
   if (vector_reserve (copies->indices, copies->nr, copies->max,
-                      q->nr_dirty_l1) == -1) {
+                      q->l1.nr_dirty) == -1) {
     report_error ("realloc: %m");
     return -1;
   }
-  memcpy (copies->indices + copies->nr, q->dirty_l1,
-          q->nr_dirty_l1 * sizeof q->dirty_l1[0]);
-  copies->nr += q->nr_dirty_l1;
-  q->nr_dirty_l1 = 0;
+  memcpy (copies->indices + copies->nr, q->l1.dirty,
+          q->l1.nr_dirty * sizeof q->l1.dirty[0]);
+  copies->nr += q->l1.nr_dirty;
+  q->l1.nr_dirty = 0;
   return 0;
 }
 
@@ -548,12 +538,12 @@ mapping_zero_again (struct qcow2 *q)
   CLEANUP_FREE uint32_t *indices = NULL;
   size_t nr;
 
-  pthread_mutex_lock (&q->l1_lock);
-  nr = q->nr_dirty_l1;
+  pthread_mutex_lock (&q->l1.lock);
+  nr = q->l1.nr_dirty;
   indices = malloc (nr * sizeof indices[0] + 1);
   if (indices != NULL && nr > 0)
-    memcpy (indices, q->dirty_l1, nr * sizeof indices[0]);
-  pthread_mutex_unlock (&q->l1_lock);
+    memcpy (indices, q->l1.dirty, nr * sizeof indices[0]);
+  pthread_mutex_unlock (&q->l1.lock);
   if (indices == NULL) {
     report_error ("malloc: %m");
     return -1;
@@ -572,9 +562,9 @@ mapping_write_l1 (struct qcow2 *q, const struct l1_copies *copies)
     const uint32_t index = copies->indices[i] & ~L1_NEW_TABLE;
     uint64_t entry;
 
-    put_be64 (&entry, atomic_load (&q->l1[index]));
-    if (qcow2_write_metadata (q, QCOW2_L1_TABLE, &entry, sizeof entry,
-                              q->header.l1_offset + index * UINT64_C (8))
+    put_be64 (&entry, atomic_load (&q->l1.entries[index]));
+    if (gate_write_metadata (q, QCOW2_L1_TABLE, &entry, sizeof entry,
+                             q->header.l1_offset + index * UINT64_C (8))
         == -1)
       return -1;
   }
@@ -585,11 +575,11 @@ void
 mapping_l1_done (struct qcow2 *q, struct l1_copies *copies, bool written)
 {
   if (!written) {
-    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->l1_lock);
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->l1.lock);
     for (size_t i = 0; i < copies->nr; ++i)
       if (note_dirty_l1 (q, copies->indices[i]) == -1)
         /* No L1 entry on disk would ever point to the table. */
-        header_set_corrupt (q);
+        gate_set_corrupt (q);
   }
   free (copies->indices);
 }
@@ -597,7 +587,7 @@ mapping_l1_done (struct qcow2 *q, struct l1_copies *copies, bool written)
 static bool
 overlaps_any (const struct qcow2 *q, const struct range_lock *r)
 {
-  for (const struct range_lock *p = q->ranges; p != NULL; p = p->next)
+  for (const struct range_lock *p = q->ranges.first; p != NULL; p = p->next)
     if (p->first <= r->last && r->first <= p->last)
       return true;
   return false;
@@ -609,21 +599,21 @@ range_lock_take (struct qcow2 *q, struct range_lock *r, uint64_t first,
 {
   r->first = first;
   r->last = last;
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->range_mutex);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->ranges.mutex);
   while (overlaps_any (q, r))
-    pthread_cond_wait (&q->range_cond, &q->range_mutex);
-  r->next = q->ranges;
-  q->ranges = r;
+    pthread_cond_wait (&q->ranges.cond, &q->ranges.mutex);
+  r->next = q->ranges.first;
+  q->ranges.first = r;
 }
 
 void
 range_lock_drop (struct qcow2 *q, struct range_lock *r)
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->range_mutex);
-  struct range_lock **p = &q->ranges;
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->ranges.mutex);
+  struct range_lock **p = &q->ranges.first;
 
   while (*p != r)
     p = &(*p)->next;
   *p = r->next;
-  pthread_cond_broadcast (&q->range_cond);
+  pthread_cond_broadcast (&q->ranges.cond);
 }

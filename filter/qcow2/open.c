@@ -26,7 +26,26 @@ data_file_open (struct qcow2 *q, const struct qcow2_options *options)
     return -1;
   }
   q->data = options->data_file;
-  q->lost_before += container_failed_flushes (q->data);
+  q->gate.lost_before += container_failed_flushes (q->data);
+  return 0;
+}
+
+static int
+layer_open (struct qcow2 *q, const struct qcow2_options *options)
+{
+  const bool opened =
+    options->backing.image != NULL || options->backing.raw != NULL;
+
+  if (!opened) {
+    if (!references_backing (q))
+      return 0;
+    report_error ("the image has a backing file, which was not opened");
+    errno = EINVAL;
+    return -1;
+  }
+  q->backing = options->backing;
+  q->backing_size = q->backing.image != NULL
+    ? q->backing.image->size : container_size (q->backing.raw);
   return 0;
 }
 
@@ -74,13 +93,13 @@ qcow2_open (struct container *c, const struct qcow2_options *options)
   }
   memset (q, 0, sizeof *q);
   q->container = c;
-  q->lost_before = container_failed_flushes (c);
+  q->gate.lost_before = container_failed_flushes (c);
   q->readonly = options->readonly || options->snapshot != NULL;
   grace_init (&q->requests);
-  pthread_mutex_init (&q->preallocated_lock, NULL);
-  pthread_mutex_init (&q->alloc_lock, NULL);
-  pthread_mutex_init (&q->release_lock, NULL);
-  pthread_mutex_init (&q->flush_lock, NULL);
+  pthread_mutex_init (&q->preallocated.lock, NULL);
+  pthread_mutex_init (&q->rc.lock, NULL);
+  pthread_mutex_init (&q->release.lock, NULL);
+  pthread_mutex_init (&q->flush.lock, NULL);
   if (open_parts (q, options) == -1) {
     const int err = errno;
 
@@ -141,4 +160,24 @@ uint64_t
 qcow2_tables_bytes (const struct qcow2 *q)
 {
   return q->header.l1_entries * UINT64_C (8);
+}
+
+void
+qcow2_get_numbers (const struct qcow2 *q, struct qcow2_numbers *n)
+{
+  l2_get_numbers (q, &n->l2);
+  refcounts_get_numbers (q, &n->refcounts);
+  n->allocated = tally_get (&q->rc.allocated);
+  n->freed = tally_get (&q->rc.freed);
+  for (unsigned i = 0; i < 2; ++i) {
+    n->flushes[i] = tally_get (&q->flush.flushes[i]);
+    n->flush_ns[i] = tally_get (&q->flush.ns[i]);
+  }
+  n->barriers[0] = qcow2_lost (q);
+  n->barriers[1] = tally_get (&q->container->flushes);
+  n->barrier_ns = tally_get (&q->container->flush_ns);
+  if (q->data != q->container) {
+    n->barriers[1] += tally_get (&q->data->flushes);
+    n->barrier_ns += tally_get (&q->data->flush_ns);
+  }
 }

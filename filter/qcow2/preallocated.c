@@ -104,16 +104,17 @@ find_out (struct qcow2 *q)
 bool
 is_preallocated (struct qcow2 *q)
 {
-  int is = atomic_load_explicit (&q->preallocated, memory_order_relaxed);
+  int is = atomic_load_explicit (&q->preallocated.known, memory_order_relaxed);
 
   if (is != UNKNOWN)
     return is == YES;
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->preallocated_lock);
-  if (atomic_load (&q->preallocated) == UNKNOWN) {
-    atomic_store (&q->preallocated, find_out (q) ? YES : NO);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->preallocated.lock);
+  if (atomic_load (&q->preallocated.known) == UNKNOWN) {
+    atomic_store (&q->preallocated.known, find_out (q) ? YES : NO);
     report_debug ("the image %s preallocated without its data",
-                  atomic_load (&q->preallocated) == YES ? "was" : "was not");
+                  atomic_load (&q->preallocated.known) == YES
+                  ? "was" : "was not");
   }
-  return atomic_load (&q->preallocated) == YES;
+  return atomic_load (&q->preallocated.known) == YES;
 }

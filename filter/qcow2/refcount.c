@@ -248,7 +248,7 @@ unhash (struct refcounts *rc, struct refcount_slice *s)
   mark_written (rc, s, 0);
 }
 
-/* With alloc_lock held: if barriers have failed since the last call,
+/* With rc.lock held: if barriers have failed since the last call,
  * everything that was written and is not durable becomes dirty again.
  */
 static void
@@ -273,11 +273,11 @@ redo_lost (struct qcow2 *q)
 void
 refcounts_redo_lost (struct qcow2 *q)
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
   redo_lost (q);
 }
 
-/* With alloc_lock held: everything written up to an epoch is durable. */
+/* With rc.lock held: everything written up to an epoch is durable. */
 static void
 settle (struct qcow2 *q, unsigned long epoch)
 {
@@ -291,7 +291,7 @@ settle (struct qcow2 *q, unsigned long epoch)
 unsigned long
 refcounts_barrier_begins (struct qcow2 *q)
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
   return q->rc.epoch++;
 }
 
@@ -300,7 +300,7 @@ refcounts_barrier_done (struct qcow2 *q, unsigned long epoch)
 {
   struct refcounts *rc = &q->rc;
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
   redo_lost (q);
   settle (q, epoch);
   if (rc->nr_written_table == 0)
@@ -558,7 +558,7 @@ take_batch (struct qcow2 *q, size_t *next, size_t picked[BATCH],
   const size_t max = min_u64 (BATCH, rc->nr_slices / 2);
   size_t n = 0;
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
   for (; n < max && *next < rc->nr_slices && rc->nr_dirty != 0; ++*next) {
     struct refcount_slice *s = &rc->slices[*next];
 
@@ -581,7 +581,7 @@ drop_batch (struct qcow2 *q, const size_t picked[BATCH], size_t n,
 {
   struct refcounts *rc = &q->rc;
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
   for (size_t i = 0; i < n; ++i) {
     struct refcount_slice *s = &rc->slices[picked[i]];
 
@@ -636,7 +636,7 @@ write_table_entry (struct qcow2 *q, uint64_t index)
   uint64_t entry;
 
   put_be64 (&entry, q->rc.table[index]);
-  if (registry_check (q, QCOW2_REFCOUNT_TABLE, offset, 8) == -1)
+  if (gate_check (q, QCOW2_REFCOUNT_TABLE, offset, 8) == -1)
     return -1;
   if (container_pwrite (q->container, &entry, 8, offset) == -1) {
     report_error ("cannot write the refcount table: %m");
@@ -676,7 +676,7 @@ flush_table (struct qcow2 *q, size_t nr, unsigned long tables,
   struct refcounts *rc = &q->rc;
   size_t since_barrier;
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
   if (rc->tables != tables)
     return 0;
   since_barrier = rc->nr_written_table;
@@ -701,11 +701,11 @@ refcounts_flush (struct qcow2 *q, unsigned long lost)
   size_t nr, done;
 
   /* Entries that become dirty from now on are left to the next flush. */
-  pthread_mutex_lock (&q->alloc_lock);
+  pthread_mutex_lock (&q->rc.lock);
   nr = q->rc.nr_dirty_table;
   done = q->rc.nr_written_table;
   tables = q->rc.tables;
-  pthread_mutex_unlock (&q->alloc_lock);
+  pthread_mutex_unlock (&q->rc.lock);
 
   if (flush_slices (q) == -1)
     return -1;

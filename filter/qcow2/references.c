@@ -91,11 +91,12 @@ copy_references (const struct qcow2 *q, struct qcow2_references *r)
       copy_text ("backing file name", backing, &r->backing_name) == -1)
     return -1;
   if (r->backing_name != NULL &&
-      copy_text ("backing file format", q->hs.backing_format,
+      copy_text ("backing file format", q->hs.ext.backing_format,
                  &r->backing_format) == -1)
     return -1;
   return r->has_data_file
-    ? copy_text ("data file name", q->hs.data_file, &r->data_file_name) : 0;
+    ? copy_text ("data file name", q->hs.ext.data_file,
+                 &r->data_file_name) : 0;
 }
 
 int

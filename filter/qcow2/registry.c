@@ -169,31 +169,6 @@ registry_class_name (enum qcow2_class class)
 }
 
 int
-registry_check (struct qcow2 *q, enum qcow2_class class,
-                uint64_t offset, uint64_t count)
-{
-  const uint64_t last = (offset + count - 1) >> q->cluster_bits;
-
-  if (count == 0)
-    return 0;
-  for (uint64_t c = offset >> q->cluster_bits; c <= last; ++c) {
-    enum qcow2_class is = registry_class (q, c);
-
-    if (is != class) {
-      report_error ("a write of %s at host offset %#" PRIx64
-                    " would overwrite %s: the image is corrupt "
-                    "and takes no more writes",
-                    registry_class_name (class), c << q->cluster_bits,
-                    registry_class_name (is));
-      header_set_corrupt (q);
-      errno = EIO;
-      return -1;
-    }
-  }
-  return 0;
-}
-
-int
 qcow2_register (struct qcow2 *q, enum qcow2_class class,
                 uint64_t offset, uint64_t bytes)
 {

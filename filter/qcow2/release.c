@@ -37,7 +37,7 @@
 #define MAX_PENDING_RANGES 65536
 #define MAX_PENDING_BYTES (UINT64_C (64) << 20)
 
-/* Clusters processed while alloc_lock is held. */
+/* Clusters processed while rc.lock is held. */
 #define CHUNK 1024
 
 static int
@@ -59,7 +59,7 @@ list_add (struct qcow2 *q, struct release_list *list,
   }
   list->ranges[list->nr].cluster = cluster;
   list->ranges[list->nr++].nr = nr;
-  atomic_fetch_add (&q->pending_ranges, 1);
+  atomic_fetch_add (&q->release.pending_ranges, 1);
   return 0;
 }
 
@@ -90,15 +90,16 @@ void
 release_clusters (struct qcow2 *q, uint64_t cluster, uint64_t nr)
 {
   struct release_list *list =
-    ORDER (RELEASED_BEFORE_FLUSH) ? &q->released : &q->flushing;
+    ORDER (RELEASED_BEFORE_FLUSH) ? &q->release.released
+    : &q->release.flushing;
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->release_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->release.lock);
   if (list_add (q, list, cluster, nr) == -1) {
     report_warning ("out of memory: %" PRIu64 " clusters are leaked at host "
                     "offset %#" PRIx64, nr, cluster << q->cluster_bits);
     return;
   }
-  atomic_fetch_add (&q->pending_clusters, nr);
+  atomic_fetch_add (&q->release.pending_clusters, nr);
 }
 
 /* Released clusters are punched, so this must be guest data. */
@@ -116,11 +117,11 @@ release_check_entry (struct qcow2 *q, uint64_t entry)
   else if (host % q->cluster_size != 0) {
     report_error ("the L2 entry %#" PRIx64 " is invalid: the image is corrupt "
                   "and takes no more writes", entry);
-    header_set_corrupt (q);
+    gate_set_corrupt (q);
     errno = EIO;
     return -1;
   }
-  return registry_check (q, QCOW2_DATA, host, bytes);
+  return gate_check (q, QCOW2_DATA, host, bytes);
 }
 
 void
@@ -148,15 +149,16 @@ qcow2_release (struct qcow2 *q, uint64_t host_offset, uint64_t nr_clusters)
 void
 release_flush_begins (struct qcow2 *q)
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->release_lock);
-  list_move (&q->flushing, &q->released);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->release.lock);
+  list_move (&q->release.flushing, &q->release.released);
 }
 
 void
 release_flush_ends (struct qcow2 *q, bool success)
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->release_lock);
-  list_move (success ? &q->durable : &q->released, &q->flushing);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->release.lock);
+  list_move (success ? &q->release.durable : &q->release.released,
+             &q->release.flushing);
 }
 
 /* Read the counts of up to nr clusters.  Returns how many were read. */
@@ -164,7 +166,7 @@ static unsigned
 read_counts (struct qcow2 *q, uint64_t cluster, unsigned nr,
              uint64_t counts[CHUNK])
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
   for (unsigned i = 0; i < nr; ++i)
     if (refcount_get (q, cluster + i, &counts[i]) == -1)
       return i;
@@ -181,7 +183,7 @@ lower_count (struct qcow2 *q, uint64_t cluster, uint64_t count)
                     cluster << q->cluster_bits);
     return true;
   }
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
   return refcount_set (q, cluster, count - 1) == 0;
 }
 
@@ -197,7 +199,7 @@ free_run (struct qcow2 *q, uint64_t cluster, uint64_t nr)
   container_zero (q->container, nr << q->cluster_bits,
                   cluster << q->cluster_bits, true);
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
   while (c < cluster + nr && refcount_set (q, c, 0) == 0)
     c++;
   q->rc.cursor = min_u64 (q->rc.cursor, cluster);
@@ -242,7 +244,7 @@ free_range (struct qcow2 *q, struct release_range *r)
 static int
 free_waiting (struct qcow2 *q)
 {
-  struct release_list *list = &q->waiting;
+  struct release_list *list = &q->release.waiting;
   const size_t nr = list->nr;
   const uint64_t nr_clusters = list->nr_clusters;
   struct report_hold hold;
@@ -257,8 +259,9 @@ free_waiting (struct qcow2 *q)
     }
   report_hold_end (&hold);
   list->nr = kept;
-  atomic_fetch_sub (&q->pending_ranges, nr - kept);
-  atomic_fetch_sub (&q->pending_clusters, nr_clusters - list->nr_clusters);
+  atomic_fetch_sub (&q->release.pending_ranges, nr - kept);
+  atomic_fetch_sub (&q->release.pending_clusters,
+                    nr_clusters - list->nr_clusters);
   if (kept == 0)
     return 0;
   report_warning ("%" PRIu64 " clusters could not be freed: %s",
@@ -270,18 +273,20 @@ void
 release_forget (struct qcow2 *q)
 {
   report_warning ("%" PRIu64 " clusters are leaked; qemu-img check -r leaks "
-                  "frees them", q->waiting.nr_clusters);
-  atomic_fetch_sub (&q->pending_ranges, q->waiting.nr);
-  atomic_fetch_sub (&q->pending_clusters, q->waiting.nr_clusters);
-  q->waiting.nr = q->waiting.nr_clusters = 0;
-  q->grace_under_way = false;
+                  "frees them", q->release.waiting.nr_clusters);
+  atomic_fetch_sub (&q->release.pending_ranges, q->release.waiting.nr);
+  atomic_fetch_sub (&q->release.pending_clusters,
+                    q->release.waiting.nr_clusters);
+  q->release.waiting.nr = q->release.waiting.nr_clusters = 0;
+  q->release.grace_under_way = false;
 }
 
 /* Has the grace period of the waiting list ended? */
 static bool
 grace_is_over (struct qcow2 *q, bool wait)
 {
-  for (unsigned tries = 0; !grace_ended (&q->requests, q->retiring); ++tries) {
+  for (unsigned tries = 0; !grace_ended (&q->requests, q->release.retiring);
+       ++tries) {
     const struct timespec ts = { .tv_nsec = 100000 };
 
     if (!wait)
@@ -298,11 +303,11 @@ grace_is_over (struct qcow2 *q, bool wait)
 static int
 end_grace (struct qcow2 *q, bool wait)
 {
-  if (!q->grace_under_way || !grace_is_over (q, wait))
+  if (!q->release.grace_under_way || !grace_is_over (q, wait))
     return 0;
   if (free_waiting (q) == -1)
     return -1;
-  q->grace_under_way = false;
+  q->release.grace_under_way = false;
   return 0;
 }
 
@@ -312,15 +317,15 @@ release_retire (struct qcow2 *q, bool wait)
   /* Only the flush, of which there is one, uses these two lists. */
   if (end_grace (q, wait) == -1)
     return -1;
-  if (q->grace_under_way)
+  if (q->release.grace_under_way)
     return 0;
-  pthread_mutex_lock (&q->release_lock);
-  if (q->durable.nr != 0) {
-    list_move (&q->waiting, &q->durable);
-    q->grace_under_way = true;
-    q->retiring = grace_begin (&q->requests);
+  pthread_mutex_lock (&q->release.lock);
+  if (q->release.durable.nr != 0) {
+    list_move (&q->release.waiting, &q->release.durable);
+    q->release.grace_under_way = true;
+    q->release.retiring = grace_begin (&q->requests);
   }
-  pthread_mutex_unlock (&q->release_lock);
+  pthread_mutex_unlock (&q->release.lock);
   return end_grace (q, wait);
 }
 
@@ -328,26 +333,26 @@ bool
 release_wants_reclaim (struct qcow2 *q)
 {
   const uint64_t bytes =
-    atomic_load_explicit (&q->pending_clusters, memory_order_relaxed)
+    atomic_load_explicit (&q->release.pending_clusters, memory_order_relaxed)
     << q->cluster_bits;
 
   return bytes > max_u64 (MAX_PENDING_BYTES,
                           container_size (q->container) / 8) ||
-    atomic_load_explicit (&q->pending_ranges, memory_order_relaxed)
+    atomic_load_explicit (&q->release.pending_ranges, memory_order_relaxed)
     > MAX_PENDING_RANGES;
 }
 
 bool
 release_is_empty (struct qcow2 *q)
 {
-  return atomic_load (&q->pending_clusters) == 0;
+  return atomic_load (&q->release.pending_clusters) == 0;
 }
 
 void
 release_free (struct qcow2 *q)
 {
-  free (q->released.ranges);
-  free (q->flushing.ranges);
-  free (q->durable.ranges);
-  free (q->waiting.ranges);
+  free (q->release.released.ranges);
+  free (q->release.flushing.ranges);
+  free (q->release.durable.ranges);
+  free (q->release.waiting.ranges);
 }

@@ -148,7 +148,7 @@ make_missing_blocks (struct repair *r)
   const uint64_t end = block_of (q, r->scan->end - 1) + 1;
   const uint64_t old_entries = q->rc.table_entries;
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
   if (make_blocks (r, 0, min_u64 (end, old_entries)) == -1)
     return -1;
   if (end <= old_entries)
@@ -163,7 +163,7 @@ make_missing_blocks (struct repair *r)
 static int
 set_count (struct qcow2 *q, uint64_t cluster, uint64_t count)
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
   return refcount_set (q, cluster, count);
 }
 
@@ -186,7 +186,7 @@ settle (struct qcow2 *q)
   const unsigned long lost = qcow2_lost (q);
   unsigned long epoch;
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->flush_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->flush.lock);
   release_flush_begins (q);
   if (refcounts_flush (q, lost) == -1) {
     release_flush_ends (q, false);
@@ -232,7 +232,7 @@ is_copied (struct repair *r, uint64_t cluster, bool *copied)
   uint64_t count = scan_count (r->scan, cluster);
 
   if (!r->scan->complete) {
-    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&r->q->alloc_lock);
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&r->q->rc.lock);
     if (refcount_get (r->q, cluster, &count) == -1)
       return -1;
   }
@@ -263,20 +263,6 @@ mend_flag (struct repair *r, uint64_t *entry, bool data)
 }
 
 static int
-write_entries (struct qcow2 *q, enum qcow2_class class, const void *buf,
-               size_t count, uint64_t offset)
-{
-  if (registry_check (q, class, offset, count) == -1)
-    return -1;
-  if (container_pwrite (q->container, buf, count, offset) == -1) {
-    report_error ("cannot write %s at host offset %#" PRIx64 ": %m",
-                  registry_class_name (class), offset);
-    return -1;
-  }
-  return 0;
-}
-
-static int
 mend_l2_table (struct repair *r, uint64_t table, uint8_t *buf)
 {
   struct qcow2 *q = r->q;
@@ -296,8 +282,8 @@ mend_l2_table (struct repair *r, uint64_t table, uint8_t *buf)
       end = at + 8;
     }
   }
-  return end == 0 ? 0 : write_entries (q, QCOW2_L2_TABLE, buf + first,
-                                       end - first, table + first);
+  return end == 0 ? 0 : gate_write (q, QCOW2_L2_TABLE, buf + first,
+                                    end - first, table + first);
 }
 
 /* One entry of the L1 table, and the L2 table that it refers to. */
@@ -316,10 +302,10 @@ mend_l1_entry (struct repair *r, uint32_t i, uint64_t entry, uint8_t *buf)
   if (!changed)
     return 0;
   put_be64 (&be, entry);
-  if (write_entries (q, QCOW2_L1_TABLE, &be, sizeof be,
-                     q->header.l1_offset + i * UINT64_C (8)) == -1)
+  if (gate_write (q, QCOW2_L1_TABLE, &be, sizeof be,
+                  q->header.l1_offset + i * UINT64_C (8)) == -1)
     return -1;
-  atomic_store (&q->l1[i], entry);
+  atomic_store (&q->l1.entries[i], entry);
   return 0;
 }
 
@@ -359,14 +345,14 @@ repair (struct repair *r)
 {
   struct qcow2 *q = r->q;
 
-  if (header_begin_repair (q) == -1 || make_missing_blocks (r) == -1 ||
+  if (gate_begin_repair (q) == -1 || make_missing_blocks (r) == -1 ||
       compare (r, raise_count) == -1 || settle (q) == -1)
     return -1;
   if (r->scan->complete &&
       (compare (r, lower_count) == -1 || settle (q) == -1))
     return -1;
   if (mend_flags (r) == -1 || qcow2_barrier (q) == -1 ||
-      header_end_repair (q) == -1)
+      gate_end_repair (q) == -1)
     return -1;
   q->rc.cursor = 0;
   return 0;

@@ -415,7 +415,7 @@ walk_snapshots (struct qcow2 *q, struct scan *s)
 static void
 look_for_unknown (struct qcow2 *q, struct scan *s)
 {
-  if (q->hs.unknown_extension)
+  if (q->hs.ext.unknown)
     incomplete (s, "its header has an extension that is unknown");
   if (q->header.autoclear & ~(AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_EXTERNAL))
     incomplete (s, "it has autoclear features that are unknown");

@@ -258,10 +258,10 @@ snapshots_select (struct qcow2 *q, const char *which)
   q->header.l1_entries = s.l1_entries;
   q->header.size = size;
   q->size = round_down (size, 512);
-  if (q->hs.bitmaps.count != 0)
+  if (q->hs.ext.bitmaps.count != 0)
     report_debug ("the bitmaps of the image are those of its disk, and not "
                   "offered with a snapshot");
-  memset (&q->hs.bitmaps, 0, sizeof q->hs.bitmaps);
+  memset (&q->hs.ext.bitmaps, 0, sizeof q->hs.ext.bitmaps);
   return 0;
 }
 
@@ -279,7 +279,7 @@ register_clusters (struct qcow2 *q, enum qcow2_class class,
       : damaged (q, "%s (of snapshot %" PRIu32 "), at %#" PRIx64 ", overlaps "
                  "other metadata", what, i, offset);
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->alloc_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
   for (uint64_t c = first; c < first + nr; ++c) {
     uint64_t count;
 

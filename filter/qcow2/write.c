@@ -31,27 +31,10 @@
 
 #include "qcow2/internal.h"
 
-int
-write_check_host (struct qcow2 *q, uint64_t host, uint64_t count)
-{
-  const uint64_t end = round_up (container_size (q->container),
-                                 q->cluster_size);
-
-  if (q->has_data_file)
-    return 0;                   /* a data file has no metadata */
-  if (range_exceeds (host, count, end)) {
-    report_error ("the image is corrupt: an L2 entry points to %#" PRIx64
-                  ", beyond the end of the file; see qemu-img check", host);
-    errno = EIO;
-    return -1;
-  }
-  return registry_check (q, QCOW2_DATA, host, count);
-}
-
 static int
 write_host (struct qcow2 *q, const void *buf, uint64_t count, uint64_t host)
 {
-  if (write_check_host (q, host, count) == -1)
+  if (change_check_host (q, host, count) == -1)
     return -1;
   if (container_pwrite (q->data, buf, count, host) == -1) {
     report_error ("cannot write %" PRIu64 " bytes at host offset %#" PRIx64
@@ -103,15 +86,6 @@ write_part (struct qcow2 *q, const struct new_clusters *new,
     return -1;
   memcpy (whole + (offset - start), buf, count);
   return write_host (q, whole, size, new_host (q, new, start));
-}
-
-bool
-reads_as_zeroes (const struct qcow2 *q, enum mapping_kind kind,
-                 uint64_t offset, uint64_t *length)
-{
-  if (kind == MAPPING_UNALLOCATED)
-    return layer_is_zero (q, offset, length);
-  return kind == MAPPING_ZERO || kind == MAPPING_ZERO_ALLOCATED;
 }
 
 /* Write the request into the new clusters, and the old data around it. */
@@ -173,7 +147,7 @@ get_clusters (struct qcow2 *q, struct new_clusters *new)
     new->host = first & ENTRY_OFFSET_MASK;
     new->nr = 1;
     new->reused = true;
-    return write_check_host (q, new->host, q->cluster_size);
+    return change_check_host (q, new->host, q->cluster_size);
   }
   if (q->extended_l2) {
     /* Subclusters that the request does not touch move, too. */
@@ -224,7 +198,7 @@ publish (struct qcow2 *q, const struct new_clusters *new, uint64_t offset,
         | bits;
     }
   }
-  if (mapping_set (q, new->guest_cluster, new->nr, entries) == -1)
+  if (change_entries (q, new->guest_cluster, new->nr, entries) == -1)
     return -1;
   if (!new->reused)
     for (uint64_t i = 0; i < new->nr; ++i)
@@ -324,33 +298,13 @@ write_some (struct qcow2 *q, const void *buf, uint64_t count, uint64_t offset,
   return r == -1 || in_place ? r : write_locked (q, &m, buf, offset, done);
 }
 
-/* After a failure: was the cause a lack of space, which clusters that are
- * kept back for the next flush can relieve?  If so, the failure need not be
- * reported.
- */
-bool
-write_may_retry (struct qcow2 *q, const struct report_hold *failure,
-                 bool *retried)
-{
-  const int err = errno;
-
-  if (err == ENOSPC && !*retried && !release_is_empty (q)) {
-    *retried = true;
-    if (reclaim_quietly (q) == 0)
-      return true;
-  }
-  errno = err;
-  report_held (failure);
-  return false;
-}
-
 int
 qcow2_write (struct qcow2 *q, const void *buf, uint64_t count, uint64_t offset)
 {
   const uint8_t *p = buf;
   bool retried = false;
 
-  if (header_begin_writing (q) == -1)
+  if (qcow2_begin_writing (q) == -1)
     return -1;
   while (count > 0) {
     struct report_hold hold;
@@ -366,7 +320,7 @@ qcow2_write (struct qcow2 *q, const void *buf, uint64_t count, uint64_t offset)
                     &done);
     report_hold_end (&hold);
     if (r == -1) {
-      if (write_may_retry (q, &hold, &retried))
+      if (change_may_retry (q, &hold, &retried))
         continue;
       return -1;
     }

@@ -514,7 +514,7 @@ live (struct run *r)
     stopped = qcow2_stop (r->q, bitmap_set_hooks (r->set)) == 0 &&
       bitmap_set_all_stored (r->set);
   r->fail_in = 0;
-  corrupt = atomic_load (&r->q->corrupt);
+  corrupt = atomic_load (&r->q->gate.corrupt);
   FUZZ_CHECK (!corrupt || r->model == NULL || r->failed,
               "a sound image is found corrupt");
   check_metadata (r, before);
