@@ -5,8 +5,9 @@
 
 """The house is as docs/ARCHITECTURE.md says: a room includes headers of
 rooms below it, and calls functions of rooms below it, never of those
-above; and each invariant (I1...) and wire rule (R1...) that the code or a
-test cites is defined there."""
+above; the files of qcow2/ do not call each other in circles; and each
+invariant (I1...) and wire rule (R1...) that the code or a test cites is
+defined there."""
 
 import os
 import re
@@ -78,7 +79,7 @@ def objects():
             source = re.sub(r"^lib\w*_la-|\.o$", "", name) + ".c"
             if name.endswith(".o") and os.path.exists(
                     os.path.join(top, "filter", here, source)):
-                result[os.path.join(here, name)] = (
+                result[os.path.normpath(os.path.join(here, name))] = (
                     "" if here == "." else here,
                     *symbols(os.path.join(base, name)))
     return result
@@ -90,6 +91,31 @@ def upward_calls(found):
     return [(path, name) for path, (where, _, needed) in found.items()
             for name in needed
             if name in home and LEVEL[home[name]] < LEVEL[where]]
+
+
+def arrows(found, here):
+    """{object file of a room: the others of the room that it calls}."""
+    own = {path: names for path, (where, *names) in found.items()
+           if where == here and
+           os.path.exists(os.path.join(top, "filter", path[:-2] + ".c"))}
+    assert len(own) > 5, "%s has hardly any object file" % here
+    home = {name: path for path, (defined, _) in own.items()
+            for name in defined}
+    return {path: {home[name] for name in needed if name in home} - {path}
+            for path, (_, needed) in own.items()}
+
+
+def circle(calls):
+    """The files that call each other in circles."""
+    def reached(path):
+        seen, todo = set(), list(calls[path])
+        while todo:
+            at = todo.pop()
+            if at not in seen:
+                seen.add(at)
+                todo += calls[at]
+        return seen
+    return sorted(path for path in calls if path in reached(path))
 
 
 CITED = re.compile(r"\b([IR](?:1[0-9]|[1-9]))\b")
@@ -142,11 +168,16 @@ if not found:
 assert {where for where, _, _ in found.values()} == set(ROOMS), \
     "a room has no object file: are they still found?"
 assert upward_calls(found) == [], upward_calls(found)
+calls = {here: arrows(found, here) for here in ["qcow2"]}
+for here in calls:
+    assert circle(calls[here]) == [], circle(calls[here])
 defined = defined_rules()
 assert undefined_rules(defined) == [], undefined_rules(defined)
 assert missing_in_index(defined) == [], missing_in_index(defined)
 # What is looked for would be found.
 assert missing_in_index(defined | {"I99"}) == ["I99"]
 assert undefined_rules(defined - {"I3"}) != []
+calls["qcow2"]["qcow2/gate.o"].add("qcow2/flush.o")
+assert "qcow2/gate.o" in circle(calls["qcow2"])
 LEVEL["disk"], LEVEL["nbd"] = LEVEL["nbd"], LEVEL["disk"]
 assert upward_includes() != [] and upward_calls(found) != []

@@ -18,7 +18,6 @@
 #include <stdint.h>
 
 struct qcow2;
-struct qcow2_flush_hooks;
 struct bitmap;
 struct bitmap_set;
 
@@ -31,6 +30,13 @@ struct bitmap_options {
   bool check_only;              /* write nothing, read no bits */
   bool keep;                    /* never mark a bitmap in_use, if possible:
                                    write bits ahead of the changes */
+
+  /* With keep: flush the image together with this set, by the steps below.
+   * A mark calls it, with no lock held, where the image has no clusters yet
+   * for the bits (keep.c).  Returns 0, or -1 with errno set and the reason
+   * reported.
+   */
+  int (*flush) (struct qcow2 *, struct bitmap_set *);
 
   /* There are backing files: bitmaps that expose names and the image does
    * not have may be in one of them.
@@ -80,8 +86,28 @@ extern bool bitmap_set_keeps (const struct bitmap_set *);
  */
 extern uint64_t bitmap_extra_bytes (const struct bitmap *);
 
-/* The hooks for qcow2_flush, which write the bitmaps. */
-extern const struct qcow2_flush_hooks *bitmap_set_hooks (struct bitmap_set *);
+/* The bitmaps' steps of a flush, which disk/flush.c conducts, one flush at a
+ * time:
+ *
+ *   data        write what may be on disk before the references are: new
+ *               clusters, and contents safe to overwrite.  Returns 1 if it
+ *               left something for the next flush, for lack of space, else 0
+ *   - barrier -
+ *   references  write the references to them.  Returns 1 if it wrote
+ *               anything, 0 if not
+ *   - barrier if references wrote -
+ *   settle      the references are durable.  Write what must only be on
+ *               disk after them, if anything, and then return 1
+ *   - barrier if settle wrote -
+ *   done        all of it is durable
+ *   failed      called after any step or barrier failed, instead of all
+ *               steps that would have followed
+ */
+extern int bitmap_flush_data (struct bitmap_set *);
+extern int bitmap_flush_references (struct bitmap_set *);
+extern int bitmap_flush_settle (struct bitmap_set *);
+extern void bitmap_flush_done (struct bitmap_set *);
+extern void bitmap_flush_failed (struct bitmap_set *);
 
 /* A flush succeeds even though bitmaps could not be stored.  Warn of that,
  * once while it lasts.  Call this after every flush.

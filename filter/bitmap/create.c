@@ -238,7 +238,7 @@ store (struct creation *c)
   if (write_clusters (set, QCOW2_BITMAP_DIRECTORY, c->directory,
                       c->directory_bytes, offset) == -1)
     return -1;
-  return ORDER (DIRECTORY_BEFORE_HEADER) ? qcow2_flush (set->image, NULL) : 0;
+  return ORDER (DIRECTORY_BEFORE_HEADER) ? qcow2_flush (set->image) : 0;
 }
 
 static void

@@ -50,13 +50,14 @@
  *
  * Locks: state_lock and reserve_lock of the set.  No thread ever holds both.
  * keep_lock is taken with no other lock held, and none is taken inside it.
- * The flush hooks run under the flush lock of qcow2/ and take either of them
- * inside it.  Marks hold no other lock when they take one.  Both call qcow2/
- * with one of them held.  qcow2/ then takes its own locks inside, but never
- * the flush lock: only qcow2_flush and qcow2_stop take that, and their
- * callers hold no lock of ours.  A section never waits for anything, so a
- * thread that waits for a grace period may hold any lock.  A section may be
- * entered with state_lock held.
+ * The steps of a flush run under the flush lock of qcow2/ and take state_lock
+ * or reserve_lock inside it.  Marks hold no other lock when they take one of
+ * these.  Both call qcow2/ with one of them held.  qcow2/ then takes its own
+ * locks inside, but never the flush lock: only disk/flush.c, qcow2_flush and
+ * qcow2_stop take that, and their callers hold no lock of ours.  A thread that
+ * leads a round (keep.c) is such a caller.  A section never waits for
+ * anything, so a thread that waits for a grace period may hold any lock.  A
+ * section may be entered with state_lock held.
  */
 
 #include <pthread.h>
@@ -196,8 +197,11 @@ struct bitmap_set {
 
   pthread_mutex_t reserve_lock; /* protects the fields above that say so */
 
-  /* keep.c.  keeps is fixed, and if it is false the rest is not used. */
+  /* keep.c.  keeps and flush are fixed.  If keeps is false, the rest is not
+   * used.
+   */
   bool keeps;
+  int (*flush) (struct qcow2 *, struct bitmap_set *); /* bitmap_options */
   atomic_bool loaded_is_durable; /* what was in the image when it was opened */
   pthread_mutex_t keep_lock;    /* protects the fields down to keep_why */
   pthread_cond_t keep_changed;
@@ -216,7 +220,6 @@ struct bitmap_set {
   tally fallbacks;              /* under state_lock */
 
   /* For the flush alone. */
-  struct qcow2_flush_hooks hooks;
   enum sync_phase phase;
   bool left_out;                /* this flush left out a bitmap */
   uint64_t sync_began, sync_bytes;
@@ -322,7 +325,6 @@ extern void bitmap_keep_reserved (struct bitmap *, uint32_t index,
                                   uint64_t reserved);
 
 /* sync.c */
-extern const struct qcow2_flush_hooks bitmap_sync_hooks;
 
 /* Write the bytes [offset, offset + count) of the array of bits, and zeroes
  * beyond its end, to a data cluster.  buffer has SYNC_BUFFER_BYTES.  If durable
@@ -336,8 +338,11 @@ extern int bitmap_write_bits (struct bitmap_set *, struct bitmap *,
 
 /* keep.c */
 
-/* For a set whose lists are made, before any mark. */
-extern int keep_init (struct bitmap_set *);
+/* For a set whose lists are made, before any mark.  flush is that of
+ * bitmap_options.
+ */
+extern int keep_init (struct bitmap_set *,
+                      int (*flush) (struct qcow2 *, struct bitmap_set *));
 extern void keep_free (struct bitmap_set *);
 
 /* Make durable what was loaded, since bits that are set already are never

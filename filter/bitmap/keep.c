@@ -24,7 +24,9 @@
  * Few writes are made durable one by one, many by one barrier.  Threads that
  * come meanwhile wait for the next round.  If a bitmap has no data cluster for
  * these bits yet, the leader lets a flush write them, with the table entry
- * (sync.c): that is two barriers, once for each cluster of bits.
+ * (sync.c): that is two barriers, once for each cluster of bits.  The room
+ * above conducts flushes, and has handed over how to ask for one
+ * (bitmap_options).
  *
  * If that fails, for one bitmap or all, its units are not ahead.  The mark
  * goes on as without all this, and makes the bitmap IN_USE (mark.c).  It is
@@ -42,11 +44,13 @@
  * holds reserve_lock meanwhile (bitmap_write_bits).
  *
  * Locks: keep_lock is held for a moment, with no other lock.  The leader and
- * the tidying thread hold no lock, and exclude each other by keep_busy.
+ * the tidying thread hold no lock, and exclude each other by keep_busy.  So
+ * the leader may flush.
  */
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -87,10 +91,13 @@ has_any_entry (const struct bitmap *b)
 }
 
 int
-keep_init (struct bitmap_set *set)
+keep_init (struct bitmap_set *set,
+           int (*flush) (struct qcow2 *, struct bitmap_set *))
 {
   bool any = false;
 
+  assert (flush != NULL);
+  set->flush = flush;
   set->keep_buffer = malloc (SYNC_BUFFER_BYTES);
   if (set->keep_buffer == NULL) {
     report_error ("malloc: %m");
@@ -265,7 +272,7 @@ flush_entries (struct bitmap_set *set, struct keep_want *wants, size_t nr)
     if (wants[i].needs_entry)
       atomic_fetch_add (&wants[i].bitmap->nr_entries_wanted, 1);
   atomic_fetch_add (&set->nr_entries_wanted, 1);
-  r = qcow2_flush (set->image, bitmap_set_hooks (set));
+  r = set->flush (set->image, set);
   atomic_fetch_sub (&set->nr_entries_wanted, 1);
   for (size_t i = 0; i < nr; ++i) {
     if (!wants[i].needs_entry)

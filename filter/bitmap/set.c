@@ -252,8 +252,6 @@ set_init (struct bitmap_set *set, struct qcow2 *image,
   set->geometry.container_size_bytes =
     container_size (qcow2_container (image));
   set->geometry.cluster_size_bytes = qcow2_cluster_size (image);
-  set->hooks = bitmap_sync_hooks;
-  set->hooks.opaque = set;
   set->is_backing = backing_path != NULL;
   if (!set->is_backing)
     set->prefix = strdup ("");
@@ -286,7 +284,7 @@ set_fill (struct bitmap_set *set, const struct bitmap_options *options)
     return -1;
   /* A disk of no bytes has no units. */
   return options->keep && set->nr_recording > 0 &&
-    set->geometry.disk_size_bytes > 0 ? keep_init (set) : 0;
+    set->geometry.disk_size_bytes > 0 ? keep_init (set, options->flush) : 0;
 }
 
 struct bitmap_set *
@@ -333,12 +331,6 @@ bitmap_set_close (struct bitmap_set *set)
   pthread_cond_destroy (&set->keep_changed);
   keep_free (set);
   free (set);
-}
-
-const struct qcow2_flush_hooks *
-bitmap_set_hooks (struct bitmap_set *set)
-{
-  return &set->hooks;
 }
 
 size_t

@@ -6,8 +6,8 @@
 /* From RAM to the image, within a flush.
  *
  * internal.h has the states and the invariants.  A flush that finds every
- * bitmap SYNCED does nothing.  Otherwise the hooks do the following for the
- * bitmaps that record:
+ * bitmap SYNCED does nothing.  Otherwise the steps that disk/flush.c
+ * conducts do the following for the bitmaps that record:
  *
  * A bitmap that is kept (keep.c) is SYNCED, and a flush does nothing for it
  * but write the pieces for which keep.c wants a table entry, by the first
@@ -23,7 +23,7 @@
  * all ones, which is pending, too.
  *
  * references: the taken pieces are durable.  Pending entries are written.
- * Bitmaps that have none are closed: the state becomes CLOSING, and the hook
+ * Bitmaps that have none are closed: the state becomes CLOSING, and this step
  * waits for the marks under way.  If no piece has been flagged since data,
  * in_use is cleared in the image, which leaves the bitmap DOUBTFUL.
  * Otherwise the bitmap is IN_USE again, for the next flush to close.
@@ -295,10 +295,9 @@ write_data (struct bitmap_set *set, struct bitmap *b)
   return err == ENOSPC;
 }
 
-static int
-sync_data (void *opaque)
+int
+bitmap_flush_data (struct bitmap_set *set)
 {
-  struct bitmap_set *set = opaque;
   int r = 0;
 
   if (atomic_load (&set->nr_unsettled) == 0 &&
@@ -434,10 +433,9 @@ write_entries (struct bitmap_set *set, struct bitmap *b)
     note_left_out (set, &hold);
 }
 
-static int
-sync_references (void *opaque)
+int
+bitmap_flush_references (struct bitmap_set *set)
 {
-  struct bitmap_set *set = opaque;
   bool wrote = false;
   int r;
 
@@ -467,11 +465,9 @@ sync_references (void *opaque)
   return r == -1 ? -1 : r || wrote;
 }
 
-static int
-sync_settle (void *opaque)
+int
+bitmap_flush_settle (struct bitmap_set *set)
 {
-  struct bitmap_set *set = opaque;
-
   if (set->phase == SYNC_IDLE)
     return 0;
   set->phase = SYNC_SETTLE;
@@ -515,20 +511,16 @@ end_flush (struct bitmap_set *set, bool success)
   tally_add (&set->syncs_bytes[success], set->sync_bytes);
 }
 
-static void
-sync_done (void *opaque)
+void
+bitmap_flush_done (struct bitmap_set *set)
 {
-  struct bitmap_set *set = opaque;
-
   if (set->phase != SYNC_IDLE)
     end_flush (set, true);
 }
 
-static void
-sync_failed (void *opaque)
+void
+bitmap_flush_failed (struct bitmap_set *set)
 {
-  struct bitmap_set *set = opaque;
-
   if (set->phase == SYNC_IDLE)
     return;
   if (set->phase == SYNC_DATA) {
@@ -539,14 +531,6 @@ sync_failed (void *opaque)
   }
   end_flush (set, false);
 }
-
-const struct qcow2_flush_hooks bitmap_sync_hooks = {
-  .data = sync_data,
-  .references = sync_references,
-  .settle = sync_settle,
-  .done = sync_done,
-  .failed = sync_failed,
-};
 
 void
 bitmap_set_get_numbers (const struct bitmap_set *set,

@@ -27,6 +27,7 @@
 #include "common/report.h"
 #include "container/container.h"
 #include "disk/disk.h"
+#include "disk/flush.h"
 #include "qcow2/order.h"
 #include "qcow2/qcow2.h"
 
@@ -95,6 +96,7 @@ open_sets (struct disk *d, const struct disk_options *o, bool check_only)
     .expose = o->expose, .nr_expose = o->nr_expose,
     .check_only = check_only,
     .keep = o->keep,
+    .flush = image_flush,
     .has_backing = nr_backing > 0,
   };
 
@@ -244,9 +246,9 @@ disk_stop (struct disk *d)
   if (qcow2_is_readonly (d->qcow2))
     return 0;
   disk_tidy (d, true);
-  int r = qcow2_stop (d->qcow2, bitmap_set_hooks (d->bitmaps));
+  int r = image_stop (d->qcow2, d->bitmaps);
   if (bitmap_set_give_back_reserved (d->bitmaps) &&
-      qcow2_stop (d->qcow2, NULL) == -1)
+      qcow2_stop (d->qcow2) == -1)
     r = -1;
   /* This reports which bitmaps could not be stored. */
   const bool stored = bitmap_set_all_stored (d->bitmaps);
@@ -384,7 +386,7 @@ disk_trim (struct disk *d, uint64_t count, uint64_t offset, bool fua)
 int
 disk_sync (struct disk *d)
 {
-  const int r = qcow2_flush (d->qcow2, bitmap_set_hooks (d->bitmaps));
+  const int r = image_flush (d->qcow2, d->bitmaps);
 
   bitmap_set_tell_unstored (d->bitmaps);
   return r;
@@ -394,7 +396,7 @@ int
 disk_settle (struct disk *d)
 {
   disk_tidy (d, true);
-  const int r = qcow2_settle (d->qcow2, bitmap_set_hooks (d->bitmaps));
+  const int r = image_settle (d->qcow2, d->bitmaps);
 
   bitmap_set_tell_unstored (d->bitmaps);
   return r;

@@ -11,13 +11,14 @@
 #include <inttypes.h>
 
 #include "qcow2/internal.h"
+#include "qcow2/steps.h"
 
 int
 change_entries (struct qcow2 *q, uint64_t guest_cluster, unsigned nr,
                 const struct l2_entry *entries)
 {
   while (l2_set (q, guest_cluster, nr, entries) == -1)
-    if (errno != EAGAIN || flush_metadata (q) == -1)
+    if (errno != EAGAIN || qcow2_flush (q) == -1)
       return -1;
   return 0;
 }
@@ -60,7 +61,7 @@ change_may_retry (struct qcow2 *q, const struct report_hold *failure,
 
   if (err == ENOSPC && !*retried && !release_is_empty (q)) {
     *retried = true;
-    if (reclaim_quietly (q) == 0)
+    if (qcow2_reclaim_quietly (q) == 0)
       return true;
   }
   errno = err;

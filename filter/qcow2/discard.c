@@ -32,6 +32,7 @@
 #include <stdlib.h>
 
 #include "qcow2/internal.h"
+#include "qcow2/steps.h"
 
 static const uint8_t zeroes[65536];
 
@@ -283,7 +284,7 @@ for_each_slice (struct qcow2 *q, const struct units *u, slice_function *fn)
     if (request_goes_on (q) == -1)
       return -1;
     if (release_wants_reclaim (q))
-      reclaim_quietly (q);
+      qcow2_reclaim_quietly (q);
     report_hold_begin (&hold);
     range_lock_take (q, &range, first, first + nr - 1);
     r = fn (q, u, first, nr);

@@ -13,6 +13,7 @@
  *   discard.c, write.c
  *   change.c          what these two share
  *   read.c            guest data, here or in the backing file
+ *   stop.c            freeing clusters at once; the clean stop
  *   flush.c           the steps of a flush; the image flushed alone
  *   reuse.c           places that lost their data and stay the guest's
  *   mapping.c         guest offset to host offset, L1 and L2 entries

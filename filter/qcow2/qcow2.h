@@ -176,56 +176,17 @@ extern int qcow2_extent (struct qcow2 *, uint64_t offset, uint64_t limit,
  */
 extern void qcow2_hurry (struct qcow2 *, unsigned grace_ms);
 
-/* Flushing, in the order of writes of the design.
- *
- * Other rooms that keep metadata in the image (bitmap/) take part through
- * hooks, which are called in this order, one flush at a time:
- *
- *   data        write what may be on disk before the references are: new
- *               clusters, and contents safe to overwrite.  Returns 1 if it
- *               left something for the next flush, for lack of space, else 0
- *   - refcount blocks are written; barrier -
- *   references  write the references to them.  Returns 1 if it wrote
- *               anything, 0 if not
- *   - L2 and L1 entries are written; barrier if anything was -
- *   settle      the references are durable.  Writes what must only be on
- *               disk after them, if anything, and then returns 1
- *   - barrier if settle returned 1 -
- *   done        all of it is durable
- *   failed      called after any hook or write or barrier failed, instead of
- *               all hooks that would have followed
- *
- * If one of the first three fails, the flush goes on without hooks, and does
- * not report that: the hooks know what they could not do.
- *
- * Hooks may call qcow2_alloc, qcow2_release, qcow2_read_metadata and
- * qcow2_write_metadata, but not flush.  hooks may be NULL.
- *
- * If another flush began after this one was called, and succeeded, this one
- * succeeds, too.  If hooks lacked space, and the clusters released so far
- * may help, it flushes again.
+/* Flush the image alone, without the bitmaps that bitmap/ keeps in it;
+ * disk/flush.c flushes both.  If another flush began after this one was
+ * called, and succeeded, this one succeeds, too.
  */
-struct qcow2_flush_hooks {
-  int (*data) (void *opaque);
-  int (*references) (void *opaque);
-  int (*settle) (void *opaque);
-  void (*done) (void *opaque);
-  void (*failed) (void *opaque);
-  void *opaque;
-};
-extern int qcow2_flush (struct qcow2 *, const struct qcow2_flush_hooks *);
+extern int qcow2_flush (struct qcow2 *);
 
-/* Flush, and free the released clusters, so that qcow2_stop has nothing to
- * write if no change comes in between.
+/* A clean stop of the image alone: flush, free the released clusters so that
+ * nothing is leaked, and cut the container to the used part.  No request is
+ * under way.  If nothing was ever written, this writes nothing.
  */
-extern int qcow2_settle (struct qcow2 *, const struct qcow2_flush_hooks *);
-
-/* A clean stop: flush, free the released clusters so that nothing is leaked,
- * and cut the container to the used part.  No request is under way.  If
- * nothing was ever written, this writes nothing.  Failed hooks do not make
- * it fail.
- */
-extern int qcow2_stop (struct qcow2 *, const struct qcow2_flush_hooks *);
+extern int qcow2_stop (struct qcow2 *);
 
 /* Metadata that other rooms keep in the image.
  *
@@ -272,8 +233,8 @@ extern void qcow2_unregister_bitmaps (struct qcow2 *);
  * known to be zeroes.
  *
  * This, qcow2_release, qcow2_write_metadata and qcow2_barrier never wait
- * for a flush, so they can be called with a lock held that the hooks of
- * a flush take.
+ * for a flush, so they can be called with a lock held that the bitmaps'
+ * steps of a flush take.
  */
 extern int qcow2_alloc (struct qcow2 *, enum qcow2_class,
                         uint64_t nr_clusters, uint64_t *host_offset,

@@ -30,6 +30,7 @@
 #include <stdlib.h>
 
 #include "qcow2/internal.h"
+#include "qcow2/steps.h"
 
 static int
 write_host (struct qcow2 *q, const void *buf, uint64_t count, uint64_t host)
@@ -314,7 +315,7 @@ qcow2_write (struct qcow2 *q, const void *buf, uint64_t count, uint64_t offset)
     if (request_goes_on (q) == -1)
       return -1;
     if (release_wants_reclaim (q))
-      reclaim_quietly (q);
+      qcow2_reclaim_quietly (q);
     report_hold_begin (&hold);
     r = write_some (q, p, piece_of (count, offset, DATA_PIECE), offset,
                     &done);

@@ -28,6 +28,7 @@
 #include "bitmap/bitmap.h"
 #include "bitmap/internal.h"
 #include "common/bytes.h"
+#include "disk/flush.h"
 #include "fuzz.h"
 #include "qcow2/qcow2.h"
 
@@ -318,7 +319,7 @@ run_program (struct run *r)
 
     count = min_u64 (count, r->disk_size - offset);
     if (count == 0)
-      qcow2_flush (r->q, bitmap_set_hooks (r->set));
+      image_flush (r->q, r->set);
     else {
       r->nr_attempted++;
       if (bitmap_set_mark (r->set, offset, count) == 0) {
@@ -341,7 +342,7 @@ live (struct run *r)
   look (r);
   if (r->disk_size > 0)
     run_program (r);
-  stopped = qcow2_stop (r->q, bitmap_set_hooks (r->set)) == 0 &&
+  stopped = image_stop (r->q, r->set) == 0 &&
     bitmap_set_all_stored (r->set);
   FUZZ_CHECK (stopped || r->nr_attempted > 0, "stopping fails");
   close_image (r);

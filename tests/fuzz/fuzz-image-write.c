@@ -30,6 +30,7 @@
 #include "bitmap/bitmap.h"
 #include "common/bytes.h"
 #include "crash-check.h"
+#include "disk/flush.h"
 #include "fuzz.h"
 #include "qcow2/internal.h"
 
@@ -399,7 +400,7 @@ run_step (struct run *r, const uint8_t *p)
 
   switch (what) {
   case STEP_FLUSH:
-    qcow2_flush (r->q, how & 1 ? NULL : bitmap_set_hooks (r->set));
+    image_flush (r->q, how & 1 ? NULL : r->set);
     return true;
   case STEP_READ:
     look (r->q, count, offset);
@@ -511,7 +512,7 @@ live (struct run *r)
   stopped = qcow2_size (r->q) == 0 || run_program (r);
   compare_model (r);
   if (stopped)
-    stopped = qcow2_stop (r->q, bitmap_set_hooks (r->set)) == 0 &&
+    stopped = image_stop (r->q, r->set) == 0 &&
       bitmap_set_all_stored (r->set);
   r->fail_in = 0;
   corrupt = atomic_load (&r->q->gate.corrupt);

@@ -174,7 +174,7 @@ random_request (struct random_requests *r)
       check_trimmed (r, count, offset, buf);
     break;
   case 7:
-    ret = qcow2_flush (r->q, NULL);
+    ret = qcow2_flush (r->q);
     break;
   case 8:
     ret = read_in_chunks (r, buf, count, offset);

@@ -20,6 +20,7 @@
 #include <cmocka.h>
 
 #include "common/bytes.h"
+#include "disk/flush.h"
 #include "image.h"
 #include "bitmap-image.h"
 
@@ -58,9 +59,9 @@ test_first (void **state)
     assert_int_equal (bitmap_granularity (bitmap_set_exposed (set, 0)),
                       granularity[bits - 9]);
     assert_int_equal (bitmap_set_mark (set, MIB, 1), 0);
-    assert_int_equal (qcow2_flush (q, bitmap_set_hooks (set)), 0);
+    assert_int_equal (image_flush (q, set), 0);
     assert_true (bitmap_set_all_stored (set));
-    assert_int_equal (qcow2_stop (q, bitmap_set_hooks (set)), 0);
+    assert_int_equal (image_stop (q, set), 0);
     bitmap_set_close (set);
     qcow2_close (q);
 
@@ -121,7 +122,7 @@ test_append (void **state)
   assert_int_equal (get_be32 (now.p + directory + 32 + 12), 0);
   assert_int_equal (get_be32 (now.p + directory + 96 + 12), 3);
   assert_int_equal (get_be32 (now.p + crafted.entry[0] + 12), 2);
-  assert_int_equal (qcow2_stop (q, bitmap_set_hooks (set)), 0);
+  assert_int_equal (image_stop (q, set), 0);
   assert_true (bitmap_set_all_stored (set));
   assert_int_equal (get_be32 (now.p + directory + 12), 2);
 
@@ -281,7 +282,7 @@ test_errors (void **state)
       assert_non_null (set);
       now = recorder_image (c);
       assert_old_or_new (&now, true);
-      assert_int_equal (qcow2_stop (q, bitmap_set_hooks (set)), 0);
+      assert_int_equal (image_stop (q, set), 0);
       bitmap_set_close (set);
       qcow2_close (q);
       image_check (c, 0);
@@ -316,7 +317,7 @@ test_crash (void **state)
   set = open_set_requiring (q, "new", 512);
   assert_non_null (set);
   mark_and_note (set, c, 3 * MIB, 1024);
-  assert_int_equal (qcow2_stop (q, bitmap_set_hooks (set)), 0);
+  assert_int_equal (image_stop (q, set), 0);
   bitmap_set_close (set);
   qcow2_close (q);
   n = recorder_crash (c, 256, 1);

@@ -35,6 +35,7 @@ static bool slow_set (struct bits *bits, uint64_t first, uint64_t last);
 
 #include "image.h"
 #include "bitmap-image.h"
+#include "disk/flush.h"
 
 #define MIB (UINT64_C (1) << 20)
 #define LIMIT (1 << 20)
@@ -76,7 +77,8 @@ struct world {
 static void
 open_world (struct world *w)
 {
-  const struct bitmap_options options = { .keep = true };
+  const struct bitmap_options options = { .keep = true,
+                                          .flush = image_flush };
 
   craft (&w->crafted, 12, SIZE, specs, 3);
   w->c = recorder_open (&w->crafted.bytes, LIMIT);
@@ -178,7 +180,7 @@ test_cost (void **state)
   assert_cost (&w, 0, 0, mark_and_note (w.set, w.c, 3 * MIB, 512));
   assert_cost (&w, 0, 0, mark_and_note (w.set, w.c, 4 * MIB - 9, 9));
   assert_cost (&w, 0, 0, assert_int_equal
-               (qcow2_flush (w.q, bitmap_set_hooks (w.set)), 0));
+               (image_flush (w.q, w.set), 0));
 
   /* Over a border: the part that is ahead is written along. */
   assert_cost (&w, 2, 1, mark_and_note (w.set, w.c, 4 * MIB - 9, 10));
@@ -281,7 +283,7 @@ test_failures (void **state)
       recorder_stop_failing (w.c);
 
       mark_and_note (w.set, w.c, MIB, 1);
-      assert_int_equal (qcow2_flush (w.q, bitmap_set_hooks (w.set)), 0);
+      assert_int_equal (image_flush (w.q, w.set), 0);
       assert_true (bitmap_set_all_stored (w.set));
       mark_and_note (w.set, w.c, 40 * MIB, 1);
       assert_true (bitmap_set_all_stored (w.set));
@@ -340,7 +342,7 @@ one_race (uint64_t seed)
     nanosleep (&pause, NULL);
     assert_int_equal (bitmap_set_tidy (r.w.set, nr % 2), 0);
     if (++nr % 8 == 0)
-      assert_int_equal (qcow2_flush (r.w.q, bitmap_set_hooks (r.w.set)), 0);
+      assert_int_equal (image_flush (r.w.q, r.w.set), 0);
   }
   for (unsigned i = 0; i < MARKERS; ++i)
     pthread_join (markers[i], NULL);

@@ -24,6 +24,7 @@
 #include <cmocka.h>
 
 #include "common/bytes.h"
+#include "disk/flush.h"
 #include "qcow2/bitmap-directory.h"
 #include "bitmap-image.h"
 
@@ -90,7 +91,7 @@ assert_damaged (struct crafted *crafted, const char *message, bool distrust)
   assert_int_equal (recorder_writes (c), 0);
   assert_int_equal (qcow2_write (q, &byte, 1, 1234567), 0);
   assert_int_equal (autoclear (c), distrust ? 0 : 1);
-  assert_int_equal (qcow2_flush (q, bitmap_set_hooks (set)), 0);
+  assert_int_equal (image_flush (q, set), 0);
   byte = 0;
   assert_int_equal (qcow2_read (q, &byte, 1, 1234567), 0);
   assert_int_equal (byte, 'x');
@@ -317,7 +318,7 @@ test_read_only (void **state)
     assert_int_equal (bitmap_set_nr_exposed (set), i < 2 ? 0 : 2);
     assert_int_equal (bitmap_set_mark (set, 0, 1), -1);
     assert_int_equal (errno, EROFS);
-    assert_int_equal (qcow2_flush (q, bitmap_set_hooks (set)), 0);
+    assert_int_equal (image_flush (q, set), 0);
     assert_int_equal (recorder_writes (c) + recorder_flushes (c), 0);
     bitmap_set_close (set);
     qcow2_close (q);
@@ -361,7 +362,7 @@ test_in_use (void **state)
     assert_string_equal (bitmap_name (bitmap_set_exposed (set, 0)), "b1");
 
     assert_int_equal (bitmap_set_mark (set, 0, 64 * MIB), 0);
-    assert_int_equal (qcow2_flush (q, bitmap_set_hooks (set)), 0);
+    assert_int_equal (image_flush (q, set), 0);
     assert_true (bitmap_set_all_stored (set));
     now = recorder_image (c);
     assert_memory_equal (now.p + crafted.entry[0],
@@ -582,7 +583,7 @@ ones_cost_nothing (uint64_t nr, enum large large, uint64_t end)
   }
   if (getenv ("UNDER_VALGRIND") == NULL)
     assert_true (private_bytes () - before < 16 * MIB);
-  assert_int_equal (qcow2_stop (q, bitmap_set_hooks (set)), 0);
+  assert_int_equal (image_stop (q, set), 0);
   assert_true (bitmap_set_all_stored (set));
   bitmap_set_close (set);
   qcow2_close (q);

@@ -27,6 +27,7 @@
 #include <cmocka.h>
 
 #include "bitmap/internal.h"
+#include "disk/flush.h"
 
 static void slow_flag (struct changes *changes, uint64_t piece);
 static bool slow_set (struct bits *bits, uint64_t first, uint64_t last);
@@ -150,11 +151,11 @@ one_round (uint64_t seed, unsigned long *nr_cleared)
   for (unsigned i = 0; i < MARKERS; ++i)
     pthread_create (&markers[i], NULL, mark_thread, &w);
   while (atomic_load (&w.markers_left) > 0)
-    assert_int_equal (qcow2_flush (w.q, bitmap_set_hooks (w.set)), 0);
+    assert_int_equal (image_flush (w.q, w.set), 0);
   for (unsigned i = 0; i < MARKERS; ++i)
     pthread_join (markers[i], NULL);
 
-  assert_int_equal (qcow2_flush (w.q, bitmap_set_hooks (w.set)), 0);
+  assert_int_equal (image_flush (w.q, w.set), 0);
   assert_true (bitmap_set_all_stored (w.set));
   assert_int_equal (atomic_load (&w.nr_lacking), 0);
   *nr_cleared += atomic_load (&w.nr_cleared);

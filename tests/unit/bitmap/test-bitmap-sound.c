@@ -17,6 +17,7 @@
 
 #include <cmocka.h>
 
+#include "disk/flush.h"
 #include "image.h"
 #include "bitmap-image.h"
 
@@ -84,7 +85,7 @@ test_sound (void **state)
   assert_false (dirty);
 
   /* Nothing is written for looking (I4). */
-  assert_int_equal (qcow2_flush (q, bitmap_set_hooks (set)), 0);
+  assert_int_equal (image_flush (q, set), 0);
   assert_int_equal (recorder_writes (c), 0);
   assert_true (bitmap_set_all_stored (set));
 
@@ -124,7 +125,7 @@ test_tail (void **state)
                                   &dirty), size);
     assert_true (dirty);
     assert_int_equal (bitmap_set_mark (set, 0, size), 0);
-    assert_int_equal (qcow2_flush (q, bitmap_set_hooks (set)), 0);
+    assert_int_equal (image_flush (q, set), 0);
     assert_int_equal (recorder_writes (c), 0);
     bitmap_set_close (set);
     qcow2_close (q);

@@ -20,6 +20,7 @@
 #include <cmocka.h>
 
 #include "common/bytes.h"
+#include "disk/flush.h"
 #include "image.h"
 #include "bitmap-image.h"
 
@@ -71,15 +72,15 @@ close_world (struct world *w)
 static int
 flush (struct world *w)
 {
-  return qcow2_flush (w->q, bitmap_set_hooks (w->set));
+  return image_flush (w->q, w->set);
 }
 
 static void
 stop_cleanly (struct world *w)
 {
-  assert_int_equal (qcow2_stop (w->q, bitmap_set_hooks (w->set)), 0);
+  assert_int_equal (image_stop (w->q, w->set), 0);
   if (bitmap_set_give_back_reserved (w->set))
-    assert_int_equal (qcow2_stop (w->q, NULL), 0);
+    assert_int_equal (qcow2_stop (w->q), 0);
 }
 
 static uint32_t
@@ -311,18 +312,16 @@ test_last_barrier_fails (void **state)
   close_world (&w);
 }
 
-/* A mark in each gap between two hooks, of a flush that succeeds or
+/* A mark in each gap between two steps, of a flush that succeeds or
  * fails there.
  */
 static void
-marks_between_hooks (unsigned gap, bool fail, bool fresh)
+marks_between_steps (unsigned gap, bool fail, bool fresh)
 {
-  const struct qcow2_flush_hooks *h;
   struct world w;
   int r;
 
   open_world (&w, 12);
-  h = bitmap_set_hooks (w.set);
   mark_and_note (w.set, w.c, 0, 512);
   if (!fresh) {
     assert_int_equal (flush (&w), 0);
@@ -333,29 +332,29 @@ marks_between_hooks (unsigned gap, bool fail, bool fresh)
   if (gap == (n)) {                                             \
     mark_and_note (w.set, w.c, 4 * MIB, 4096 + 1);              \
     if (fail) {                                                 \
-      h->failed (h->opaque);                                    \
+      bitmap_flush_failed (w.set);                                    \
       goto out;                                                 \
     }                                                           \
   }
 
-  assert_int_equal (h->data (h->opaque), 0);
+  assert_int_equal (bitmap_flush_data (w.set), 0);
   GAP (0);
   assert_int_equal (qcow2_barrier (w.q), 0);
   GAP (1);
-  r = h->references (h->opaque);
+  r = bitmap_flush_references (w.set);
   assert_int_not_equal (r, -1);
   GAP (2);
   if (r == 1)
     assert_int_equal (qcow2_barrier (w.q), 0);
   GAP (3);
-  r = h->settle (h->opaque);
+  r = bitmap_flush_settle (w.set);
   assert_int_not_equal (r, -1);
   GAP (4);
   if (r == 1)
     assert_int_equal (qcow2_barrier (w.q), 0);
   GAP (5);
 #undef GAP
-  h->done (h->opaque);
+  bitmap_flush_done (w.set);
 
  out:
   /* The mark came too late to be stored, and nobody says that it was. */
@@ -371,12 +370,12 @@ marks_between_hooks (unsigned gap, bool fail, bool fresh)
 }
 
 static void
-test_marks_between_hooks (void **state)
+test_marks_between_steps (void **state)
 {
   (void) state;
   for (unsigned gap = 0; gap < 6; ++gap)
     for (unsigned i = 0; i < 4; ++i)
-      marks_between_hooks (gap, i & 1, i & 2);
+      marks_between_steps (gap, i & 1, i & 2);
 }
 
 /* A fixed sequence of marks, guest writes and flushes that goes through
@@ -559,7 +558,7 @@ main (void)
     cmocka_unit_test (test_no_reservation),
     cmocka_unit_test (test_mark_fails),
     cmocka_unit_test (test_last_barrier_fails),
-    cmocka_unit_test (test_marks_between_hooks),
+    cmocka_unit_test (test_marks_between_steps),
     cmocka_unit_test (test_crash),
     cmocka_unit_test (test_failures),
     cmocka_unit_test (test_no_space),

@@ -21,6 +21,7 @@
 #include <cmocka.h>
 
 #include "common/bytes.h"
+#include "disk/flush.h"
 #include "image.h"
 #include "bitmap-image.h"
 
@@ -79,7 +80,7 @@ flush_thread (void *arg)
   struct world *w = arg;
 
   while (atomic_load (&w->markers_left) > 0)
-    qcow2_flush (w->q, bitmap_set_hooks (w->set));
+    image_flush (w->q, w->set);
   return NULL;
 }
 
@@ -158,10 +159,10 @@ one_round (unsigned cluster_bits, unsigned marks, bool failures,
   if (!failures)
     assert_int_equal (atomic_load (&w.failed_marks), 0);
   recorder_stop_failing (w.c);
-  assert_int_equal (qcow2_flush (w.q, bitmap_set_hooks (w.set)), 0);
+  assert_int_equal (image_flush (w.q, w.set), 0);
   assert_synced (&w);
   n = recorder_crash (w.c, 3, seed);
-  assert_int_equal (qcow2_stop (w.q, bitmap_set_hooks (w.set)), 0);
+  assert_int_equal (image_stop (w.q, w.set), 0);
   image_check (w.c, 1);
 
   bitmap_set_close (w.set);

@@ -95,7 +95,7 @@ check_refused (int (*change) (struct qcow2 *), uint64_t flags,
   uint64_t l2_offset, victim, entry;
 
   assert_int_equal (qcow2_write (q, data, sizeof data, 2 * CLUSTER), 0);
-  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (qcow2_stop (q), 0);
   qcow2_close (q);
 
   l2_offset = read_be64 (c, read_be64 (c, 40)) & OFFSET_MASK;
@@ -108,8 +108,8 @@ check_refused (int (*change) (struct qcow2 *), uint64_t flags,
   q = open_image (c);
   assert_int_equal (change (q), -1);
   assert_int_equal (errno, EIO);
-  qcow2_flush (q, NULL);
-  qcow2_stop (q, NULL);
+  qcow2_flush (q);
+  qcow2_stop (q);
   qcow2_close (q);
   assert_int_equal (container_pread (c, after, CLUSTER, victim), 0);
   assert_memory_equal (before, after, CLUSTER);
@@ -212,7 +212,7 @@ check_table_fault (unsigned nr_left)
 
   q = open_image (c);
   assert_int_equal (fill (q, 0), NR_PIECES);
-  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (qcow2_stop (q), 0);
   qcow2_close (q);
   image_check (c, 0);
   container_close (c);
@@ -297,7 +297,7 @@ test_stop_with_wrong_refcounts (void **state)
   memset (data, 7, sizeof data);
   assert_int_equal (qcow2_write (q, data, CLUSTER, 0), 0);
   assert_int_equal (qcow2_write (q, data, CLUSTER, CLUSTER), 0);
-  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (qcow2_stop (q), 0);
   qcow2_close (q);
   size = container_size (c);
   l2_offset = read_be64 (c, read_be64 (c, 40)) & OFFSET_MASK;
@@ -307,7 +307,7 @@ test_stop_with_wrong_refcounts (void **state)
   forget_refcounts (c, last);
   q = open_image (c);
   assert_int_equal (qcow2_trim (q, CLUSTER, 0), 0);
-  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (qcow2_stop (q), 0);
   assert_int_equal (container_size (c), size);
   assert_int_equal (qcow2_read (q, read, CLUSTER, CLUSTER), 0);
   assert_memory_equal (read, data, CLUSTER);
@@ -318,7 +318,7 @@ test_stop_with_wrong_refcounts (void **state)
   /* The first free cluster would be the header. */
   assert_int_equal (qcow2_write (q, data, CLUSTER, 9 * CLUSTER), -1);
   assert_int_equal (errno, EIO);
-  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (qcow2_stop (q), 0);
   qcow2_close (q);
   assert_true (container_size (c) >= size);
   q = qcow2_open (c, &(struct qcow2_options) {

@@ -94,7 +94,7 @@ open_filled (const char *options)
         (qcow2_write (q, buf, sizeof buf,
                       (i * in_slice + j) * q->cluster_size
                       + (i + j) % 4 * 4096), 0);
-  assert_int_equal (qcow2_flush (q, NULL), 0);
+  assert_int_equal (qcow2_flush (q), 0);
 }
 
 static void

@@ -278,7 +278,7 @@ act (void *opaque)
     /* A part of a compressed cluster is not discarded. */
     const bool optional = part->play->scene->compressed &&
       s[i].verb == TRIM && s[i].to - s[i].from < EIGHTHS;
-    const int r = s[i].verb == FLUSH ? qcow2_flush (q, NULL)
+    const int r = s[i].verb == FLUSH ? qcow2_flush (q)
       : s[i].verb == READ ? read_some (q, s[i].from, s[i].to)
       : change_some (q, &s[i], value, optional);
 
@@ -390,7 +390,7 @@ static void
 end_play (struct play *p)
 {
   check_history (p);
-  if (qcow2_stop (p->q, NULL) == -1)
+  if (qcow2_stop (p->q) == -1)
     fail_play (p, "the image cannot be stopped");
   qcow2_close (p->q);
   p->q = open_play (p);

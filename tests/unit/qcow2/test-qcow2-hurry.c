@@ -5,7 +5,7 @@
 
 /* The end of a server does not wait for requests that are long by nature:
  * qcow2_hurry ends them between two pieces, and leaves an image that is
- * right.  And qcow2_settle leaves nothing for the end to write.
+ * right.  And image_settle leaves nothing for the end to write.
  */
 
 #include <config.h>
@@ -25,6 +25,7 @@
 #include "common/bytes.h"
 #include "common/report.h"
 #include "container/container.h"
+#include "disk/flush.h"
 #include "image.h"
 #include "qcow2/qcow2.h"
 
@@ -271,7 +272,7 @@ fill (struct counting *n, enum content content)
     for (uint64_t at = SCATTERED_END; at > 0; at -= 1024)
       assert_int_equal (qcow2_write (n->image, buf, 512, at - 1024), 0);
   }
-  assert_int_equal (qcow2_flush (n->image, NULL), 0);
+  assert_int_equal (qcow2_flush (n->image), 0);
 }
 
 /* Is there something still at the end of what was scattered? */
@@ -319,8 +320,8 @@ test_hurry (void **state)
     assert_true (n->data_bytes <= 4 * MIB);
     assert_true (n->zero_bytes <= 32 * MIB);
 
-    assert_int_equal (qcow2_flush (n->image, NULL), 0);
-    assert_int_equal (qcow2_stop (n->image, NULL), 0);
+    assert_int_equal (qcow2_flush (n->image), 0);
+    assert_int_equal (qcow2_stop (n->image), 0);
     qcow2_close (n->image);
     container_close (&n->c);
     image_check (c, 1);
@@ -346,7 +347,7 @@ test_grace (void **state)
   while (do_write (n->image, 2 * MIB) == 0 && ++nr < 1000)
     nanosleep (&tick, NULL);
   assert_int_equal (errno, ESHUTDOWN);
-  assert_int_equal (qcow2_stop (n->image, NULL), 0);
+  assert_int_equal (qcow2_stop (n->image), 0);
   qcow2_close (n->image);
   container_close (&n->c);
   image_check (c, 1);
@@ -365,12 +366,12 @@ test_settle (void **state)
     assert_int_equal (qcow2_write (n->image, buf, 8 * MIB, round * MIB), 0);
     assert_int_equal (qcow2_trim (n->image, 3 * MIB, 2 * MIB), 0);
     assert_int_equal (qcow2_zero (n->image, 3 * MIB, 6 * MIB, 0), 0);
-    assert_int_equal (qcow2_settle (n->image, NULL), 0);
+    assert_int_equal (image_settle (n->image, NULL), 0);
     count (n);
-    assert_int_equal (qcow2_settle (n->image, NULL), 0);
+    assert_int_equal (image_settle (n->image, NULL), 0);
     assert_int_equal (n->changes, 0);
   }
-  assert_int_equal (qcow2_stop (n->image, NULL), 0);
+  assert_int_equal (qcow2_stop (n->image), 0);
   assert_int_equal (n->changes, 0);
   qcow2_close (n->image);
   container_close (&n->c);

@@ -216,7 +216,7 @@ stop_and_compare (const struct kind *k, struct files *f, const uint8_t *model)
   const uint64_t size = qcow2_size (f->q);
 
   compare_all (f->q, model);
-  assert_int_equal (qcow2_stop (f->q, NULL), 0);
+  assert_int_equal (qcow2_stop (f->q), 0);
   close_files (f);
   if (f->data != NULL)
     image_save (f->data, temp_file ("data.raw"));
@@ -435,7 +435,7 @@ test_compressed_parts (void **state)
   check_bytes (f.q, 2 * 65536 + 4096, 61440, 51);
   assert_int_equal (qcow2_trim (f.q, 4096, 4 * 65536), 0);
   check_bytes (f.q, 4 * 65536 + 4096, 61440, 52);
-  assert_int_equal (qcow2_stop (f.q, NULL), 0);
+  assert_int_equal (qcow2_stop (f.q), 0);
   close_files (&f);
   image_check (f.top, 1);
   free_files (&f);
@@ -454,13 +454,13 @@ test_last_subcluster (void **state)
   make_files (&subclusters, &f);
   open_files (&f);
   assert_int_equal (qcow2_write (f.q, buf, sizeof buf, 9 * 65536), 0);
-  assert_int_equal (qcow2_stop (f.q, NULL), 0);
+  assert_int_equal (qcow2_stop (f.q), 0);
   const uint64_t size = container_size (f.top);
   for (unsigned i = 0; i < 32; ++i)
     assert_int_equal ((i % 2 == 0 ? qcow2_trim (f.q, 2048, 9 * 65536 + i * 2048)
                        : qcow2_zero (f.q, 2048, 9 * 65536 + i * 2048, 0)), 0);
   check_bytes (f.q, 9 * 65536, 65536, 0);
-  assert_int_equal (qcow2_stop (f.q, NULL), 0);
+  assert_int_equal (qcow2_stop (f.q), 0);
   assert_int_equal (container_size (f.top), size - 65536);
   close_files (&f);
   image_check (f.top, 1);
@@ -546,16 +546,16 @@ test_data_file (void **state)
   container_memory_set_hook (f.data, &hook);
   assert_int_equal (qcow2_write (f.q, buf, sizeof buf, 0), 0);
   assert_int_equal (nr, 0);
-  assert_int_equal (qcow2_flush (f.q, NULL), 0);
+  assert_int_equal (qcow2_flush (f.q), 0);
   assert_true (nr > 0);
   nr = 0;
   assert_int_equal (qcow2_write (f.q, buf, sizeof buf, 0), 0);
-  assert_int_equal (qcow2_flush (f.q, NULL), 0);
+  assert_int_equal (qcow2_flush (f.q), 0);
   assert_true (nr > 0);
   assert_int_equal (qcow2_trim (f.q, sizeof buf, 0), 0);
   assert_int_equal (container_pread (f.data, buf, sizeof buf, 0), 0);
   assert_memory_equal (buf, zeroes, sizeof buf);
-  assert_int_equal (qcow2_stop (f.q, NULL), 0);
+  assert_int_equal (qcow2_stop (f.q), 0);
   close_files (&f);
   free_files (&f);
 }
@@ -589,7 +589,7 @@ test_zero_keep (void **state)
     assert_int_equal (qcow2_extent (f.q, 512, 4608, &length, &type, &depth),
                       0);
     assert_int_equal (type, QCOW2_EXTENT_DATA);
-    assert_int_equal (qcow2_stop (f.q, NULL), 0);
+    assert_int_equal (qcow2_stop (f.q), 0);
     close_files (&f);
     image_save (f.top, temp_file ("check.qcow2"));
     if (k.data_file)

@@ -168,7 +168,7 @@ do_step (struct scene *s, unsigned actor, unsigned nr)
     return qcow2_read (s->q, s->reads[actor] + offset, count, offset);
   case ALLOCATE: return allocate_many (s, actor);
   default:
-    r = qcow2_flush (s->q, NULL);
+    r = qcow2_flush (s->q);
     s->flushed[actor] = nr;
     s->flushed_at[actor] = crash_log_note (s->log);
     return r;
@@ -452,10 +452,10 @@ check (void *opaque, int a, int b)
                  nr_steps (s, 1)))
     fail_scene (s, a, b, "no order of the requests gives this");
   check_reads (s, a, b);
-  if (qcow2_flush (s->q, NULL) == -1)
+  if (qcow2_flush (s->q) == -1)
     fail_scene (s, a, b, "it cannot be flushed");
   leaked (s, a, b, crash_log_live (s->log));
-  if (qcow2_stop (s->q, NULL) == -1)
+  if (qcow2_stop (s->q) == -1)
     fail_scene (s, a, b, "it cannot be stopped");
   /* Those shared have one more reference than there is. */
   if (leaked (s, a, b, crash_log_live (s->log))
@@ -726,12 +726,12 @@ use_refcounts_up (struct crash_image *image)
   for (unsigned i = 0; i < BEFORE_GROWTH; ++i)
     before[i] = crash_image_new (image->room);
   assert_int_equal (qcow2_write (q, buf, sizeof buf, at), 0);
-  assert_int_equal (qcow2_flush (q, NULL), 0);
+  assert_int_equal (qcow2_flush (q), 0);
   at += sizeof buf;
   do {
     crash_image_copy (&before[n % BEFORE_GROWTH], live);
     assert_int_equal (qcow2_write (q, buf, 512, at), 0);
-    assert_int_equal (qcow2_flush (q, NULL), 0);
+    assert_int_equal (qcow2_flush (q), 0);
     at += 512;
     n++;
   } while (memcmp (image->bytes + 48, live->bytes + 48, 8) == 0 ||

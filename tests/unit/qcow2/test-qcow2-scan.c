@@ -222,7 +222,7 @@ serve_and_write (struct container *c)
   struct qcow2 *q = open_image (c);
 
   assert_int_equal (qcow2_write (q, "x", 1, 7 * MIB), 0);
-  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (qcow2_stop (q), 0);
   qcow2_close (q);
 }
 
@@ -355,8 +355,8 @@ check_leaks (const char *options)
   before = bytes_of (c);
   q = open_image (c);
   assert_string_equal (last_warning, "");
-  assert_int_equal (qcow2_flush (q, NULL), 0);
-  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (qcow2_flush (q), 0);
+  assert_int_equal (qcow2_stop (q), 0);
   qcow2_close (q);
   assert_int_equal (container_size (c), size);
   after = bytes_of (c);
@@ -549,7 +549,7 @@ test_too_low (void **state)
   assert_non_null (strstr (last_warning, "qemu-img check -r all"));
   memset (data, 'y', sizeof data);
   assert_int_equal (qcow2_write (q, data, sizeof data, 4 * MIB), 0);
-  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (qcow2_stop (q), 0);
   qcow2_close (q);
   assert_int_equal (get_refcount (c, data_cluster), 1);
   assert_int_equal (get_refcount (c, end), 1);
@@ -1002,7 +1002,7 @@ test_crashes (void **state)
     for (unsigned j = 0; j < 5; ++j)
       assert_int_equal (qcow2_write (q, data + j, sizeof data - 5,
                                      random_next (&seed) % MIB), 0);
-    assert_int_equal (qcow2_stop (q, NULL), 0);
+    assert_int_equal (qcow2_stop (q), 0);
     qcow2_close (q);
     mark_dirty (c);
     if (i < 3)

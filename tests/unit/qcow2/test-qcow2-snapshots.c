@@ -71,7 +71,7 @@ open_image (struct container *c, bool readonly, const char *snapshot)
 static void
 stop_image (struct qcow2 *q)
 {
-  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (qcow2_stop (q), 0);
   qcow2_close (q);
 }
 
@@ -262,7 +262,7 @@ random_change (struct worker *w, uint64_t r, uint64_t offset, uint64_t count)
   case 6:
     return trim (w, offset, count);
   default:
-    return qcow2_flush (w->q, NULL);
+    return qcow2_flush (w->q);
   }
 }
 
@@ -560,7 +560,7 @@ test_table_not_counted (void **state)
   struct qcow2 *q = open_image (c, false, NULL);
   assert_int_equal (qcow2_write (q, data, sizeof data, 8192), -1);
   assert_int_equal (errno, EIO);
-  qcow2_stop (q, NULL);
+  qcow2_stop (q);
   qcow2_close (q);
   assert_int_equal (container_pread (c, after, sizeof after, table), 0);
   assert_memory_equal (before, after, sizeof before);
@@ -595,10 +595,10 @@ test_nothing_to_do (void **state)
   memset (data, 0, sizeof data);
   assert_int_equal (qcow2_trim (q, 65536, 65536), 0);
   assert_int_equal (qcow2_read (q, data, sizeof data, 0), 0);
-  assert_int_equal (qcow2_flush (q, NULL), 0);
+  assert_int_equal (qcow2_flush (q), 0);
   assert_int_equal (nr_writes, 0);
   assert_int_equal (qcow2_trim (q, 4096, 0), 0);
-  assert_int_equal (qcow2_flush (q, NULL), 0);
+  assert_int_equal (qcow2_flush (q), 0);
   assert_true (nr_writes > 0);
   container_memory_set_hook (c, NULL);
   stop_image (q);

@@ -71,14 +71,14 @@ random_run (const char *options, uint64_t size, uint64_t cache,
     assert_int_equal (random_request (&r), 0);
     if (i % (requests / reopen) == 0) {
       compare_all (q, model);
-      assert_int_equal (qcow2_stop (q, NULL), 0);
+      assert_int_equal (qcow2_stop (q), 0);
       qcow2_close (q);
       compare_with_qemu (c, model, bytes);
       q = open_image (c, cache);
     }
   }
   compare_all (q, model);
-  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (qcow2_stop (q), 0);
   qcow2_close (q);
   compare_with_qemu (c, model, bytes);
   container_close (c);
@@ -163,7 +163,7 @@ threads_run (const char *options, const char *size, uint64_t cache,
   for (unsigned i = 0; i < 6; ++i)
     pthread_join (w[i].thread, NULL);
   compare_all (q, model);
-  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (qcow2_stop (q), 0);
   qcow2_close (q);
   compare_with_qemu (c, model, bytes);
   container_close (c);
@@ -204,7 +204,7 @@ write_pieces (void *arg)
     assert_int_equal (qcow2_write (w->q, buf, sizeof buf,
                                    round * 65536 + w->number * 512), 0);
     if (w->number == 0)
-      assert_int_equal (qcow2_flush (w->q, NULL), 0);
+      assert_int_equal (qcow2_flush (w->q), 0);
   }
   return NULL;
 }
@@ -232,7 +232,7 @@ test_one_cluster_many_writers (void **state)
     assert_int_equal (qcow2_read (q, buf, sizeof buf, round * 65536), 0);
     assert_memory_equal (buf, want, sizeof want);
   }
-  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (qcow2_stop (q), 0);
   qcow2_close (q);
   image_check (c, 1);
   container_close (c);
@@ -262,7 +262,7 @@ discard_and_flush (void *arg)
     else
       assert_int_equal (qcow2_trim (race->q, 65536, (r >> 8) % 32 * 65536), 0);
     if (r % 5 == 0)
-      assert_int_equal (qcow2_flush (race->q, NULL), 0);
+      assert_int_equal (qcow2_flush (race->q), 0);
   }
   return NULL;
 }
@@ -300,7 +300,7 @@ test_discard_races (void **state)
   }
   atomic_store (&race.stop, true);
   pthread_join (thread, NULL);
-  assert_int_equal (qcow2_stop (race.q, NULL), 0);
+  assert_int_equal (qcow2_stop (race.q), 0);
   qcow2_close (race.q);
   image_check (c, 1);
   container_close (c);
@@ -361,14 +361,14 @@ test_discard_under_write (void **state)
   sem_init (&slow.go, 0, 0);
   memset (buf, 1, sizeof buf);
   assert_int_equal (qcow2_write (q, buf, sizeof buf, 0), 0);
-  assert_int_equal (qcow2_flush (q, NULL), 0);
+  assert_int_equal (qcow2_flush (q), 0);
   container_memory_set_hook (c, &hook);
   assert_int_equal (pthread_create (&thread, NULL, write_slowly, q), 0);
   sem_wait (&slow.arrived);
 
   assert_int_equal (qcow2_trim (q, sizeof buf, 0), 0);
   for (unsigned i = 1; i < 100; ++i) {
-    assert_int_equal (qcow2_flush (q, NULL), 0);
+    assert_int_equal (qcow2_flush (q), 0);
     assert_int_equal (qcow2_write (q, buf, sizeof buf, i * 65536), 0);
   }
   sem_post (&slow.go);
@@ -378,7 +378,7 @@ test_discard_under_write (void **state)
     assert_int_equal (qcow2_read (q, back, sizeof back, i * 65536), 0);
     assert_memory_equal (back, buf, sizeof back);
   }
-  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (qcow2_stop (q), 0);
   qcow2_close (q);
   container_memory_set_hook (c, NULL);
   image_check (c, 1);
@@ -404,7 +404,7 @@ test_no_leak_after_failed_write (void **state)
   assert_int_equal (qcow2_read (q, back, sizeof back, 0), 0);
   memset (buf, 0, sizeof buf);
   assert_memory_equal (back, buf, sizeof buf);
-  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (qcow2_stop (q), 0);
   qcow2_close (q);
   image_check (c, 1);
   container_close (c);
@@ -451,7 +451,7 @@ one_fault (const char *options, long k, int err, bool lasting,
     memset (buf, i + 1, sizeof buf);
     known[i] = qcow2_write (q, buf, sizeof buf, offset) == 0;
     if (random_next (&seed) % 4 == 0)
-      qcow2_flush (q, NULL);
+      qcow2_flush (q);
     if (i % 8 == 7) {
       /* What is discarded may be there or not, from now on. */
       qcow2_trim (q, size / 64, (i - 3) * (size / 64));
@@ -473,8 +473,8 @@ one_fault (const char *options, long k, int err, bool lasting,
     }
   }
   assert_int_equal (qcow2_write (q, buf, sizeof buf, size / 2 + 50000), 0);
-  assert_int_equal (qcow2_flush (q, NULL), 0);
-  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (qcow2_flush (q), 0);
+  assert_int_equal (qcow2_stop (q), 0);
   qcow2_close (q);
   image_check (c, 0);
   container_close (c);
@@ -528,8 +528,8 @@ test_no_space (void **state)
   }
   assert_int_equal (qcow2_write (q, buf, sizeof buf, 900 * 65536), -1);
   assert_int_equal (errno, ENOSPC);
-  assert_int_equal (qcow2_flush (q, NULL), 0);
-  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (qcow2_flush (q), 0);
+  assert_int_equal (qcow2_stop (q), 0);
   qcow2_close (q);
   image_check (c, 1);
   container_close (c);
@@ -549,7 +549,7 @@ test_refcount_table_growth (void **state)
     memset (buf, i + 1, sizeof buf);
     assert_int_equal (qcow2_write (q, buf, sizeof buf, i * sizeof buf), 0);
   }
-  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (qcow2_stop (q), 0);
   qcow2_close (q);
   image_check (c, 1);
   container_close (c);
@@ -580,8 +580,8 @@ test_idle (void **state)
   container_memory_set_hook (c, &hook);
   q = open_image (c, 1 << 20);
   assert_int_equal (qcow2_read (q, buf, sizeof buf, 12345), 0);
-  assert_int_equal (qcow2_flush (q, NULL), 0);
-  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (qcow2_flush (q), 0);
+  assert_int_equal (qcow2_stop (q), 0);
   qcow2_close (q);
   container_close (c);
 }
@@ -599,7 +599,7 @@ test_overlap (void **state)
 
   (void) state;
   assert_int_equal (qcow2_write (q, buf, sizeof buf, 0), 0);
-  assert_int_equal (qcow2_stop (q, NULL), 0);
+  assert_int_equal (qcow2_stop (q), 0);
   qcow2_close (q);
 
   assert_int_equal (container_pread (c, be, 8, 40), 0);
