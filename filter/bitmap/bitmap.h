@@ -67,8 +67,9 @@ extern void bitmap_set_close (struct bitmap_set *);
  * either the image's bitmap has it or is durably in_use.  -1 if in_use
  * could not be made durable: then the change must not be made.
  *
- * Any thread, no lock held.  If all granules are set already, this costs one
- * relaxed load a word.
+ * The range lies inside the disk, and the set is not read-only, which is
+ * asserted.  Any thread, no lock held.  If all granules are set already,
+ * this costs one relaxed load a word.
  */
 extern int bitmap_set_mark (struct bitmap_set *, uint64_t offset,
                             uint64_t count);

@@ -215,16 +215,8 @@ marked_already (const struct bitmap_set *set, uint64_t offset, uint64_t count)
 int
 bitmap_set_mark (struct bitmap_set *set, uint64_t offset, uint64_t count)
 {
-  if (set->readonly) {
-    errno = EROFS;
-    report_error ("the image is read-only: %m");
-    return -1;
-  }
-  if (range_exceeds (offset, count, set->geometry.disk_size_bytes)) {
-    errno = EINVAL;
-    report_error ("mark beyond the end of the disk: %m");
-    return -1;
-  }
+  assert (!set->readonly);
+  assert (!range_exceeds (offset, count, set->geometry.disk_size_bytes));
   if (count == 0)
     return 0;
   if (set->keeps &&

@@ -15,8 +15,8 @@
  * All request functions may be called from any thread at any time.  They
  * return 0, or -1 with errno set and the reason reported.  Offsets and
  * counts are bytes of the guest's disk, need no alignment, and must lie
- * inside disk_size: callers check this once, where a request comes in.
- * disk/ does not assert it, but returns EINVAL.
+ * inside disk_size.  disk/ checks that, and that the disk may be changed, and
+ * returns EINVAL or EROFS.  The rooms below assert it.
  */
 
 #include <stdatomic.h>

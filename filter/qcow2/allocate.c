@@ -265,7 +265,7 @@ give_up_run (struct qcow2 *q, uint64_t first, uint64_t nr)
       refcount_set (q, c, 0);
 }
 
-/* The abandoned table stays while the header may point to it (header.c). */
+/* The abandoned table stays while the header may point to it (gate.c). */
 static void
 forget_abandoned (struct qcow2 *q)
 {

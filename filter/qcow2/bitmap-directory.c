@@ -29,7 +29,23 @@
 #include "qcow2/bitmap-directory.h"
 #include "qcow2/qcow2.h"
 
-#define ENTRY_FIXED_BYTES 24
+/* The fields of a directory entry, all of them big-endian.  The name
+ * follows.
+ */
+struct entry_on_disk {
+  uint8_t table_offset[8], table_entries[4];
+  uint8_t flags[4];
+  uint8_t type, granularity_bits;
+  uint8_t name_bytes[2];
+  uint8_t extra_data_bytes[4];
+};
+
+#define ENTRY_FIXED_BYTES sizeof (struct entry_on_disk)
+
+_Static_assert (ENTRY_FIXED_BYTES == 24, "a directory entry");
+_Static_assert (offsetof (struct entry_on_disk, flags) ==
+                BITMAP_ENTRY_FLAGS_OFFSET, "the flags of a directory entry");
+
 #define ENTRY_TYPE_DIRTY_TRACKING 1
 
 #define TABLE_RESERVED_MASK UINT64_C (0xff000000000001fe)
@@ -179,13 +195,14 @@ parse_entry (const uint8_t *p, size_t max,
     return 0;
   }
 
-  uint32_t extra_data_bytes = get_be32 (p + 20);
+  const struct entry_on_disk *d = (const struct entry_on_disk *) p;
+  uint32_t extra_data_bytes = get_be32 (d->extra_data_bytes);
 
-  e->table_offset = get_be64 (p);
-  e->table_entries = get_be32 (p + 8);
-  e->flags = get_be32 (p + BITMAP_ENTRY_FLAGS_OFFSET);
-  e->granularity_bits = p[17];
-  e->name_bytes = get_be16 (p + 18);
+  e->table_offset = get_be64 (d->table_offset);
+  e->table_entries = get_be32 (d->table_entries);
+  e->flags = get_be32 (d->flags);
+  e->granularity_bits = d->granularity_bits;
+  e->name_bytes = get_be16 (d->name_bytes);
   e->name = (const char *) p + ENTRY_FIXED_BYTES;
 
   if (extra_data_bytes != 0) {
@@ -204,7 +221,7 @@ parse_entry (const uint8_t *p, size_t max,
     bitmap_damage (damage, "the bitmap directory ends inside of an entry");
     return 0;
   }
-  return check_fields (e, p[16], geometry, damage) == 0 ? bytes : 0;
+  return check_fields (e, d->type, geometry, damage) == 0 ? bytes : 0;
 }
 
 static int
@@ -323,13 +340,15 @@ bitmap_directory_put (uint8_t *p, const struct bitmap_directory_entry *e)
 {
   size_t bytes = bitmap_directory_entry_bytes (e->name_bytes);
 
+  struct entry_on_disk *d = (struct entry_on_disk *) p;
+
   memset (p, 0, bytes);
-  put_be64 (p, e->table_offset);
-  put_be32 (p + 8, e->table_entries);
-  put_be32 (p + BITMAP_ENTRY_FLAGS_OFFSET, e->flags);
-  p[16] = ENTRY_TYPE_DIRTY_TRACKING;
-  p[17] = e->granularity_bits;
-  put_be16 (p + 18, e->name_bytes);
+  put_be64 (d->table_offset, e->table_offset);
+  put_be32 (d->table_entries, e->table_entries);
+  put_be32 (d->flags, e->flags);
+  d->type = ENTRY_TYPE_DIRTY_TRACKING;
+  d->granularity_bits = e->granularity_bits;
+  put_be16 (d->name_bytes, e->name_bytes);
   memcpy (p + ENTRY_FIXED_BYTES, e->name, e->name_bytes);
   return bytes;
 }

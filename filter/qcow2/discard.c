@@ -27,6 +27,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
@@ -436,6 +437,7 @@ qcow2_zero (struct qcow2 *q, uint64_t count, uint64_t offset, unsigned flags)
     whole_units (q, keep ? q->cluster_bits : q->unit_bits, count, offset);
   uint64_t head = count, tail = 0;
 
+  assert (!range_exceeds (offset, count, q->size));
   if (qcow2_begin_writing (q) == -1 || leave_out_compressed (q, &u) == -1)
     return -1;
   if (method != NULL && u.first < u.end) {
@@ -461,6 +463,7 @@ qcow2_trim (struct qcow2 *q, uint64_t count, uint64_t offset)
 {
   struct units u = whole_units (q, q->unit_bits, count, offset);
 
+  assert (!range_exceeds (offset, count, q->size));
   if (qcow2_begin_writing (q) == -1)
     return -1;
   if (q->data_file_raw)

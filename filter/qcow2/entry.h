@@ -6,9 +6,7 @@
 #ifndef DIRTY_BITMAP_QCOW2_ENTRY_H
 #define DIRTY_BITMAP_QCOW2_ENTRY_H
 
-/* L1 and L2 entries, and entries of the refcount table, as bits (qcow2.rst,
- * "Cluster mapping").
- */
+/* L1 and L2 entries as bits (qcow2.rst, "Cluster mapping"). */
 
 #include <stdint.h>
 
@@ -20,7 +18,6 @@
 #define L1_RESERVED_MASK UINT64_C (0x7f000000000001ff)
 #define L2_RESERVED_MASK UINT64_C (0x3f000000000001fe)
 #define L2_SUBCLUSTERS 32
-#define REFTABLE_RESERVED_MASK UINT64_C (0x1ff)
 
 /* QEMU's limits.  They bound what a header can make us allocate. */
 #define MAX_L1_BYTES (UINT64_C (32) << 20)

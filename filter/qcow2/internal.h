@@ -13,6 +13,7 @@
  *   discard.c, write.c
  *   change.c          what these two share
  *   read.c            guest data, here or in the backing file
+ *   preallocated.c    was the image preallocated without its data?
  *   stop.c            freeing clusters at once; the clean stop
  *   flush.c           the steps of a flush; the image flushed alone
  *   reuse.c           places that lost their data and stay the guest's
@@ -27,6 +28,7 @@
  *   release.c         clusters on their way from used to free
  *   refcount.c        refcount blocks and their cache
  *   holes.c           space for metadata that is written later
+ *   compressed.c      compressed clusters
  *   gate.c            what all that writes needs
  *   registry.c        which clusters hold metadata
  *   references.c      the files that the header names
@@ -34,8 +36,8 @@
  *   hurry.c           ending long requests early
  *
  * and open.c above them all, which puts them together.  The formats alone,
- * bytes in and values out, are in header-format.c, entry.c, compressed.c,
- * refcount-format.c, snapshot-format.c and bitmap-directory.c.
+ * bytes in and values out, are in header-format.c, refcount-format.c,
+ * snapshot-format.c, bitmap-directory.c and entry.h.
  *
  * Locks, in the order in which they are taken:
  *   range (mapping.c)   guest clusters whose mapping is being changed
@@ -83,12 +85,14 @@
 #include "qcow2/order.h"
 #include "qcow2/preallocated.h"
 #include "qcow2/qcow2.h"
+#include "qcow2/refcount-format.h"
 #include "qcow2/refcount.h"
 #include "qcow2/registry.h"
 #include "qcow2/release.h"
 #include "qcow2/repair.h"
 #include "qcow2/reuse.h"
 #include "qcow2/scan.h"
+#include "qcow2/snapshot-format.h"
 #include "qcow2/snapshots.h"
 
 struct qcow2 {

@@ -49,7 +49,7 @@ count_block (const struct qcow2 *q, const uint8_t *block, uint64_t entries,
   uint64_t count = 0;
 
   for (uint64_t i = 0; i < entries && count < max; ++i)
-    count += refcount_entry (q, block, i) != 0;
+    count += refcount_format_get (block, q->header.refcount_order, i) != 0;
   return count;
 }
 

@@ -106,8 +106,8 @@ struct qcow2_numbers {
 };
 extern void qcow2_get_numbers (const struct qcow2 *, struct qcow2_numbers *);
 
-/* Guest data.  Ranges lie inside qcow2_size.  A failed change may have been
- * made in part.
+/* Guest data.  Ranges lie inside qcow2_size, which is asserted.  A failed
+ * change may have been made in part.
  */
 extern int qcow2_read (struct qcow2 *, void *buf, uint64_t count,
                        uint64_t offset);

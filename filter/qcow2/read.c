@@ -19,6 +19,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
@@ -112,6 +113,7 @@ read_range (struct qcow2 *q, void *buf, uint64_t count, uint64_t offset)
 int
 qcow2_read (struct qcow2 *q, void *buf, uint64_t count, uint64_t offset)
 {
+  assert (!range_exceeds (offset, count, q->size));
   const grace_ticket ticket = grace_enter (&q->requests);
   const int r = read_range (q, buf, count, offset);
 
@@ -218,6 +220,7 @@ read_chunk (struct qcow2 *q, uint64_t offset, struct qcow2_chunk *c)
 int
 qcow2_read_chunk (struct qcow2 *q, uint64_t offset, struct qcow2_chunk *c)
 {
+  assert (!range_exceeds (offset, c->limit, q->size));
   const grace_ticket ticket = grace_enter (&q->requests);
   const int r = read_chunk (q, offset, c);
 

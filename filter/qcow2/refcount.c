@@ -36,54 +36,6 @@
 
 #define UNUSED UINT64_MAX
 
-static uint64_t
-entry_get (const uint8_t *data, unsigned order, uint64_t i)
-{
-  switch (order) {
-  case 0: return data[i / 8] >> (i % 8) & 1;
-  case 1: return data[i / 4] >> (i % 4 * 2) & 3;
-  case 2: return data[i / 2] >> (i % 2 * 4) & 15;
-  case 3: return data[i];
-  case 4: return get_be16 (data + 2 * i);
-  case 5: return get_be32 (data + 4 * i);
-  default: return get_be64 (data + 8 * i);
-  }
-}
-
-static void
-entry_set_bits (uint8_t *p, unsigned shift, unsigned mask, uint64_t v)
-{
-  *p = (*p & ~(mask << shift)) | v << shift;
-}
-
-static void
-entry_set (uint8_t *data, unsigned order, uint64_t i, uint64_t v)
-{
-  switch (order) {
-  case 0: entry_set_bits (&data[i / 8], i % 8, 1, v); break;
-  case 1: entry_set_bits (&data[i / 4], i % 4 * 2, 3, v); break;
-  case 2: entry_set_bits (&data[i / 2], i % 2 * 4, 15, v); break;
-  case 3: data[i] = v; break;
-  case 4: put_be16 (data + 2 * i, v); break;
-  case 5: put_be32 (data + 4 * i, v); break;
-  default: put_be64 (data + 8 * i, v);
-  }
-}
-
-uint64_t
-refcount_entry (const struct qcow2 *q, const uint8_t *block, uint64_t i)
-{
-  return entry_get (block, q->header.refcount_order, i);
-}
-
-uint64_t
-refcount_max (const struct qcow2 *q)
-{
-  const unsigned bits = 1U << q->header.refcount_order;
-
-  return bits == 64 ? UINT64_MAX : (UINT64_C (1) << bits) - 1;
-}
-
 static int
 load_table (struct qcow2 *q)
 {
@@ -432,8 +384,8 @@ refcount_get (struct qcow2 *q, uint64_t cluster, uint64_t *count)
   s = get_slice (q, cluster);
   if (s == NULL)
     return -1;
-  *count = entry_get (s->data, q->header.refcount_order,
-                      entry_in_slice (&q->rc, cluster));
+  *count = refcount_format_get (s->data, q->header.refcount_order,
+                                entry_in_slice (&q->rc, cluster));
   return 0;
 }
 
@@ -446,19 +398,19 @@ refcount_set (struct qcow2 *q, uint64_t cluster, uint64_t count)
 
   if (s == NULL)
     return -1;
-  if (count > refcount_max (q)) {
+  if (count > refcount_format_max (order)) {
     report_error ("the refcount of a cluster would exceed its maximum");
     errno = EINVAL;
     return -1;
   }
-  if (entry_get (s->data, order, i) == count)
+  if (refcount_format_get (s->data, order, i) == count)
     return 0;
   if (count != 0 &&
       holes_fill (q, QCOW2_REFCOUNT_BLOCK, &s->holes,
                   slice_offset (&q->rc, s->index), q->rc.slice_bytes,
                   (i << order) / 8) == -1)
     return -1;
-  entry_set (s->data, order, i, count);
+  refcount_format_set (s->data, order, i, count);
   set_dirty (&q->rc, s);
   return 0;
 }
@@ -478,7 +430,7 @@ refcount_find_free (struct qcow2 *q, uint64_t *cluster)
     if (s == NULL)
       return -1;
     for (i = entry_in_slice (rc, c); i < in_slice; ++i, ++c)
-      if (entry_get (s->data, order, i) == 0) {
+      if (refcount_format_get (s->data, order, i) == 0) {
         *cluster = c;
         return 0;
       }

@@ -80,11 +80,6 @@ extern int refcount_set_table_entry (struct qcow2 *, uint64_t block_index,
 /* Write all dirty slices except pinned ones. */
 extern int refcounts_write_all (struct qcow2 *);
 
-/* The highest possible refcount. */
-extern uint64_t refcount_max (const struct qcow2 *);
-/* An entry of a refcount block as it is on disk. */
-extern uint64_t refcount_entry (const struct qcow2 *, const uint8_t *block,
-                                uint64_t i);
 /* Write everything that is dirty, and make it durable. */
 extern int refcounts_write_durably (struct qcow2 *);
 

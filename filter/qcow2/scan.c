@@ -434,7 +434,8 @@ scan_begin (struct qcow2 *q, struct scan *s, struct scan_limits limits)
   s->complete = true;
   s->nr = div_round_up (container_size (q->container), q->cluster_size);
   s->nr_trees = 1 + (uint64_t) q->header.nr_snapshots;
-  s->max_count = min_u64 (refcount_max (q), COUNT_MASK);
+  s->max_count = min_u64 (refcount_format_max (q->header.refcount_order),
+                          COUNT_MASK);
   if (s->nr > limits.clusters)
     return end (s, SCAN_TOO_MUCH, "it has more than %" PRIu64 " clusters",
                 limits.clusters);
@@ -497,7 +498,8 @@ compare_counts (struct qcow2 *q, const struct scan *s, const uint8_t *block,
     if (first + i >= s->end && get_be64 (block + at) == 0)
       continue;
     for (uint64_t j = i; j < i + in_word && r == 0; ++j) {
-      const uint64_t stored = refcount_entry (q, block, j);
+      const uint64_t stored =
+        refcount_format_get (block, q->header.refcount_order, j);
       const uint64_t counted = scan_count (s, first + j);
 
       if (stored != counted)

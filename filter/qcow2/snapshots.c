@@ -54,25 +54,9 @@
 #define MAX_L1_CLUSTERS (MAX_L1_BYTES / 8)
 #define MAX_SEARCHED_BYTES (UINT64_C (4) << 20)
 
-/* The fixed part of an entry, and the known part of the extra data. */
-enum {
-  F_L1_OFFSET = 0,
-  F_L1_ENTRIES = 8,
-  F_ID_BYTES = 12,
-  F_NAME_BYTES = 14,
-  F_EXTRA_BYTES = 36,
-  FIXED_BYTES = 40,
-  F_DISK_SIZE = FIXED_BYTES + 8,
-  KNOWN_BYTES = FIXED_BYTES + 16,
-};
-
 struct snapshot {
-  uint64_t l1_offset;
-  uint32_t l1_entries;
-  bool has_disk_size;
-  uint64_t disk_size;
+  struct snapshot_entry entry;
   uint64_t id_offset, name_offset, end; /* in the container */
-  uint16_t id_bytes, name_bytes;
 };
 
 static int damaged (const struct qcow2 *q, const char *fmt, ...)
@@ -114,32 +98,26 @@ read_entry (struct qcow2 *q, uint32_t i, uint64_t *offset,
 {
   const uint64_t table = q->header.snapshots_offset;
   const uint64_t at = round_up (*offset, 8);
-  uint8_t p[KNOWN_BYTES];
-  uint32_t extra_bytes;
+  uint8_t p[SNAPSHOT_KNOWN_BYTES];
   uint64_t bytes;
 
-  if (range_exceeds (at, FIXED_BYTES, container_size (q->container)))
+  if (range_exceeds (at, SNAPSHOT_FIXED_BYTES, container_size (q->container)))
     return damaged (q, "entry %" PRIu32 " of the snapshot table lies beyond "
                     "the end of the file", i);
   if (qcow2_read_metadata (q, p, sizeof p, at) == -1)
     return -1;
-  s->l1_offset = get_be64 (p + F_L1_OFFSET);
-  s->l1_entries = get_be32 (p + F_L1_ENTRIES);
-  s->id_bytes = get_be16 (p + F_ID_BYTES);
-  s->name_bytes = get_be16 (p + F_NAME_BYTES);
-  extra_bytes = get_be32 (p + F_EXTRA_BYTES);
-  if (extra_bytes > MAX_EXTRA_BYTES)
+  snapshot_entry_parse (&s->entry, p);
+  if (s->entry.extra_bytes > MAX_EXTRA_BYTES)
     return damaged (q, "entry %" PRIu32 " of the snapshot table has %" PRIu32
-                    " bytes of extra data", i, extra_bytes);
-  s->has_disk_size = extra_bytes >= KNOWN_BYTES - FIXED_BYTES;
-  s->disk_size = get_be64 (p + F_DISK_SIZE);
+                    " bytes of extra data", i, s->entry.extra_bytes);
 
-  bytes = FIXED_BYTES + extra_bytes + s->id_bytes + s->name_bytes;
+  bytes = SNAPSHOT_FIXED_BYTES + s->entry.extra_bytes + s->entry.id_bytes
+    + s->entry.name_bytes;
   if (range_exceeds (at, bytes, container_size (q->container)))
     return damaged (q, "entry %" PRIu32 " of the snapshot table reaches "
                     "beyond the end of the file", i);
-  s->id_offset = at + FIXED_BYTES + extra_bytes;
-  s->name_offset = s->id_offset + s->id_bytes;
+  s->id_offset = at + SNAPSHOT_FIXED_BYTES + s->entry.extra_bytes;
+  s->name_offset = s->id_offset + s->entry.id_bytes;
   s->end = at + bytes;
   if (s->end - table > MAX_TABLE_BYTES)
     return damaged (q, "the snapshot table is larger than %" PRIu64 " bytes",
@@ -151,16 +129,17 @@ read_entry (struct qcow2 *q, uint32_t i, uint64_t *offset,
 static int
 check_l1 (const struct qcow2 *q, uint32_t i, const struct snapshot *s)
 {
-  const uint64_t bytes = s->l1_entries * UINT64_C (8);
+  const uint64_t bytes = s->entry.l1_entries * UINT64_C (8);
 
   if (bytes > MAX_L1_BYTES)
     return damaged (q, "the L1 table of snapshot %" PRIu32 ", %" PRIu64
                     " bytes, is too large", i, bytes);
   if (bytes != 0 &&
-      (s->l1_offset == 0 || s->l1_offset % q->cluster_size != 0 ||
-       range_exceeds (s->l1_offset, bytes, container_size (q->container))))
+      (s->entry.l1_offset == 0 || s->entry.l1_offset % q->cluster_size != 0 ||
+       range_exceeds (s->entry.l1_offset, bytes,
+                      container_size (q->container))))
     return damaged (q, "the L1 table of snapshot %" PRIu32 ", at %#" PRIx64
-                    ", is not inside the file", i, s->l1_offset);
+                    ", is not inside the file", i, s->entry.l1_offset);
   return 0;
 }
 
@@ -172,8 +151,8 @@ snapshots_next (struct qcow2 *q, uint32_t i, uint64_t *offset,
 
   if (read_entry (q, i, offset, &s) == -1 || check_l1 (q, i, &s) == -1)
     return -1;
-  *l1_offset = s.l1_offset;
-  *l1_entries = s.l1_entries;
+  *l1_offset = s.entry.l1_offset;
+  *l1_entries = s.entry.l1_entries;
   return 0;
 }
 
@@ -212,14 +191,14 @@ find (struct qcow2 *q, const char *which, struct snapshot *found,
 
     if (read_entry (q, i, &offset, &s) == -1)
       return -1;
-    r = text_is (q, s.id_offset, s.id_bytes, which);
+    r = text_is (q, s.id_offset, s.entry.id_bytes, which);
     if (r == 1) {
       *found = s;
       *number = i;
       return 0;
     }
     if (r == 0 && !named)
-      r = text_is (q, s.name_offset, s.name_bytes, which);
+      r = text_is (q, s.name_offset, s.entry.name_bytes, which);
     if (r == -1)
       return -1;
     if (r == 1) {
@@ -245,17 +224,17 @@ snapshots_select (struct qcow2 *q, const char *which)
   if ((q->header.nr_snapshots != 0 && check_table (q) == -1) ||
       find (q, which, &s, &i) == -1 || check_l1 (q, i, &s) == -1)
     return -1;
-  size = s.has_disk_size ? s.disk_size : q->header.size;
+  size = s.entry.has_disk_size ? s.entry.disk_size : q->header.size;
   if (size > INT64_MAX)
     return damaged (q, "the disk size of snapshot %" PRIu32 ", %" PRIu64
                     " bytes, is too large", i, size);
-  if (div_round_up (size, q->cluster_size << q->l2_bits) > s.l1_entries)
+  if (div_round_up (size, q->cluster_size << q->l2_bits) > s.entry.l1_entries)
     return damaged (q, "the L1 table of snapshot %" PRIu32 ", %" PRIu32
                     " entries, is too small for a disk of %" PRIu64 " bytes",
-                    i, s.l1_entries, size);
+                    i, s.entry.l1_entries, size);
 
-  q->header.l1_offset = s.l1_offset;
-  q->header.l1_entries = s.l1_entries;
+  q->header.l1_offset = s.entry.l1_offset;
+  q->header.l1_entries = s.entry.l1_entries;
   q->header.size = size;
   q->size = round_down (size, 512);
   if (q->hs.ext.bitmaps.count != 0)
@@ -324,9 +303,9 @@ search_l1 (struct qcow2 *q, uint32_t i, const struct snapshot *s)
   uint64_t buf[512];
   uint32_t n;
 
-  for (uint32_t done = 0; done < s->l1_entries; done += n) {
-    n = min_u64 (s->l1_entries - done, sizeof buf / sizeof buf[0]);
-    if (qcow2_read_metadata (q, buf, n * sizeof buf[0], s->l1_offset
+  for (uint32_t done = 0; done < s->entry.l1_entries; done += n) {
+    n = min_u64 (s->entry.l1_entries - done, sizeof buf / sizeof buf[0]);
+    if (qcow2_read_metadata (q, buf, n * sizeof buf[0], s->entry.l1_offset
                              + done * UINT64_C (8)) == -1 ||
         register_l2_tables (q, i, buf, n) == -1)
       return -1;
@@ -347,7 +326,7 @@ register_l1_tables (struct qcow2 *q, uint64_t *end)
 
     if (read_entry (q, i, end, &s) == -1 || check_l1 (q, i, &s) == -1)
       return -1;
-    nr_clusters += div_round_up (s.l1_entries * UINT64_C (8),
+    nr_clusters += div_round_up (s.entry.l1_entries * UINT64_C (8),
                                  q->cluster_size);
     if (nr_clusters > MAX_L1_CLUSTERS) {
       report_error ("the L1 tables of the image's internal snapshots have more "
@@ -356,9 +335,10 @@ register_l1_tables (struct qcow2 *q, uint64_t *end)
       errno = EFBIG;
       return -1;
     }
-    if (s.l1_entries != 0 &&
-        register_clusters (q, QCOW2_L1_TABLE, "an L1 table", i, s.l1_offset,
-                           s.l1_entries * UINT64_C (8)) == -1)
+    if (s.entry.l1_entries != 0 &&
+        register_clusters (q, QCOW2_L1_TABLE, "an L1 table", i,
+                           s.entry.l1_offset,
+                           s.entry.l1_entries * UINT64_C (8)) == -1)
       return -1;
   }
   return 0;
@@ -374,7 +354,7 @@ search_l1_tables (struct qcow2 *q)
 
     if (read_entry (q, i, &offset, &s) == -1 || check_l1 (q, i, &s) == -1)
       return -1;
-    bytes += s.l1_entries * UINT64_C (8);
+    bytes += s.entry.l1_entries * UINT64_C (8);
     if (bytes > MAX_SEARCHED_BYTES)
       return 0;
     if (search_l1 (q, i, &s) == -1)

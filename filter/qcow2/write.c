@@ -25,6 +25,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
@@ -305,6 +306,7 @@ qcow2_write (struct qcow2 *q, const void *buf, uint64_t count, uint64_t offset)
   const uint8_t *p = buf;
   bool retried = false;
 
+  assert (!range_exceeds (offset, count, q->size));
   if (qcow2_begin_writing (q) == -1)
     return -1;
   while (count > 0) {

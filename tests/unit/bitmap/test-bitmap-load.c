@@ -316,8 +316,6 @@ test_read_only (void **state)
     q = open_image (c, true);
     set = open_set (q);
     assert_int_equal (bitmap_set_nr_exposed (set), i < 2 ? 0 : 2);
-    assert_int_equal (bitmap_set_mark (set, 0, 1), -1);
-    assert_int_equal (errno, EROFS);
     assert_int_equal (image_flush (q, set), 0);
     assert_int_equal (recorder_writes (c) + recorder_flushes (c), 0);
     bitmap_set_close (set);
