@@ -84,14 +84,21 @@ bitmap_write_flags (struct bitmap_set *set, struct bitmap *b, bool in_use)
                                b->entry_offset + BITMAP_ENTRY_FLAGS_OFFSET);
 }
 
+/* Does the image have these bits already? */
+static bool
+is_in_image (const struct bitmap *b, uint64_t offset, uint64_t count)
+{
+  return bitmap_has_all (b, offset, count) ||
+    bitmap_is_ahead (b, offset, count);
+}
+
 /* A mark relies on it that the image has these bits already, or that the
  * bitmap is IN_USE.
  */
 static bool
 may_set_bits (const struct bitmap *b, uint64_t offset, uint64_t count)
 {
-  return atomic_load (&b->state) == IN_USE ||
-    bitmap_has_all (b, offset, count) || bitmap_is_ahead (b, offset, count);
+  return atomic_load (&b->state) == IN_USE || is_in_image (b, offset, count);
 }
 
 static void
@@ -118,16 +125,22 @@ set_bits (struct bitmap *b, uint64_t offset, uint64_t count)
 }
 
 /* Set the bits in all bitmaps.  If one of them is neither IN_USE nor ahead,
- * set none and return false.
+ * set none and return false.  The same if it is IN_USE and returns, if
+ * prefer_ahead.
  */
 static bool
-mark_in_section (struct bitmap_set *set, uint64_t offset, uint64_t count)
+mark_in_section (struct bitmap_set *set, uint64_t offset, uint64_t count,
+                 bool prefer_ahead)
 {
   grace_ticket ticket = grace_enter (&set->grace);
   bool all = true;
 
-  for (size_t i = 0; i < set->nr_recording && all; ++i)
-    all = may_set_bits (set->recording[i], offset, count);
+  for (size_t i = 0; i < set->nr_recording && all; ++i) {
+    const struct bitmap *b = set->recording[i];
+
+    all = prefer_ahead && atomic_load (&b->returns)
+      ? is_in_image (b, offset, count) : may_set_bits (b, offset, count);
+  }
   for (size_t i = 0; i < set->nr_recording && all; ++i) {
     struct bitmap *b = set->recording[i];
 
@@ -174,11 +187,11 @@ static int
 mark_in_use (struct bitmap_set *set, uint64_t offset, uint64_t count)
 {
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->state_lock);
-  if (mark_in_section (set, offset, count))
+  if (mark_in_section (set, offset, count, false))
     return 0;                   /* Another thread was faster. */
   if (make_in_use (set, offset, count) == -1)
     return -1;
-  if (!mark_in_section (set, offset, count))
+  if (!mark_in_section (set, offset, count, false))
     abort ();                   /* Only a holder of the lock can undo it. */
   return 0;
 }
@@ -188,14 +201,14 @@ mark_part (struct bitmap_set *set, uint64_t offset, uint64_t count)
 {
   int r;
 
-  if (mark_in_section (set, offset, count))
+  if (mark_in_section (set, offset, count, true))
     return 0;
   if (!set->keeps)
     return mark_in_use (set, offset, count);
 
   /* More than once only if the units were tidied at this very moment. */
   while (keep_ahead (set, offset, count) == 0)
-    if (mark_in_section (set, offset, count))
+    if (mark_in_section (set, offset, count, true))
       return 0;
   bitmap_reserve (set, offset, count);
   r = mark_in_use (set, offset, count);
@@ -226,7 +239,8 @@ bitmap_set_mark (struct bitmap_set *set, uint64_t offset, uint64_t count)
   if (marked_already (set, offset, count))
     return 0;
 
-  if (!set->keeps)
+  /* Bits ahead need a reserve only for what a flush has to write. */
+  if (!set->keeps || atomic_load (&set->nr_unsettled) > 0)
     bitmap_reserve (set, offset, count);
   while (count > 0) {
     uint64_t part = min_u64 (count, set->mark_bytes);

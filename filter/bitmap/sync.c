@@ -499,6 +499,8 @@ end_flush (struct bitmap_set *set, bool success)
     }
     b->cleared = false;
     b->settling = false;
+    atomic_store (&b->returns, set->keeps && success && !set->left_out &&
+                  atomic_load (&b->state) == IN_USE);
   }
   set->phase = SYNC_IDLE;
   success = success && !set->left_out;

@@ -293,6 +293,69 @@ test_failures (void **state)
     }
 }
 
+/* A flush, in whose middle two marks come, of two regions. */
+static void
+flush_with_marks (struct world *w, uint64_t offset)
+{
+  assert_int_equal (bitmap_flush_data (w->set), 0);
+  assert_int_equal (qcow2_barrier_since (w->q, qcow2_lost (w->q)), 0);
+  mark_and_note (w->set, w->c, offset, 1);
+  mark_and_note (w->set, w->c, offset + MIB, 1);
+  assert_true (bitmap_flush_references (w->set) >= 0);
+  assert_int_equal (qcow2_barrier_since (w->q, qcow2_lost (w->q)), 0);
+  assert_true (bitmap_flush_settle (w->set) >= 0);
+  assert_int_equal (qcow2_barrier_since (w->q, qcow2_lost (w->q)), 0);
+  bitmap_flush_done (w->set);
+  assert_true (image_has_all (w));
+}
+
+/* A bitmap that could not be kept is so again, though new granules are
+ * changed all the time: after the second flush from when it can be.
+ */
+static void
+test_returns (void **state)
+{
+  struct world w;
+  uint64_t nr;
+
+  (void) state;
+  open_world (&w);
+  mark_and_note (w.set, w.c, 0, 1);
+  assert_int_equal (image_flush (w.q, w.set), 0);
+  w.set->region_shift = 20;
+  recorder_fail (w.c, 0, false, false);
+  mark_and_note (w.set, w.c, 2 * MIB, 1);
+  assert_false (bitmap_set_all_stored (w.set));
+  recorder_stop_failing (w.c);
+
+  flush_with_marks (&w, 3 * MIB);
+  assert_false (bitmap_set_all_stored (w.set));
+
+  /* The first mark tries to write its bits ahead, which fails.  The second
+   * one does not try.  ("coarse" is kept already.)
+   */
+  nr = tally_get (&w.set->rounds[0]);
+  assert_int_equal (bitmap_flush_data (w.set), 0);
+  recorder_fail (w.c, 0, false, false);
+  mark_and_note (w.set, w.c, 5 * MIB, 1);
+  mark_and_note (w.set, w.c, 6 * MIB, 1);
+  recorder_stop_failing (w.c);
+  bitmap_flush_failed (w.set);
+  assert_int_equal (tally_get (&w.set->rounds[0]), nr + 1);
+  assert_false (bitmap_is_ahead (find_exposed (w.set, "fine"), 6 * MIB, 1));
+  assert_false (bitmap_set_all_stored (w.set));
+  assert_true (image_has_all (&w));
+
+  flush_with_marks (&w, 7 * MIB);
+  assert_false (bitmap_set_all_stored (w.set));
+  flush_with_marks (&w, 9 * MIB);
+  assert_true (bitmap_set_all_stored (w.set));
+  assert_cost (&w, 0, 0, mark_and_note (w.set, w.c, 9 * MIB + 512, 1));
+  assert_true (image_has_all (&w));
+  recorder_crash (w.c, 16, 1);
+  close_world (&w);
+}
+
 struct race {
   struct world w;
   uint64_t seed;
@@ -377,6 +440,7 @@ main (void)
     cmocka_unit_test (test_new_cluster),
     cmocka_unit_test (test_tidy),
     cmocka_unit_test (test_failures),
+    cmocka_unit_test (test_returns),
     cmocka_unit_test (test_races),
   };
 
