@@ -443,7 +443,7 @@ take_listen (struct parameters *p, const char *key, const char *value)
     report_error ("%s: the address must not be empty", key);
     return -1;
   }
-  if (listen_parse (value, &p->listen) == -1)
+  if (listen_parse (key, value, &p->listen) == -1)
     return -1;
   p->listens = true;
   return 1;
@@ -520,7 +520,7 @@ parameters_take (struct parameters *p, const char *key, const char *value)
   for (i = 0; i < sizeof table / sizeof table[0]; ++i) {
     if (strcmp (key, table[i].key) != 0)
       continue;
-    return table[i].take (p, key, value);
+    return table[i].take (p, table[i].key, value);
   }
   return 0;
 }

@@ -20,11 +20,13 @@
  * goes into the background, its parent exits, too.
  *
  * A new socket has the mode and the label that nbdkit's own would have: the
- * mode left by the umask, and the label of --selinux-label.
+ * mode left by the umask, and the label of --selinux-label.  The control
+ * socket is for its owner alone: mode 0600, from the moment that it is there.
  */
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -44,20 +46,24 @@
 #include "common/report.h"
 #include "nbdkit/listen.h"
 
-#define PARAMETER "dirty-bitmap-listen"
+/* Our parameters that name a socket. */
+#define MAX_AT_EXIT 2
 
-static int
-parse_path (const char *address, struct listen_address *a)
+int
+listen_parse_path (const char *parameter, const char *address,
+                   struct listen_address *a)
 {
   CLEANUP_FREE char *cwd = NULL;
   struct sockaddr_un sun;
 
+  memset (a, 0, sizeof *a);
+  a->parameter = parameter;
   if (address[0] == '/')
     a->path = strdup (address);
   else {
     cwd = getcwd (NULL, 0);
     if (cwd == NULL) {
-      report_error (PARAMETER ": getcwd: %m");
+      report_error ("%s: getcwd: %m", parameter);
       return -1;
     }
     if (asprintf (&a->path, "%s/%s", cwd, address) == -1)
@@ -68,8 +74,8 @@ parse_path (const char *address, struct listen_address *a)
     return -1;
   }
   if (strlen (a->path) >= sizeof sun.sun_path) {
-    report_error (PARAMETER ": path too long: length %zu > max %zu bytes",
-                  strlen (a->path), sizeof sun.sun_path - 1);
+    report_error ("%s: path too long: length %zu > max %zu bytes",
+                  parameter, strlen (a->path), sizeof sun.sun_path - 1);
     listen_address_free (a);
     return -1;
   }
@@ -90,33 +96,35 @@ is_port (const char *port)
 }
 
 int
-listen_parse (const char *address, struct listen_address *a)
+listen_parse (const char *parameter, const char *address,
+              struct listen_address *a)
 {
   const char *host = address, *port;
   size_t host_len;
 
-  memset (a, 0, sizeof *a);
   port = strrchr (address, ':');
   if (port == NULL || strchr (address, '/') != NULL)
-    return parse_path (address, a);
+    return listen_parse_path (parameter, address, a);
 
+  memset (a, 0, sizeof *a);
+  a->parameter = parameter;
   host_len = port - address;
   port++;
   if (host[0] == '[') {
     if (host_len < 2 || host[host_len - 1] != ']') {
-      report_error (PARAMETER ": expecting [ADDRESS]:PORT: %s", address);
+      report_error ("%s: expecting [ADDRESS]:PORT: %s", parameter, address);
       return -1;
     }
     host++;
     host_len -= 2;
   }
   else if (memchr (host, ':', host_len) != NULL) {
-    report_error (PARAMETER ": put an IPv6 address in brackets, "
-                  "[ADDRESS]:PORT: %s", address);
+    report_error ("%s: put an IPv6 address in brackets, "
+                  "[ADDRESS]:PORT: %s", parameter, address);
     return -1;
   }
   if (!is_port (port)) {
-    report_error (PARAMETER ": not a port number: %s", address);
+    report_error ("%s: not a port number: %s", parameter, address);
     return -1;
   }
 
@@ -142,7 +150,7 @@ listen_address_free (struct listen_address *a)
 
 /* Remove a socket that no process listens on.  True if it was one. */
 static bool
-remove_stale (const struct sockaddr_un *sun)
+remove_stale (const struct listen_address *a, const struct sockaddr_un *sun)
 {
   struct stat statbuf;
   CLEANUP_CLOSE int fd = -1;
@@ -155,7 +163,7 @@ remove_stale (const struct sockaddr_un *sun)
   if (connect (fd, (const struct sockaddr *) sun, sizeof *sun) == 0 ||
       errno != ECONNREFUSED)
     return false;
-  report_debug (PARAMETER ": %s: no process listens, replacing it",
+  report_debug ("%s: %s: no process listens, replacing it", a->parameter,
                 sun->sun_path);
   return unlink (sun->sun_path) == 0;
 }
@@ -171,32 +179,43 @@ open_unix (const struct listen_address *a, struct listen_sockets *s)
   strcpy (sun.sun_path, a->path); /* The length was checked. */
   fd = socket (AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
   if (fd == -1) {
-    report_error (PARAMETER ": socket: %m");
+    report_error ("%s: socket: %m", a->parameter);
     return -1;
   }
   s->fd[s->nr++] = fd;
 
+  /* In Linux this is the mode that bind gives it, less the umask. */
+  if (a->is_private && fchmod (fd, 0600) == -1) {
+    report_error ("%s: fchmod: %m", a->parameter);
+    return -1;
+  }
   r = bind (fd, addr, sizeof sun);
   if (r == -1 && errno == EADDRINUSE) {
-    if (remove_stale (&sun))
+    if (remove_stale (a, &sun))
       r = bind (fd, addr, sizeof sun);
     else
       errno = EADDRINUSE;
   }
   if (r == -1) {
-    report_error (PARAMETER ": bind: %s: %m", a->path);
+    report_error ("%s: bind: %s: %m", a->parameter, a->path);
     return -1;
   }
   s->path = strdup (a->path);
   if (s->path == NULL || lstat (a->path, &statbuf) == -1) {
-    report_error (PARAMETER ": %s: %m", a->path);
+    report_error ("%s: %s: %m", a->parameter, a->path);
     unlink (a->path);
     return -1;
   }
   s->dev = statbuf.st_dev;
   s->ino = statbuf.st_ino;
+  if (a->is_private && (statbuf.st_mode & 077) != 0) {
+    report_error ("%s: %s: the socket has the mode %03o, and other users "
+                  "could connect to it", a->parameter, a->path,
+                  statbuf.st_mode & 0777);
+    return -1;
+  }
   if (listen (fd, SOMAXCONN) == -1) {
-    report_error (PARAMETER ": listen: %s: %m", a->path);
+    report_error ("%s: listen: %s: %m", a->parameter, a->path);
     return -1;
   }
   return 0;
@@ -204,8 +223,8 @@ open_unix (const struct listen_address *a, struct listen_sockets *s)
 
 /* Open one address.  Returns 1 if the machine does not have this family. */
 static int
-open_one (const struct addrinfo *ai, const char *what,
-          struct listen_sockets *s)
+open_one (const struct listen_address *a, const struct addrinfo *ai,
+          const char *what, struct listen_sockets *s)
 {
   const int one = 1;
   int fd;
@@ -215,17 +234,17 @@ open_one (const struct addrinfo *ai, const char *what,
   if (fd == -1) {
     if (errno == EAFNOSUPPORT)
       return 1;
-    report_error (PARAMETER ": socket: %m");
+    report_error ("%s: socket: %m", a->parameter);
     return -1;
   }
   s->fd[s->nr++] = fd;
 
   if (setsockopt (fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof one) == -1)
-    report_debug (PARAMETER ": SO_REUSEADDR: %m");
+    report_debug ("%s: SO_REUSEADDR: %m", a->parameter);
   /* An IPv4 address, if there is one, has its own socket. */
   if (ai->ai_family == AF_INET6 &&
       setsockopt (fd, IPPROTO_IPV6, IPV6_V6ONLY, &one, sizeof one) == -1)
-    report_debug (PARAMETER ": IPV6_V6ONLY: %m");
+    report_debug ("%s: IPV6_V6ONLY: %m", a->parameter);
 
   if (bind (fd, ai->ai_addr, ai->ai_addrlen) == -1) {
     if (errno == EADDRNOTAVAIL && ai->ai_family == AF_INET6) {
@@ -233,11 +252,11 @@ open_one (const struct addrinfo *ai, const char *what,
       s->nr--;
       return 1;
     }
-    report_error (PARAMETER ": bind: %s: %m", what);
+    report_error ("%s: bind: %s: %m", a->parameter, what);
     return -1;
   }
   if (listen (fd, SOMAXCONN) == -1) {
-    report_error (PARAMETER ": listen: %s: %m", what);
+    report_error ("%s: listen: %s: %m", a->parameter, what);
     return -1;
   }
   return 0;
@@ -272,15 +291,15 @@ open_tcp (const struct listen_address *a, struct listen_sockets *s)
   r = getaddrinfo (a->host, a->port, &hints, &list);
   if (r != 0) {
     list = NULL;
-    report_error (PARAMETER ": %s: %s", what,
+    report_error ("%s: %s: %s", a->parameter, what,
                   r == EAI_SYSTEM ? strerror (errno) : gai_strerror (r));
     return -1;
   }
   for (ai = list; ai != NULL && s->nr < LISTEN_MAX_SOCKETS; ai = ai->ai_next)
-    if (open_one (ai, what, s) == -1)
+    if (open_one (a, ai, what, s) == -1)
       return -1;
   if (s->nr == 0) {
-    report_error (PARAMETER ": %s: no address could be bound", what);
+    report_error ("%s: %s: no address could be bound", a->parameter, what);
     return -1;
   }
   return 0;
@@ -290,14 +309,14 @@ open_tcp (const struct listen_address *a, struct listen_sockets *s)
  * on; NULL for the default one.  libselinux does no more than this.
  */
 static int
-set_socket_label (const char *label)
+set_socket_label (const struct listen_address *a, const char *label)
 {
   CLEANUP_CLOSE int fd = open ("/proc/thread-self/attr/sockcreate",
                                O_WRONLY | O_CLOEXEC);
   const size_t n = label != NULL ? strlen (label) + 1 : 0;
 
   if (fd == -1 || write (fd, label, n) != (ssize_t) n) {
-    report_error (PARAMETER ": --selinux-label: %m");
+    report_error ("%s: --selinux-label: %m", a->parameter);
     return -1;
   }
   return 0;
@@ -311,11 +330,11 @@ listen_open (const struct listen_address *a, const char *selinux_label,
 
   memset (s, 0, sizeof *s);
   if (selinux_label != NULL)
-    r = set_socket_label (selinux_label);
+    r = set_socket_label (a, selinux_label);
   if (r == 0)
     r = a->path != NULL ? open_unix (a, s) : open_tcp (a, s);
   if (r == 0 && selinux_label != NULL)
-    r = set_socket_label (NULL);
+    r = set_socket_label (a, NULL);
   if (r == -1) {
     listen_unlink (s);
     listen_close (s);
@@ -324,7 +343,8 @@ listen_open (const struct listen_address *a, const char *selinux_label,
 }
 
 static struct {
-  struct listen_sockets *sockets;       /* to be removed at exit, or NULL */
+  struct listen_sockets *sockets[MAX_AT_EXIT]; /* to be removed at exit */
+  size_t nr;
   bool forks;                           /* the next fork is nbdkit's */
   pid_t owner;
 } at_exit;
@@ -348,9 +368,11 @@ forked_in_child (void)
 void
 listen_unlink_at_exit (struct listen_sockets *s, bool forks)
 {
-  if (pthread_atfork (NULL, forked_in_parent, forked_in_child) != 0)
+  assert (at_exit.nr < MAX_AT_EXIT);
+  if (at_exit.nr == 0 &&
+      pthread_atfork (NULL, forked_in_parent, forked_in_child) != 0)
     return;                     /* At worst the socket is left behind. */
-  at_exit.sockets = s;
+  at_exit.sockets[at_exit.nr++] = s;
   at_exit.forks = forks;
   at_exit.owner = getpid ();
 }
@@ -366,8 +388,10 @@ __attribute__ ((destructor))
 static void
 unlink_at_exit (void)
 {
-  if (at_exit.sockets != NULL && at_exit.owner == getpid ())
-    listen_unlink (at_exit.sockets);
+  if (at_exit.nr == 0 || at_exit.owner != getpid ())
+    return;
+  for (size_t i = 0; i < at_exit.nr; ++i)
+    listen_unlink (at_exit.sockets[i]);
 }
 
 void

@@ -44,6 +44,12 @@ setup (void **state)
   return 0;
 }
 
+static int
+parse (const char *address, struct listen_address *a)
+{
+  return listen_parse ("dirty-bitmap-listen", address, a);
+}
+
 static void
 test_listen_addresses (void **state)
 {
@@ -71,7 +77,7 @@ test_listen_addresses (void **state)
   (void) state;
   for (i = 0; i < sizeof good / sizeof good[0]; ++i) {
     print_message ("%s\n", good[i].address);
-    assert_int_equal (listen_parse (good[i].address, &a), 0);
+    assert_int_equal (parse (good[i].address, &a), 0);
     assert_int_equal (a.path == NULL, good[i].path == NULL);
     assert_int_equal (a.host == NULL, good[i].host == NULL);
     assert_int_equal (a.port == NULL, good[i].port == NULL);
@@ -86,14 +92,14 @@ test_listen_addresses (void **state)
   for (i = 0; i < sizeof bad / sizeof bad[0]; ++i) {
     print_message ("%s\n", bad[i]);
     nr_reports = 0;
-    assert_int_equal (listen_parse (bad[i], &a), -1);
+    assert_int_equal (parse (bad[i], &a), -1);
     assert_int_equal (nr_reports, 1);
     assert_non_null (strstr (last_report, "dirty-bitmap-listen"));
   }
 
   assert_int_equal (chdir ("/"), 0);
   assert_non_null (getcwd (cwd, sizeof cwd));
-  assert_int_equal (listen_parse ("relative", &a), 0);
+  assert_int_equal (parse ("relative", &a), 0);
   snprintf (expected, sizeof expected, "%s/relative", cwd);
   assert_string_equal (a.path, expected);
   listen_address_free (&a);
@@ -101,7 +107,7 @@ test_listen_addresses (void **state)
   memset (longest, 'x', 200);
   longest[0] = '/';
   longest[200] = '\0';
-  assert_int_equal (listen_parse (longest, &a), -1);
+  assert_int_equal (parse (longest, &a), -1);
   assert_non_null (strstr (last_report, "too long"));
 }
 
@@ -116,7 +122,7 @@ test_listen_unix (void **state)
   (void) state;
   assert_non_null (mkdtemp (dir));
   snprintf (path, sizeof path, "%s/s", dir);
-  assert_int_equal (listen_parse (path, &a), 0);
+  assert_int_equal (parse (path, &a), 0);
   assert_int_equal (listen_open (&a, NULL, &s1), 0);
   assert_int_equal (s1.nr, 1);
 
