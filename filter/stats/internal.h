@@ -10,7 +10,8 @@
  *
  *   stats.c       counting requests and connections
  *   histogram.c   durations by their size
- *   exposition.c  writing it all out
+ *   numbers.c     all that is told
+ *   exposition.c  writing it in Prometheus's format
  */
 
 #include <stdatomic.h>

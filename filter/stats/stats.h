@@ -67,7 +67,31 @@ extern void stats_connection_opened (struct stats *);
 extern void stats_connection_closed (struct stats *);
 extern void stats_connection_refused (struct stats *);
 
-/* Write these statistics, and the disk's, in Prometheus's text format,
+/* Tell these statistics, and the disk's: each metric (its name has no prefix,
+ * and its type is Prometheus's), and then its samples.  -1 with errno.
+ */
+enum stats_unit {
+  STATS_NUMBER,
+  STATS_SECONDS,                /* the value is in nanoseconds */
+  STATS_NONE,                   /* there is no value yet */
+};
+
+struct stats_sample {
+  const char *suffix;           /* of the metric's name, or "" */
+  unsigned nr_labels;
+  struct { const char *name, *text; } label[2];
+  enum stats_unit unit;
+  uint64_t value;
+};
+
+struct stats_output {
+  void (*metric) (struct stats_output *, const char *name, const char *type,
+                  const char *help);
+  void (*sample) (struct stats_output *, const struct stats_sample *);
+};
+extern int stats_tell (struct stats *, struct disk *, struct stats_output *);
+
+/* Write all that, in Prometheus's text format,
  * version 0.0.4
  * (https://prometheus.io/docs/instrumenting/exposition_formats/).  -1 with
  * errno; fclose reports an error of the stream itself.
