@@ -28,6 +28,8 @@ struct bitmap_options {
   const char *const *expose;    /* offered to clients; all if none */
   size_t nr_expose;
   bool check_only;              /* write nothing, read no bits */
+  bool load_all;                /* load the bits of those that are neither
+                                   offered nor record, too */
   bool keep;                    /* never mark a bitmap in_use, if possible:
                                    write bits ahead of the changes */
 
@@ -148,6 +150,15 @@ extern void bitmap_set_get_numbers (const struct bitmap_set *,
 extern size_t bitmap_set_nr_recording (const struct bitmap_set *);
 extern const struct bitmap *bitmap_set_recording (const struct bitmap_set *,
                                                   size_t i);
+
+/* All bitmaps of the image, in the order of its directory.  The bits of those
+ * that are inconsistent are not known.
+ */
+extern size_t bitmap_set_nr_all (const struct bitmap_set *);
+extern const struct bitmap *bitmap_set_get (const struct bitmap_set *,
+                                            size_t i);
+extern bool bitmap_is_inconsistent (const struct bitmap *);
+extern bool bitmap_is_enabled (const struct bitmap *);
 
 /* How many bytes of a disk of size bytes are dirty, and how much memory the
  * pieces with set bits take.  This reads all set bits.

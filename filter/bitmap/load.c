@@ -218,7 +218,7 @@ has_bits (const struct bitmap_set *set, const struct bitmap_options *options,
           const char *name, uint32_t flags)
 {
   return !(flags & BITMAP_FLAG_IN_USE) &&
-    (!set->readonly || bitmap_is_wanted (options, name));
+    (!set->readonly || options->load_all || bitmap_is_wanted (options, name));
 }
 
 /* Check the memory that the bitmaps of a directory take whatever their

@@ -345,6 +345,30 @@ bitmap_set_recording (const struct bitmap_set *set, size_t i)
   return set->recording[i];
 }
 
+size_t
+bitmap_set_nr_all (const struct bitmap_set *set)
+{
+  return set->nr_bitmaps;
+}
+
+const struct bitmap *
+bitmap_set_get (const struct bitmap_set *set, size_t i)
+{
+  return set->bitmaps[i];
+}
+
+bool
+bitmap_is_inconsistent (const struct bitmap *b)
+{
+  return b->inconsistent;
+}
+
+bool
+bitmap_is_enabled (const struct bitmap *b)
+{
+  return (b->flags & BITMAP_FLAG_AUTO) != 0;
+}
+
 /* The last granule may be shorter than the others. */
 uint64_t
 bitmap_dirty_bytes (const struct bitmap *b, uint64_t size,

@@ -34,6 +34,7 @@
 /* A bitmap that clients are offered. */
 struct offered {
   const struct bitmap *bitmap;
+  atomic_ulong holders;         /* clients that read it */
   uint64_t size;                /* how much of the disk the bitmap covers */
 };
 
@@ -95,6 +96,7 @@ open_sets (struct disk *d, const struct disk_options *o, bool check_only)
     .require = o->require, .nr_require = o->nr_require,
     .expose = o->expose, .nr_expose = o->nr_expose,
     .check_only = check_only,
+    .load_all = o->load_all,
     .keep = o->keep,
     .flush = image_flush,
     .has_backing = nr_backing > 0,
@@ -142,7 +144,8 @@ make_offers (struct disk *d, const struct disk_options *o)
 
     for (size_t j = 0; j < bitmap_set_nr_exposed (d->sets[i]); ++j)
       d->offered[d->nr_offered++] =
-        (struct offered) { bitmap_set_exposed (d->sets[i], j), size };
+        (struct offered) { .bitmap = bitmap_set_exposed (d->sets[i], j),
+                           .size = size };
   }
   return 0;
 }
@@ -286,6 +289,12 @@ uint32_t
 disk_preferred_block_size (const struct disk *d)
 {
   return qcow2_cluster_size (d->qcow2);
+}
+
+void
+disk_describe (const struct disk *d, struct qcow2_description *description)
+{
+  qcow2_describe (d->qcow2, description);
 }
 
 static int
@@ -587,11 +596,54 @@ disk_each_bitmap (const struct disk *d,
     fn (&n, opaque);
   }
   for (size_t i = 0; i < bitmap_set_nr_recording (d->bitmaps); ++i) {
-    const struct offered o = { bitmap_set_recording (d->bitmaps, i), d->size };
+    const struct offered o = { .bitmap = bitmap_set_recording (d->bitmaps, i),
+                               .size = d->size };
 
     if (is_offered (d, o.bitmap))
       continue;
     get_bitmap_numbers (d, &o, &n);
     fn (&n, opaque);
+  }
+}
+
+void
+disk_bitmap_hold (struct disk *d, size_t i)
+{
+  atomic_fetch_add (&d->offered[i].holders, 1);
+}
+
+void
+disk_bitmap_release (struct disk *d, size_t i)
+{
+  atomic_fetch_sub (&d->offered[i].holders, 1);
+}
+
+static bool
+is_held (const struct disk *d, const struct bitmap *b)
+{
+  for (size_t i = 0; i < d->nr_offered; ++i)
+    if (d->offered[i].bitmap == b)
+      return atomic_load (&d->offered[i].holders) > 0;
+  return false;
+}
+
+void
+disk_list_bitmaps (const struct disk *d,
+                   void (*fn) (const struct disk_bitmap_state *, void *),
+                   void *opaque)
+{
+  for (size_t i = 0; i < bitmap_set_nr_all (d->bitmaps); ++i) {
+    const struct bitmap *b = bitmap_set_get (d->bitmaps, i);
+    uint64_t ignored;
+    const struct disk_bitmap_state state = {
+      .name = bitmap_name (b),
+      .granularity = bitmap_granularity (b),
+      .dirty_bytes = bitmap_dirty_bytes (b, UINT64_MAX, &ignored),
+      .is_enabled = bitmap_is_enabled (b),
+      .is_inconsistent = bitmap_is_inconsistent (b),
+      .is_in_use = is_held (d, b),
+    };
+
+    fn (&state, opaque);
   }
 }

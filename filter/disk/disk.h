@@ -49,6 +49,7 @@ struct disk_options {
   size_t nr_require;
   const char *const *expose;    /* bitmaps that clients are offered */
   size_t nr_expose;             /* 0: all */
+  bool load_all;                /* all bitmaps of the image, to be listed */
 
   bool keep;                    /* a crash costs no bitmap (bitmap/keep.c) */
 
@@ -87,6 +88,9 @@ extern void disk_close (struct disk *);
 
 extern uint64_t disk_size (const struct disk *);
 extern bool disk_is_readonly (const struct disk *);
+
+/* What is to be said of the image. */
+extern void disk_describe (const struct disk *, struct qcow2_description *);
 
 /* The size of a cluster in bytes: the cheapest size of a write. */
 extern uint32_t disk_preferred_block_size (const struct disk *);
@@ -219,6 +223,27 @@ extern void disk_each_bitmap (const struct disk *,
                               void (*fn) (const struct disk_bitmap_numbers *,
                                           void *opaque),
                               void *opaque);
+
+/* Call fn for each bitmap of the image itself, whether clients are offered it
+ * or not.  Dirty bytes are those of whole granules, even at the end of the
+ * disk, and 0 if the bitmap is inconsistent.  A bitmap is in use while it is
+ * held.  load_all has to be set.
+ */
+struct disk_bitmap_state {
+  const char *name;
+  uint64_t granularity, dirty_bytes;
+  bool is_enabled, is_inconsistent, is_in_use;
+};
+extern void disk_list_bitmaps (const struct disk *,
+                               void (*fn) (const struct disk_bitmap_state *,
+                                           void *opaque),
+                               void *opaque);
+
+/* A client reads bitmap i, of those that clients are offered, from the first
+ * call to the second.
+ */
+extern void disk_bitmap_hold (struct disk *, size_t i);
+extern void disk_bitmap_release (struct disk *, size_t i);
 
 /* The length of the first run. */
 static inline uint64_t

@@ -303,6 +303,7 @@ connection_main (void *vp)
     for (unsigned i = 1; i < c->nr_workers; ++i)
       pthread_join (c->workers[i]->thread, NULL);
   }
+  contexts_release (c);
   trace_closed (c);
   linger (c);
   atomic_fetch_sub (&c->server->nr_extra_threads, c->nr_workers - 1);

@@ -307,10 +307,31 @@ contexts_selected (const struct connection *c,
     memcmp (name, selection->export_name, length) == 0;
 }
 
+/* Call fn for each bitmap that the client has. */
+static void
+each_bitmap (struct connection *c, void (*fn) (struct disk *, size_t))
+{
+  if (c->export.is_delta)
+    fn (c->server->disk, c->export.bitmap);
+  for (size_t i = 0; i < c->nr_contexts; ++i)
+    if (c->contexts[i] >= CONTEXT_FIRST_BITMAP)
+      fn (c->server->disk, c->contexts[i] - CONTEXT_FIRST_BITMAP);
+}
+
 void
 contexts_bind (struct connection *c, const struct selection *selection,
                const char *name, uint32_t length)
 {
   if (!contexts_selected (c, selection, name, length))
     contexts_drop (c);
+  each_bitmap (c, disk_bitmap_hold);
+  c->holds_bitmaps = true;
+}
+
+void
+contexts_release (struct connection *c)
+{
+  if (c->holds_bitmaps)
+    each_bitmap (c, disk_bitmap_release);
+  c->holds_bitmaps = false;
 }

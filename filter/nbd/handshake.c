@@ -375,15 +375,15 @@ opt_info_or_go (struct option *o, struct selection *selection)
   /* INFO tells what may yet be had. */
   selects = o->option == NBD_OPT_INFO ||
     contexts_selected (c, selection, name, length);
+  if (o->option == NBD_OPT_GO) {
+    c->export = export;
+    trace_export (c, name, length);
+    contexts_bind (c, selection, name, length);
+  }
   if (reply_infos (o, wanted, selects, &export, name, length) == -1 ||
       option_reply (o, NBD_REP_ACK, NULL, 0) == -1)
     return -1;
-  if (o->option != NBD_OPT_GO)
-    return 0;
-  c->export = export;
-  trace_export (c, name, length);
-  contexts_bind (c, selection, name, length);
-  return 1;
+  return o->option == NBD_OPT_GO ? 1 : 0;
 }
 
 /* Must the client turn to TLS before it may say this? */

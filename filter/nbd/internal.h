@@ -308,6 +308,7 @@ struct connection {
   bool extended;                /* headers, both ways */
   uint32_t *contexts;           /* the ids that are selected, ascending */
   size_t nr_contexts;
+  bool holds_bitmaps;           /* those of the two above (disk.h) */
 
   /* What is told of it (trace.c).  The holder of the role counts. */
   char export_name[64];         /* made printable, and cut */
@@ -637,9 +638,13 @@ extern bool contexts_selected (const struct connection *,
                                const struct selection *,
                                const char *name, uint32_t length);
 
-/* Drop what was selected for another export than this one. */
+/* The client opens this export: drop what was selected for another one, and
+ * hold the bitmaps that it has from now on, before it learns that it has them;
+ * and release them at its end.
+ */
 extern void contexts_bind (struct connection *, const struct selection *,
                            const char *name, uint32_t length);
+extern void contexts_release (struct connection *);
 
 #define CONTEXT_BASE_ALLOCATION 0
 #define CONTEXT_ALLOCATION_DEPTH 1

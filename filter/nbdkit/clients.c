@@ -161,6 +161,7 @@ struct connection {
   struct export export;
   char *description;            /* the export's, or NULL */
   struct disk_client client;
+  struct disk *holds;           /* of a delta's bitmap, or NULL */
 };
 
 static void
@@ -168,6 +169,8 @@ connection_free (struct connection *c)
 {
   if (c == NULL)
     return;
+  if (c->holds != NULL)
+    disk_bitmap_release (c->holds, c->export.bitmap);
   free (c->description);
   free (c);
 }
@@ -192,6 +195,10 @@ connection_new (struct disk *disk, bool readonly, const char *exportname)
   }
   c->export = export;
   c->readonly = readonly || export.is_delta;
+  if (export.is_delta) {
+    disk_bitmap_hold (disk, export.bitmap);
+    c->holds = disk;
+  }
   disk_client_begin (disk, &c->client);
   return c;
 }

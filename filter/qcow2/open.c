@@ -144,6 +144,28 @@ qcow2_version (const struct qcow2 *q)
   return q->header.version;
 }
 
+void
+qcow2_describe (const struct qcow2 *q, struct qcow2_description *d)
+{
+  const struct header *h = &q->header;
+
+  *d = (struct qcow2_description) {
+    .version = h->version,
+    .refcount_bits = 1U << h->refcount_order,
+    .compression_type = h->compression_type == 1 ? "zstd" : "zlib",
+    .lazy_refcounts = (h->compatible & COMPAT_LAZY_REFCOUNTS) != 0,
+    .corrupt = (h->incompatible & INCOMPAT_CORRUPT) != 0 ||
+      atomic_load (&q->gate.corrupt),
+    .extended_l2 = q->extended_l2,
+    .has_data_file = q->has_data_file,
+    .data_file_raw = q->data_file_raw,
+  };
+  for (; q->backing.image != NULL; q = q->backing.image)
+    d->nr_backing++;
+  if (q->backing.raw != NULL)
+    d->nr_backing++;
+}
+
 bool
 qcow2_is_readonly (const struct qcow2 *q)
 {

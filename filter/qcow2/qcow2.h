@@ -85,6 +85,17 @@ extern unsigned qcow2_version (const struct qcow2 *);
 extern bool qcow2_is_readonly (const struct qcow2 *);
 extern struct container *qcow2_container (const struct qcow2 *);
 
+/* What is to be said of the image. */
+struct qcow2_description {
+  unsigned version;             /* 2 or 3 */
+  unsigned refcount_bits;
+  const char *compression_type; /* "zlib" or "zstd" */
+  bool lazy_refcounts, corrupt, extended_l2;
+  bool has_data_file, data_file_raw;
+  unsigned nr_backing;          /* backing files, of the whole chain */
+};
+extern void qcow2_describe (const struct qcow2 *, struct qcow2_description *);
+
 /* For an image that was opened read-only: the memory that its tables take
  * besides the cache.
  */

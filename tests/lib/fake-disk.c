@@ -315,6 +315,18 @@ disk_bitmap_name (const struct disk *d, size_t i)
   return d->bitmaps[i].name;
 }
 
+void
+disk_bitmap_hold (struct disk *d, size_t i)
+{
+  atomic_fetch_add (&d->bitmaps[i].holders, 1);
+}
+
+void
+disk_bitmap_release (struct disk *d, size_t i)
+{
+  atomic_fetch_sub (&d->bitmaps[i].holders, 1);
+}
+
 uint64_t
 disk_bitmap_granularity (const struct disk *d, size_t i)
 {

@@ -26,6 +26,7 @@ struct fake_bitmap {
   const char *name;
   uint64_t granularity;
   uint8_t *dirty;               /* a byte a granule, or NULL: all clean */
+  atomic_ulong holders;
 };
 
 struct disk {
