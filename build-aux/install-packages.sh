@@ -28,6 +28,7 @@ build  p:libnbd             libnbd-dev
 build  p:zlib               zlib1g-dev
 build  p:libzstd            libzstd-dev
 build  p:gnutls             libgnutls28-dev
+build  p:jansson            libjansson-dev
 demo   c:nbdkit             nbdkit
 demo   c:nbdinfo            libnbd-bin
 demo   c:nbdsh              python3-libnbd

@@ -3,8 +3,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright the nbdkit-dirty-bitmap-filter authors
 
-# make install puts the filter where nbdkit looks for filters, and the
-# manual page beside the others; make uninstall takes both away.
+# make install puts the filter where nbdkit looks for filters, the program
+# nbdkit-dirty-bitmap-ctl and the manual pages beside the others; make
+# uninstall takes all away.
 
 . "${srcdir:-.}/lib/functions.sh"
 requires make
@@ -12,8 +13,10 @@ build=${abs_top_builddir:-$tests/..}
 [ -f "$build/config.status" ] || skip "$build is not configured"
 unset MAKEFLAGS MAKELEVEL MFLAGS
 
-make -C "$build/filter" install DESTDIR="$d/root" > out 2>&1 ||
-  { cat out; fail "make install"; }
+for folder in filter tools; do
+  make -C "$build/$folder" install DESTDIR="$d/root" > out 2>&1 ||
+    { cat out; fail "make install"; }
+done
 (cd root && find . ! -type d) | sort > installed
 cat installed
 
@@ -25,14 +28,22 @@ case $filterdir in
 esac
 grep -q '/man1/nbdkit-dirty-bitmap-filter\.1$' installed ||
   fail "no manual page"
-[ "$(wc -l < installed)" -eq 2 ] || fail "something else is installed too"
+grep -q '/bin/nbdkit-dirty-bitmap-ctl$' installed || fail "no program"
+grep -q '/man1/nbdkit-dirty-bitmap-ctl\.1$' installed ||
+  fail "no manual page of the program"
+[ "$(wc -l < installed)" -eq 4 ] || fail "something else is installed too"
 
 # What is installed works.
 so=$(find "$d/root" -name nbdkit-dirty-bitmap-filter.so)
 nbdkit --filter="$so" null --help | grep -q dirty-bitmap= ||
   fail "the installed filter does not load"
 
-make -C "$build/filter" uninstall DESTDIR="$d/root" > out 2>&1 ||
-  { cat out; fail "make uninstall"; }
+ctl=$(find "$d/root" -name nbdkit-dirty-bitmap-ctl)
+"$ctl" --help | grep -q KEY=VALUE || fail "the installed program does not run"
+
+for folder in filter tools; do
+  make -C "$build/$folder" uninstall DESTDIR="$d/root" > out 2>&1 ||
+    { cat out; fail "make uninstall"; }
+done
 find root ! -type d | sort > left
 [ ! -s left ] || { cat left; fail "make uninstall leaves files"; }

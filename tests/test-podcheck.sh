@@ -3,8 +3,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright the nbdkit-dirty-bitmap-filter authors
 
-# The manual page is well-formed and has the sections that nbdkit's
-# filters have.
+# The manual pages are well-formed and the filter's has the sections
+# that nbdkit's filters have.
 
 . "${srcdir:-.}/lib/functions.sh"
 requires podchecker pod2man
@@ -17,6 +17,10 @@ for section in NAME SYNOPSIS DESCRIPTION EXAMPLES PARAMETERS LIMITATIONS \
                FILES VERSION "SEE ALSO" AUTHORS COPYRIGHT; do
   grep -qx "=head1 $section" "$pod" || fail "no section $section"
 done
+
+ctl=$tests/../tools/nbdkit-dirty-bitmap-ctl.pod
+podchecker -warnings -warnings "$ctl" > out 2>&1 || { cat out; fail "$ctl"; }
+if grep -E 'WARNING|ERROR' out; then fail "podchecker warns"; fi
 
 # The formatter has no complaint either (it would add a section).
 pod2man -u --section 1 "$pod" > page.1

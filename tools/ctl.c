@@ -1,0 +1,281 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* nbdkit-dirty-bitmap-ctl SOCKET COMMAND [KEY=VALUE...]
+ *
+ * One command for a control socket: connect, negotiate, send the command, wait
+ * for its reply, and print it.  Events are skipped.  The tables of the query
+ * commands are in ctl-table.c.
+ */
+
+#include <config.h>
+
+#include <ctype.h>
+#include <errno.h>
+#include <getopt.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <jansson.h>
+
+#include "ctl.h"
+
+#define PROGRAM "nbdkit-dirty-bitmap-ctl"
+
+static void
+usage (FILE *f)
+{
+  fputs ("usage: " PROGRAM " [--json] SOCKET COMMAND [KEY=VALUE...]\n"
+         "\n"
+         "Execute a command of nbdkit's dirty-bitmap filter, on the socket of\n"
+         "its parameter dirty-bitmap-control=SOCKET, and print the result.\n"
+         "\n"
+         "  KEY=VALUE   an argument: true, false, a number, an array or object\n"
+         "              in JSON, or else a string\n"
+         "  KEY:=JSON   an argument as JSON; KEY:='\"12\"' is a string\n"
+         "  --json      print JSON, for query commands as well\n"
+         "  --help      show this\n"
+         "  --version   show the version\n"
+         "\n"
+         "The command query-commands lists the commands.\n", f);
+}
+
+__attribute__ ((format (printf, 1, 2), noreturn))
+static void
+fail (const char *fmt, ...)
+{
+  va_list args;
+
+  fprintf (stderr, PROGRAM ": ");
+  va_start (args, fmt);
+  vfprintf (stderr, fmt, args);
+  va_end (args);
+  fputc ('\n', stderr);
+  exit (EXIT_FAILURE);
+}
+
+/* The arguments whose values are always strings, whatever they look like. */
+static bool
+is_string_key (const char *key)
+{
+  static const char *const keys[] = {
+    "bitmap", "device", "export", "id", "name", "node", "target",
+  };
+
+  for (size_t i = 0; i < sizeof keys / sizeof keys[0]; ++i)
+    if (strcmp (keys[i], key) == 0)
+      return true;
+  return false;
+}
+
+static json_t *
+parse_json (const char *key, const char *text)
+{
+  json_error_t error;
+  json_t *value = json_loads (text, JSON_DECODE_ANY | JSON_REJECT_DUPLICATES |
+                              JSON_ALLOW_NUL, &error);
+
+  if (value == NULL)
+    fail ("%s: not JSON: %s", key, text);
+  return value;
+}
+
+/* The value of KEY=VALUE. */
+static json_t *
+parse_value (const char *key, const char *text)
+{
+  json_t *value;
+
+  if (!is_string_key (key)) {
+    if (text[0] == '[' || text[0] == '{')
+      return parse_json (key, text);
+    value = json_loads (text, JSON_DECODE_ANY, NULL);
+    if (json_is_boolean (value) || json_is_number (value))
+      return value;
+    json_decref (value);
+  }
+  value = json_string (text);
+  if (value == NULL)
+    fail ("%s: not in UTF-8", key);
+  return value;
+}
+
+static void
+add_argument (json_t *arguments, char *word)
+{
+  char *equals = strchr (word, '=');
+  const char *text;
+  bool as_json;
+
+  if (equals == NULL || equals == word)
+    fail ("expecting KEY=VALUE, not '%s'", word);
+  text = equals + 1;
+  as_json = equals[-1] == ':';
+  equals[as_json ? -1 : 0] = '\0';
+  if (json_object_get (arguments, word) != NULL)
+    fail ("%s is given twice", word);
+  if (json_object_set_new (arguments, word,
+                           as_json ? parse_json (word, text)
+                           : parse_value (word, text)) == -1)
+    fail ("cannot use the argument '%s'", word);
+}
+
+/* The two directions of the connection. */
+struct server {
+  FILE *in, *out;
+};
+
+static struct server
+connect_to (const char *path)
+{
+  struct sockaddr_un sun = { .sun_family = AF_UNIX };
+  const int fd = socket (AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  struct server s;
+
+  if (strlen (path) >= sizeof sun.sun_path)
+    fail ("%s: the path is too long", path);
+  strcpy (sun.sun_path, path);
+  if (fd == -1 ||
+      connect (fd, (const struct sockaddr *) &sun, sizeof sun) == -1)
+    fail ("%s: %s", path, strerror (errno));
+  s = (struct server) { fdopen (fd, "r"), fdopen (dup (fd), "w") };
+  if (s.in == NULL || s.out == NULL)
+    fail ("%s", strerror (errno));
+  return s;
+}
+
+/* The next message that is not an event.  The server sends one a line. */
+static json_t *
+receive (const struct server *s)
+{
+  static char *line;
+  static size_t size;
+
+  for (;;) {
+    const ssize_t n = getline (&line, &size, s->in);
+    json_t *message;
+
+    if (n == -1)
+      fail ("the server closed the connection");
+    message = json_loadb (line, n, JSON_ALLOW_NUL, NULL);
+    if (!json_is_object (message))
+      fail ("the server does not speak QMP");
+    if (json_object_get (message, "event") == NULL)
+      return message;
+    json_decref (message);
+  }
+}
+
+/* Print the error of a reply, if it is one. */
+static void
+check_reply (const json_t *reply)
+{
+  const json_t *error = json_object_get (reply, "error");
+  const char *text = json_string_value (json_object_get (error, "desc"));
+
+  if (error == NULL)
+    return;
+  fprintf (stderr, PROGRAM ": ");
+  print_text (stderr, text != NULL ? text : "unknown error");
+  fputc ('\n', stderr);
+  exit (EXIT_FAILURE);
+}
+
+/* Send a command, and return its result. */
+static json_t *
+call (const struct server *s, const char *command, json_t *arguments)
+{
+  json_t *request = json_pack ("{s:s,s:O}", "execute", command,
+                               "arguments", arguments);
+  json_t *reply, *result;
+
+  if (request == NULL)
+    fail ("cannot use the command '%s'", command);
+  if (json_dumpf (request, s->out, JSON_ENSURE_ASCII) == -1 ||
+      putc ('\n', s->out) == EOF || fflush (s->out) == EOF)
+    fail ("sending: %s", strerror (errno));
+  json_decref (request);
+  reply = receive (s);
+  check_reply (reply);
+  result = json_incref (json_object_get (reply, "return"));
+  if (result == NULL)
+    fail ("the server does not speak QMP");
+  json_decref (reply);
+  return result;
+}
+
+static json_t *
+execute (const char *path, const char *command, json_t *arguments)
+{
+  const struct server s = connect_to (path);
+  json_t *greeting = receive (&s), *none = json_object (), *result;
+
+  check_reply (greeting);       /* too many clients */
+  if (json_object_get (greeting, "QMP") == NULL)
+    fail ("the server does not speak QMP");
+  json_decref (call (&s, "qmp_capabilities", none));
+  result = call (&s, command, arguments);
+  json_decref (none);
+  json_decref (greeting);
+  fclose (s.out);
+  fclose (s.in);
+  return result;
+}
+
+int
+main (int argc, char **argv)
+{
+  static const struct option options[] = {
+    { "help", no_argument, NULL, 'h' },
+    { "json", no_argument, NULL, 'j' },
+    { "version", no_argument, NULL, 'V' },
+    { NULL, 0, NULL, 0 },
+  };
+  bool as_json = false;
+  json_t *arguments, *result;
+  int c;
+
+  signal (SIGPIPE, SIG_IGN);
+  while ((c = getopt_long (argc, argv, "+h", options, NULL)) != -1)
+    switch (c) {
+    case 'h':
+      usage (stdout);
+      return EXIT_SUCCESS;
+    case 'j':
+      as_json = true;
+      break;
+    case 'V':
+      puts (PROGRAM " " PACKAGE_VERSION);
+      return EXIT_SUCCESS;
+    default:
+      usage (stderr);
+      return EXIT_FAILURE;
+    }
+  if (argc - optind < 2) {
+    usage (stderr);
+    return EXIT_FAILURE;
+  }
+  arguments = json_object ();
+  for (int i = optind + 2; i < argc; ++i)
+    add_argument (arguments, argv[i]);
+  result = execute (argv[optind], argv[optind + 1], arguments);
+  if (as_json || !print_table (argv[optind + 1], result)) {
+    json_dumpf (result, stdout, JSON_INDENT (2) | JSON_ENCODE_ANY |
+                JSON_ENSURE_ASCII);
+    putchar ('\n');
+  }
+  json_decref (result);
+  json_decref (arguments);
+  if (fflush (stdout) == EOF || ferror (stdout))
+    fail ("writing: %s", strerror (errno));
+  return EXIT_SUCCESS;
+}
