@@ -19,7 +19,8 @@
  * after_fork   the plugin is opened, unless its file is used directly, and
  *              the disk.  Either our server stands in for nbdkit's
  *              (nbdkit/sockets.c, and nbdkit/single.c for nbdkit -s), or
- *              nbdkit's own server answers (nbdkit/clients.c).  A thread
+ *              nbdkit's own server answers (nbdkit/clients.c).  The control
+ *              socket is served (control/).  A thread
  *              waits for what ends nbdkit, and then stops the servers, and
  *              writes what is in RAM (nbdkit/stop.c)
  * cleanup      waits for that thread, and closes the image
@@ -47,6 +48,7 @@
 #include "common/report.h"
 #include "container/container.h"
 #include "container/next.h"
+#include "control/control.h"
 #include "disk/disk.h"
 #include "image/chain.h"
 #include "image/image-file.h"
@@ -82,6 +84,8 @@ static struct chain *chain;     /* what the image refers to */
 static struct disk *disk;
 static struct nbd_tls *tls;     /* or NULL: none */
 static struct nbd_server *server;
+static struct control *control; /* or NULL: not requested */
+static struct listen_sockets control_sockets;
 static struct stats *stats;     /* or NULL: not requested */
 static bool failed;             /* to write at shutdown */
 
@@ -202,6 +206,7 @@ get_disk_options (struct disk_options *o)
   o->nr_require = parameters.require.nr;
   o->expose = (const char *const *) parameters.expose.name;
   o->nr_expose = parameters.expose.nr;
+  o->load_all = parameters.is_controlled;
   if (chain != NULL)
     chain_give (chain, o);
 }
@@ -306,15 +311,41 @@ serves_single (void)
 static int
 prepare_stats (void)
 {
-  if (stats_file_prepare (parameters.stats) == -1)
+  if (parameters.stats != NULL &&
+      stats_file_prepare (parameters.stats) == -1)
     return -1;
   meter_is_on = true;
   stats = stats_new ();
   if (stats == NULL) {
-    nbdkit_error ("dirty-bitmap-stats: %m");
+    nbdkit_error ("statistics: %m");
     return -1;
   }
   clients_count (stats);
+  return 0;
+}
+
+static void
+unlink_sockets (void)
+{
+  listen_unlink (&listen_sockets);
+  listen_unlink (&control_sockets);
+}
+
+static int
+open_sockets (void)
+{
+  const char *label = command_line.selinux_label;
+
+  if (parameters.listens &&
+      listen_open (&parameters.listen, label, &listen_sockets) == -1)
+    return -1;
+  if (parameters.is_controlled &&
+      listen_open (&parameters.control, label, &control_sockets) == -1) {
+    unlink_sockets ();
+    return -1;
+  }
+  listen_unlink_at_exit (&listen_sockets, command_line.forks);
+  listen_unlink_at_exit (&control_sockets, command_line.forks);
   return 0;
 }
 
@@ -345,18 +376,16 @@ dirty_bitmap_get_ready (int model)
   if (image_file_open (&image_file, &command_line, is_readonly ()) == -1 ||
       check_image () == -1 || settings_check_locked (&settings) == -1)
     return -1;
-  if (parameters.stats != NULL && prepare_stats () == -1)
+  if ((parameters.stats != NULL || parameters.is_controlled) &&
+      prepare_stats () == -1)
     return -1;
 
   /* Last, so that no error of ours leaves a Unix socket behind. */
-  if (parameters.listens &&
-      listen_open (&parameters.listen, command_line.selinux_label,
-                   &listen_sockets) == -1)
+  if (open_sockets () == -1)
     return -1;
-  listen_unlink_at_exit (&listen_sockets, command_line.forks);
   if (sockets_note_others (&command_line) == -1 ||
       (serves_single () && single_take () == -1)) {
-    listen_unlink (&listen_sockets);
+    unlink_sockets ();
     return -1;
   }
   return 0;
@@ -465,11 +494,40 @@ start_server (void)
   return 0;
 }
 
+static const char *
+image_name (void)
+{
+  return image_file.path != NULL ? image_file.path
+    : command_line.plugin != NULL ? command_line.plugin : "";
+}
+
+static int
+start_control (void)
+{
+  const struct control_options options = {
+    .disk = disk,
+    .stats = stats,
+    .exports = get_export_options (),
+    .node = parameters.node != NULL ? parameters.node : CONTROL_DEFAULT_NODE,
+    .image = image_name (),
+    .quit = stop_ask,
+  };
+  const int fd = control_sockets.fd[0];
+
+  control_sockets.fd[0] = -1;
+  control = control_new (&options, fd);
+  if (control == NULL) {
+    nbdkit_error ("dirty-bitmap-control: %m");
+    return -1;
+  }
+  return control_start (control);
+}
+
 /* Called when the process ends and cleanup will not be called. */
 static void
 leave_nothing_behind (void)
 {
-  listen_unlink (&listen_sockets);
+  unlink_sockets ();
   stats_file_stop ();
   report_limits_end ();
 }
@@ -489,13 +547,17 @@ start_serving (nbdkit_backend *backend)
     return -1;
   if ((stands_in || parameters.listens) && start_server () == -1)
     return -1;
-  if (stats != NULL &&
+  if (parameters.stats != NULL &&
       stats_file_start (stats, disk, parameters.stats_interval) == -1)
+    return -1;
+
+  if (parameters.is_controlled && start_control () == -1)
     return -1;
 
   stop_options = (struct stop_options) {
     .disk = disk,
     .server = server,
+    .control = control,
     .nbdkit_answers = !stands_in,
     .sleeper = filter_stack_sleeper (&command_line),
     .give_up = leave_nothing_behind,
@@ -512,10 +574,12 @@ give_up_serving (void)
   stop_finish ();
   if (server != NULL)
     nbd_server_stop (server, 0);
+  if (control != NULL)
+    control_stop (control, 0);
   single_stop (0);
   if (disk != NULL)
     disk_stop (disk);
-  listen_unlink (&listen_sockets);
+  unlink_sockets ();
 }
 
 static int
@@ -562,8 +626,10 @@ dirty_bitmap_cleanup (nbdkit_backend *backend)
                   "incomplete dirty bitmaps stay marked as in use");
   nbd_server_free (server);
   server = NULL;
+  control_free (control);
+  control = NULL;
   single_stop (SINGLE_GRACE_MS);
-  listen_unlink (&listen_sockets);
+  unlink_sockets ();
   stats_file_stop ();
   disk_close (disk);
   disk = NULL;
@@ -578,6 +644,7 @@ dirty_bitmap_unload (void)
   chain_close (chain);          /* if get_ready failed */
   image_file_close (&image_file);
   listen_close (&listen_sockets);
+  listen_close (&control_sockets);
   sockets_free ();
   nbd_tls_free (tls);
   stats_file_free ();

@@ -23,6 +23,7 @@
 #include "common/cleanup.h"
 #include "common/report.h"
 #include "common/utf8.h"
+#include "control/control.h"
 #include "nbd/exports.h"
 #include "parameters.h"
 #include "used-paths.h"
@@ -68,6 +69,9 @@ const char parameters_help[] =
   "                               Stand in for nbdkit's server, which cannot\n"
   "                               show bitmaps to clients (default: auto).\n"
   "dirty-bitmap-listen=ADDRESS    Also serve on this Unix socket or HOST:PORT.\n"
+  "dirty-bitmap-control=PATH      Unix socket for commands: QEMU's protocol QMP\n"
+  "                               (see also nbdkit-dirty-bitmap-ctl).\n"
+  "dirty-bitmap-node=NAME         Name of the disk in commands (default: disk).\n"
   "dirty-bitmap-max-connections=N Clients at once (default: 256).\n"
   "dirty-bitmap-max-requests=N    Requests of a client at once (default: 16).\n"
   "dirty-bitmap-max-memory=SIZE   Memory for all clients (default: 512M).\n"
@@ -450,6 +454,40 @@ take_listen (struct parameters *p, const char *key, const char *value)
 }
 
 static int
+take_control (struct parameters *p, const char *key, const char *value)
+{
+  if (p->is_controlled)
+    return repeated (key);
+  if (*value == '\0') {
+    report_error ("%s: the path must not be empty", key);
+    return -1;
+  }
+  if (listen_parse_path (key, value, &p->control) == -1)
+    return -1;
+  p->control.is_private = true;
+  p->is_controlled = true;
+  return 1;
+}
+
+static int
+take_node (struct parameters *p, const char *key, const char *value)
+{
+  if (p->node != NULL)
+    return repeated (key);
+  if (!control_is_node_name (value)) {
+    report_error ("%s: must begin with a letter, and have at most 31 letters, "
+                  "digits, '-', '.' and '_': %s", key, value);
+    return -1;
+  }
+  p->node = strdup (value);
+  if (p->node == NULL) {
+    report_error ("malloc: %m");
+    return -1;
+  }
+  return 1;
+}
+
+static int
 take_stats (struct parameters *p, const char *key, const char *value)
 {
   if (p->stats != NULL)
@@ -498,6 +536,7 @@ parameters_take (struct parameters *p, const char *key, const char *value)
     { "dirty-bitmap", take_require },
     { "dirty-bitmap-allow-path", take_allow },
     { "dirty-bitmap-cache-size", take_cache_size },
+    { "dirty-bitmap-control", take_control },
     { "dirty-bitmap-crash", take_crash },
     { "dirty-bitmap-delta", take_delta },
     { "dirty-bitmap-description", take_description },
@@ -510,6 +549,7 @@ parameters_take (struct parameters *p, const char *key, const char *value)
     { "dirty-bitmap-max-connections", take_max_connections },
     { "dirty-bitmap-max-memory", take_max_memory },
     { "dirty-bitmap-max-requests", take_max_requests },
+    { "dirty-bitmap-node", take_node },
     { "dirty-bitmap-server", take_server },
     { "dirty-bitmap-snapshot", take_snapshot },
     { "dirty-bitmap-stats", take_stats },
@@ -556,6 +596,10 @@ parameters_complete (struct parameters *p)
     report_error ("dirty-bitmap-stats-interval: requires dirty-bitmap-stats");
     return -1;
   }
+  if (p->node != NULL && !p->is_controlled) {
+    report_error ("dirty-bitmap-node: requires dirty-bitmap-control");
+    return -1;
+  }
   if (p->server == SERVER_OFF && !p->listens && given_limit (p)) {
     report_error ("%s: requires the filter's own server, which "
                   "dirty-bitmap-server=off disables",
@@ -589,6 +633,8 @@ parameters_free (struct parameters *p)
   free (p->exportname);
   free (p->description);
   free (p->stats);
+  free (p->node);
   listen_address_free (&p->listen);
+  listen_address_free (&p->control);
   memset (p, 0, sizeof *p);
 }

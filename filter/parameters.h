@@ -38,6 +38,9 @@ struct parameters {
   unsigned stats_interval;      /* dirty-bitmap-stats-interval, or 0 */
   bool listens;                 /* dirty-bitmap-listen */
   struct listen_address listen;
+  bool is_controlled;           /* dirty-bitmap-control */
+  struct listen_address control;
+  char *node;                   /* dirty-bitmap-node, or NULL */
 
   /* dirty-bitmap-max-connections and others; 0: not given. */
   struct nbd_limits limits;

@@ -40,6 +40,7 @@ check_paths (const struct settings *s)
     { "--log", cl->log_file },
     { "-U", cl->unix_path },
     { "dirty-bitmap-listen", s->parameters->listen.path },
+    { "dirty-bitmap-control", s->parameters->control.path },
     { "dirty-bitmap-stats", s->parameters->stats },
     { "--tls-psk", cl->tls.psk },
   };

@@ -15,7 +15,7 @@ import subprocess
 import sys
 
 # From the roof down.  "" is the roof.
-ROOMS = ["", "image", "nbdkit", "nbd", "stats", "disk", "bitmap", "qcow2",
+ROOMS = ["", "image", "nbdkit", "control", "nbd", "stats", "disk", "bitmap", "qcow2",
          "container", "common"]
 LEVEL = {room: i for i, room in enumerate(ROOMS)}
 

@@ -23,12 +23,13 @@
  *   store       disk_sync, while the last requests are still under way, so
  *               that a kill in the following steps loses nothing that was
  *               acknowledged until now.
- *   wait        Until no request is under way.  GRACE_MS after "refuse",
- *               long requests end early (disk_hurry), and clients of our
- *               server are disconnected.  If a request is stuck for
- *               PATIENCE_MS, maybe asleep in a filter below: store once
- *               more, tidy the bitmaps, and let nbdkit quit, which wakes it;
- *               then wait for as long as it takes.
+ *   wait        Until no request, and no command of the control socket, is
+ *               under way.  GRACE_MS after "refuse", long requests end early
+ *               (disk_hurry), and clients of our server are disconnected.
+ *               If a request is stuck for PATIENCE_MS, maybe asleep in a
+ *               filter below: store once more, tidy the bitmaps, and let
+ *               nbdkit quit, which wakes it; then wait for as long as it
+ *               takes.
  *   stop        disk_stop.  No request comes after it.
  *   quit        nbdkit_shutdown.
  *   shut down   The receiving side of the connections of nbdkit's server is
@@ -93,6 +94,7 @@
 #include "common/clock.h"
 #include "common/report.h"
 #include "common/threads.h"
+#include "control/control.h"
 #include "disk/disk.h"
 #include "nbd/nbd.h"
 #include "nbdkit/clients.h"
@@ -169,8 +171,8 @@ store_for_leavers (void)
   pthread_cond_broadcast (&changed);
 }
 
-/* Wait until no request is under way.  False if one still is at `until`, in
- * now_ms.
+/* Wait until no request or command is under way.  False if one still is at
+ * `until`, in now_ms.
  */
 static bool
 requests_end (int64_t until)
@@ -179,7 +181,9 @@ requests_end (int64_t until)
 
   while (clients_in_flight () > 0 ||
          (options.server != NULL &&
-          !nbd_server_wait (options.server, TICK_MS))) {
+          !nbd_server_wait (options.server, TICK_MS)) ||
+         (options.control != NULL &&
+          !control_wait (options.control, TICK_MS))) {
     if (now_ms () >= until)
       return false;
     if (clients_in_flight () > 0)
@@ -197,6 +201,8 @@ stop (int64_t began)
   disk_hurry (options.disk, GRACE_MS);
   if (options.server != NULL)
     nbd_server_begin_stop (options.server, GRACE_MS);
+  if (options.control != NULL)
+    control_begin_stop (options.control, GRACE_MS);
   disk_sync (options.disk);     /* If this fails, disk_stop reports it. */
   if (!requests_end (began + PATIENCE_MS)) {
     disk_sync (options.disk);
@@ -206,6 +212,8 @@ stop (int64_t began)
   }
   if (options.server != NULL)
     nbd_server_stop (options.server, GRACE_MS);
+  if (options.control != NULL)
+    control_stop (options.control, GRACE_MS);
   r = disk_stop (options.disk);
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
@@ -312,16 +320,36 @@ start_thread (pthread_t *thread, void *(*start) (void *), bool *has)
   return -1;
 }
 
-int
-stop_start (const struct stop_options *o)
+void
+stop_ask (void)
 {
-  options = *o;
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
+  is_asked = true;
+  if (wake_fd != -1)
+    eventfd_write (wake_fd, 1);
+}
+
+static int
+make_eventfds (void)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
   signal_fd = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);
   wake_fd = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (signal_fd == -1 || wake_fd == -1) {
     report_error ("eventfd: %m");
     return -1;
   }
+  if (is_asked)                 /* by stop_ask, before there was a wake_fd */
+    eventfd_write (wake_fd, 1);
+  return 0;
+}
+
+int
+stop_start (const struct stop_options *o)
+{
+  options = *o;
+  if (make_eventfds () == -1)
+    return -1;
   if (start_thread (&stopper, stopper_main, &has_stopper) == -1 ||
       (options.nbdkit_answers &&
        start_thread (&sleeper, sleeper_main, &has_sleeper) == -1))
@@ -367,6 +395,7 @@ stop_finish (void)
     has_sleeper = false;
   }
   signals_give_back ();
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
   close (signal_fd);
   close (wake_fd);
   signal_fd = wake_fd = -1;

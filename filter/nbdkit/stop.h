@@ -10,12 +10,14 @@
 
 #include <stdbool.h>
 
+struct control;
 struct disk;
 struct nbd_server;
 
 struct stop_options {
   struct disk *disk;
   struct nbd_server *server;    /* ours, started, or NULL */
+  struct control *control;      /* started, or NULL */
   bool nbdkit_answers;          /* nbdkit's own server has clients */
 
   /* The name of a filter below that sleeps, which it can only until nbdkit
@@ -34,6 +36,11 @@ struct stop_options {
  * after_fork.
  */
 extern int stop_start (const struct stop_options *);
+
+/* Stop, as if a signal had come.  Returns at once.  Any thread, at any time,
+ * even before stop_start.
+ */
+extern void stop_ask (void);
 
 /* A client of nbdkit's server has disconnected, and nbdkit may quit because
  * of that without a signal: write what is in RAM, and return when that is

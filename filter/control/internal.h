@@ -1,0 +1,150 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_CONTROL_INTERNAL_H
+#define DIRTY_BITMAP_CONTROL_INTERNAL_H
+
+/* The room's files:
+ *
+ *   socket.c       the thread: clients come and go, and are read and written
+ *   json-stream.c  from bytes to JSON values
+ *   qmp.c          from a value to a command, and from its result to a reply
+ *   arguments.c    whether a command's arguments are those that it takes
+ *   commands.c     the table of commands, and those about QMP itself
+ *   query-block.c  query-block and query-named-block-nodes
+ *   query-stats.c  query-stats
+ *
+ * All of it is run by the thread, but for the functions of control.h.
+ * control->lock is the only lock, protects what says so, and no other is
+ * taken while it is held.
+ */
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <jansson.h>
+
+#include "control/control.h"
+#include "control/json-stream.h"
+
+#define MAX_CLIENTS 4
+
+/* What a client sends is taken in parts of so much. */
+#define INPUT_BYTES 16384
+
+struct client {
+  int fd;                       /* -1: there is none */
+  bool is_negotiated;           /* qmp_capabilities has succeeded */
+
+  struct json_stream stream;
+  char input[INPUT_BYTES];      /* received, and not in the stream yet: from */
+  size_t taken, received;       /* the first to the second */
+  bool has_ended;               /* it sends no more */
+
+  char *output;                 /* not sent yet: from the first to */
+  size_t sent, nr_output, max_output; /* the second */
+  bool is_broken;               /* to be disconnected */
+};
+
+struct control {
+  struct control_options options;
+  int listen_fd;
+  int wake_fd;                  /* an eventfd, for control_begin_stop */
+  struct client clients[MAX_CLIENTS];
+  bool quit_asked;              /* by the command, */
+  bool quit_told;               /* and options.quit was called */
+  pthread_t thread;
+  bool started;                 /* for the functions of control.h alone */
+
+  atomic_bool stopping;
+  int64_t cut_at_ms;            /* in now_ms; set before stopping */
+
+  pthread_mutex_t lock;         /* protects has_ended */
+  pthread_cond_t ended;
+  bool has_ended;               /* the thread is done with the disk */
+};
+
+/* A command that is being executed. */
+struct call {
+  struct control *control;
+  struct client *client;
+  json_t *arguments;            /* an object, checked */
+
+  const char *class;            /* of the error, or NULL: none */
+  char *error;                  /* its text */
+};
+
+#define GENERIC_ERROR "GenericError"
+#define COMMAND_NOT_FOUND "CommandNotFound"
+
+/* The call fails: returns NULL, for the caller to return. */
+extern json_t *call_fail (struct call *, const char *class,
+                          const char *fmt, ...)
+  __attribute__ ((format (printf, 3, 4)));
+
+enum argument_type {
+  ARGUMENT_STRING,
+  ARGUMENT_BOOL,
+  ARGUMENT_UINT32,
+  ARGUMENT_STRINGS,             /* an array of strings */
+  ARGUMENT_ARRAY,               /* of anything, for the command to check */
+};
+
+struct argument {
+  const char *name;             /* NULL ends a list of them */
+  enum argument_type type;
+  bool is_optional;
+};
+
+struct command {
+  const char *name;
+  const struct argument *arguments; /* or NULL: it takes none */
+
+  /* Execute it.  Returns a new reference; or NULL, after call_fail, or else
+   * because memory is short.
+   */
+  json_t *(*run) (struct call *);
+};
+
+/* arguments.c: check an object, as QEMU does: its members by their order in
+ * the list, then for those that are not in it.  -1 after call_fail.  where is
+ * put before the names in the error, as in "actions[0].data.", or "".
+ */
+extern int arguments_check (struct call *, const struct argument *,
+                            const json_t *object, const char *where);
+
+/* qmp.c */
+
+/* The reply to what a client sent: a new reference, or NULL if memory is
+ * short.
+ */
+extern json_t *qmp_answer (struct control *, struct client *,
+                           const json_t *request);
+extern json_t *qmp_error (const char *class, const char *text);
+extern json_t *qmp_greeting (void);
+extern json_t *qmp_event (const char *name, json_t *data);
+
+/* A string of any bytes: those that are not UTF-8 become U+FFFD, as in
+ * QEMU.
+ */
+extern json_t *qmp_string (const char *);
+
+/* commands.c */
+extern const struct command control_commands[];
+extern const struct command *command_find (const char *name, size_t length);
+extern json_t *command_capabilities (struct call *);
+extern json_t *command_version (void);
+
+/* query-block.c */
+extern json_t *command_query_block (struct call *);
+extern json_t *command_query_named_block_nodes (struct call *);
+
+/* query-stats.c */
+extern json_t *command_query_stats (struct call *);
+
+#endif /* DIRTY_BITMAP_CONTROL_INTERNAL_H */

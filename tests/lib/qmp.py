@@ -1,0 +1,109 @@
+# nbdkit-dirty-bitmap-filter
+# SPDX-License-Identifier: BSD-3-Clause
+# Copyright the nbdkit-dirty-bitmap-filter authors
+
+"""A client of a control socket, ours or QEMU's."""
+
+import json
+import os
+import socket
+import subprocess
+import time
+
+import harness
+
+CTL = os.path.join(os.environ.get("abs_top_builddir", ".."), "tools",
+                   "nbdkit-dirty-bitmap-ctl")
+
+
+class Qmp:
+    """A connection.  It has sent nothing yet, unless negotiate is true."""
+
+    def __init__(self, path, negotiate=True):
+        deadline = time.monotonic() + harness.PATIENCE
+        while True:
+            self.socket = socket.socket(socket.AF_UNIX)
+            self.socket.settimeout(harness.PATIENCE)
+            try:
+                self.socket.connect(path)
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                assert time.monotonic() < deadline, path
+                self.socket.close()
+                time.sleep(0.01)
+        self.buffer = b""
+        self.events = []
+        self.greeting = self.message()
+        if negotiate:
+            assert self.ask("qmp_capabilities") == {}
+
+    def send(self, data):
+        if not isinstance(data, (bytes, str)):
+            data = json.dumps(data)
+        if isinstance(data, str):
+            data = data.encode()
+        self.socket.sendall(data)
+
+    def message(self):
+        """The next message, or None at the end."""
+        while b"\r\n" not in self.buffer:
+            try:
+                data = self.socket.recv(1 << 16)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                assert self.buffer == b"", self.buffer
+                return None
+            self.buffer += data
+        line, _, self.buffer = self.buffer.partition(b"\r\n")
+        return json.loads(line)
+
+    def reply(self):
+        """The next message that is no event."""
+        while True:
+            message = self.message()
+            if message is None or "event" not in message:
+                return message
+            self.events.append(message)
+
+    def execute(self, command, **arguments):
+        """The whole reply."""
+        request = {"execute": command}
+        if arguments:
+            request["arguments"] = arguments
+        self.send(request)
+        return self.reply()
+
+    def ask(self, command, **arguments):
+        """What it returns."""
+        reply = self.execute(command, **arguments)
+        assert "return" in reply, reply
+        return reply["return"]
+
+    def error(self, data):
+        """The class and text of the error that data gets."""
+        self.send(data)
+        reply = self.reply()
+        assert "error" in reply, reply
+        return reply["error"]["class"], reply["error"]["desc"]
+
+    def ended(self):
+        """It is at its end; the events that came before."""
+        while True:
+            message = self.message()
+            if message is None:
+                return self.events
+            self.events.append(message)
+
+    def close(self):
+        self.socket.close()
+
+
+def ctl(*args, status=0):
+    """What nbdkit-dirty-bitmap-ctl prints, on stdout and stderr."""
+    p = subprocess.run([CTL, *args], stdout=subprocess.PIPE,
+                       stderr=subprocess.PIPE, timeout=harness.PATIENCE)
+    out, err = p.stdout.decode(), p.stderr.decode()
+    assert p.returncode == status, (args, p.returncode, out, err)
+    assert (err == "") == (status == 0), err
+    return out, err
