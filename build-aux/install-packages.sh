@@ -41,6 +41,7 @@ test   c:nbdsh              python3-libnbd
 test   c:qemu-img           qemu-utils
 test   c:qemu-io            qemu-utils
 test   c:qemu-nbd           qemu-utils
+test   c:qemu-storage-daemon qemu-system-common
 test   c:python3            python3
 test   y:nbd                python3-libnbd
 test   c:certtool           gnutls-bin

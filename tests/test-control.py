@@ -9,6 +9,7 @@ does; the socket is its owner's alone, and is gone afterwards."""
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -183,6 +184,9 @@ def program():
         ctl(ctl_sock, "query-stats")[0]
     assert 'dirty_bytes{bitmap=a} %d\n' % (65536 + 512) in \
         ctl(ctl_sock, "query-stats")[0]
+    # A time in seconds, in digits that people can read.
+    assert re.search("^start_time_seconds [0-9]{10}([.][0-9]+)?$",
+                     ctl(ctl_sock, "query-stats")[0], re.MULTILINE)
     assert json.loads(ctl("--json", ctl_sock, "query-name")[0]) == {
         "name": "the disk"}
     assert ctl(ctl_sock, "query-name")[0] == "name: the disk\n"

@@ -8,9 +8,9 @@
 
 /* What the fuzz targets share.  README.md says how to run them.
  *
- * The input of all of them but fuzz-server is a list of runs of bytes,
- * each with the file and the offset where it goes, so that images with
- * large clusters are small inputs and what is in them is meaningful:
+ * The input of all of them but fuzz-control and fuzz-server is a list of runs
+ * of bytes, each with the file and the offset where it goes, so that images
+ * with large clusters are small inputs and what is in them is meaningful:
  *
  *   4 bytes   file << 30 | offset / 8
  *   2 bytes   length

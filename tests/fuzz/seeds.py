@@ -437,6 +437,28 @@ def save(folder, target, name, data):
         f.write(data)
 
 
+COMMANDS = ('query-block', 'query-block-exports', 'query-commands',
+            'query-name', 'query-named-block-nodes', 'query-stats',
+            'query-status', 'query-version', 'quit', 'nosuch')
+
+
+def control_seeds():
+    """What a client says after the greeting."""
+    begin = b'{"execute":"qmp_capabilities"}\n'
+    yield 'empty', b''
+    yield 'capability', b'{"execute":"qmp_capabilities",' \
+        b'"arguments":{"enable":["oob"]}}'
+    for command in COMMANDS:
+        yield command, begin + b'{"execute":"%s","id":[1,{"a":"\\u00e9"}]}' % (
+            command.encode())
+    yield 'flat', begin + b"{'execute':'query-named-block-nodes'," \
+        b"'arguments':{'flat':true}}"
+    yield 'all', begin + b''.join(b'{"execute":"%s"}' % c.encode()
+                                  for c in COMMANDS)
+    yield 'errors', begin + b'[]{}"a\'b"12 nul {"a":1,"a":2}]\x1b{"a":[1,-2.5e3'
+    yield 'deep', begin + b'{"a":' * 33 + b'1' + b'}' * 33
+
+
 def make_all(folder):
     with tempfile.TemporaryDirectory() as tmp:
         for name, files in Images(tmp).all().items():
@@ -447,6 +469,8 @@ def make_all(folder):
                      data + run(PROGRAM, 0, b''.join(steps)))
     for name, data in bitmaps_seeds():
         save(folder, 'bitmaps', name, data)
+    for name, data in control_seeds():
+        save(folder, 'control', name, data)
     for name, data in server_seeds():
         save(folder, 'server', name, data)
 
