@@ -23,16 +23,10 @@
  * another one waits for memory, and its own has not moved STALL_BYTES
  * for stall_ms.  Who waits for memory and stalls does not count as
  * waiting.
- *
- * Messages.  A client can cause as many as it likes.  So what is
- * said of clients (client_error) is a few a minute, and how many more
- * there were.
  */
 
 #include <config.h>
 
-#include <stdarg.h>
-#include <stdio.h>
 #include <sys/resource.h>
 
 #include "common/bytes.h"
@@ -74,7 +68,7 @@ oldest_handshake (struct nbd_server *server)
   struct connection *oldest = NULL;
 
   for (struct connection *c = server->live; c != NULL; c = c->next)
-    if (atomic_load (&c->handshaking) && !atomic_load (&c->dead))
+    if (atomic_load (&c->handshaking) && !atomic_load (&c->stream.socket.dead))
       oldest = c;
   return oldest;
 }
@@ -102,7 +96,7 @@ bounds_admit (struct nbd_server *server, int *wait_ms)
   oldest = oldest_handshake (server);
   if (oldest == NULL)
     return WAIT;
-  place = atomic_load_explicit (&oldest->received, memory_order_relaxed) > 0
+  place = atomic_load_explicit (&oldest->stream.socket.received, memory_order_relaxed) > 0
     ? place_ms : place_ms / 4;
   age = now_ms () - oldest->started_ms;
   if (age < place) {
@@ -113,7 +107,7 @@ bounds_admit (struct nbd_server *server, int *wait_ms)
                  "to make room");
   server->nr_cut++;
   oldest->cut_for_room = true;
-  trace_ending (oldest, "slow, and others wait for its place", 0);
+  socket_ending (&oldest->stream.socket, "slow, and others wait for its place", 0);
   connection_cut (oldest);
   return WAIT;
 }
@@ -136,15 +130,15 @@ look_at_handshakes (struct nbd_server *server, int64_t now, int *wait_ms)
   if (server->nr_handshaking == 0)
     return;
   for (struct connection *c = server->live; c != NULL; c = c->next) {
-    if (!atomic_load (&c->handshaking) || atomic_load (&c->dead))
+    if (!atomic_load (&c->handshaking) || atomic_load (&c->stream.socket.dead))
       continue;
     if (now - c->started_ms < limit)
       sooner (wait_ms, c->started_ms + limit - now);
     else {
-      client_error (server, "nbd: a client has not finished its handshake "
+      client_error (&server->errors, "nbd: a client has not finished its handshake "
                     "in %u seconds: its connection is closed",
                     server->limits.handshake_seconds);
-      trace_ending (c, "too slow", 0);
+      socket_ending (&c->stream.socket, "too slow", 0);
       connection_cut (c);
     }
   }
@@ -154,11 +148,11 @@ static bool
 stalls (struct connection *c, int64_t now)
 {
   const uint64_t moved =
-    atomic_load_explicit (&c->received, memory_order_relaxed) +
-    atomic_load_explicit (&c->sent, memory_order_relaxed);
+    atomic_load_explicit (&c->stream.socket.received, memory_order_relaxed) +
+    atomic_load_explicit (&c->stream.socket.sent, memory_order_relaxed);
 
-  if (!(atomic_load_explicit (&c->is_receiving, memory_order_relaxed) ||
-        atomic_load_explicit (&c->is_sending, memory_order_relaxed)) ||
+  if (!(atomic_load_explicit (&c->stream.socket.is_receiving, memory_order_relaxed) ||
+        atomic_load_explicit (&c->stream.socket.is_sending, memory_order_relaxed)) ||
       c->stalled_since == 0 || moved - c->moved >= STALL_BYTES) {
     c->moved = moved;
     c->stalled_since = now;
@@ -183,11 +177,11 @@ look_for_stalls (struct nbd_server *server, int64_t now)
     return;
   for (struct connection *c = server->live; c != NULL; c = c->next)
     if (c->holds_memory && now - c->stalled_since >= stall_ms &&
-        !atomic_load (&c->dead)) {
-      client_error (server, "nbd: a client that holds memory others wait for "
+        !atomic_load (&c->stream.socket.dead)) {
+      client_error (&server->errors, "nbd: a client that holds memory others wait for "
                     "takes or sends almost nothing: its connection is "
                     "closed");
-      trace_ending (c, "it stalls, and holds memory others wait for", 0);
+      socket_ending (&c->stream.socket, "it stalls, and holds memory others wait for", 0);
       connection_cut (c);
     }
 }
@@ -225,33 +219,4 @@ bounds_look (struct nbd_server *server)
   if (server->next_trim > now)
     sooner (&wait_ms, server->next_trim - now);
   return wait_ms;
-}
-
-static void
-tell_of_hidden (unsigned nr)
-{
-  if (nr > 0)
-    report_limited_error ("nbd: %u more errors of clients were not shown", nr);
-}
-
-void
-client_error (struct nbd_server *server, const char *fmt, ...)
-{
-  unsigned nr_hidden;
-  char text[256];
-  va_list args;
-
-  if (!limit_admits (&server->errors, &nr_hidden))
-    return;
-  tell_of_hidden (nr_hidden);
-  va_start (args, fmt);
-  vsnprintf (text, sizeof text, fmt, args);
-  va_end (args);
-  report_limited_error ("%s", text);
-}
-
-void
-client_errors_end (struct nbd_server *server)
-{
-  tell_of_hidden (limit_end (&server->errors));
 }

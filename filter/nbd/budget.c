@@ -182,7 +182,7 @@ wait_for_room (struct connection *c, size_t count, int64_t deadline)
     server_wake (c->server);
 
   /* First of all: is it of use?  When many are cut there is room. */
-  while (!atomic_load (&c->dead) &&
+  while (!atomic_load (&c->stream.socket.dead) &&
          !(is_room = fits (b, c, count, &me)) && in_time)
     in_time = wait_to_be_woken (b, deadline);
 

@@ -74,6 +74,13 @@ worker_give_extents (struct worker *w)
     free_extents (&w->extents);
 }
 
+void
+worker_share (struct worker *w)
+{
+  if (budget_is_short (&w->connection->server->budget))
+    worker_give_extents (w);
+}
+
 uint8_t *
 worker_payload (struct worker *w, uint32_t length)
 {
@@ -191,58 +198,11 @@ connection_add_worker (struct connection *c)
   c->workers[c->nr_workers++] = w;
 }
 
-/* The client may take as long as it likes, and keep us from noticing that
- * it does by sending a byte now and then.
- */
-int
-connection_may_receive (struct connection *c)
-{
-  if (atomic_load_explicit (&c->server->stopping, memory_order_relaxed) ||
-      atomic_load_explicit (&c->dead, memory_order_relaxed)) {
-    errno = ESHUTDOWN;
-    return -1;
-  }
-  if (c->holder != NULL && budget_is_short (&c->server->budget))
-    worker_give_extents (c->holder);
-  return 0;
-}
-
 void
 connection_cut (struct connection *c)
 {
-  atomic_store (&c->dead, true);
-  shutdown (c->fd, SHUT_RDWR);
+  socket_cut (&c->stream.socket);
   budget_wake (&c->server->budget);
-}
-
-/* Sending has failed: because nothing could be sent for SEND_SECONDS, and
- * may that be tried again?  *since is 0 after anything was sent.
- */
-bool
-connection_may_wait (struct connection *c, int64_t *since)
-{
-  const int64_t limit = c->server->limits.idle_seconds * INT64_C (1000);
-
-  if (errno != EAGAIN || atomic_load (&c->dead))
-    return false;
-  if (*since == 0)
-    *since = now_ms () - SEND_SECONDS * 1000;
-  return limit == 0 || now_ms () - *since < limit;
-}
-
-/* Closing a TCP socket with bytes unread resets the connection, and
- * replies on their way may be lost.  So when it is we who end, say so,
- * and throw away what has come.
- */
-static void
-linger (struct connection *c)
-{
-  if (c->tls != NULL)
-    tls_bye (c);
-  shutdown (c->fd, SHUT_WR);
-  for (unsigned i = 0; i < 64; ++i)
-    if (recv (c->fd, c->in.data, INPUT_SIZE, MSG_DONTWAIT) <= 0)
-      break;
 }
 
 static void
@@ -251,11 +211,9 @@ connection_free (struct connection *c)
   for (unsigned i = 0; i < c->nr_workers; ++i)
     worker_free (c->workers[i]);
   pthread_mutex_destroy (&c->lock);
-  pthread_mutex_destroy (&c->send_lock);
   pthread_cond_destroy (&c->role_freed);
-  tls_free (c->tls);
+  stream_free (&c->stream);
   free (c->contexts);
-  buffer_free (c->in.data, INPUT_SIZE);
   free (c);
 }
 
@@ -273,8 +231,8 @@ finish (struct connection *c)
     server->live = c->next;
   if (c->next != NULL)
     c->next->prev = c->prev;
-  close (c->fd);
-  c->fd = -1;
+  close (c->stream.socket.fd);
+  c->stream.socket.fd = -1;
   c->next = server->finished;
   server->finished = c;
   server->nr_live--;
@@ -296,6 +254,7 @@ connection_main (void *vp)
 
   trace_thread (w);
   if (handshake (w) == 0) {
+    stream_begin_requests (&c->stream, request_header_size (c));
     server_handshake_done (c);
     trace_opened (c);
     work (w);
@@ -305,7 +264,7 @@ connection_main (void *vp)
   }
   contexts_release (c);
   trace_closed (c);
-  linger (c);
+  stream_linger (&c->stream);
   atomic_fetch_sub (&c->server->nr_extra_threads, c->nr_workers - 1);
   finish (c);
   return NULL;
@@ -317,7 +276,6 @@ init_locks (struct connection *c)
   if (monotonic_cond_init (&c->role_freed) == -1)
     return -1;
   pthread_mutex_init (&c->lock, NULL);
-  pthread_mutex_init (&c->send_lock, NULL);
   return 0;
 }
 
@@ -331,16 +289,19 @@ connection_start (struct nbd_server *server, int fd)
     return NULL;
   c->server = server;
   c->serial = server->nr_served + 1;
-  c->fd = fd;
   c->started_ms = now_ms ();
   c->ended_fd = fd == server->client_fd ? server->ended_fd : -1;
   atomic_store (&c->handshaking, true);
   disk_client_begin (server->disk, &c->client);
-  c->in.data = buffer_new (INPUT_SIZE);
+  if (stream_init (&c->stream, fd, server->limits.idle_seconds,
+                   &server->stopping) == -1) {
+    free (c);
+    return NULL;
+  }
   w = worker_new (c);
-  if (c->in.data == NULL || w == NULL || init_locks (c) == -1) {
+  if (w == NULL || init_locks (c) == -1) {
     worker_free (w);
-    buffer_free (c->in.data, INPUT_SIZE);
+    stream_free (&c->stream);
     free (c);
     return NULL;
   }

@@ -239,7 +239,7 @@ depth_extent (struct disk *disk, uint64_t offset, uint64_t limit,
 static bool
 is_abandoned (const struct builder *b)
 {
-  return atomic_load_explicit (&b->connection->dead, memory_order_relaxed);
+  return atomic_load_explicit (&b->connection->stream.socket.dead, memory_order_relaxed);
 }
 
 /* What get tells, all of it or the first run. */

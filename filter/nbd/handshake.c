@@ -54,7 +54,7 @@ option_read (struct option *o, void *buf, size_t count)
   if (count > o->remaining)
     return 1;
   o->remaining -= count;
-  return input_read (o->worker->connection, buf, count);
+  return stream_read (&o->worker->connection->stream, buf, count);
 }
 
 int
@@ -63,7 +63,7 @@ option_skip (struct option *o, size_t count)
   if (count > o->remaining)
     return 1;
   o->remaining -= count;
-  return input_skip (o->worker->connection, count);
+  return stream_skip (&o->worker->connection->stream, count);
 }
 
 int
@@ -260,10 +260,11 @@ opt_starttls (struct option *o, struct selection *selection)
     return option_error (o, NBD_REP_ERR_INVALID, "starttls: unexpected data");
   if (c->server->tls == NULL)
     return option_error (o, NBD_REP_ERR_POLICY, "TLS is not configured");
-  if (c->tls != NULL)
+  if (c->stream.tls != NULL)
     return option_error (o, NBD_REP_ERR_INVALID, "TLS is in use already");
-  if (!input_is_empty (c)) {
-    client_error (c->server, "nbd: a client sent plaintext behind STARTTLS: "
+  if (stream_has (&c->stream, 1)) {
+    client_error (&c->server->errors,
+                  "nbd: a client sent plaintext behind STARTTLS: "
                   "its connection is closed");
     return -1;
   }
@@ -272,7 +273,7 @@ opt_starttls (struct option *o, struct selection *selection)
   output_flush (o->worker);
 
   forget_negotiated (c, selection);
-  return tls_start (c);
+  return stream_start_tls (&c->stream, c->server->tls, &c->server->errors);
 }
 
 /* The information requests that end INFO and GO.  Which of those that
@@ -393,7 +394,7 @@ needs_tls (const struct option *o)
   const struct connection *c = o->worker->connection;
 
   return c->server->tls != NULL && nbd_tls_is_required (c->server->tls) &&
-    c->tls == NULL &&
+    c->stream.tls == NULL &&
     o->option != NBD_OPT_STARTTLS && o->option != NBD_OPT_ABORT;
 }
 
@@ -410,7 +411,7 @@ haggle (struct option *o, struct selection *selection, bool no_zeroes)
     return opt_export_name (o, selection, no_zeroes);
 
   case NBD_OPT_ABORT:
-    trace_ending (o->worker->connection, "the client gave up", 0);
+    socket_ending (&o->worker->connection->stream.socket, "the client gave up", 0);
     if (option_skip (o, o->remaining) == 0)
       option_reply (o, NBD_REP_ACK, NULL, 0);
     output_flush (o->worker);
@@ -456,7 +457,7 @@ greet (struct worker *w, bool *no_zeroes)
 
   output_append (w, &greeting, sizeof greeting);
   output_flush (w);
-  if (input_read (w->connection, &cflags, sizeof cflags) == -1)
+  if (stream_read (&w->connection->stream, &cflags, sizeof cflags) == -1)
     return -1;
   cflags = be32toh (cflags);
   *no_zeroes = (cflags & NBD_FLAG_NO_ZEROES) != 0;
@@ -475,7 +476,7 @@ handshake (struct worker *w)
     struct nbd_new_option header;
     struct option o = { .worker = w };
 
-    if (input_read (w->connection, &header, sizeof header) == -1 ||
+    if (stream_read (&w->connection->stream, &header, sizeof header) == -1 ||
         be64toh (header.magic) != NBD_OPTION_MAGIC)
       r = -1;
     else {
@@ -490,7 +491,7 @@ handshake (struct worker *w)
     max = max_u64 (max, MAX_OPTIONS + OPTIONS_PER_EXPORT * o.nr_listed);
   }
   if (r == 0)
-    trace_ending (w->connection, "too many options", 0);
+    socket_ending (&w->connection->stream.socket, "too many options", 0);
   free (selection.export_name);
   return r == 1 ? 0 : -1;
 }

@@ -39,6 +39,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 #include <sys/uio.h>
 
 #include "common/clock.h"
@@ -46,24 +47,15 @@
 #include "common/report.h"
 #include "common/threads.h"
 #include "disk/disk.h"
+#include "nbd/client-errors.h"
+#include "nbd/debug.h"
 #include "nbd/nbd.h"
 #include "nbd/protocol.h"
+#include "nbd/stream.h"
 #include "nbd/tls.h"
 #include "stats/stats.h"
 
-/* Among nbdkit's debug messages, after the number of the connection and
- * of the request that the thread is serving, if it is.
- */
-#define debug_request(...)                                              \
-  do {                                                                  \
-    if (__builtin_expect (dirty_bitmap_debug_request, 0))               \
-      trace_debug (__VA_ARGS__);                                        \
-  } while (0)
-
 #define MAX_WORKERS NBD_MAX_REQUESTS
-
-/* The buffer that requests are received in. */
-#define INPUT_SIZE (128 * 1024)
 
 /* Replies are gathered until GATHER_LIMIT is passed.  One of up to
  * REPLY_ROOM bytes (and its header) is made in place behind them.
@@ -89,12 +81,6 @@
 
 /* Large data are moved in parts of this size (parts.c). */
 #define PART_SIZE (128 * 1024)
-
-/* How long a worker is idle before it gives its buffers back. */
-#define IDLE_SECONDS 5
-
-/* How often a worker that sends to a client which does not read looks up. */
-#define SEND_SECONDS 2
 
 struct connection;
 struct worker;
@@ -205,17 +191,6 @@ enum role_state { ROLE_FREE = 0, ROLE_OWNED = 1, ROLE_EXECUTING = 2 };
 #define ROLE_STATE_BITS 2
 #define ROLE_STATE(word) ((word) & ((1 << ROLE_STATE_BITS) - 1))
 
-struct input {
-  uint8_t *data;                /* INPUT_SIZE bytes */
-  size_t start, end;            /* what is received and not yet taken */
-  bool pipelined;               /* since data was received last a whole
-                                   header was there already */
-  bool is_brisk;                /* do not sleep at once when there is
-                                   nothing */
-  bool header_only;             /* after a large payload: receive no more
-                                   than the next header ahead */
-};
-
 struct request {
   uint16_t type, flags;
   uint64_t cookie, offset;
@@ -262,7 +237,7 @@ struct worker {
   bool measured;                /* see role.c, "pace" */
   bool measured_eager;
   long sleeps;
-  uint64_t number;              /* of the request at hand, or 0 */
+  struct debug_context id;      /* of the request at hand */
   uint64_t began;               /* see stats.h */
   uint64_t spent;               /* before that, on parts of it */
   int error;                    /* an errno: how the request failed, or 0 */
@@ -282,7 +257,6 @@ struct worker {
 struct connection {
   struct nbd_server *server;
   uint64_t serial;              /* from 1 on */
-  int fd;
   int ended_fd;                 /* an eventfd to write to at the end, or -1 */
   struct connection *prev, *next; /* server->lock */
   struct disk_client client;
@@ -297,10 +271,7 @@ struct connection {
   uint64_t moved;
   bool holds_memory;
 
-  /* NULL without TLS.  Changed by STARTTLS only, so while there is one
-   * thread.
-   */
-  struct tls *tls;
+  struct stream stream;
 
   /* Negotiated; fixed when transmission begins. */
   struct export export;
@@ -312,17 +283,12 @@ struct connection {
 
   /* What is told of it (trace.c).  The holder of the role counts. */
   char export_name[64];         /* made printable, and cut */
-  _Atomic (const char *) ending;        /* why it ends, or NULL */
-  atomic_int ending_errno;      /* or 0 */
   uint64_t nr_requests;
   uint64_t bytes[2];            /* of NBD_CMD_READ, of NBD_CMD_WRITE */
 
   /* What the holder of the role owns. */
-  struct input in;
   bool out_of_step;             /* where the next request begins is not
                                    known, so there is none */
-  atomic_uint_fast64_t received; /* bytes */
-  atomic_bool is_receiving;     /* a payload */
   uint64_t seq;                 /* of the request executed last */
   bool slow_by_nature;          /* the request that is executing */
   bool sending;                 /* or what it executes is sendmsg */
@@ -347,12 +313,6 @@ struct connection {
   uint64_t robbed_ticket;       /* the word at which that happened */
   bool input_ended;             /* no more requests will come */
 
-  pthread_mutex_t send_lock;    /* writing to fd, so that replies do not
-                                   mix; robbed workers' gathered replies;
-                                   and changes of the next two */
-  atomic_uint_fast64_t sent;    /* bytes */
-  atomic_bool is_sending;
-  atomic_bool dead;             /* writing failed, or we were cut off */
   atomic_bool handshaking;
 
   atomic_bool eager;            /* see role.c */
@@ -373,6 +333,23 @@ request_has_payload (const struct connection *c, uint16_t type,
 {
   return type == NBD_CMD_WRITE ||
     (c->extended && (flags & NBD_CMD_FLAG_PAYLOAD_LEN) != 0);
+}
+
+/* The bytes behind a header in the form of the wire. */
+static inline uint64_t
+request_payload_length (const struct connection *c, const void *header)
+{
+  struct nbd_extended_request extended;
+  struct nbd_request compact;   /* the other begins as this does */
+
+  memcpy (&compact, header, sizeof compact);
+  if (!request_has_payload (c, be16toh (compact.type),
+                            be16toh (compact.flags)))
+    return 0;
+  if (!c->extended)
+    return be32toh (compact.length);
+  memcpy (&extended, header, sizeof extended);
+  return be64toh (extended.length);
 }
 
 static inline size_t
@@ -413,13 +390,6 @@ extern enum admission bounds_admit (struct nbd_server *, int *wait_ms);
  * again, -1 for never.
  */
 extern int bounds_look (struct nbd_server *);
-
-/* Report what a client has done wrong, or what was done about it, but
- * not any number of times.  The end tells how many were not shown.
- */
-extern void client_error (struct nbd_server *, const char *fmt, ...)
-  __attribute__ ((format (printf, 2, 3)));
-extern void client_errors_end (struct nbd_server *);
 
 /* budget.c */
 
@@ -473,24 +443,6 @@ extern void connection_add_worker (struct connection *);
 /* No more replies can be sent, no more requests are wanted. */
 extern void connection_cut (struct connection *);
 
-/* To be asked before each call that receives, which may take long: if it
- * is of no use any more, -1 with errno.  By the holder of the role, who
- * keeps no extents if memory is short, or in the handshake.
- */
-extern int connection_may_receive (struct connection *);
-
-/* Sending has failed with errno: go on trying? */
-extern bool connection_may_wait (struct connection *, int64_t *since);
-
-/* Count bytes that came or went.  Only one thread at a time does. */
-static inline void
-connection_moved (atomic_uint_fast64_t *bytes, size_t count)
-{
-  atomic_store_explicit (bytes, count +
-                         atomic_load_explicit (bytes, memory_order_relaxed),
-                         memory_order_relaxed);
-}
-
 /* A buffer for a payload, w->payload, NULL with errno.  A large one may
  * have to be waited for, and is the worker's until the request ends.
  */
@@ -509,6 +461,9 @@ extern void worker_end_request (struct worker *);
  */
 extern void worker_give_extents (struct worker *);
 
+/* The same, if others wait for memory. */
+extern void worker_share (struct worker *);
+
 /* Idle: give back all that can be. */
 extern void worker_trim (struct worker *);
 
@@ -523,29 +478,6 @@ extern void pace_begin (struct worker *, bool slow_by_nature);
 extern void pace_end (struct worker *);
 extern void *monitor_main (void *server);
 extern void monitor_quit (struct nbd_server *);
-
-/* input.c.  Only the holder of the role, or the handshake. */
-
-/* Take exactly count bytes.  -1 at the end of the stream, or if the
- * connection or the server ends.
- */
-extern int input_read (struct connection *, void *buf, size_t count);
-extern int input_skip (struct connection *, uint64_t count);
-
-/* After how long receiving looks up. */
-extern unsigned input_timeout_seconds (const struct nbd_server *);
-
-/* Take the next request's header, of request_header_size bytes; idle is
- * told where that takes long.
- */
-extern int input_header (struct connection *, void *header,
-                         struct worker *idle);
-
-/* Is anything buffered (as far as it is decrypted), and is it a whole
- * request, payload included?
- */
-extern bool input_is_empty (const struct connection *);
-extern bool input_has_request (const struct connection *);
 
 /* output.c */
 
@@ -698,18 +630,14 @@ extern void part_next_read (struct worker *);
  */
 extern int part_read (struct worker *);
 
-/* Receive the payload of a WRITE into w->payload.  If it is a large one
- * all but its last part are written already, and what is left to be done
- * is w->part.  Returns 0, with an errno in *err if that failed, after
- * which the payload is gone; or -1 if there are no more requests.  By the
- * holder of the role.
- */
-extern int part_receive (struct worker *, int *err);
+/* Of what is left of a WRITE, may a part be written before the rest? */
+extern bool part_is_to_be_cut (const struct worker *);
+
+/* Make the first of what is left the part, and then what follows it. */
+extern void part_first_write (struct worker *);
+extern void part_rest_of_write (struct worker *);
 
 /* trace.c */
-extern void trace_debug (const char *fmt, ...)
-  __attribute__ ((format (printf, 1, 2)));
-
 /* This thread is the worker's. */
 extern void trace_thread (struct worker *);
 
@@ -721,16 +649,14 @@ extern void trace_export (struct connection *,
 extern void trace_opened (struct connection *);
 extern void trace_closed (struct connection *);
 
-/* Why it ends, with an errno, or 0.  The first who knows is believed. */
-extern void trace_ending (struct connection *, const char *why, int err);
-
 /* A request: its header is here, and it has the next number. */
 extern void trace_show_header (struct worker *);
 
 static inline void
 trace_header (struct worker *w)
 {
-  w->number = ++w->connection->nr_requests;
+  w->id.request = ++w->connection->nr_requests;
+  w->id.cookie = w->request.cookie;
   if (__builtin_expect (dirty_bitmap_debug_request, 0))
     trace_show_header (w);
 }
@@ -758,7 +684,7 @@ trace_end (struct worker *w)
 {
   if (__builtin_expect (w->connection->server->stats != NULL, 0))
     trace_count (w);
-  w->number = 0;
+  w->id.request = 0;
 }
 
 /* It says that there will be no others, and is none itself. */

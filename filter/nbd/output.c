@@ -35,62 +35,14 @@
 #include "common/cleanup.h"
 #include "nbd/internal.h"
 
-static void
-send_all_plain (struct connection *c, struct iovec *iov, size_t nr)
-{
-  struct msghdr msg = { .msg_iov = iov, .msg_iovlen = nr };
-  int64_t since = 0;
-
-  while (msg.msg_iovlen > 0) {
-    ssize_t r;
-
-    if (msg.msg_iov->iov_len == 0) {
-      msg.msg_iov++;
-      msg.msg_iovlen--;
-      continue;
-    }
-    if (atomic_load_explicit (&c->dead, memory_order_relaxed))
-      return;
-
-    r = sendmsg (c->fd, &msg, MSG_NOSIGNAL);
-    if (r == -1) {
-      if (errno == EINTR || connection_may_wait (c, &since))
-        continue;
-      trace_ending (c, "sending failed", errno);
-      connection_cut (c);
-      return;
-    }
-    connection_moved (&c->sent, r);
-    since = 0;
-    while (r > 0) {
-      size_t n = (size_t) r < msg.msg_iov->iov_len
-        ? (size_t) r : msg.msg_iov->iov_len;
-
-      msg.msg_iov->iov_base = (uint8_t *) msg.msg_iov->iov_base + n;
-      msg.msg_iov->iov_len -= n;
-      r -= n;
-      if (msg.msg_iov->iov_len == 0) {
-        msg.msg_iov++;
-        msg.msg_iovlen--;
-      }
-    }
-  }
-}
-
 /* Send everything.  A connection that cannot is cut.  Called with
  * send_lock.
  */
 static void
 send_all (struct connection *c, struct iovec *iov, size_t nr)
 {
-  atomic_store_explicit (&c->is_sending, true, memory_order_relaxed);
-  if (c->tls == NULL || !tls_is_ours (c->tls))
-    send_all_plain (c, iov, nr);
-  else if (tls_send (c, iov, nr) == -1) {
-    trace_ending (c, "sending failed", errno);
+  if (stream_send (&c->stream, iov, nr) == -1)
     connection_cut (c);
-  }
-  atomic_store_explicit (&c->is_sending, false, memory_order_relaxed);
 }
 
 /* Send the gathered replies and the reply at hand.  Without the role,
@@ -99,7 +51,7 @@ send_all (struct connection *c, struct iovec *iov, size_t nr)
 static void
 send_reply (struct worker *w)
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&w->connection->send_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&w->connection->stream.send_lock);
   struct iovec iov[3] = {
     { .iov_base = w->output, .iov_len = w->gathered },
     { .iov_base = w->output + w->reply_at, .iov_len = w->reply_length },
@@ -135,7 +87,7 @@ send_gathered (struct worker *w)
 void
 output_flush (struct worker *w)
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&w->connection->send_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&w->connection->stream.send_lock);
   send_gathered (w);
 }
 
@@ -158,12 +110,23 @@ output_flush_robbed (struct worker *w, struct worker *robbed,
 {
   role_begin_sending (w);
   {
-    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&w->connection->send_lock);
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&w->connection->stream.send_lock);
 
     if (atomic_load (&robbed->ticket) == ticket)
       send_gathered (robbed);
   }
   role_end_executing (w);
+}
+
+/* Is a whole request buffered, payload included? */
+static bool
+has_request (const struct connection *c)
+{
+  const uint8_t *data;
+  const size_t n = stream_buffered (&c->stream, &data);
+
+  return n >= request_header_size (c) &&
+    request_payload_length (c, data) <= n - request_header_size (c);
 }
 
 /* The reply of a worker that has the role. */
@@ -173,7 +136,7 @@ gather_reply (struct worker *w)
   w->gathered = w->reply_at + w->reply_length;
   reset_reply (w);
   if (w->gathered > 0 &&
-      (w->gathered >= GATHER_LIMIT || !input_has_request (w->connection)))
+      (w->gathered >= GATHER_LIMIT || !has_request (w->connection)))
     output_flush_keeping_role (w);
 }
 
@@ -212,5 +175,5 @@ output_append (struct worker *w, const void *data, size_t length)
     output_flush (w);
   memcpy (w->output + w->gathered, data, length);
   w->gathered += length;
-  return atomic_load (&w->connection->dead) ? -1 : 0;
+  return atomic_load (&w->connection->stream.socket.dead) ? -1 : 0;
 }

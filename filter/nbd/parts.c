@@ -198,9 +198,8 @@ write_size (const struct worker *w)
   return max_u64 (PART_SIZE, w->connection->server->preferred_block_size);
 }
 
-/* Of what is left of a WRITE, may a part be written before the rest? */
-static bool
-is_to_be_cut (const struct worker *w)
+bool
+part_is_to_be_cut (const struct worker *w)
 {
   return w->request.length > parts_above &&
     w->part.length > write_size (w) &&
@@ -208,57 +207,14 @@ is_to_be_cut (const struct worker *w)
     !atomic_load_explicit (&w->connection->eager, memory_order_relaxed);
 }
 
-/* Each part is measured, so that the connection of a disk that sleeps is
- * soon eager.
- */
-static int
-write_part (struct worker *w)
+void
+part_first_write (struct worker *w)
 {
-  struct connection *c = w->connection;
-  const uint64_t began = stats_begin (c->server->stats);
-  int r, err;
-
-  c->until_sample = 0;
-  pace_begin (w, false);
-  r = disk_write (c->server->disk, w->payload, w->part.length,
-                  w->part.offset, false);
-  err = errno;
-  pace_end (w);
-  w->spent += stats_begin (c->server->stats) - began;
-  return r == 0 ? 0 : err;
+  part_from (w, w->part.offset, write_size (w));
 }
 
-int
-part_receive (struct worker *w, int *err)
+void
+part_rest_of_write (struct worker *w)
 {
-  struct connection *c = w->connection;
-  const uint64_t end = w->request.offset + w->request.length;
-
-  part_whole (w);
-  while (is_to_be_cut (w)) {
-    const uint64_t offset = w->part.offset;
-    uint64_t until;
-
-    part_from (w, offset, write_size (w));
-    until = offset + w->part.length;
-    if (worker_payload (w, w->part.length) == NULL) {
-      *err = ENOMEM;
-      return input_skip (c, end - offset);
-    }
-    if (input_read (c, w->payload, w->part.length) == -1)
-      return -1;
-    *err = write_part (w);
-    if (*err != 0)
-      return input_skip (c, end - until);
-    w->part = (struct part) {
-      .offset = until, .length = end - until, .is_last = true,
-    };
-  }
-  if (w->part.length == 0)
-    return 0;
-  if (worker_payload (w, w->part.length) == NULL) {
-    *err = ENOMEM;
-    return input_skip (c, w->part.length);
-  }
-  return input_read (c, w->payload, w->part.length);
+  part_from (w, w->part.offset + w->part.length, WHOLE);
 }

@@ -31,6 +31,7 @@
 #include <string.h>
 
 #include "common/bytes.h"
+#include "common/cleanup.h"
 #include "nbd/internal.h"
 
 /* Requests above these take long enough that it pays to let another
@@ -218,7 +219,7 @@ execute_in_pieces (struct worker *w, struct disk *disk)
   while (left > 0) {
     const uint64_t n = left <= PIECE ? left : PIECE - offset % PIECE;
 
-    if (atomic_load_explicit (&w->connection->dead, memory_order_relaxed)) {
+    if (atomic_load_explicit (&w->connection->stream.socket.dead, memory_order_relaxed)) {
       errno = ESHUTDOWN;
       return -1;
     }
@@ -239,7 +240,7 @@ is_in_vain (const struct worker *w)
 {
   struct connection *c = w->connection;
 
-  return atomic_load_explicit (&c->dead, memory_order_relaxed) &&
+  return atomic_load_explicit (&c->stream.socket.dead, memory_order_relaxed) &&
     (atomic_load_explicit (&c->server->stopping, memory_order_relaxed) ||
      !(is_change (w->request.type) || w->request.type == NBD_CMD_FLUSH));
 }
@@ -278,7 +279,7 @@ static void
 begin_executing (struct worker *w, bool slow)
 {
   struct connection *c = w->connection;
-  bool more = !input_is_empty (c);
+  const bool more = stream_has (&c->stream, 1);
 
   pace_begin (w, slow);
   if ((more && (slow || is_large (w))) || has_many_parts (w) ||
@@ -344,6 +345,85 @@ serve_valid (struct worker *w)
   }
 }
 
+static bool
+has_neighbours (const struct connection *c)
+{
+  return atomic_load_explicit (&c->server->nr_live,
+                               memory_order_relaxed) > 1;
+}
+
+/* Has another worker of the connection a request in flight? */
+static bool
+others_work (struct connection *c)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
+  return c->waiting + 1 < c->nr_workers;
+}
+
+/* Nothing came for a while: give all buffers back.  -1 if the client is
+ * idle for too long.
+ */
+static int
+be_idle (struct worker *w, int64_t *since)
+{
+  struct connection *c = w->connection;
+
+  worker_trim (w);
+  if (!others_work (c))
+    return socket_idle_too_long (&c->stream.socket, since) ? -1 : 0;
+  *since = now_ms ();
+  return 0;
+}
+
+/* Take a header.  Where that takes long, the worker keeps no memory that
+ * others wait for.
+ */
+static int
+take_header (struct worker *w, void *header)
+{
+  struct connection *c = w->connection;
+  const bool neighbours = has_neighbours (c);
+  enum stream_found found;
+  int64_t since = 0;
+  size_t done = 0;
+
+  if (!stream_has (&c->stream, request_header_size (c)))
+    worker_share (w);
+  while ((found = stream_header (&c->stream, header, &done, neighbours)) !=
+         STREAM_DONE) {
+    if (found == STREAM_END ||
+        (found == STREAM_IDLE && be_idle (w, &since) == -1))
+      return -1;
+    if (found == STREAM_MORE)
+      since = 0;
+    worker_share (w);
+  }
+  return 0;
+}
+
+/* Take a payload, or throw it away.  The client may take its time, and
+ * others may need the memory meanwhile.
+ */
+static int
+take_payload (struct worker *w, uint32_t length)
+{
+  struct stream *s = &w->connection->stream;
+
+  if (!stream_has (s, length))
+    worker_give_extents (w);
+  return stream_read (s, w->payload, length);
+}
+
+static int
+skip_payload (struct worker *w, uint64_t length)
+{
+  struct stream *s = &w->connection->stream;
+
+  if (!stream_has (s, length))
+    worker_give_extents (w);
+  return stream_skip (s, length);
+}
+
 /* A request's header, in the form that was negotiated.  They differ
  * behind the offset only.  -1 if there are no more.
  */
@@ -358,13 +438,13 @@ receive_header (struct worker *w)
   } wire;
 
   if (c->out_of_step ||
-      atomic_load_explicit (&c->dead, memory_order_relaxed) ||
-      input_header (c, &wire, w) == -1)
+      atomic_load_explicit (&c->stream.socket.dead, memory_order_relaxed) ||
+      take_header (w, &wire) == -1)
     return -1;
   if (be32toh (wire.compact.magic) != (c->extended
                                        ? NBD_EXTENDED_REQUEST_MAGIC
                                        : NBD_REQUEST_MAGIC)) {
-    trace_ending (c, "a request with bad magic", 0);
+    socket_ending (&c->stream.socket, "a request with bad magic", 0);
     return -1;
   }
   r->flags = be16toh (wire.compact.flags);
@@ -440,13 +520,13 @@ receive_block_status_payload (struct worker *w, int *err, const char **reason)
   *reason = "not a list of metadata contexts that were negotiated";
   if (nr == 0 || nr > c->nr_contexts ||
       length != head + nr * sizeof (uint32_t))
-    return input_skip (w->connection, length);
+    return skip_payload (w, length);
   if (worker_payload (w, length) == NULL) {
     *err = ENOMEM;
     *reason = "no memory";
-    return input_skip (w->connection, length);
+    return skip_payload (w, length);
   }
-  if (input_read (w->connection, w->payload, length) == -1)
+  if (take_payload (w, length) == -1)
     return -1;
   ids = (uint32_t *) (w->payload + head);
   if (!sort_ids (c, ids, nr))
@@ -458,18 +538,69 @@ receive_block_status_payload (struct worker *w, int *err, const char **reason)
   return 0;
 }
 
-/* The payload of a WRITE, or of what must not have one. */
+/* Receive the part of a WRITE.  Returns 0, with an errno in *err if it had
+ * to be thrown away with all that follows it; or -1.
+ */
 static int
-receive_payload (struct worker *w, int *err, const char **reason)
+receive_part (struct worker *w, int *err)
 {
-  if (*err != 0)
-    return input_skip (w->connection, w->request.length);
-  *reason = "request failed";
-  return part_receive (w, err);
+  const uint64_t end = w->request.offset + w->request.length;
+
+  if (worker_payload (w, w->part.length) == NULL) {
+    *err = ENOMEM;
+    return skip_payload (w, end - w->part.offset);
+  }
+  return take_payload (w, w->part.length);
 }
 
-/* Receive a request and, if it has one, its payload.  Returns 0 with
- * the verdict on it in *err and *reason, or -1 if there are no more.
+/* Write a part of which more follows.  Each one is measured, so that the
+ * connection of a disk that sleeps is soon eager.  0 or an errno.
+ */
+static int
+write_part (struct worker *w)
+{
+  struct connection *c = w->connection;
+  const uint64_t began = stats_begin (c->server->stats);
+  int r, err;
+
+  c->until_sample = 0;
+  pace_begin (w, false);
+  r = disk_write (c->server->disk, w->payload, w->part.length,
+                  w->part.offset, false);
+  err = errno;
+  pace_end (w);
+  w->spent += stats_begin (c->server->stats) - began;
+  return r == 0 ? 0 : err;
+}
+
+/* Receive the payload of a valid WRITE.  If it is a large one, all but its
+ * last part are written on the way, and w->part is what is left to be
+ * done.  Returns 0, with an errno in *err if that failed, after which the
+ * payload is gone; or -1 if there are no more requests.
+ */
+static int
+receive_write (struct worker *w, int *err)
+{
+  const uint64_t end = w->request.offset + w->request.length;
+
+  part_whole (w);
+  while (part_is_to_be_cut (w)) {
+    part_first_write (w);
+    if (receive_part (w, err) == -1)
+      return -1;
+    if (*err != 0)
+      return 0;
+    *err = write_part (w);
+    part_rest_of_write (w);
+    if (*err != 0)
+      return skip_payload (w, end - w->part.offset);
+  }
+  return w->part.length == 0 ? 0 : receive_part (w, err);
+}
+
+/* Receive a request: its header, and a payload, but for that of a valid
+ * WRITE, which is still to come.  Returns 0 with the verdict on it in *err
+ * and *reason, or -1 if there are no more.
  */
 static int
 receive_request (struct worker *w, int *err, const char **reason)
@@ -481,7 +612,7 @@ receive_request (struct worker *w, int *err, const char **reason)
     return -1;
   if (!is_in_step (c, r)) {
     /* The client is told, and then there are no more. */
-    trace_ending (c, "a payload of unusable length", 0);
+    socket_ending (&c->stream.socket, "a payload of unusable length", 0);
     c->out_of_step = true;
     *err = EINVAL;
     *reason = "the payload is too long";
@@ -494,8 +625,8 @@ receive_request (struct worker *w, int *err, const char **reason)
     w->nr_contexts = c->nr_contexts;
   }
   *err = validate (c, r, reason);
-  if (has_payload (c, r))
-    return receive_payload (w, err, reason);
+  if (has_payload (c, r) && *err != 0)
+    return skip_payload (w, r->length);
   if (r->type == NBD_CMD_FLUSH)
     r->length = 0;              /* not to be counted */
   return 0;
@@ -509,6 +640,11 @@ request_serve (struct worker *w)
 
   if (receive_request (w, &err, &reason) == -1)
     return -1;
+  if (err == 0 && w->request.type == NBD_CMD_WRITE) {
+    reason = "request failed";
+    if (receive_write (w, &err) == -1)
+      return -1;
+  }
 
   trace_begin (w, err);
   w->reply_at = w->gathered;

@@ -27,14 +27,11 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
-#include <sys/time.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -46,14 +43,6 @@
  * client.
  */
 #define ACCEPT_PAUSE_MS 100
-
-__attribute__ ((visibility ("default"))) int dirty_bitmap_debug_request;
-
-/* For -D dirty-bitmap.request=1 nbdkit looks for a symbol that begins
- * with the filter's name, dash and all, which C cannot write.
- */
-__asm__ (".globl \"dirty-bitmap_debug_request\"\n"
-         ".set \"dirty-bitmap_debug_request\", dirty_bitmap_debug_request\n");
 
 static uint32_t
 preferred_block_size (struct disk *disk)
@@ -161,20 +150,6 @@ nbd_server_add_socket (struct nbd_server *server, int fd)
   return 0;
 }
 
-/* Options of a client's socket.  Those for TCP fail on others. */
-static void
-set_socket_options (const struct nbd_server *server, int fd)
-{
-  const int on = 1;
-  const struct timeval idle = { .tv_sec = input_timeout_seconds (server) };
-  const struct timeval send = { .tv_sec = SEND_SECONDS };
-
-  setsockopt (fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
-  setsockopt (fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
-  setsockopt (fd, SOL_SOCKET, SO_RCVTIMEO, &idle, sizeof idle);
-  setsockopt (fd, SOL_SOCKET, SO_SNDTIMEO, &send, sizeof send);
-}
-
 static void
 add_connection (struct nbd_server *server, int fd)
 {
@@ -212,7 +187,7 @@ start_client (struct nbd_server *server)
 {
   if (server->client_fd == -1)
     return;
-  set_socket_options (server, server->client_fd);
+  socket_set_options (server->client_fd, server->limits.idle_seconds);
   add_connection (server, server->client_fd);
 
   /* The time of its handshake is to be looked at. */
@@ -235,7 +210,7 @@ accept_one (struct nbd_server *server, int sock)
 
   if (fd == -1)
     return errno == EAGAIN || errno == ECONNABORTED || errno == EINTR;
-  set_socket_options (server, fd);
+  socket_set_options (fd, server->limits.idle_seconds);
   add_connection (server, fd);
   return true;
 }
@@ -338,7 +313,7 @@ end_input_of_all (struct nbd_server *server)
     if (atomic_load (&c->handshaking))
       connection_cut (c);
     else
-      shutdown (c->fd, SHUT_RD);
+      shutdown (c->stream.socket.fd, SHUT_RD);
   }
 }
 
@@ -479,7 +454,7 @@ nbd_server_stop (struct nbd_server *server, unsigned grace_ms)
   server->started = false;
   join_finished (server);
   monitor_quit (server);
-  client_errors_end (server);
+  client_errors_end (&server->errors);
 }
 
 void

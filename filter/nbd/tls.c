@@ -22,7 +22,7 @@
  *
  * Invariants:
  * - The input buffer is the receiver's, the output buffer the sender's:
- *   whoever has send_lock.  Only GnuTLS's calls for sending write
+ *   the thread's that holds send_lock.  Only GnuTLS's calls for sending write
  *   records.  (The answer to a client that asks for new keys is sent by
  *   GnuTLS before the next reply.)
  * - Records leave in the order in which they were encrypted, because
@@ -56,7 +56,10 @@
 #include "common/buffer.h"
 #include "common/bytes.h"
 #include "common/cleanup.h"
-#include "nbd/internal.h"
+#include "common/report.h"
+#include "nbd/client-errors.h"
+#include "nbd/debug.h"
+#include "nbd/socket.h"
 #include "nbd/tls.h"
 
 #if GNUTLS_VERSION_NUMBER >= 0x030703
@@ -79,6 +82,7 @@
 #define TLS_OUTPUT_SIZE (128 * 1024 + RECORD_OVERHEAD)
 
 struct tls {
+  struct socket *socket;
   gnutls_session_t session;
   bool in_kernel;
 
@@ -144,44 +148,45 @@ set_nonblocking (int fd, bool on)
  * operator.  That we cut the connection ourselves is no news.
  */
 static void
-report_failure (const struct connection *c, gnutls_session_t session, int err)
+report_failure (const struct socket *s, struct limit *errors,
+                gnutls_session_t session, int err)
 {
   gnutls_datum_t text;
 
-  if (atomic_load (&c->dead))
+  if (atomic_load (&s->dead))
     return;
   if (err == GNUTLS_E_CERTIFICATE_VERIFICATION_ERROR &&
       gnutls_certificate_verification_status_print
       (gnutls_session_get_verify_cert_status (session),
        gnutls_certificate_type_get (session), &text, 0) >= 0) {
-    client_error (c->server, "nbd: TLS handshake: %s",
+    client_error (errors, "nbd: TLS handshake: %s",
                   (const char *) text.data);
     gnutls_free (text.data);
   }
   else
-    client_error (c->server, "nbd: TLS handshake: %s", gnutls_strerror (err));
+    client_error (errors, "nbd: TLS handshake: %s", gnutls_strerror (err));
 }
 
 /* One call does as much as it can without waiting.  Then wait for the
  * client to go on; if that takes too long, the connection is cut.
  */
 static int
-shake_hands (struct connection *c, gnutls_session_t session)
+shake_hands (struct socket *s, struct limit *errors, gnutls_session_t session)
 {
   int r;
 
   while ((r = gnutls_handshake (session)) != GNUTLS_E_SUCCESS) {
     struct pollfd fd = {
-      .fd = c->fd,
+      .fd = s->fd,
       .events = gnutls_record_get_direction (session) ? POLLOUT : POLLIN,
     };
 
     if (gnutls_error_is_fatal (r)) {
-      report_failure (c, session, r);
+      report_failure (s, errors, session, r);
       gnutls_alert_send_appropriate (session, r);
       return -1;
     }
-    if (atomic_load (&c->dead))
+    if (atomic_load (&s->dead))
       return -1;
     if (r == GNUTLS_E_AGAIN && poll (&fd, 1, -1) == -1 && errno != EINTR)
       return -1;
@@ -204,11 +209,12 @@ kernel_has_keys (int fd, int direction)
  * would leave in plaintext: so ask the kernel.
  */
 static int
-find_out_who_encrypts (struct connection *c, struct tls *tls)
+find_out_if_kernel_encrypts (struct tls *tls)
 {
   tls->in_kernel = gnutls_transport_is_ktls_enabled (tls->session) != 0;
   if (!tls->in_kernel ||
-      (kernel_has_keys (c->fd, TLS_TX) && kernel_has_keys (c->fd, TLS_RX)))
+      (kernel_has_keys (tls->socket->fd, TLS_TX) &&
+       kernel_has_keys (tls->socket->fd, TLS_RX)))
     return 0;
   report_error ("nbd: GnuTLS handed this connection to the kernel, "
                 "which has no keys for it: it is closed "
@@ -217,22 +223,23 @@ find_out_who_encrypts (struct connection *c, struct tls *tls)
 }
 #else
 static int
-find_out_who_encrypts (struct connection *c, struct tls *tls)
+find_out_if_kernel_encrypts (struct tls *tls)
 {
-  (void) c;
   (void) tls;
   return 0;
 }
 #endif
 
 static struct tls *
-tls_new (struct nbd_server *server)
+tls_new (struct socket *s, const struct nbd_tls *credentials,
+         struct limit *errors)
 {
   struct tls *tls = calloc (1, sizeof *tls);
   int r;
 
   if (tls == NULL)
     return NULL;
+  tls->socket = s;
   pthread_mutex_init (&tls->lock, NULL);
   tls->in = buffer_new (TLS_INPUT_SIZE);
   tls->out = buffer_new (TLS_OUTPUT_SIZE);
@@ -241,9 +248,9 @@ tls_new (struct nbd_server *server)
     tls_free (tls);
     return NULL;
   }
-  r = nbd_tls_new_session (server->tls, &tls->session);
+  r = nbd_tls_new_session (credentials, &tls->session);
   if (r < 0) {
-    client_error (server, "nbd: TLS: %s", gnutls_strerror (r));
+    client_error (errors, "nbd: TLS: %s", gnutls_strerror (r));
     tls->session = NULL;
     tls_free (tls);
     return NULL;
@@ -269,28 +276,28 @@ debug_session (gnutls_session_t session)
   gnutls_free (description);
 }
 
-int
-tls_start (struct connection *c)
+struct tls *
+tls_start (struct socket *s, const struct nbd_tls *credentials,
+           struct limit *errors)
 {
-  struct tls *tls = tls_new (c->server);
+  struct tls *tls = tls_new (s, credentials, errors);
 
   if (tls == NULL)
-    return -1;
-  gnutls_transport_set_int (tls->session, c->fd);
-  if (set_nonblocking (c->fd, true) == -1 ||
-      shake_hands (c, tls->session) == -1 ||
-      find_out_who_encrypts (c, tls) == -1 ||
-      set_nonblocking (c->fd, false) == -1) {
+    return NULL;
+  gnutls_transport_set_int (tls->session, s->fd);
+  if (set_nonblocking (s->fd, true) == -1 ||
+      shake_hands (s, errors, tls->session) == -1 ||
+      find_out_if_kernel_encrypts (tls) == -1 ||
+      set_nonblocking (s->fd, false) == -1) {
     tls_free (tls);
-    return -1;
+    return NULL;
   }
   debug_session (tls->session);
   if (!tls->in_kernel)
     leave_socket (tls);
   else
     report_debug ("nbd: TLS: the kernel encrypts");
-  c->tls = tls;
-  return 0;
+  return tls;
 }
 
 bool
@@ -301,19 +308,16 @@ tls_is_ours (const struct tls *tls)
 
 /* Fill the empty input buffer.  Returns as recv does. */
 static ssize_t
-fill (struct connection *c)
+fill (struct tls *tls)
 {
-  struct tls *tls = c->tls;
-  ssize_t r;
+  struct iovec iov = { .iov_base = tls->in, .iov_len = TLS_INPUT_SIZE };
+  struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1 };
+  const ssize_t r = socket_receive (tls->socket, &msg, 0);
 
-  do {
-    if (connection_may_receive (c) == -1)
-      return -1;
-    r = recv (c->fd, tls->in, TLS_INPUT_SIZE, 0);
-  } while (r == -1 && errno == EINTR);
-
-  tls->in_start = 0;
-  tls->in_end = r > 0 ? r : 0;
+  if (r != -1) {
+    tls->in_start = 0;
+    tls->in_end = r;
+  }
   return r;
 }
 
@@ -357,53 +361,53 @@ decrypt_all (struct tls *tls, const struct iovec *iov, size_t *done)
   return r;
 }
 
-/* An error or the end that comes after some data is met again by the
- * next call.
+/* Both buffers, without waiting.  An error or the end that comes after some
+ * data is met again by the next call.
  */
-ssize_t
-tls_receive (struct connection *c, const struct iovec iov[2])
+static ssize_t
+decrypt_both (struct tls *tls, const struct iovec iov[2])
 {
-  for (;;) {
-    size_t done[2] = { 0, 0 };
-    ssize_t r = decrypt_all (c->tls, &iov[0], &done[0]);
+  size_t done[2] = { 0, 0 };
+  ssize_t r = decrypt_all (tls, &iov[0], &done[0]);
 
-    if (r > 0)
-      r = decrypt_all (c->tls, &iov[1], &done[1]);
-    if (done[0] + done[1] > 0)
-      return done[0] + done[1];
-    if (r == 0 || errno != EAGAIN)
-      return r;
-    r = fill (c);
-    if (r <= 0)
-      return r;
-  }
+  if (r > 0)
+    r = decrypt_all (tls, &iov[1], &done[1]);
+  return done[0] + done[1] > 0 ? (ssize_t) (done[0] + done[1]) : r;
+}
+
+ssize_t
+tls_receive (struct tls *tls, const struct iovec iov[2])
+{
+  ssize_t r = decrypt_both (tls, iov);
+
+  if (r != -1 || errno != EAGAIN)
+    return r;
+  r = fill (tls);
+  if (r <= 0)
+    return r;
+  r = decrypt_both (tls, iov);
+  if (r == -1 && errno == EAGAIN)
+    errno = EINTR;
+  return r;
 }
 
 /* Send the output buffer. */
 static int
-drain (struct connection *c, int flags)
+drain (struct tls *tls, int flags)
 {
-  struct tls *tls = c->tls;
   int64_t since = 0;
   size_t done = 0;
 
   while (done < tls->out_used) {
-    ssize_t r;
+    struct iovec iov = {
+      .iov_base = tls->out + done, .iov_len = tls->out_used - done,
+    };
+    const struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1 };
+    const ssize_t r = socket_send (tls->socket, &msg, flags, &since);
 
-    if (atomic_load_explicit (&c->dead, memory_order_relaxed)) {
-      errno = ESHUTDOWN;
+    if (r == -1)
       return -1;
-    }
-    r = send (c->fd, tls->out + done, tls->out_used - done,
-              MSG_NOSIGNAL | flags);
-    if (r == -1 && errno != EINTR &&
-        ((flags & MSG_DONTWAIT) != 0 || !connection_may_wait (c, &since)))
-      return -1;
-    if (r > 0) {
-      connection_moved (&c->sent, r);
-      since = 0;
-      done += r;
-    }
+    done += r;
   }
   tls->out_used = 0;
   return 0;
@@ -447,9 +451,8 @@ next_record (struct tls *tls, const struct iovec *iov, size_t nr,
 }
 
 int
-tls_send (struct connection *c, const struct iovec *iov, size_t nr)
+tls_send (struct tls *tls, const struct iovec *iov, size_t nr)
 {
-  struct tls *tls = c->tls;
   size_t offset = 0;            /* in the first of iov */
 
   for (;;) {
@@ -467,26 +470,26 @@ tls_send (struct connection *c, const struct iovec *iov, size_t nr)
 
     record = next_record (tls, iov, nr, offset, &count);
     if (TLS_OUTPUT_SIZE - tls->out_used < count + RECORD_OVERHEAD &&
-        drain (c, 0) == -1)
+        drain (tls, 0) == -1)
       return -1;
     r = encrypt_record (tls, record, count);
     if (r == -1)
       return -1;
     offset += r;
   }
-  return drain (c, 0);
+  return drain (tls, 0);
 }
 
 void
-tls_bye (struct connection *c)
+tls_bye (struct tls *tls)
 {
-  struct tls *tls = c->tls;
+  struct socket *s = tls->socket;
 
-  if (atomic_load (&c->dead) || set_nonblocking (c->fd, true) == -1)
+  if (atomic_load (&s->dead) || set_nonblocking (s->fd, true) == -1)
     return;
   if (gnutls_bye (tls->session, GNUTLS_SHUT_WR) == GNUTLS_E_SUCCESS &&
       !tls->in_kernel)
-    drain (c, MSG_DONTWAIT);
+    drain (tls, MSG_DONTWAIT);
 }
 
 void

@@ -25,52 +25,19 @@
 #include <inttypes.h>
 #include <netdb.h>
 #include <netinet/in.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 
-#include "common/cleanup.h"
 #include "nbd/internal.h"
-
-static _Thread_local const struct worker *my_worker;
 
 void
 trace_thread (struct worker *w)
 {
-  my_worker = w;
+  w->id.connection = w->connection->serial;
+  debug_thread (&w->id);
   report_limit_thread ();
-}
-
-void
-trace_debug (const char *fmt, ...)
-{
-  static const char prefix[] = "nbd: ";
-  const struct worker *w = my_worker;
-  CLEANUP_FREE char *text = NULL;
-  const char *rest;
-  va_list args;
-  int r;
-
-  va_start (args, fmt);
-  r = vasprintf (&text, fmt, args);
-  va_end (args);
-  if (r == -1) {
-    text = NULL;
-    return;
-  }
-  rest = strncmp (text, prefix, sizeof prefix - 1) == 0
-    ? text + sizeof prefix - 1 : text;
-  if (w == NULL)
-    report_debug ("nbd: %s", rest);
-  else if (w->number == 0)
-    report_debug ("nbd: connection %" PRIu64 ": %s",
-                  w->connection->serial, rest);
-  else
-    report_debug ("nbd: connection %" PRIu64 ": request %" PRIu64
-                  ", cookie %#" PRIx64 ": %s", w->connection->serial,
-                  w->number, be64toh (w->request.cookie), rest);
 }
 
 /* Who is at the other end of a socket. */
@@ -130,43 +97,30 @@ trace_opened (struct connection *c)
 {
   char peer[NI_MAXHOST + NI_MAXSERV + 4];
 
-  describe_peer (c->fd, peer, sizeof peer);
+  describe_peer (c->stream.socket.fd, peer, sizeof peer);
   report_debug ("nbd: connection %" PRIu64 " opened: %s, export \"%s\", "
                 "%s replies, %s, %zu metadata contexts",
                 c->serial, peer, c->export_name,
                 c->extended ? "extended" : c->structured ? "structured"
                 : "simple",
-                c->tls != NULL ? "TLS" : "no TLS", c->nr_contexts);
-}
-
-void
-trace_ending (struct connection *c, const char *why, int err)
-{
-  const char *nothing = NULL;
-
-  if (atomic_load (&c->server->stopping)) {
-    why = "the server stops";
-    err = 0;
-  }
-  if (atomic_compare_exchange_strong (&c->ending, &nothing, why))
-    atomic_store (&c->ending_errno, err);
+                c->stream.tls != NULL ? "TLS" : "no TLS", c->nr_contexts);
 }
 
 void
 trace_closed (struct connection *c)
 {
-  const char *why = atomic_load (&c->ending);
+  const char *why = atomic_load (&c->stream.socket.ending);
   char peer[NI_MAXHOST + NI_MAXSERV + 4];
 
   if (why == NULL)
     why = "the protocol was violated";
   if (atomic_load (&c->handshaking)) {
-    describe_peer (c->fd, peer, sizeof peer);
+    describe_peer (c->stream.socket.fd, peer, sizeof peer);
     report_debug ("nbd: connection %" PRIu64 " closed in the handshake: %s, "
                   "%s", c->serial, peer, why);
     return;
   }
-  errno = atomic_load (&c->ending_errno);
+  errno = atomic_load (&c->stream.socket.ending_errno);
   report_debug (errno != 0
                 ? "nbd: connection %" PRIu64 " closed: %s (%m): %" PRIu64
                 " requests, %" PRIu64 " bytes read, %" PRIu64 " written"
@@ -220,9 +174,9 @@ trace_show_header (struct worker *w)
 void
 trace_disconnect (struct worker *w)
 {
-  w->number = 0;
+  w->id.request = 0;
   w->connection->nr_requests--;
-  trace_ending (w->connection, "the client disconnected", 0);
+  socket_ending (&w->connection->stream.socket, "the client disconnected", 0);
 }
 
 void
