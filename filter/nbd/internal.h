@@ -40,6 +40,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/uio.h>
 
 #include "common/clock.h"
@@ -254,6 +255,14 @@ struct worker {
   size_t reply_payload_length;
 };
 
+/* A worker that the role was taken from, or NULL: the next holder sends
+ * its gathered replies, if its ticket is still this one.
+ */
+struct robbed {
+  struct worker *worker;
+  uint64_t ticket;
+};
+
 struct connection {
   struct nbd_server *server;
   uint64_t serial;              /* from 1 on */
@@ -308,9 +317,8 @@ struct connection {
   struct worker *workers[MAX_WORKERS];
   struct worker *holder;        /* who has the role, or had it last: it
                                    may read this without the lock */
-  struct worker *robbed;        /* whose gathered replies are to be sent
-                                   by the next holder, or NULL */
-  uint64_t robbed_ticket;       /* the word at which that happened */
+  struct robbed robbed;         /* for the next holder */
+  void *(*worker_main) (void *); /* the threads begin here */
   bool input_ended;             /* no more requests will come */
 
   atomic_bool handshaking;
@@ -362,10 +370,27 @@ extent_size (const struct connection *c)
 /* server.c */
 
 /* Let the accepting thread look at what there is to do. */
-extern void server_wake (struct nbd_server *);
+static inline void
+server_wake (struct nbd_server *server)
+{
+  eventfd_write (server->wake_fd, 1);
+}
 
-/* A connection is through its handshake. */
-extern void server_handshake_done (struct connection *);
+/* roster.c */
+
+/* A connection that was started is on the list of live ones.  Called with
+ * server->lock.
+ */
+extern void roster_add (struct connection *);
+
+/* It is through its handshake. */
+extern void roster_handshake_done (struct connection *);
+
+/* It has ended: close its descriptor and have it joined. */
+extern void roster_finish (struct connection *);
+
+/* Those that are to be joined and freed. */
+extern struct connection *roster_take_finished (struct nbd_server *);
 
 /* bounds.c */
 
@@ -435,13 +460,12 @@ extern struct connection *connection_start (struct nbd_server *, int fd);
 /* Join the last thread and free.  Not on a list any more. */
 extern void connection_join (struct connection *);
 
-/* Add a worker.  Called with connection->lock; failing is no error as
- * long as another worker lives.
- */
-extern void connection_add_worker (struct connection *);
-
 /* No more replies can be sent, no more requests are wanted. */
 extern void connection_cut (struct connection *);
+
+/* worker.c */
+extern struct worker *worker_new (struct connection *);
+extern void worker_free (struct worker *);
 
 /* A buffer for a payload, w->payload, NULL with errno.  A large one may
  * have to be waited for, and is the worker's until the request ends.
@@ -468,14 +492,29 @@ extern void worker_share (struct worker *);
 extern void worker_trim (struct worker *);
 
 /* role.c */
-extern bool role_acquire (struct worker *);
+
+/* Wait for the role.  False if there is nothing more to receive.  The
+ * caller sends the replies of the robbed worker, if there is one, and may
+ * lose the role meanwhile.
+ */
+extern bool role_acquire (struct worker *, struct robbed *);
+
+/* Another worker may receive.  The caller sends what it has gathered. */
 extern void role_release (struct worker *);
 extern void role_end_input (struct worker *);
 extern void role_begin_executing (struct worker *, bool slow_by_nature);
 extern void role_begin_sending (struct worker *);
+
+/* Take the role from a holder that executes for too long, if the word is
+ * still this one.  Called with server->lock.
+ */
+extern void role_steal (struct connection *, uint_fast64_t word);
 extern void role_end_executing (struct worker *);
 extern void pace_begin (struct worker *, bool slow_by_nature);
 extern void pace_end (struct worker *);
+extern void monitor_wake (struct nbd_server *);
+
+/* monitor.c */
 extern void *monitor_main (void *server);
 extern void monitor_quit (struct nbd_server *);
 
@@ -499,8 +538,13 @@ extern void output_flush (struct worker *);
  * still at the request of which this was the ticket.
  */
 extern void output_flush_keeping_role (struct worker *);
-extern void output_flush_robbed (struct worker *, struct worker *robbed,
-                                 uint64_t ticket);
+extern void output_flush_robbed (struct worker *, const struct robbed *);
+
+/* The same, if there are any. */
+extern void output_flush_gathered (struct worker *);
+
+/* Let another worker receive, and send what is gathered. */
+extern void output_release_role (struct worker *);
 
 /* Gather bytes and send them when there are many, or by output_flush:
  * for the handshake, before there are roles.

@@ -35,6 +35,14 @@
 #include "common/cleanup.h"
 #include "nbd/internal.h"
 
+/* Wake, too, those of its workers that wait for memory. */
+static void
+cut (struct connection *c)
+{
+  socket_cut (&c->stream.socket);
+  budget_wake (&c->server->budget);
+}
+
 /* Send everything.  A connection that cannot is cut.  Called with
  * send_lock.
  */
@@ -42,7 +50,7 @@ static void
 send_all (struct connection *c, struct iovec *iov, size_t nr)
 {
   if (stream_send (&c->stream, iov, nr) == -1)
-    connection_cut (c);
+    cut (c);
 }
 
 /* Send the gathered replies and the reply at hand.  Without the role,
@@ -92,6 +100,20 @@ output_flush (struct worker *w)
 }
 
 void
+output_flush_gathered (struct worker *w)
+{
+  if (w->gathered > 0)
+    output_flush (w);
+}
+
+void
+output_release_role (struct worker *w)
+{
+  role_release (w);
+  output_flush_gathered (w);
+}
+
+void
 output_flush_keeping_role (struct worker *w)
 {
   role_begin_sending (w);
@@ -105,15 +127,14 @@ output_flush_keeping_role (struct worker *w)
  * it has another ticket then, or none.
  */
 void
-output_flush_robbed (struct worker *w, struct worker *robbed,
-                     uint64_t ticket)
+output_flush_robbed (struct worker *w, const struct robbed *robbed)
 {
   role_begin_sending (w);
   {
     ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&w->connection->stream.send_lock);
 
-    if (atomic_load (&robbed->ticket) == ticket)
-      send_gathered (robbed);
+    if (atomic_load (&robbed->worker->ticket) == robbed->ticket)
+      send_gathered (robbed->worker);
   }
   role_end_executing (w);
 }
@@ -163,7 +184,7 @@ output_partial_reply (struct worker *w)
   if (w->has_role)
     role_end_executing (w);
   if (w->has_role)
-    role_release (w);
+    output_release_role (w);
   send_reply (w);
   reset_reply (w);
 }

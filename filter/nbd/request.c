@@ -284,7 +284,7 @@ begin_executing (struct worker *w, bool slow)
   pace_begin (w, slow);
   if ((more && (slow || is_large (w))) || has_many_parts (w) ||
       atomic_load_explicit (&c->eager, memory_order_relaxed)) {
-    role_release (w);
+    output_release_role (w);
     w->reply_at = 0;
   }
   else if (slow && w->gathered > 0) {

@@ -39,11 +39,6 @@
  * and not time: parallel threads shorten what waits for a disk.  They
  * only lengthen what copies from the page cache, or what is late because
  * the machine is busy.
- *
- * The monitor sleeps after QUIET_TICKS without activity.  It says so
- * (monitor_asleep), then looks at all role words once more; a holder
- * sets EXECUTING, then looks whether the monitor sleeps.  Both are
- * sequentially consistent, so one of them sees the other.
  */
 
 #include <config.h>
@@ -54,9 +49,6 @@
 
 #include "common/cleanup.h"
 #include "nbd/internal.h"
-
-#define TICK_NS (1000 * 1000)
-#define QUIET_TICKS 100
 
 #define SAMPLE_EVERY 32
 #define SAMPLES_TO_EAGER 4
@@ -79,60 +71,65 @@ wait_for_role (struct worker *w)
   c->waiting--;
 }
 
-/* Wait for the role.  False if there is nothing more to receive.  It may
- * be lost again at once, see output_flush_robbed.
- */
+/* Wait for the role.  False if there is nothing more to receive. */
 bool
-role_acquire (struct worker *w)
+role_acquire (struct worker *w, struct robbed *robbed)
 {
   struct connection *c = w->connection;
-  struct worker *robbed;
-  uint64_t ticket;
 
-  {
-    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
-
-    while (!c->input_ended && ROLE_STATE (atomic_load (&c->role)) != ROLE_FREE)
-      wait_for_role (w);
-    if (c->input_ended)
-      return false;
-    atomic_store (&c->role, c->seq << ROLE_STATE_BITS | ROLE_OWNED);
-    c->holder = w;
-    robbed = c->robbed;
-    ticket = c->robbed_ticket;
-    c->robbed = NULL;
-  }
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
+  while (!c->input_ended && ROLE_STATE (atomic_load (&c->role)) != ROLE_FREE)
+    wait_for_role (w);
+  if (c->input_ended)
+    return false;
+  atomic_store (&c->role, c->seq << ROLE_STATE_BITS | ROLE_OWNED);
+  c->holder = w;
+  *robbed = c->robbed;
+  c->robbed.worker = NULL;
   w->has_role = true;
-  if (robbed != NULL)
-    output_flush_robbed (w, robbed, ticket);
   return true;
 }
 
-/* Somebody else may receive.  Called with c->lock. */
+/* Start another worker.  Called with c->lock; failing is no error as long
+ * as another worker lives.
+ */
+static void
+add_worker (struct connection *c)
+{
+  atomic_uint *count = &c->server->nr_extra_threads;
+  struct worker *w = NULL;
+
+  /* As with memory: no more of one connection than are left for others. */
+  if (atomic_fetch_add (count, 1) + c->nr_workers <=
+      c->server->max_extra_threads)
+    w = worker_new (c);
+  if (w == NULL || thread_create (&w->thread, c->worker_main, w) != 0) {
+    worker_free (w);
+    atomic_fetch_sub (count, 1);
+    return;
+  }
+  c->workers[c->nr_workers++] = w;
+}
+
+/* Another worker may receive.  Called with c->lock. */
 static void
 offer_role (struct connection *c)
 {
   if (c->waiting > 0)
     pthread_cond_signal (&c->role_freed);
   else if (c->nr_workers < c->server->limits.requests)
-    connection_add_worker (c);
+    add_worker (c);
 }
 
-/* Give the role up, and send what was gathered. */
 void
 role_release (struct worker *w)
 {
   struct connection *c = w->connection;
 
-  {
-    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
-
-    w->has_role = false;
-    atomic_store (&c->role, c->seq << ROLE_STATE_BITS | ROLE_FREE);
-    offer_role (c);
-  }
-  if (w->gathered > 0)
-    output_flush (w);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
+  w->has_role = false;
+  atomic_store (&c->role, c->seq << ROLE_STATE_BITS | ROLE_FREE);
+  offer_role (c);
 }
 
 /* There is nothing more to receive.  The role is owned for ever. */
@@ -141,17 +138,14 @@ role_end_input (struct worker *w)
 {
   struct connection *c = w->connection;
 
-  if (w->gathered > 0)
-    output_flush (w);
-
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
   w->has_role = false;
   c->input_ended = true;
   pthread_cond_broadcast (&c->role_freed);
 }
 
-static void
-wake_monitor (struct nbd_server *server)
+void
+monitor_wake (struct nbd_server *server)
 {
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->monitor_lock);
   atomic_store (&server->monitor_asleep, false);
@@ -168,7 +162,7 @@ publish_executing (struct worker *w)
   atomic_store_explicit (&w->ticket, word, memory_order_relaxed);
   atomic_store (&c->role, word);
   if (atomic_load (&c->server->monitor_asleep))
-    wake_monitor (c->server);
+    monitor_wake (c->server);
 }
 
 /* About to call disk_*, with the role kept. */
@@ -200,11 +194,8 @@ role_end_executing (struct worker *w)
                                     word - ROLE_EXECUTING + ROLE_OWNED);
 }
 
-/* Take the role from a holder that executes for too long.  Called with
- * server->lock.
- */
-static void
-steal_role (struct connection *c, uint_fast64_t word)
+void
+role_steal (struct connection *c, uint_fast64_t word)
 {
   uint_fast64_t ticket = word;
 
@@ -214,8 +205,9 @@ steal_role (struct connection *c, uint_fast64_t word)
     return;
   debug_request ("nbd: request takes long, another thread receives");
   if (!c->sending) {
-    c->robbed = c->has_gathered ? c->holder : NULL;
-    c->robbed_ticket = ticket;
+    c->robbed = (struct robbed) {
+      .worker = c->has_gathered ? c->holder : NULL, .ticket = ticket,
+    };
     if (!c->slow_by_nature)
       c->until_sample = 0;
   }
@@ -288,67 +280,4 @@ pace_end (struct worker *w)
     if (!slept)
       atomic_store (&c->sampled_waits, 0);
   }
-}
-
-/* Look at every connection.  True if something is going on. */
-static bool
-tick (struct nbd_server *server)
-{
-  bool active = false;
-
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
-  for (struct connection *c = server->live; c != NULL; c = c->next) {
-    uint_fast64_t word = atomic_load (&c->role);
-
-    if (ROLE_STATE (word) == ROLE_EXECUTING) {
-      active = true;
-      if (word == c->seen_role)
-        steal_role (c, word);
-    }
-    active = active || word != c->seen_role;
-    c->seen_role = word;
-  }
-  return active;
-}
-
-/* Sleep until a request is executed again. */
-static void
-sleep_while_quiet (struct nbd_server *server)
-{
-  atomic_store (&server->monitor_asleep, true);
-  if (tick (server))
-    atomic_store (&server->monitor_asleep, false);
-
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->monitor_lock);
-  while (atomic_load (&server->monitor_asleep) &&
-         !atomic_load (&server->monitor_stop))
-    pthread_cond_wait (&server->monitor_wake, &server->monitor_lock);
-  atomic_store (&server->monitor_asleep, false);
-}
-
-void *
-monitor_main (void *vp)
-{
-  struct nbd_server *server = vp;
-  const struct timespec ts = { .tv_nsec = TICK_NS };
-  unsigned quiet = 0;
-
-  while (!atomic_load (&server->monitor_stop)) {
-    if (tick (server))
-      quiet = 0;
-    else if (++quiet >= QUIET_TICKS) {
-      sleep_while_quiet (server);
-      quiet = 0;
-    }
-    nanosleep (&ts, NULL);
-  }
-  return NULL;
-}
-
-void
-monitor_quit (struct nbd_server *server)
-{
-  atomic_store (&server->monitor_stop, true);
-  wake_monitor (server);
-  pthread_join (server->monitor_thread, NULL);
 }

@@ -164,14 +164,8 @@ add_connection (struct nbd_server *server, int fd)
     close (fd);
     return;
   }
-  server->nr_served++;
   stats_connection_opened (server->stats);
-  c->next = server->live;
-  if (c->next != NULL)
-    c->next->prev = c;
-  server->live = c;
-  server->nr_live++;
-  server->nr_handshaking++;
+  roster_add (c);
 }
 
 void
@@ -218,37 +212,14 @@ accept_one (struct nbd_server *server, int sock)
 static void
 join_finished (struct nbd_server *server)
 {
-  struct connection *c;
+  struct connection *c = roster_take_finished (server);
 
-  {
-    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
-    c = server->finished;
-    server->finished = NULL;
-  }
   while (c != NULL) {
     struct connection *next = c->next;
 
     connection_join (c);
     c = next;
   }
-}
-
-void
-server_wake (struct nbd_server *server)
-{
-  eventfd_write (server->wake_fd, 1);
-}
-
-void
-server_handshake_done (struct connection *c)
-{
-  struct nbd_server *server = c->server;
-
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
-  atomic_store (&c->handshaking, false);
-  server->nr_handshaking--;
-  if (server->crowded)
-    server_wake (server);
 }
 
 static int

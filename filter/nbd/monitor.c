@@ -1,0 +1,87 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* The monitor: one thread of a server that looks at the role words of all
+ * connections every TICK, and steals the role of a worker that executes
+ * for too long (role.c).
+ *
+ * The monitor sleeps after QUIET_TICKS without activity.  It says so
+ * (monitor_asleep), then looks at all role words once more; a holder
+ * sets EXECUTING, then looks whether the monitor sleeps.  Both are
+ * sequentially consistent, so one of them sees the other.
+ */
+
+#include <config.h>
+
+#include <time.h>
+
+#include "common/cleanup.h"
+#include "nbd/internal.h"
+
+#define TICK_NS (1000 * 1000)
+#define QUIET_TICKS 100
+
+/* Look at every connection.  True if something is going on. */
+static bool
+tick (struct nbd_server *server)
+{
+  bool active = false;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
+  for (struct connection *c = server->live; c != NULL; c = c->next) {
+    uint_fast64_t word = atomic_load (&c->role);
+
+    if (ROLE_STATE (word) == ROLE_EXECUTING) {
+      active = true;
+      if (word == c->seen_role)
+        role_steal (c, word);
+    }
+    active = active || word != c->seen_role;
+    c->seen_role = word;
+  }
+  return active;
+}
+
+/* Sleep until a request is executed again. */
+static void
+sleep_while_quiet (struct nbd_server *server)
+{
+  atomic_store (&server->monitor_asleep, true);
+  if (tick (server))
+    atomic_store (&server->monitor_asleep, false);
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->monitor_lock);
+  while (atomic_load (&server->monitor_asleep) &&
+         !atomic_load (&server->monitor_stop))
+    pthread_cond_wait (&server->monitor_wake, &server->monitor_lock);
+  atomic_store (&server->monitor_asleep, false);
+}
+
+void *
+monitor_main (void *vp)
+{
+  struct nbd_server *server = vp;
+  const struct timespec ts = { .tv_nsec = TICK_NS };
+  unsigned quiet = 0;
+
+  while (!atomic_load (&server->monitor_stop)) {
+    if (tick (server))
+      quiet = 0;
+    else if (++quiet >= QUIET_TICKS) {
+      sleep_while_quiet (server);
+      quiet = 0;
+    }
+    nanosleep (&ts, NULL);
+  }
+  return NULL;
+}
+
+void
+monitor_quit (struct nbd_server *server)
+{
+  atomic_store (&server->monitor_stop, true);
+  monitor_wake (server);
+  pthread_join (server->monitor_thread, NULL);
+}
