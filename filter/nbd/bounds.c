@@ -3,7 +3,7 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* What strangers may do at most: who is let in, and who is cut.
+/* What clients may use at most: which are let in, and which are cut.
  *
  * All of it is done by the thread that accepts, between two clients, or
  * when there is something to be looked at.  It looks at the list of
@@ -12,26 +12,32 @@
  * The handshake.  All of it, TLS included, has one deadline, however the
  * client spends its time.  Connections in the handshake may be half of
  * all.  If there are no more places, the oldest one in the handshake has
- * to go, but each has a second (place_ms) that nobody takes from it, or a
+ * to go, but each may keep its place for a second (place_ms), or for a
  * quarter of that if its client has not said a word, and meanwhile
  * newcomers wait in the backlog: so a crowd that comes at once is let in,
- * and those who come to occupy places occupy them for a second each.  A
+ * and clients that come to occupy places occupy them for a second each.  A
  * connection that is through the handshake is never cut for a newcomer.
  *
  * Memory (budget.c).  A connection holds memory on account of its client
- * while it receives a payload or sends replies.  It is cut if a client of
- * another one waits for memory, and its own has not moved STALL_BYTES
- * for stall_ms.  Who waits for memory and stalls does not count as
- * waiting.
+ * while it receives a payload or sends replies.  It is cut if a worker of
+ * another one waits for memory, and its own client has not moved
+ * STALL_BYTES for stall_ms.  A connection that waits for memory and stalls
+ * does not count as waiting.
  */
 
 #include <config.h>
 
+#include <errno.h>
 #include <sys/resource.h>
 
 #include "common/bytes.h"
 #include "common/cleanup.h"
-#include "nbd/internal.h"
+#include "common/clock.h"
+#include "nbd/bounds.h"
+#include "nbd/client-errors.h"
+#include "nbd/connection.h"
+#include "nbd/debug.h"
+#include "nbd/server.h"
 
 unsigned place_ms = 1000;
 unsigned stall_ms = 5000;
@@ -59,8 +65,52 @@ bounds_for_descriptors (struct nbd_limits *limits)
   limits->connections = max_u64 (1, min_u64 (limits->connections, most));
 }
 
+/* What TLS costs a connection. */
+#define TLS_COST (320 * 1024)
+
+/* What threads have touched of their stacks; more than was measured. */
+#define STACK_COST (64 * 1024)
+
+/* Names, selected contexts, the structs themselves. */
+#define HANDSHAKE_COST (48 * 1024)
+
+#define WORKER_COST                                             \
+  (STACK_COST + OUTPUT_SIZE + SMALL_PAYLOAD + SMALL_EXTENTS)
+
+static size_t
+connection_cost (const struct nbd_server *server)
+{
+  return WORKER_COST + INPUT_SIZE + HANDSHAKE_COST +
+    4 * server->service.nr_bitmaps +
+    (server->service.tls != NULL ? TLS_COST : 0);
+}
+
+/* Connections get up to a half.  Threads besides one a connection get
+ * what is left of five eighths.
+ */
+int
+bounds_divide (struct nbd_server *server)
+{
+  struct nbd_limits *limits = &server->service.limits;
+  const size_t cost = connection_cost (server);
+  const uint64_t fixed = limits->memory / 8 * 5;
+
+  if (limits->memory / 2 / cost == 0) {
+    errno = EINVAL;
+    return -1;
+  }
+  limits->connections = min_u64 (limits->connections,
+                                 limits->memory / 2 / cost);
+  server->teams.max_extra_threads =
+    min_u64 ((fixed - limits->connections * cost) / WORKER_COST,
+             (uint64_t) limits->connections * (limits->requests - 1));
+  server->teams.max_workers = limits->requests;
+  return budget_init (&server->budget, limits->memory - fixed,
+                      server->wake_fd);
+}
+
 /* The one in the handshake that came first, and is not cut already.
- * Called with server->lock.  The list begins with who came last.
+ * Called with server->lock.  The list begins with the one that came last.
  */
 static struct connection *
 oldest_handshake (struct nbd_server *server)
@@ -76,7 +126,7 @@ oldest_handshake (struct nbd_server *server)
 enum admission
 bounds_admit (struct nbd_server *server, int *wait_ms)
 {
-  const struct nbd_limits *limits = &server->limits;
+  const struct nbd_limits *limits = &server->service.limits;
   struct connection *oldest;
   int64_t age, place;
 
@@ -96,7 +146,8 @@ bounds_admit (struct nbd_server *server, int *wait_ms)
   oldest = oldest_handshake (server);
   if (oldest == NULL)
     return WAIT;
-  place = atomic_load_explicit (&oldest->stream.socket.received, memory_order_relaxed) > 0
+  place = atomic_load_explicit (&oldest->stream.socket.received,
+                                memory_order_relaxed) > 0
     ? place_ms : place_ms / 4;
   age = now_ms () - oldest->started_ms;
   if (age < place) {
@@ -107,7 +158,8 @@ bounds_admit (struct nbd_server *server, int *wait_ms)
                  "to make room");
   server->nr_cut++;
   oldest->cut_for_room = true;
-  socket_ending (&oldest->stream.socket, "slow, and others wait for its place", 0);
+  socket_ending (&oldest->stream.socket,
+                 "slow, and others wait for its place", 0);
   connection_cut (oldest);
   return WAIT;
 }
@@ -125,7 +177,8 @@ sooner (int *wait_ms, int64_t ms)
 static void
 look_at_handshakes (struct nbd_server *server, int64_t now, int *wait_ms)
 {
-  const int64_t limit = server->limits.handshake_seconds * INT64_C (1000);
+  const int64_t limit =
+    server->service.limits.handshake_seconds * INT64_C (1000);
 
   if (server->nr_handshaking == 0)
     return;
@@ -135,9 +188,10 @@ look_at_handshakes (struct nbd_server *server, int64_t now, int *wait_ms)
     if (now - c->started_ms < limit)
       sooner (wait_ms, c->started_ms + limit - now);
     else {
-      client_error (&server->errors, "nbd: a client has not finished its handshake "
+      client_error (server->service.errors,
+                    "nbd: a client has not finished its handshake "
                     "in %u seconds: its connection is closed",
-                    server->limits.handshake_seconds);
+                    server->service.limits.handshake_seconds);
       socket_ending (&c->stream.socket, "too slow", 0);
       connection_cut (c);
     }
@@ -147,12 +201,13 @@ look_at_handshakes (struct nbd_server *server, int64_t now, int *wait_ms)
 static bool
 stalls (struct connection *c, int64_t now)
 {
+  const struct socket *s = &c->stream.socket;
   const uint64_t moved =
-    atomic_load_explicit (&c->stream.socket.received, memory_order_relaxed) +
-    atomic_load_explicit (&c->stream.socket.sent, memory_order_relaxed);
+    atomic_load_explicit (&s->received, memory_order_relaxed) +
+    atomic_load_explicit (&s->sent, memory_order_relaxed);
 
-  if (!(atomic_load_explicit (&c->stream.socket.is_receiving, memory_order_relaxed) ||
-        atomic_load_explicit (&c->stream.socket.is_sending, memory_order_relaxed)) ||
+  if (!(atomic_load_explicit (&s->is_receiving, memory_order_relaxed) ||
+        atomic_load_explicit (&s->is_sending, memory_order_relaxed)) ||
       c->stalled_since == 0 || moved - c->moved >= STALL_BYTES) {
     c->moved = moved;
     c->stalled_since = now;
@@ -164,29 +219,31 @@ stalls (struct connection *c, int64_t now)
 static void
 look_for_stalls (struct nbd_server *server, int64_t now)
 {
-  bool somebody_waits = false;
+  bool one_waits = false;
 
   for (struct connection *c = server->live; c != NULL; c = c->next) {
     ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->budget.lock);
 
-    if (!stalls (c, now) && c->waiting_for_memory > 0)
-      somebody_waits = true;
-    c->holds_memory = c->held > 0;
+    if (!stalls (c, now) && c->account.waiting > 0)
+      one_waits = true;
+    c->holds_memory = c->account.held > 0;
   }
-  if (!somebody_waits)
+  if (!one_waits)
     return;
   for (struct connection *c = server->live; c != NULL; c = c->next)
     if (c->holds_memory && now - c->stalled_since >= stall_ms &&
         !atomic_load (&c->stream.socket.dead)) {
-      client_error (&server->errors, "nbd: a client that holds memory others wait for "
+      client_error (server->service.errors,
+                    "nbd: a client that holds memory others wait for "
                     "takes or sends almost nothing: its connection is "
                     "closed");
-      socket_ending (&c->stream.socket, "it stalls, and holds memory others wait for", 0);
+      socket_ending (&c->stream.socket,
+                     "it stalls, and holds memory others wait for", 0);
       connection_cut (c);
     }
 }
 
-/* Nobody was looked at for a while: begin anew. */
+/* None was looked at for a while: begin anew. */
 static void
 forget_stalls (struct nbd_server *server)
 {

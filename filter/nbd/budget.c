@@ -7,22 +7,22 @@
  *
  * What every connection and thread has (its stack, and the buffers that
  * small requests use) is counted once, when the server starts: so many
- * connections and threads may there be (budget_divide).  The rest of the
+ * connections and threads may there be (bounds_divide).  The rest of the
  * memory is for what requests take for a while: buffers for payloads
- * above SMALL_PAYLOAD, and long arrays of extents.  Nobody takes any of
- * it without counting it here, and who does not get it waits.  So small
+ * above SMALL_PAYLOAD, and long arrays of extents.  Every byte of it
+ * is counted here, and a worker that does not get it waits.  So small
  * requests never come here.
  *
- * Who gets what (fits): a connection that holds something may hold no
- * more than is left afterwards.  So one connection can have half of all,
- * each of two a third, each of n one part of n + 1, and one such part
- * remains for those that hold nothing.  They get what they ask for
- * unless that leaves less than an eighth, which is kept for those that
- * ask for little.  As long as one that holds nothing has to wait, those
- * that do hold something get nothing more; and if it has waited for
- * OVERDUE_MS, nor does anybody who comes behind it, but for little.  What
- * the others hold comes back sooner or later, since bounds.c cuts clients
- * because of whom it does not.
+ * What a connection gets (fits): a connection that holds something may
+ * hold no more than is left afterwards.  So one connection can have half
+ * of all, each of two a third, each of n one part of n + 1, and one such
+ * part remains for those that hold nothing.  They get what they ask for
+ * unless that leaves less than an eighth, which is kept for those that ask
+ * for little.  As long as one that holds nothing has to wait, those that
+ * do hold something get nothing more; and if it has waited for OVERDUE_MS,
+ * nor does any that comes behind it, but for little.  What the others hold
+ * comes back sooner or later, since bounds.c disconnects clients that hold
+ * memory without making progress.
  *
  * Invariants:
  * - used is the sum of what connections hold; used + cached is what is
@@ -40,24 +40,19 @@
 #include <config.h>
 
 #include <errno.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <time.h>
 
 #include "common/bytes.h"
 #include "common/cleanup.h"
-#include "nbd/internal.h"
-
-/* What threads have touched of their stacks; more than was measured. */
-#define STACK_COST (64 * 1024)
-
-/* Names, selected contexts, the structs themselves. */
-#define HANDSHAKE_COST (48 * 1024)
+#include "common/clock.h"
+#include "common/threads.h"
+#include "nbd/budget.h"
+#include "nbd/debug.h"
 
 /* How long others may go first. */
 #define OVERDUE_MS 1000
-
-#define WORKER_COST                                             \
-  (STACK_COST + OUTPUT_SIZE + SMALL_PAYLOAD + SMALL_EXTENTS)
 
 static size_t
 class_size (unsigned class)
@@ -65,53 +60,36 @@ class_size (unsigned class)
   return (size_t) 2 * SMALL_PAYLOAD << class;
 }
 
-static size_t
-connection_cost (const struct nbd_server *server)
-{
-  return WORKER_COST + INPUT_SIZE + HANDSHAKE_COST +
-    4 * server->nr_bitmaps + (server->tls != NULL ? TLS_COST : 0);
-}
-
-/* Connections get up to a half.  Threads besides one a connection get
- * what is left of five eighths.
- */
 int
-budget_divide (struct nbd_server *server)
+budget_init (struct budget *b, uint64_t size, int wake_fd)
 {
-  struct nbd_limits *limits = &server->limits;
-  struct budget *b = &server->budget;
-  const size_t cost = connection_cost (server);
-  const uint64_t fixed = limits->memory / 8 * 5;
-
-  if (limits->memory / 2 / cost == 0) {
-    errno = EINVAL;
-    return -1;
-  }
-  limits->connections = min_u64 (limits->connections,
-                                 limits->memory / 2 / cost);
-  server->max_extra_threads =
-    min_u64 ((fixed - limits->connections * cost) / WORKER_COST,
-             (uint64_t) limits->connections * (limits->requests - 1));
-  b->size = limits->memory - fixed;
-
+  b->size = size;
+  b->wake_fd = wake_fd;
   if (monotonic_cond_init (&b->freed) == -1)
     return -1;
   pthread_mutex_init (&b->lock, NULL);
   return 0;
 }
 
-/* Who waits.  The line begins with who came first. */
+/* Wake the thread that looks after the budget. */
+static void
+wake_watcher (const struct budget *b)
+{
+  eventfd_write (b->wake_fd, 1);
+}
+
+/* One that waits.  The line begins with the one that came first. */
 struct budget_waiter {
-  const struct connection *connection;
+  const struct account *account;
   int64_t since;
   struct budget_waiter *next;
 };
 
-/* Does somebody in the line come first?  This one is me in it, or NULL if
+/* Does another in the line come first?  This one is me in it, or NULL if
  * it is not in it.
  */
 static bool
-must_stand_back (const struct budget *b, const struct connection *c,
+must_stand_back (const struct budget *b, const struct account *a,
                  size_t count, const struct budget_waiter *me)
 {
   const int64_t now = b->line != NULL ? now_ms () : 0;
@@ -120,9 +98,9 @@ must_stand_back (const struct budget *b, const struct connection *c,
   for (const struct budget_waiter *w = b->line; w != NULL; w = w->next) {
     if (w == me)
       ahead = false;
-    if (w->connection == c || w->connection->held > 0)
+    if (w->account == a || w->account->held > 0)
       continue;
-    if (c->held > 0)
+    if (a->held > 0)
       return true;
     if (ahead && count > b->size / 64 && now - w->since >= OVERDUE_MS)
       return true;
@@ -131,17 +109,17 @@ must_stand_back (const struct budget *b, const struct connection *c,
 }
 
 static bool
-fits (const struct budget *b, const struct connection *c, size_t count,
+fits (const struct budget *b, const struct account *a, size_t count,
       const struct budget_waiter *me)
 {
   size_t left;
 
-  if (count > b->size - b->used || must_stand_back (b, c, count, me))
+  if (count > b->size - b->used || must_stand_back (b, a, count, me))
     return false;
   left = b->size - b->used - count;
-  if (c->held == 0)
+  if (a->held == 0)
     return left >= b->size / 8 || count <= left;
-  return c->held + count <= left;
+  return a->held + count <= left;
 }
 
 /* Wait to be woken, but not beyond the deadline (0: there is none).
@@ -166,10 +144,10 @@ wait_to_be_woken (struct budget *b, int64_t deadline)
  * it is too late.  Called with b->lock.
  */
 static bool
-wait_for_room (struct connection *c, size_t count, int64_t deadline)
+wait_for_room (struct account *a, size_t count, int64_t deadline)
 {
-  struct budget *b = &c->server->budget;
-  struct budget_waiter me = { .connection = c, .since = now_ms () };
+  struct budget *b = a->budget;
+  struct budget_waiter me = { .account = a, .since = now_ms () };
   struct budget_waiter **p = &b->line;
   bool in_time = true, is_room = false;
 
@@ -177,17 +155,17 @@ wait_for_room (struct connection *c, size_t count, int64_t deadline)
   while (*p != NULL)
     p = &(*p)->next;
   *p = &me;
-  c->waiting_for_memory++;
+  a->waiting++;
   if (atomic_fetch_add (&b->waiting, 1) == 0)
-    server_wake (c->server);
+    wake_watcher (b);
 
   /* First of all: is it of use?  When many are cut there is room. */
-  while (!atomic_load (&c->stream.socket.dead) &&
-         !(is_room = fits (b, c, count, &me)) && in_time)
+  while (!atomic_load (a->dead) &&
+         !(is_room = fits (b, a, count, &me)) && in_time)
     in_time = wait_to_be_woken (b, deadline);
 
   atomic_fetch_sub (&b->waiting, 1);
-  c->waiting_for_memory--;
+  a->waiting--;
   for (p = &b->line; *p != &me; p = &(*p)->next)
     ;
   *p = me.next;
@@ -200,25 +178,25 @@ wait_for_room (struct connection *c, size_t count, int64_t deadline)
  * there will be none.  Called with b->lock.
  */
 static bool
-acquire (struct connection *c, size_t count, int64_t deadline)
+acquire (struct account *a, size_t count, int64_t deadline)
 {
-  struct budget *b = &c->server->budget;
+  struct budget *b = a->budget;
 
-  if (!fits (b, c, count, NULL) && !wait_for_room (c, count, deadline))
+  if (!fits (b, a, count, NULL) && !wait_for_room (a, count, deadline))
     return false;
   b->used += count;
-  c->held += count;
+  a->held += count;
   return true;
 }
 
 /* Called with b->lock. */
 static void
-release (struct connection *c, size_t count)
+release (struct account *a, size_t count)
 {
-  struct budget *b = &c->server->budget;
+  struct budget *b = a->budget;
 
   b->used -= count;
-  c->held -= count;
+  a->held -= count;
   if (atomic_load_explicit (&b->waiting, memory_order_relaxed) > 0)
     pthread_cond_broadcast (&b->freed);
 }
@@ -259,9 +237,9 @@ make_room (struct budget *b)
 }
 
 uint8_t *
-budget_take (struct connection *c, size_t length, size_t *capacity)
+budget_take (struct account *a, size_t length, size_t *capacity)
 {
-  struct budget *b = &c->server->budget;
+  struct budget *b = a->budget;
   unsigned class = 0;
   void *p;
 
@@ -271,7 +249,7 @@ budget_take (struct connection *c, size_t length, size_t *capacity)
   {
     ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&b->lock);
 
-    if (!acquire (c, *capacity, 0)) {
+    if (!acquire (a, *capacity, 0)) {
       errno = ESHUTDOWN;
       return NULL;
     }
@@ -285,14 +263,14 @@ budget_take (struct connection *c, size_t length, size_t *capacity)
     return p;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&b->lock);
-  release (c, *capacity);
+  release (a, *capacity);
   return NULL;
 }
 
 void
-budget_give (struct connection *c, uint8_t *buffer, size_t capacity)
+budget_give (struct account *a, uint8_t *buffer, size_t capacity)
 {
-  struct budget *b = &c->server->budget;
+  struct budget *b = a->budget;
   struct budget_class *k = b->class;
   bool wake;
 
@@ -304,36 +282,30 @@ budget_give (struct connection *c, uint8_t *buffer, size_t capacity)
   k->free = buffer;
   k->nr++;
   b->cached += capacity;
-  release (c, capacity);
+  release (a, capacity);
   wake = !b->watched;
   b->watched = true;
   if (wake)
-    server_wake (c->server);
+    wake_watcher (b);
 }
 
 bool
-budget_reserve (struct connection *c, size_t count, unsigned patience_ms)
+budget_reserve (struct account *a, size_t count, unsigned patience_ms)
 {
-  struct budget *b = &c->server->budget;
+  struct budget *b = a->budget;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&b->lock);
-  if (!acquire (c, count, now_ms () + patience_ms))
+  if (!acquire (a, count, now_ms () + patience_ms))
     return false;
   make_room (b);
   return true;
 }
 
 void
-budget_unreserve (struct connection *c, size_t count)
+budget_unreserve (struct account *a, size_t count)
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->server->budget.lock);
-  release (c, count);
-}
-
-bool
-budget_is_short (const struct budget *b)
-{
-  return atomic_load_explicit (&b->waiting, memory_order_relaxed) > 0;
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&a->budget->lock);
+  release (a, count);
 }
 
 void

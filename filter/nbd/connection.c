@@ -3,30 +3,30 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* One connection, from birth to end.
+/* One connection, from its beginning to its end.
  *
- * The first worker is born with the connection.  It haggles with the
- * client, becomes a worker like the others that are added on demand,
- * and buries them: when input has ended it joins them (each finishes
- * the request it has, and answers it), closes the socket, and puts the
- * connection on the server's list of finished ones.
- *
- * Invariant: as long as a connection is on the list of live ones its
- * descriptor is open, so others may shut it down under server->lock.
+ * The first worker exists from the beginning.  It negotiates with the
+ * client, and becomes a worker like the others, which are added on demand.
+ * When input has ended it joins them (each finishes the request it has, and
+ * answers it), closes the socket, and puts the connection on the server's
+ * list of finished ones.
  */
 
 #include <config.h>
 
-#include <errno.h>
 #include <stdlib.h>
-#include <sys/socket.h>
-#include <time.h>
-#include <unistd.h>
+#include <string.h>
 
-#include "common/buffer.h"
-#include "common/bytes.h"
-#include "common/cleanup.h"
-#include "nbd/internal.h"
+#include "common/clock.h"
+#include "common/threads.h"
+#include "nbd/connection.h"
+#include "nbd/contexts.h"
+#include "nbd/handshake.h"
+#include "nbd/output.h"
+#include "nbd/request.h"
+#include "nbd/roster.h"
+#include "nbd/server.h"
+#include "nbd/trace.h"
 
 static void
 work (struct worker *w)
@@ -57,18 +57,15 @@ void
 connection_cut (struct connection *c)
 {
   socket_cut (&c->stream.socket);
-  budget_wake (&c->server->budget);
+  budget_wake (c->account.budget);
 }
 
 static void
 connection_free (struct connection *c)
 {
-  for (unsigned i = 0; i < c->nr_workers; ++i)
-    worker_free (c->workers[i]);
-  pthread_mutex_destroy (&c->lock);
-  pthread_cond_destroy (&c->role_freed);
+  team_free (&c->team);
   stream_free (&c->stream);
-  free (c->contexts);
+  free (c->session.contexts);
   free (c);
 }
 
@@ -80,60 +77,79 @@ connection_main (void *vp)
 
   trace_thread (w);
   if (handshake (w) == 0) {
-    stream_begin_requests (&c->stream, request_header_size (c));
+    stream_begin_requests (&c->stream,
+                           wire_request_size (c->session.extended));
     roster_handshake_done (c);
     trace_opened (c);
     work (w);
-    /* Input has ended, so nobody adds a worker any more. */
-    for (unsigned i = 1; i < c->nr_workers; ++i)
-      pthread_join (c->workers[i]->thread, NULL);
+    team_join (&c->team);
   }
-  contexts_release (c);
+  contexts_release (c->server->service.disk, &c->session);
   trace_closed (c);
   stream_linger (&c->stream);
-  atomic_fetch_sub (&c->server->nr_extra_threads, c->nr_workers - 1);
+  atomic_fetch_sub (&c->server->teams.nr_extra_threads,
+                    c->team.nr_workers - 1);
   roster_finish (c);
   return NULL;
 }
 
-static int
-init_locks (struct connection *c)
+/* The connection's parts but for its team. */
+static struct connection *
+connection_new (struct nbd_server *server, int fd)
 {
-  if (monotonic_cond_init (&c->role_freed) == -1)
-    return -1;
-  pthread_mutex_init (&c->lock, NULL);
-  return 0;
+  struct connection *c = aligned_alloc (_Alignof (struct connection),
+                                        sizeof *c);
+
+  if (c == NULL)
+    return NULL;
+  memset (c, 0, sizeof *c);
+  c->server = server;
+  c->serial = server->nr_served + 1;
+  c->started_ms = now_ms ();
+  c->ended_fd = fd == server->client_fd ? server->ended_fd : -1;
+  c->account.budget = &server->budget;
+  c->account.dead = &c->stream.socket.dead;
+  atomic_store (&c->handshaking, true);
+  disk_client_begin (server->service.disk, &c->client);
+  if (stream_init (&c->stream, fd, server->service.limits.idle_seconds,
+                   &server->stopping) == -1) {
+    free (c);
+    return NULL;
+  }
+  return c;
+}
+
+static struct worker *
+first_worker (struct connection *c)
+{
+  const struct worker like = {
+    .connection = c,
+    .service = &c->server->service,
+    .session = &c->session,
+    .stream = &c->stream,
+    .team = &c->team,
+    .account = &c->account,
+  };
+
+  return worker_new (&like);
 }
 
 struct connection *
 connection_start (struct nbd_server *server, int fd)
 {
-  struct connection *c = calloc (1, sizeof *c);
+  struct connection *c = connection_new (server, fd);
   struct worker *w;
 
   if (c == NULL)
     return NULL;
-  c->server = server;
-  c->serial = server->nr_served + 1;
-  c->started_ms = now_ms ();
-  c->ended_fd = fd == server->client_fd ? server->ended_fd : -1;
-  atomic_store (&c->handshaking, true);
-  disk_client_begin (server->disk, &c->client);
-  if (stream_init (&c->stream, fd, server->limits.idle_seconds,
-                   &server->stopping) == -1) {
-    free (c);
-    return NULL;
-  }
-  w = worker_new (c);
-  if (w == NULL || init_locks (c) == -1) {
+  w = first_worker (c);
+  if (w == NULL ||
+      team_init (&c->team, &server->teams, w, worker_main) == -1) {
     worker_free (w);
     stream_free (&c->stream);
     free (c);
     return NULL;
   }
-  c->worker_main = worker_main;
-  c->workers[c->nr_workers++] = w;
-
   if (thread_create (&w->thread, connection_main, w) != 0) {
     connection_free (c);
     return NULL;
@@ -146,6 +162,6 @@ connection_start (struct nbd_server *server, int fd)
 void
 connection_join (struct connection *c)
 {
-  pthread_join (c->workers[0]->thread, NULL);
+  pthread_join (c->team.workers[0]->thread, NULL);
   connection_free (c);
 }

@@ -25,7 +25,8 @@
 
 #include "common/bytes.h"
 #include "common/cleanup.h"
-#include "nbd/internal.h"
+#include "disk/disk.h"
+#include "nbd/contexts.h"
 
 #define BASE_NAMESPACE "base:"
 #define BASE_ALLOCATION "base:allocation"
@@ -42,18 +43,18 @@ compare_names (const void *a, const void *b)
 }
 
 int
-contexts_index (struct nbd_server *server)
+contexts_index (struct service *service)
 {
-  server->nr_bitmaps = disk_nr_bitmaps (server->disk);
-  server->contexts = calloc (server->nr_bitmaps + 1,
-                             sizeof server->contexts[0]);
-  if (server->contexts == NULL)
+  service->nr_bitmaps = disk_nr_bitmaps (service->disk);
+  service->contexts = calloc (service->nr_bitmaps + 1,
+                             sizeof service->contexts[0]);
+  if (service->contexts == NULL)
     return -1;
-  for (size_t i = 0; i < server->nr_bitmaps; ++i) {
-    server->contexts[i].name = disk_bitmap_name (server->disk, i);
-    server->contexts[i].bitmap = i;
+  for (size_t i = 0; i < service->nr_bitmaps; ++i) {
+    service->contexts[i].name = disk_bitmap_name (service->disk, i);
+    service->contexts[i].bitmap = i;
   }
-  qsort (server->contexts, server->nr_bitmaps, sizeof server->contexts[0],
+  qsort (service->contexts, service->nr_bitmaps, sizeof service->contexts[0],
          compare_names);
   return 0;
 }
@@ -66,12 +67,12 @@ struct matches {
 };
 
 static size_t
-nr_contexts (const struct nbd_server *server)
+nr_contexts (const struct service *service)
 {
-  return CONTEXT_FIRST_BITMAP + server->nr_bitmaps;
+  return CONTEXT_FIRST_BITMAP + service->nr_bitmaps;
 }
 
-#define MATCHES_SIZE(server) (nr_contexts (server) / 8 + 1)
+#define MATCHES_SIZE(service) (nr_contexts (service) / 8 + 1)
 
 static void
 match (struct matches *m, size_t id)
@@ -90,7 +91,7 @@ matched (const struct matches *m, size_t id)
 
 /* Note what one query matches. */
 static void
-match_query (const struct nbd_server *server, const char *query,
+match_query (const struct service *service, const char *query,
              bool list, struct matches *m)
 {
   if (strcmp (query, BASE_ALLOCATION) == 0 ||
@@ -107,7 +108,7 @@ match_query (const struct nbd_server *server, const char *query,
   else if (strncmp (query, DIRTY_BITMAP, strlen (DIRTY_BITMAP)) == 0) {
     const struct context_name key = { .name = query + strlen (DIRTY_BITMAP) };
     const struct context_name *found =
-      bsearch (&key, server->contexts, server->nr_bitmaps, sizeof key,
+      bsearch (&key, service->contexts, service->nr_bitmaps, sizeof key,
                compare_names);
 
     if (found != NULL)
@@ -135,7 +136,7 @@ read_query (struct option *o, char *query, bool list, struct matches *m)
   if (memchr (query, '\0', length) != NULL)
     return 2;
   query[length] = '\0';
-  match_query (o->worker->connection->server, query, list, m);
+  match_query (o->worker->service, query, list, m);
   return 0;
 }
 
@@ -191,7 +192,7 @@ read_queries (struct option *o, bool list, struct matches *m)
 static int
 reply_context (struct option *o, size_t context, bool list)
 {
-  const struct nbd_server *server = o->worker->connection->server;
+  const struct service *service = o->worker->service;
   CLEANUP_FREE char *buf = NULL;
   uint32_t id = htobe32 (list ? 0 : context);
   const char *name;
@@ -203,7 +204,7 @@ reply_context (struct option *o, size_t context, bool list)
     return option_reply2 (o, NBD_REP_META_CONTEXT, &id, sizeof id,
                           name, strlen (name));
   }
-  name = disk_bitmap_name (server->disk, context - CONTEXT_FIRST_BITMAP);
+  name = disk_bitmap_name (service->disk, context - CONTEXT_FIRST_BITMAP);
   length = strlen (DIRTY_BITMAP) + strlen (name);
   buf = malloc (length + 1);
   if (buf == NULL)
@@ -216,9 +217,9 @@ reply_context (struct option *o, size_t context, bool list)
 static int
 reply_contexts (struct option *o, const struct matches *m, bool list)
 {
-  const struct nbd_server *server = o->worker->connection->server;
+  const struct service *service = o->worker->service;
 
-  for (size_t i = 0; i < nr_contexts (server); ++i)
+  for (size_t i = 0; i < nr_contexts (service); ++i)
     if (matched (m, i) && reply_context (o, i, list) == -1)
       return -1;
   return option_reply (o, NBD_REP_ACK, NULL, 0);
@@ -227,9 +228,9 @@ reply_contexts (struct option *o, const struct matches *m, bool list)
 int
 contexts_list (struct option *o)
 {
-  const struct nbd_server *server = o->worker->connection->server;
+  const struct service *service = o->worker->service;
   CLEANUP_FREE char *name = malloc (NBD_MAX_STRING);
-  CLEANUP_FREE uint8_t *bits = calloc (MATCHES_SIZE (server), 1);
+  CLEANUP_FREE uint8_t *bits = calloc (MATCHES_SIZE (service), 1);
   struct matches m = { .bit = bits };
   uint32_t length;
   int r;
@@ -245,44 +246,46 @@ contexts_list (struct option *o)
 }
 
 void
-contexts_drop (struct connection *c)
+contexts_drop (struct session *session)
 {
-  free (c->contexts);
-  c->contexts = NULL;
-  c->nr_contexts = 0;
+  free (session->contexts);
+  session->contexts = NULL;
+  session->nr_contexts = 0;
 }
 
 static int
-select_contexts (struct connection *c, const struct matches *m)
+select_contexts (const struct service *service, struct session *session,
+                 const struct matches *m)
 {
   size_t nr = 0;
 
-  for (size_t i = 0; i < nr_contexts (c->server); ++i)
+  for (size_t i = 0; i < nr_contexts (service); ++i)
     nr += matched (m, i);
   if (nr == 0)
     return 0;
-  c->contexts = malloc (nr * sizeof c->contexts[0]);
-  if (c->contexts == NULL)
+  session->contexts = malloc (nr * sizeof session->contexts[0]);
+  if (session->contexts == NULL)
     return -1;
-  for (size_t i = 0; i < nr_contexts (c->server); ++i)
+  for (size_t i = 0; i < nr_contexts (service); ++i)
     if (matched (m, i))
-      c->contexts[c->nr_contexts++] = i;
+      session->contexts[session->nr_contexts++] = i;
   return 0;
 }
 
 int
 contexts_set (struct option *o, struct selection *selection)
 {
-  struct connection *c = o->worker->connection;
-  CLEANUP_FREE uint8_t *bits = calloc (MATCHES_SIZE (c->server), 1);
+  const struct service *service = o->worker->service;
+  struct session *session = o->worker->session;
+  CLEANUP_FREE uint8_t *bits = calloc (MATCHES_SIZE (service), 1);
   struct matches m = { .bit = bits };
   int r;
 
-  if (!c->structured)
+  if (!session->structured)
     return option_error (o, NBD_REP_ERR_INVALID,
                          "neither structured replies nor extended headers "
                          "are negotiated");
-  contexts_drop (c);
+  contexts_drop (session);
   if (selection->export_name == NULL)
     selection->export_name = malloc (NBD_MAX_STRING);
   if (selection->export_name == NULL || bits == NULL)
@@ -293,45 +296,47 @@ contexts_set (struct option *o, struct selection *selection)
     r = read_queries (o, false, &m);
   if (r != 0)
     return r == 1 ? 0 : -1;
-  if (select_contexts (c, &m) == -1)
+  if (select_contexts (service, session, &m) == -1)
     return -1;
   return reply_contexts (o, &m, false);
 }
 
 bool
-contexts_selected (const struct connection *c,
+contexts_selected (const struct session *session,
                    const struct selection *selection,
                    const char *name, uint32_t length)
 {
-  return c->nr_contexts > 0 && length == selection->export_name_length &&
+  return session->nr_contexts > 0 && length == selection->export_name_length &&
     memcmp (name, selection->export_name, length) == 0;
 }
 
 /* Call fn for each bitmap that the client has. */
 static void
-each_bitmap (struct connection *c, void (*fn) (struct disk *, size_t))
+each_bitmap (struct disk *disk, const struct session *session,
+             void (*fn) (struct disk *, size_t))
 {
-  if (c->export.is_delta)
-    fn (c->server->disk, c->export.bitmap);
-  for (size_t i = 0; i < c->nr_contexts; ++i)
-    if (c->contexts[i] >= CONTEXT_FIRST_BITMAP)
-      fn (c->server->disk, c->contexts[i] - CONTEXT_FIRST_BITMAP);
+  if (session->export.is_delta)
+    fn (disk, session->export.bitmap);
+  for (size_t i = 0; i < session->nr_contexts; ++i)
+    if (session->contexts[i] >= CONTEXT_FIRST_BITMAP)
+      fn (disk, session->contexts[i] - CONTEXT_FIRST_BITMAP);
 }
 
 void
-contexts_bind (struct connection *c, const struct selection *selection,
-               const char *name, uint32_t length)
+contexts_bind (struct disk *disk, struct session *session,
+               const struct selection *selection, const char *name,
+               uint32_t length)
 {
-  if (!contexts_selected (c, selection, name, length))
-    contexts_drop (c);
-  each_bitmap (c, disk_bitmap_hold);
-  c->holds_bitmaps = true;
+  if (!contexts_selected (session, selection, name, length))
+    contexts_drop (session);
+  each_bitmap (disk, session, disk_bitmap_hold);
+  session->holds_bitmaps = true;
 }
 
 void
-contexts_release (struct connection *c)
+contexts_release (struct disk *disk, struct session *session)
 {
-  if (c->holds_bitmaps)
-    each_bitmap (c, disk_bitmap_release);
-  c->holds_bitmaps = false;
+  if (session->holds_bitmaps)
+    each_bitmap (disk, session, disk_bitmap_release);
+  session->holds_bitmaps = false;
 }

@@ -10,8 +10,7 @@
 
 #include <stdint.h>
 
-/* -D dirty-bitmap.request=1: show every option and request. */
-extern int dirty_bitmap_debug_request;
+#include "nbd/nbd.h"
 
 /* What a thread is serving. */
 struct debug_context {

@@ -17,9 +17,9 @@
  * Where a range has more, it is told coarser, over its whole length and
  * by one measure: a run shorter than the minimum run length is told as
  * what is safe to believe, dirty for a bitmap, data for base:allocation,
- * and for qemu:allocation-depth that the image has it itself: whoever
- * copies an image without its backing files copies such a run too, and
- * nobody takes it for one that may be left out.
+ * and for qemu:allocation-depth that the image has it itself: a client
+ * that copies an image without its backing files copies such a run too, and
+ * none takes it for one that may be left out.
  * The minimum begins at the granularity and doubles until the extents
  * fit, and what was built before is coarsened in place, so no part of
  * the disk is walked twice.  With a minimum above the length of the
@@ -36,7 +36,8 @@
 #include <stdlib.h>
 
 #include "common/bytes.h"
-#include "nbd/internal.h"
+#include "disk/disk.h"
+#include "nbd/extents.h"
 
 size_t extents_max = (1 << 20) - 1;
 
@@ -47,7 +48,7 @@ size_t extents_max = (1 << 20) - 1;
 #define DEPTH_LOCAL 1
 
 struct builder {
-  const struct connection *connection;
+  const struct socket *socket;
   struct extents *extents;
   bool extended;                /* their form */
   bool full;                    /* no memory for more was to be had */
@@ -69,8 +70,7 @@ grow (struct builder *b)
 {
   struct extents *e = b->extents;
   size_t capacity = e->capacity == 0 ? MIN_CAPACITY : e->capacity * 2;
-  const size_t size = b->extended ? sizeof (struct nbd_extent_ext)
-                                  : sizeof (struct nbd_extent);
+  const size_t size = wire_extent_size (b->extended);
   void *p;
 
   if (b->full)
@@ -235,11 +235,11 @@ depth_extent (struct disk *disk, uint64_t offset, uint64_t limit,
     ? errno : 0;
 }
 
-/* Nobody waits for the answer any more. */
+/* The client that would get the answer is gone. */
 static bool
 is_abandoned (const struct builder *b)
 {
-  return atomic_load_explicit (&b->connection->stream.socket.dead, memory_order_relaxed);
+  return socket_is_dead (b->socket);
 }
 
 /* What get tells, all of it or the first run. */
@@ -331,14 +331,14 @@ int
 extents_build (struct worker *w, uint32_t id,
                uint64_t offset, uint64_t length, bool req_one)
 {
-  struct disk *disk = w->connection->server->disk;
-  const struct export *export = &w->connection->export;
+  struct disk *disk = w->service->disk;
+  const struct export *export = &w->session->export;
   const uint64_t limit = offset + length;
   const size_t bitmap = id - CONTEXT_FIRST_BITMAP;
   struct builder b = {
-    .connection = w->connection,
+    .socket = &w->stream->socket,
     .extents = &w->extents,
-    .extended = w->connection->extended,
+    .extended = w->session->extended,
   };
   int err = 0;
 

@@ -3,7 +3,7 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* Option haggling: fixed newstyle.
+/* Negotiation of options: fixed newstyle.
  *
  * An option is taken piece by piece as it is parsed (struct option), so
  * that its length costs no memory.  Every option but EXPORT_NAME gets
@@ -18,15 +18,15 @@
  * refused by every option that has one.
  *
  * STARTTLS.  Where TLS is required, every other option is refused until
- * it has come (haggle).  Whoever sits between client and server can put
- * plaintext of his own before the client's handshake, and must not have
- * it taken for the client's:
+ * it has come (negotiate).  An attacker between client and server can put
+ * plaintext before the client's handshake, and it must not be taken for the
+ * client's:
  *
  * - what was negotiated in plaintext is forgotten;
  * - a client that means it sends nothing behind STARTTLS before it has
  *   our answer; if there is anything, the connection ends;
  * - what comes later than that is for GnuTLS to judge, since from then on
- *   nobody else reads the socket.
+ *   GnuTLS alone reads the socket.
  */
 
 #include <config.h>
@@ -34,9 +34,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "common/bytes.h"
 #include "common/cleanup.h"
-#include "nbd/internal.h"
+#include "common/bytes.h"
+#include "nbd/client-errors.h"
+#include "nbd/contexts.h"
+#include "nbd/debug.h"
+#include "nbd/handshake.h"
+#include "nbd/output.h"
+#include "nbd/tls.h"
+#include "nbd/trace.h"
 
 /* QEMU's bound.  A client that wants to send more is cut off. */
 #define MAX_OPTION_LENGTH (UINT32_C (32) * 1024 * 1024)
@@ -49,40 +55,41 @@
 #define OPTIONS_PER_EXPORT 32
 
 static uint16_t
-transmission_flags (const struct connection *c, const struct export *export,
+transmission_flags (const struct worker *w, const struct export *export,
                     bool selects_contexts)
 {
   const uint16_t changes = NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES |
     NBD_FLAG_SEND_FAST_ZERO;
-  uint16_t flags = c->server->eflags;
+  uint16_t flags = w->service->eflags;
 
   if (export->is_delta)
     flags = (flags & ~changes) | NBD_FLAG_READ_ONLY;
-  return flags | (c->structured ? NBD_FLAG_SEND_DF : 0) |
-    (c->extended && selects_contexts ? NBD_FLAG_BLOCK_STATUS_PAYLOAD : 0);
+  return flags | (w->session->structured ? NBD_FLAG_SEND_DF : 0) |
+    (w->session->extended && selects_contexts
+     ? NBD_FLAG_BLOCK_STATUS_PAYLOAD : 0);
 }
 
 static int
 opt_export_name (struct option *o, struct selection *selection,
                  bool no_zeroes)
 {
-  struct connection *c = o->worker->connection;
+  struct worker *w = o->worker;
   CLEANUP_FREE char *name = NULL;
   uint32_t length = o->remaining;
   struct nbd_export_name_reply reply = {
-    .exportsize = htobe64 (c->server->size),
+    .exportsize = htobe64 (w->service->size),
   };
 
   /* The only way to refuse this option is to disconnect. */
-  if (c->extended || length > NBD_MAX_STRING ||
+  if (w->session->extended || length > NBD_MAX_STRING ||
       (name = malloc (length + 1)) == NULL ||
       option_read (o, name, length) != 0 ||
-      !export_find (c->server->disk, &c->server->export, name, length,
-                    &c->export))
+      !export_find (w->service->disk, &w->service->export, name, length,
+                    &w->session->export))
     return -1;
-  reply.eflags = htobe16 (transmission_flags (c, &c->export, false));
-  trace_export (c, name, length);
-  contexts_bind (c, selection, name, length);
+  reply.eflags = htobe16 (transmission_flags (w, &w->session->export, false));
+  trace_export (w->session, name, length);
+  contexts_bind (w->service->disk, w->session, selection, name, length);
   if (output_append (o->worker, &reply, no_zeroes
                      ? offsetof (struct nbd_export_name_reply, zeroes)
                      : sizeof reply) == -1)
@@ -110,22 +117,22 @@ reply_export (void *option, const char *name, const char *description)
 static int
 opt_list (struct option *o)
 {
-  const struct nbd_server *server = o->worker->connection->server;
+  const struct service *service = o->worker->service;
 
   if (o->remaining > 0)
     return option_error (o, NBD_REP_ERR_INVALID, "list: unexpected data");
-  if (exports_list (server->disk, &server->export, reply_export, o) == -1)
+  if (exports_list (service->disk, &service->export, reply_export, o) == -1)
     return -1;
   return option_reply (o, NBD_REP_ACK, NULL, 0);
 }
 
 /* Everything that an option has changed, but for what the greeting said. */
 static void
-forget_negotiated (struct connection *c, struct selection *selection)
+forget_negotiated (struct session *session, struct selection *selection)
 {
-  c->structured = false;
-  c->extended = false;
-  contexts_drop (c);
+  session->structured = false;
+  session->extended = false;
+  contexts_drop (session);
   free (selection->export_name);
   selection->export_name = NULL;
 }
@@ -136,26 +143,26 @@ opt_structured_reply (struct option *o)
   if (o->remaining > 0)
     return option_error (o, NBD_REP_ERR_INVALID,
                          "structured reply: unexpected data");
-  if (o->worker->connection->extended)
+  if (o->worker->session->extended)
     return option_error (o, NBD_REP_ERR_EXT_HEADER_REQD,
                          "extended headers are negotiated already");
-  o->worker->connection->structured = true;
+  o->worker->session->structured = true;
   return option_reply (o, NBD_REP_ACK, NULL, 0);
 }
 
 static int
 opt_extended_headers (struct option *o)
 {
-  struct connection *c = o->worker->connection;
+  struct worker *w = o->worker;
 
   if (o->remaining > 0)
     return option_error (o, NBD_REP_ERR_INVALID,
                          "extended headers: unexpected data");
-  if (c->extended)
+  if (w->session->extended)
     return option_error (o, NBD_REP_ERR_INVALID,
                          "extended headers are negotiated already");
-  c->structured = true;
-  c->extended = true;
+  w->session->structured = true;
+  w->session->extended = true;
   return option_reply (o, NBD_REP_ACK, NULL, 0);
 }
 
@@ -163,16 +170,16 @@ opt_extended_headers (struct option *o)
 static int
 opt_starttls (struct option *o, struct selection *selection)
 {
-  struct connection *c = o->worker->connection;
+  struct worker *w = o->worker;
 
   if (o->remaining > 0)
     return option_error (o, NBD_REP_ERR_INVALID, "starttls: unexpected data");
-  if (c->server->tls == NULL)
+  if (w->service->tls == NULL)
     return option_error (o, NBD_REP_ERR_POLICY, "TLS is not configured");
-  if (c->stream.tls != NULL)
+  if (w->stream->tls != NULL)
     return option_error (o, NBD_REP_ERR_INVALID, "TLS is in use already");
-  if (stream_has (&c->stream, 1)) {
-    client_error (&c->server->errors,
+  if (stream_has (w->stream, 1)) {
+    client_error (w->service->errors,
                   "nbd: a client sent plaintext behind STARTTLS: "
                   "its connection is closed");
     return -1;
@@ -181,8 +188,8 @@ opt_starttls (struct option *o, struct selection *selection)
     return -1;
   output_flush (o->worker);
 
-  forget_negotiated (c, selection);
-  return stream_start_tls (&c->stream, c->server->tls, &c->server->errors);
+  forget_negotiated (w->session, selection);
+  return stream_start_tls (w->stream, w->service->tls, w->service->errors);
 }
 
 /* The information requests that end INFO and GO.  Which of those that
@@ -216,11 +223,11 @@ read_info_requests (struct option *o, unsigned *wanted)
 static int
 reply_description (struct option *o, const struct export *export)
 {
-  const struct nbd_server *server = o->worker->connection->server;
+  const struct service *service = o->worker->service;
   const uint16_t info = htobe16 (NBD_INFO_DESCRIPTION);
   CLEANUP_FREE char *description = NULL;
 
-  if (export_describe (server->disk, &server->export, export,
+  if (export_describe (service->disk, &service->export, export,
                        &description) == -1)
     return -1;
   if (description == NULL)
@@ -233,18 +240,18 @@ static int
 reply_infos (struct option *o, unsigned wanted, bool selects_contexts,
              const struct export *export, const char *name, uint32_t length)
 {
-  const struct connection *c = o->worker->connection;
-  const struct nbd_server *server = c->server;
+  const struct worker *w = o->worker;
+  const struct service *service = w->service;
   const uint16_t info_name = htobe16 (NBD_INFO_NAME);
   const struct nbd_info_export info_export = {
     .info = htobe16 (NBD_INFO_EXPORT),
-    .exportsize = htobe64 (server->size),
-    .eflags = htobe16 (transmission_flags (c, export, selects_contexts)),
+    .exportsize = htobe64 (service->size),
+    .eflags = htobe16 (transmission_flags (w, export, selects_contexts)),
   };
   const struct nbd_info_block_size block_size = {
     .info = htobe16 (NBD_INFO_BLOCK_SIZE),
     .minimum = htobe32 (1),
-    .preferred = htobe32 (server->preferred_block_size),
+    .preferred = htobe32 (service->preferred_block_size),
     .maximum = htobe32 (NBD_MAX_PAYLOAD),
   };
 
@@ -264,7 +271,7 @@ reply_infos (struct option *o, unsigned wanted, bool selects_contexts,
 static int
 opt_info_or_go (struct option *o, struct selection *selection)
 {
-  struct connection *c = o->worker->connection;
+  struct worker *w = o->worker;
   CLEANUP_FREE char *name = malloc (NBD_MAX_STRING);
   struct export export;
   uint32_t length;
@@ -284,11 +291,11 @@ opt_info_or_go (struct option *o, struct selection *selection)
 
   /* INFO tells what may yet be had. */
   selects = o->option == NBD_OPT_INFO ||
-    contexts_selected (c, selection, name, length);
+    contexts_selected (w->session, selection, name, length);
   if (o->option == NBD_OPT_GO) {
-    c->export = export;
-    trace_export (c, name, length);
-    contexts_bind (c, selection, name, length);
+    w->session->export = export;
+    trace_export (w->session, name, length);
+    contexts_bind (w->service->disk, w->session, selection, name, length);
   }
   if (reply_infos (o, wanted, selects, &export, name, length) == -1 ||
       option_reply (o, NBD_REP_ACK, NULL, 0) == -1)
@@ -300,15 +307,15 @@ opt_info_or_go (struct option *o, struct selection *selection)
 static bool
 needs_tls (const struct option *o)
 {
-  const struct connection *c = o->worker->connection;
+  const struct worker *w = o->worker;
 
-  return c->server->tls != NULL && nbd_tls_is_required (c->server->tls) &&
-    c->stream.tls == NULL &&
+  return w->service->tls != NULL && nbd_tls_is_required (w->service->tls) &&
+    w->stream->tls == NULL &&
     o->option != NBD_OPT_STARTTLS && o->option != NBD_OPT_ABORT;
 }
 
 static int
-haggle (struct option *o, struct selection *selection, bool no_zeroes)
+negotiate (struct option *o, struct selection *selection, bool no_zeroes)
 {
   if (needs_tls (o))
     /* The only way to refuse EXPORT_NAME is to disconnect. */
@@ -320,7 +327,7 @@ haggle (struct option *o, struct selection *selection, bool no_zeroes)
     return opt_export_name (o, selection, no_zeroes);
 
   case NBD_OPT_ABORT:
-    socket_ending (&o->worker->connection->stream.socket, "the client gave up", 0);
+    socket_ending (&o->worker->stream->socket, "the client gave up", 0);
     if (option_skip (o, o->remaining) == 0)
       option_reply (o, NBD_REP_ACK, NULL, 0);
     output_flush (o->worker);
@@ -366,7 +373,7 @@ greet (struct worker *w, bool *no_zeroes)
 
   output_append (w, &greeting, sizeof greeting);
   output_flush (w);
-  if (stream_read (&w->connection->stream, &cflags, sizeof cflags) == -1)
+  if (stream_read (w->stream, &cflags, sizeof cflags) == -1)
     return -1;
   cflags = be32toh (cflags);
   *no_zeroes = (cflags & NBD_FLAG_NO_ZEROES) != 0;
@@ -385,7 +392,7 @@ handshake (struct worker *w)
     struct nbd_new_option header;
     struct option o = { .worker = w };
 
-    if (stream_read (&w->connection->stream, &header, sizeof header) == -1 ||
+    if (stream_read (w->stream, &header, sizeof header) == -1 ||
         be64toh (header.magic) != NBD_OPTION_MAGIC)
       r = -1;
     else {
@@ -393,14 +400,14 @@ handshake (struct worker *w)
       o.remaining = be32toh (header.length);
       debug_request ("nbd: option %u, %u bytes", o.option, o.remaining);
       r = o.remaining <= MAX_OPTION_LENGTH
-        ? haggle (&o, &selection, no_zeroes) : -1;
+        ? negotiate (&o, &selection, no_zeroes) : -1;
     }
     if (r != -1)
       output_flush (w);
     max = max_u64 (max, MAX_OPTIONS + OPTIONS_PER_EXPORT * o.nr_listed);
   }
   if (r == 0)
-    socket_ending (&w->connection->stream.socket, "too many options", 0);
+    socket_ending (&w->stream->socket, "too many options", 0);
   free (selection.export_name);
   return r == 1 ? 0 : -1;
 }

@@ -18,7 +18,10 @@
 #include <time.h>
 
 #include "common/cleanup.h"
-#include "nbd/internal.h"
+#include "common/threads.h"
+#include "nbd/connection.h"
+#include "nbd/monitor.h"
+#include "nbd/server.h"
 
 #define TICK_NS (1000 * 1000)
 #define QUIET_TICKS 100
@@ -31,15 +34,15 @@ tick (struct nbd_server *server)
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
   for (struct connection *c = server->live; c != NULL; c = c->next) {
-    uint_fast64_t word = atomic_load (&c->role);
+    uint_fast64_t word = atomic_load (&c->team.role);
 
     if (ROLE_STATE (word) == ROLE_EXECUTING) {
       active = true;
-      if (word == c->seen_role)
-        role_steal (c, word);
+      if (word == c->team.seen_role)
+        role_steal (&c->team, word);
     }
-    active = active || word != c->seen_role;
-    c->seen_role = word;
+    active = active || word != c->team.seen_role;
+    c->team.seen_role = word;
   }
   return active;
 }
@@ -48,25 +51,26 @@ tick (struct nbd_server *server)
 static void
 sleep_while_quiet (struct nbd_server *server)
 {
-  atomic_store (&server->monitor_asleep, true);
+  atomic_store (&server->teams.monitor_asleep, true);
   if (tick (server))
-    atomic_store (&server->monitor_asleep, false);
+    atomic_store (&server->teams.monitor_asleep, false);
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->monitor_lock);
-  while (atomic_load (&server->monitor_asleep) &&
-         !atomic_load (&server->monitor_stop))
-    pthread_cond_wait (&server->monitor_wake, &server->monitor_lock);
-  atomic_store (&server->monitor_asleep, false);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->teams.monitor_lock);
+  while (atomic_load (&server->teams.monitor_asleep) &&
+         !atomic_load (&server->teams.monitor_stop))
+    pthread_cond_wait (&server->teams.monitor_wake,
+                       &server->teams.monitor_lock);
+  atomic_store (&server->teams.monitor_asleep, false);
 }
 
-void *
+static void *
 monitor_main (void *vp)
 {
   struct nbd_server *server = vp;
   const struct timespec ts = { .tv_nsec = TICK_NS };
   unsigned quiet = 0;
 
-  while (!atomic_load (&server->monitor_stop)) {
+  while (!atomic_load (&server->teams.monitor_stop)) {
     if (tick (server))
       quiet = 0;
     else if (++quiet >= QUIET_TICKS) {
@@ -78,10 +82,16 @@ monitor_main (void *vp)
   return NULL;
 }
 
+int
+monitor_start (struct nbd_server *server)
+{
+  return thread_create (&server->monitor_thread, monitor_main, server);
+}
+
 void
 monitor_quit (struct nbd_server *server)
 {
-  atomic_store (&server->monitor_stop, true);
-  monitor_wake (server);
+  atomic_store (&server->teams.monitor_stop, true);
+  monitor_wake (&server->teams);
   pthread_join (server->monitor_thread, NULL);
 }

@@ -14,7 +14,9 @@
 #include <string.h>
 
 #include "common/bytes.h"
-#include "nbd/internal.h"
+#include "nbd/debug.h"
+#include "nbd/option.h"
+#include "nbd/output.h"
 
 int
 option_read (struct option *o, void *buf, size_t count)
@@ -22,7 +24,7 @@ option_read (struct option *o, void *buf, size_t count)
   if (count > o->remaining)
     return 1;
   o->remaining -= count;
-  return stream_read (&o->worker->connection->stream, buf, count);
+  return stream_read (o->worker->stream, buf, count);
 }
 
 int
@@ -31,7 +33,7 @@ option_skip (struct option *o, size_t count)
   if (count > o->remaining)
     return 1;
   o->remaining -= count;
-  return stream_skip (&o->worker->connection->stream, count);
+  return stream_skip (o->worker->stream, count);
 }
 
 int
@@ -99,9 +101,9 @@ int
 option_find_export (struct option *o, const char *name, uint32_t length,
                     struct export *export)
 {
-  const struct nbd_server *server = o->worker->connection->server;
+  const struct service *service = o->worker->service;
 
-  if (export_find (server->disk, &server->export, name, length, export))
+  if (export_find (service->disk, &service->export, name, length, export))
     return 0;
   return option_error (o, NBD_REP_ERR_UNKNOWN,
                        "there is no export of this name") == -1 ? -1 : 1;

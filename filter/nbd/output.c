@@ -11,14 +11,14 @@
  * payload is sent from where it is, with the gathered replies before it.
  *
  * Invariants:
- * - Whoever writes to the socket holds send_lock from the first byte of
- *   a reply (or chunk) to its last.
+ * - The worker that writes to the socket holds send_lock from the first
+ *   byte of a reply (or chunk) to its last.
  * - Gathered replies are sent when their worker gives up the role or
  *   waits for input; if the role is stolen from it while it executes,
  *   the next holder sends them, or the worker itself when its request is
- *   done, whoever comes first.  Both look at worker->gathered and at
+ *   done, whichever comes first.  Both look at worker->gathered and at
  *   worker->ticket under send_lock, so they are sent once.
- * - Whoever sends with the role kept lets it be stolen meanwhile.
+ * - A worker that sends with the role kept lets it be stolen meanwhile.
  *
  * A client that does not read blocks only workers of its connection, in
  * sendmsg or on send_lock, and connection_cut frees them.  The descriptor
@@ -28,38 +28,30 @@
 
 #include <config.h>
 
-#include <errno.h>
 #include <string.h>
-#include <sys/socket.h>
 
 #include "common/cleanup.h"
-#include "nbd/internal.h"
+#include "nbd/output.h"
 
-/* Wake, too, those of its workers that wait for memory. */
-static void
-cut (struct connection *c)
-{
-  socket_cut (&c->stream.socket);
-  budget_wake (&c->server->budget);
-}
-
-/* Send everything.  A connection that cannot is cut.  Called with
- * send_lock.
+/* Send everything.  A connection that cannot is cut, and those of its
+ * workers that wait for memory wake.  Called with send_lock.
  */
 static void
-send_all (struct connection *c, struct iovec *iov, size_t nr)
+send_all (struct worker *w, struct iovec *iov, size_t nr)
 {
-  if (stream_send (&c->stream, iov, nr) == -1)
-    cut (c);
+  if (stream_send (w->stream, iov, nr) == 0)
+    return;
+  socket_cut (&w->stream->socket);
+  budget_wake (w->account->budget);
 }
 
 /* Send the gathered replies and the reply at hand.  Without the role,
- * nobody has gathered replies of ours to send from here on.
+ * no other worker has gathered replies of ours to send from here on.
  */
 static void
 send_reply (struct worker *w)
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&w->connection->stream.send_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&w->stream->send_lock);
   struct iovec iov[3] = {
     { .iov_base = w->output, .iov_len = w->gathered },
     { .iov_base = w->output + w->reply_at, .iov_len = w->reply_length },
@@ -67,7 +59,7 @@ send_reply (struct worker *w)
       .iov_len = w->reply_payload_length },
   };
 
-  send_all (w->connection, iov, 3);
+  send_all (w, iov, 3);
   w->gathered = 0;
   if (!w->has_role)
     atomic_store (&w->ticket, 0);
@@ -88,14 +80,14 @@ send_gathered (struct worker *w)
 {
   struct iovec iov = { .iov_base = w->output, .iov_len = w->gathered };
 
-  send_all (w->connection, &iov, 1);
+  send_all (w, &iov, 1);
   w->gathered = 0;
 }
 
 void
 output_flush (struct worker *w)
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&w->connection->stream.send_lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&w->stream->send_lock);
   send_gathered (w);
 }
 
@@ -131,7 +123,7 @@ output_flush_robbed (struct worker *w, const struct robbed *robbed)
 {
   role_begin_sending (w);
   {
-    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&w->connection->stream.send_lock);
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&w->stream->send_lock);
 
     if (atomic_load (&robbed->worker->ticket) == robbed->ticket)
       send_gathered (robbed->worker);
@@ -141,13 +133,12 @@ output_flush_robbed (struct worker *w, const struct robbed *robbed)
 
 /* Is a whole request buffered, payload included? */
 static bool
-has_request (const struct connection *c)
+has_request (const struct worker *w)
 {
   const uint8_t *data;
-  const size_t n = stream_buffered (&c->stream, &data);
+  const size_t n = stream_buffered (w->stream, &data);
 
-  return n >= request_header_size (c) &&
-    request_payload_length (c, data) <= n - request_header_size (c);
+  return wire_is_whole (w->session->extended, data, n);
 }
 
 /* The reply of a worker that has the role. */
@@ -157,7 +148,7 @@ gather_reply (struct worker *w)
   w->gathered = w->reply_at + w->reply_length;
   reset_reply (w);
   if (w->gathered > 0 &&
-      (w->gathered >= GATHER_LIMIT || !has_request (w->connection)))
+      (w->gathered >= GATHER_LIMIT || !has_request (w)))
     output_flush_keeping_role (w);
 }
 
@@ -196,5 +187,5 @@ output_append (struct worker *w, const void *data, size_t length)
     output_flush (w);
   memcpy (w->output + w->gathered, data, length);
   w->gathered += length;
-  return atomic_load (&w->connection->stream.socket.dead) ? -1 : 0;
+  return atomic_load (&w->stream->socket.dead) ? -1 : 0;
 }

@@ -48,10 +48,14 @@
 
 #include <config.h>
 
-#include <errno.h>
-
 #include "common/bytes.h"
-#include "nbd/internal.h"
+#include "disk/disk.h"
+#include "nbd/parts.h"
+#include "nbd/reply.h"
+#include "nbd/team.h"
+
+/* Large data are moved in parts of this size. */
+#define PART_SIZE (128 * 1024)
 
 uint32_t parts_above = 1024 * 1024;
 
@@ -94,7 +98,7 @@ part_from (struct worker *w, uint64_t offset, uint64_t size)
 static bool
 is_in_chunks (const struct worker *w)
 {
-  return w->connection->structured && w->request.length > 0 &&
+  return w->session->structured && w->request.length > 0 &&
     (w->request.flags & NBD_CMD_FLAG_DF) == 0;
 }
 
@@ -123,12 +127,12 @@ part_next_read (struct worker *w)
 static int
 read_chunk (struct worker *w, struct qcow2_chunk *chunk)
 {
-  const struct connection *c = w->connection;
+  const struct session *session = w->session;
 
-  return c->export.is_delta
-    ? disk_delta_read_chunk (c->server->disk, c->export.bitmap,
+  return session->export.is_delta
+    ? disk_delta_read_chunk (w->service->disk, session->export.bitmap,
                              w->part.offset, chunk)
-    : disk_read_chunk (c->server->disk, w->part.offset, chunk);
+    : disk_read_chunk (w->service->disk, w->part.offset, chunk);
 }
 
 /* A chunk of a READ that fits into the output buffer. */
@@ -176,7 +180,7 @@ read_part_chunk (struct worker *w)
 int
 part_read (struct worker *w)
 {
-  const struct connection *c = w->connection;
+  const struct session *session = w->session;
   const struct part *p = &w->part;
   uint8_t *data;
 
@@ -186,16 +190,16 @@ part_read (struct worker *w)
                                  : worker_payload (w, p->length);
   if (data == NULL)
     return -1;
-  return c->export.is_delta
-    ? disk_delta_read (c->server->disk, c->export.bitmap, data, p->length,
-                       p->offset)
-    : disk_read (c->server->disk, data, p->length, p->offset);
+  return session->export.is_delta
+    ? disk_delta_read (w->service->disk, session->export.bitmap, data,
+                       p->length, p->offset)
+    : disk_read (w->service->disk, data, p->length, p->offset);
 }
 
 static uint64_t
 write_size (const struct worker *w)
 {
-  return max_u64 (PART_SIZE, w->connection->server->preferred_block_size);
+  return max_u64 (PART_SIZE, w->service->preferred_block_size);
 }
 
 bool
@@ -204,7 +208,7 @@ part_is_to_be_cut (const struct worker *w)
   return w->request.length > parts_above &&
     w->part.length > write_size (w) &&
     (w->request.flags & NBD_CMD_FLAG_FUA) == 0 &&
-    !atomic_load_explicit (&w->connection->eager, memory_order_relaxed);
+    !atomic_load_explicit (&w->team->eager, memory_order_relaxed);
 }
 
 void

@@ -235,6 +235,32 @@ struct nbd_block_status_payload {
   uint64_t effect_length;
 } __attribute__ ((packed));
 
+/* The sizes that the protocol document gives. */
+#define NBD_SIZE(type, size)                                            \
+  _Static_assert (sizeof (struct type) == (size), "size of " #type)
+
+NBD_SIZE (nbd_new_handshake, 18);
+NBD_SIZE (nbd_new_option, 16);
+NBD_SIZE (nbd_option_reply, 20);
+NBD_SIZE (nbd_export_name_reply, 134);
+NBD_SIZE (nbd_info_export, 12);
+NBD_SIZE (nbd_info_block_size, 14);
+NBD_SIZE (nbd_request, 28);
+NBD_SIZE (nbd_extended_request, 32);
+NBD_SIZE (nbd_simple_reply, 16);
+NBD_SIZE (nbd_structured_reply, 20);
+NBD_SIZE (nbd_extended_reply, 32);
+NBD_SIZE (nbd_offset_data, 8);
+NBD_SIZE (nbd_offset_hole, 12);
+NBD_SIZE (nbd_error_chunk, 6);
+NBD_SIZE (nbd_block_status_chunk, 4);
+NBD_SIZE (nbd_block_status_ext_chunk, 8);
+NBD_SIZE (nbd_extent, 8);
+NBD_SIZE (nbd_extent_ext, 16);
+NBD_SIZE (nbd_block_status_payload, 8);
+
+#undef NBD_SIZE
+
 /* The error values of the protocol. */
 enum {
   NBD_SUCCESS = 0,

@@ -15,42 +15,13 @@
 
 #include <config.h>
 
-#include <errno.h>
 #include <inttypes.h>
 #include <string.h>
 
 #include "common/bytes.h"
-#include "nbd/internal.h"
-
-/* The protocol's error value. */
-static uint32_t
-nbd_errno (int err)
-{
-  switch (err) {
-  case EPERM:
-  case EROFS:
-    return NBD_EPERM;
-  case EIO:
-    return NBD_EIO;
-  case ENOMEM:
-    return NBD_ENOMEM;
-  case ENOSPC:
-  case EFBIG:
-  case EDQUOT:
-    return NBD_ENOSPC;
-  case EOVERFLOW:
-    return NBD_EOVERFLOW;
-  case ENOTSUP:
-#if EOPNOTSUPP != ENOTSUP
-  case EOPNOTSUPP:
-#endif
-    return NBD_ENOTSUP;
-  case ESHUTDOWN:
-    return NBD_ESHUTDOWN;
-  default:
-    return NBD_EINVAL;
-  }
-}
+#include "nbd/debug.h"
+#include "nbd/output.h"
+#include "nbd/reply.h"
 
 static void *
 reply_space (struct worker *w, size_t length)
@@ -61,50 +32,21 @@ reply_space (struct worker *w, size_t length)
   return p;
 }
 
-/* The header of a chunk, with length bytes of payload to follow.  This
- * alone knows which of its two forms was negotiated.
- */
+/* The header of a chunk, with length bytes of payload to follow. */
 static void
 put_chunk (struct worker *w, uint16_t type, uint16_t flags, uint32_t length)
 {
-  const struct request *r = &w->request;
+  const bool extended = w->session->extended;
 
-  if (w->connection->extended) {
-    struct nbd_extended_reply *chunk = reply_space (w, sizeof *chunk);
-
-    chunk->magic = htobe32 (NBD_EXTENDED_REPLY_MAGIC);
-    chunk->flags = htobe16 (flags);
-    chunk->type = htobe16 (type);
-    chunk->cookie = r->cookie;
-    chunk->offset = htobe64 (r->offset);
-    chunk->length = htobe64 (length);
-  }
-  else {
-    struct nbd_structured_reply *chunk = reply_space (w, sizeof *chunk);
-
-    chunk->magic = htobe32 (NBD_STRUCTURED_REPLY_MAGIC);
-    chunk->flags = htobe16 (flags);
-    chunk->type = htobe16 (type);
-    chunk->cookie = r->cookie;
-    chunk->length = htobe32 (length);
-  }
-}
-
-static size_t
-chunk_size (const struct connection *c)
-{
-  return c->extended ? sizeof (struct nbd_extended_reply)
-                     : sizeof (struct nbd_structured_reply);
+  wire_put_chunk (reply_space (w, wire_chunk_size (extended)), extended,
+                  &w->request, type, flags, length);
 }
 
 static void
 reply_simple (struct worker *w, uint32_t error)
 {
-  struct nbd_simple_reply *reply = reply_space (w, sizeof *reply);
-
-  reply->magic = htobe32 (NBD_SIMPLE_REPLY_MAGIC);
-  reply->error = htobe32 (error);
-  reply->cookie = w->request.cookie;
+  wire_put_simple (reply_space (w, sizeof (struct nbd_simple_reply)),
+                   &w->request, error);
 }
 
 void
@@ -112,14 +54,14 @@ reply_error_at (struct worker *w, int err, const char *message,
                 const uint64_t *offset)
 {
   const struct request *r = &w->request;
-  const uint32_t error = nbd_errno (err);
+  const uint32_t error = wire_errno (err);
   const size_t n = strlen (message);
   struct nbd_error_chunk *reply;
 
   w->error = err;
   debug_request ("nbd: command %u, offset %" PRIu64 ", length %" PRIu64
                  ": %s", r->type, r->offset, r->length, message);
-  if (!w->connection->structured) {
+  if (!w->session->structured) {
     reply_simple (w, error);
     return;
   }
@@ -143,7 +85,7 @@ reply_error (struct worker *w, int err, const char *message)
 void
 reply_done (struct worker *w)
 {
-  if (w->connection->extended)
+  if (w->session->extended)
     put_chunk (w, NBD_REPLY_TYPE_NONE, NBD_REPLY_FLAG_DONE, 0);
   else
     reply_simple (w, NBD_SUCCESS);
@@ -152,9 +94,9 @@ reply_done (struct worker *w)
 uint8_t *
 reply_read_place (const struct worker *w)
 {
-  const struct connection *c = w->connection;
-  const size_t header = c->structured
-    ? chunk_size (c) + sizeof (struct nbd_offset_data)
+  const struct session *s = w->session;
+  const size_t header = s->structured
+    ? wire_chunk_size (s->extended) + sizeof (struct nbd_offset_data)
     : sizeof (struct nbd_simple_reply);
 
   return w->output + w->reply_at + w->reply_length + header;
@@ -189,7 +131,7 @@ reply_read (struct worker *w)
   const struct part *p = &w->part;
   const uint16_t flags = p->is_last ? NBD_REPLY_FLAG_DONE : 0;
 
-  if (!w->connection->structured)
+  if (!w->session->structured)
     reply_simple (w, NBD_SUCCESS);
   else if (p->length == 0)
     put_chunk (w, NBD_REPLY_TYPE_NONE, NBD_REPLY_FLAG_DONE, 0);
@@ -212,7 +154,7 @@ put_block_status (struct worker *w, uint32_t id, bool last, size_t size)
 {
   const uint16_t flags = last ? NBD_REPLY_FLAG_DONE : 0;
 
-  if (w->connection->extended) {
+  if (w->session->extended) {
     struct nbd_block_status_ext_chunk *reply;
 
     put_chunk (w, NBD_REPLY_TYPE_BLOCK_STATUS_EXT, flags,
@@ -240,7 +182,7 @@ put_block_status (struct worker *w, uint32_t id, bool last, size_t size)
 void
 reply_block_status (struct worker *w, uint32_t id, bool last)
 {
-  const size_t size = w->extents.nr * extent_size (w->connection);
+  const size_t size = w->extents.nr * wire_extent_size (w->session->extended);
   const bool few = BLOCK_STATUS_HEADER + size <= REPLY_ROOM;
 
   if (w->reply_length + BLOCK_STATUS_HEADER + (few ? size : 0) > REPLY_ROOM)

@@ -31,8 +31,17 @@
 #include <string.h>
 
 #include "common/bytes.h"
-#include "common/cleanup.h"
-#include "nbd/internal.h"
+#include "common/clock.h"
+#include "disk/disk.h"
+#include "nbd/connection.h"
+#include "nbd/extents.h"
+#include "nbd/output.h"
+#include "nbd/parts.h"
+#include "nbd/reply.h"
+#include "nbd/request.h"
+#include "nbd/server.h"
+#include "nbd/trace.h"
+#include "stats/stats.h"
 
 /* Requests above these take long enough that it pays to let another
  * worker receive.
@@ -62,7 +71,7 @@ valid_flags (const struct connection *c, const struct request *r,
   *flags = NBD_CMD_FLAG_FUA;
   switch (r->type) {
   case NBD_CMD_READ:
-    if (c->structured)
+    if (c->session.structured)
       *flags |= NBD_CMD_FLAG_DF;
     return true;
   case NBD_CMD_WRITE_ZEROES:
@@ -70,11 +79,11 @@ valid_flags (const struct connection *c, const struct request *r,
     return true;
   case NBD_CMD_BLOCK_STATUS:
     *flags |= NBD_CMD_FLAG_REQ_ONE;
-    if (c->extended)
+    if (c->session.extended)
       *flags |= NBD_CMD_FLAG_PAYLOAD_LEN;
     return true;
   case NBD_CMD_WRITE:
-    if (c->extended)
+    if (c->session.extended)
       *flags |= NBD_CMD_FLAG_PAYLOAD_LEN;
     return true;
   case NBD_CMD_FLUSH:
@@ -108,7 +117,7 @@ validate (const struct connection *c, const struct request *r,
   REFUSE_IF (!valid_flags (c, r, &flags), EINVAL, "unknown command");
   REFUSE_IF ((r->flags & ~flags) != 0,
              EINVAL, "flags that this command does not have");
-  REFUSE_IF ((c->server->readonly || c->export.is_delta) &&
+  REFUSE_IF ((c->server->service.readonly || c->session.export.is_delta) &&
              is_change (r->type),
              EPERM, "the export is read-only");
   REFUSE_IF (r->type == NBD_CMD_READ && r->length > NBD_MAX_PAYLOAD &&
@@ -118,10 +127,10 @@ validate (const struct connection *c, const struct request *r,
              r->length > NBD_MAX_PAYLOAD,
              EINVAL, "more than 32 MiB");
   REFUSE_IF (r->type != NBD_CMD_FLUSH &&
-             range_exceeds (r->offset, r->length, c->server->size),
+             range_exceeds (r->offset, r->length, c->server->service.size),
              r->type == NBD_CMD_WRITE || r->type == NBD_CMD_WRITE_ZEROES
              ? ENOSPC : EINVAL, "past the end of the export");
-  REFUSE_IF (r->type == NBD_CMD_BLOCK_STATUS && c->nr_contexts == 0,
+  REFUSE_IF (r->type == NBD_CMD_BLOCK_STATUS && c->session.nr_contexts == 0,
              EINVAL, "no metadata context was negotiated");
   REFUSE_IF (r->type == NBD_CMD_BLOCK_STATUS && r->length == 0,
              EINVAL, "need non-zero length");
@@ -219,7 +228,7 @@ execute_in_pieces (struct worker *w, struct disk *disk)
   while (left > 0) {
     const uint64_t n = left <= PIECE ? left : PIECE - offset % PIECE;
 
-    if (atomic_load_explicit (&w->connection->stream.socket.dead, memory_order_relaxed)) {
+    if (socket_is_dead (&w->stream->socket)) {
       errno = ESHUTDOWN;
       return -1;
     }
@@ -232,7 +241,7 @@ execute_in_pieces (struct worker *w, struct disk *disk)
 }
 
 /* The connection was cut: the client would learn nothing of it.  A change
- * that has come whole is still made where the client was the one who went,
+ * that has come whole is still made where the client was the one that went,
  * since there are clients that do not wait for the last replies.
  */
 static bool
@@ -240,8 +249,8 @@ is_in_vain (const struct worker *w)
 {
   struct connection *c = w->connection;
 
-  return atomic_load_explicit (&c->stream.socket.dead, memory_order_relaxed) &&
-    (atomic_load_explicit (&c->server->stopping, memory_order_relaxed) ||
+  return socket_is_dead (&c->stream.socket) &&
+    (socket_is_stopping (&c->stream.socket) ||
      !(is_change (w->request.type) || w->request.type == NBD_CMD_FLUSH));
 }
 
@@ -249,7 +258,7 @@ is_in_vain (const struct worker *w)
 static int
 execute (struct worker *w)
 {
-  struct disk *disk = w->connection->server->disk;
+  struct disk *disk = w->service->disk;
   const struct request *r = &w->request;
 
   if (is_in_vain (w)) {
@@ -283,7 +292,7 @@ begin_executing (struct worker *w, bool slow)
 
   pace_begin (w, slow);
   if ((more && (slow || is_large (w))) || has_many_parts (w) ||
-      atomic_load_explicit (&c->eager, memory_order_relaxed)) {
+      atomic_load_explicit (&c->team.eager, memory_order_relaxed)) {
     output_release_role (w);
     w->reply_at = 0;
   }
@@ -352,14 +361,6 @@ has_neighbours (const struct connection *c)
                                memory_order_relaxed) > 1;
 }
 
-/* Has another worker of the connection a request in flight? */
-static bool
-others_work (struct connection *c)
-{
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
-  return c->waiting + 1 < c->nr_workers;
-}
-
 /* Nothing came for a while: give all buffers back.  -1 if the client is
  * idle for too long.
  */
@@ -369,7 +370,7 @@ be_idle (struct worker *w, int64_t *since)
   struct connection *c = w->connection;
 
   worker_trim (w);
-  if (!others_work (c))
+  if (!team_is_busy (w->team))
     return socket_idle_too_long (&c->stream.socket, since) ? -1 : 0;
   *since = now_ms ();
   return 0;
@@ -387,7 +388,7 @@ take_header (struct worker *w, void *header)
   int64_t since = 0;
   size_t done = 0;
 
-  if (!stream_has (&c->stream, request_header_size (c)))
+  if (!stream_has (&c->stream, wire_request_size (c->session.extended)))
     worker_share (w);
   while ((found = stream_header (&c->stream, header, &done, neighbours)) !=
          STREAM_DONE) {
@@ -407,7 +408,7 @@ take_header (struct worker *w, void *header)
 static int
 take_payload (struct worker *w, uint32_t length)
 {
-  struct stream *s = &w->connection->stream;
+  struct stream *s = w->stream;
 
   if (!stream_has (s, length))
     worker_give_extents (w);
@@ -417,7 +418,7 @@ take_payload (struct worker *w, uint32_t length)
 static int
 skip_payload (struct worker *w, uint64_t length)
 {
-  struct stream *s = &w->connection->stream;
+  struct stream *s = w->stream;
 
   if (!stream_has (s, length))
     worker_give_extents (w);
@@ -432,27 +433,16 @@ receive_header (struct worker *w)
 {
   struct connection *c = w->connection;
   struct request *r = &w->request;
-  union {
-    struct nbd_request compact;
-    struct nbd_extended_request extended;
-  } wire;
+  union wire_request wire;
 
   if (c->out_of_step ||
-      atomic_load_explicit (&c->stream.socket.dead, memory_order_relaxed) ||
+      socket_is_dead (&c->stream.socket) ||
       take_header (w, &wire) == -1)
     return -1;
-  if (be32toh (wire.compact.magic) != (c->extended
-                                       ? NBD_EXTENDED_REQUEST_MAGIC
-                                       : NBD_REQUEST_MAGIC)) {
+  if (!wire_get_request (c->session.extended, &wire, r)) {
     socket_ending (&c->stream.socket, "a request with bad magic", 0);
     return -1;
   }
-  r->flags = be16toh (wire.compact.flags);
-  r->type = be16toh (wire.compact.type);
-  r->cookie = wire.compact.cookie; /* ours to return, not to understand */
-  r->offset = be64toh (wire.compact.offset);
-  r->length = c->extended ? be64toh (wire.extended.length)
-                          : be32toh (wire.compact.length);
   trace_header (w);
   if (r->type != NBD_CMD_DISC)
     return 0;
@@ -463,7 +453,7 @@ receive_header (struct worker *w)
 static bool
 has_payload (const struct connection *c, const struct request *r)
 {
-  return request_has_payload (c, r->type, r->flags);
+  return wire_has_payload (c->session.extended, r->type, r->flags);
 }
 
 /* Is the payload worth receiving, to find the next request behind it?
@@ -498,8 +488,8 @@ sort_ids (const struct connection *c, uint32_t *ids, size_t nr)
   for (size_t j = 0; j < nr; ++j)
     ids[j] = be32toh (ids[j]);
   qsort (ids, nr, sizeof ids[0], compare_ids);
-  for (size_t j = 0; j < c->nr_contexts && i < nr; ++j)
-    i += ids[i] == c->contexts[j];
+  for (size_t j = 0; j < c->session.nr_contexts && i < nr; ++j)
+    i += ids[i] == c->session.contexts[j];
   return i == nr;
 }
 
@@ -518,7 +508,7 @@ receive_block_status_payload (struct worker *w, int *err, const char **reason)
 
   *err = EINVAL;
   *reason = "not a list of metadata contexts that were negotiated";
-  if (nr == 0 || nr > c->nr_contexts ||
+  if (nr == 0 || nr > c->session.nr_contexts ||
       length != head + nr * sizeof (uint32_t))
     return skip_payload (w, length);
   if (worker_payload (w, length) == NULL) {
@@ -560,16 +550,16 @@ static int
 write_part (struct worker *w)
 {
   struct connection *c = w->connection;
-  const uint64_t began = stats_begin (c->server->stats);
+  const uint64_t began = stats_begin (c->server->service.stats);
   int r, err;
 
-  c->until_sample = 0;
+  c->team.until_sample = 0;
   pace_begin (w, false);
-  r = disk_write (c->server->disk, w->payload, w->part.length,
+  r = disk_write (c->server->service.disk, w->payload, w->part.length,
                   w->part.offset, false);
   err = errno;
   pace_end (w);
-  w->spent += stats_begin (c->server->stats) - began;
+  w->spent += stats_begin (c->server->service.stats) - began;
   return r == 0 ? 0 : err;
 }
 
@@ -621,8 +611,8 @@ receive_request (struct worker *w, int *err, const char **reason)
   if (r->type == NBD_CMD_BLOCK_STATUS) {
     if (has_payload (c, r))
       return receive_block_status_payload (w, err, reason);
-    w->contexts = c->contexts;
-    w->nr_contexts = c->nr_contexts;
+    w->contexts = c->session.contexts;
+    w->nr_contexts = c->session.nr_contexts;
   }
   *err = validate (c, r, reason);
   if (has_payload (c, r) && *err != 0)

@@ -3,12 +3,12 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* Who receives: the role, stealing it, and the pace.
+/* The team of a connection: the receive role, stealing it, and the pace.
  *
  * One worker of a connection at a time has the role: it alone touches
  * the input buffer.  The role word says in which state the role is:
  *
- *   FREE       nobody has it; the next worker that wants it takes it
+ *   FREE       no worker has it; the next one that wants it takes it
  *   OWNED      its holder receives, or makes a reply
  *   EXECUTING  its holder is inside disk_* or sendmsg, with the role kept
  *
@@ -48,141 +48,176 @@
 #include <time.h>
 
 #include "common/cleanup.h"
-#include "nbd/internal.h"
+#include "common/threads.h"
+#include "nbd/debug.h"
+#include "nbd/team.h"
 
 #define SAMPLE_EVERY 32
 #define SAMPLES_TO_EAGER 4
 #define QUICK_RUN 256
 
+int
+team_init (struct team *team, struct teams *teams, struct worker *first,
+           void *(*worker_main) (void *))
+{
+  if (monotonic_cond_init (&team->role_freed) == -1)
+    return -1;
+  pthread_mutex_init (&team->lock, NULL);
+  team->teams = teams;
+  team->worker_main = worker_main;
+  team->workers[team->nr_workers++] = first;
+  return 0;
+}
+
+void
+team_free (struct team *team)
+{
+  for (unsigned i = 0; i < team->nr_workers; ++i)
+    worker_free (team->workers[i]);
+  pthread_mutex_destroy (&team->lock);
+  pthread_cond_destroy (&team->role_freed);
+}
+
+void
+team_join (struct team *team)
+{
+  for (unsigned i = 1; i < team->nr_workers; ++i)
+    pthread_join (team->workers[i]->thread, NULL);
+}
+
+bool
+team_is_busy (struct team *team)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&team->lock);
+  return team->waiting + 1 < team->nr_workers;
+}
+
 /* Sleep until the role may be free or input has ended, and not so long
- * that large buffers are kept for nothing.  Called with c->lock.
+ * that large buffers are kept for nothing.  Called with team->lock.
  */
 static void
 wait_for_role (struct worker *w)
 {
-  struct connection *c = w->connection;
+  struct team *team = w->team;
   struct timespec ts;
 
   clock_gettime (CLOCK_MONOTONIC, &ts);
   ts.tv_sec += IDLE_SECONDS;
-  c->waiting++;
-  if (pthread_cond_timedwait (&c->role_freed, &c->lock, &ts) == ETIMEDOUT)
+  team->waiting++;
+  if (pthread_cond_timedwait (&team->role_freed, &team->lock, &ts) ==
+      ETIMEDOUT)
     worker_trim (w);
-  c->waiting--;
+  team->waiting--;
 }
 
-/* Wait for the role.  False if there is nothing more to receive. */
 bool
 role_acquire (struct worker *w, struct robbed *robbed)
 {
-  struct connection *c = w->connection;
+  struct team *team = w->team;
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
-  while (!c->input_ended && ROLE_STATE (atomic_load (&c->role)) != ROLE_FREE)
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&team->lock);
+  while (!team->input_ended &&
+         ROLE_STATE (atomic_load (&team->role)) != ROLE_FREE)
     wait_for_role (w);
-  if (c->input_ended)
+  if (team->input_ended)
     return false;
-  atomic_store (&c->role, c->seq << ROLE_STATE_BITS | ROLE_OWNED);
-  c->holder = w;
-  *robbed = c->robbed;
-  c->robbed.worker = NULL;
+  atomic_store (&team->role, team->seq << ROLE_STATE_BITS | ROLE_OWNED);
+  team->holder = w;
+  *robbed = team->robbed;
+  team->robbed.worker = NULL;
   w->has_role = true;
   return true;
 }
 
-/* Start another worker.  Called with c->lock; failing is no error as long
- * as another worker lives.
+/* Start another worker.  Called with team->lock.  Failing is no error as
+ * long as another worker lives.
  */
 static void
-add_worker (struct connection *c)
+add_worker (struct team *team)
 {
-  atomic_uint *count = &c->server->nr_extra_threads;
+  atomic_uint *count = &team->teams->nr_extra_threads;
   struct worker *w = NULL;
 
   /* As with memory: no more of one connection than are left for others. */
-  if (atomic_fetch_add (count, 1) + c->nr_workers <=
-      c->server->max_extra_threads)
-    w = worker_new (c);
-  if (w == NULL || thread_create (&w->thread, c->worker_main, w) != 0) {
+  if (atomic_fetch_add (count, 1) + team->nr_workers <=
+      team->teams->max_extra_threads)
+    w = worker_new (team->workers[0]);
+  if (w == NULL || thread_create (&w->thread, team->worker_main, w) != 0) {
     worker_free (w);
     atomic_fetch_sub (count, 1);
     return;
   }
-  c->workers[c->nr_workers++] = w;
+  team->workers[team->nr_workers++] = w;
 }
 
-/* Another worker may receive.  Called with c->lock. */
+/* Another worker may receive.  Called with team->lock. */
 static void
-offer_role (struct connection *c)
+offer_role (struct team *team)
 {
-  if (c->waiting > 0)
-    pthread_cond_signal (&c->role_freed);
-  else if (c->nr_workers < c->server->limits.requests)
-    add_worker (c);
+  if (team->waiting > 0)
+    pthread_cond_signal (&team->role_freed);
+  else if (team->nr_workers < team->teams->max_workers)
+    add_worker (team);
 }
 
 void
 role_release (struct worker *w)
 {
-  struct connection *c = w->connection;
+  struct team *team = w->team;
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&team->lock);
   w->has_role = false;
-  atomic_store (&c->role, c->seq << ROLE_STATE_BITS | ROLE_FREE);
-  offer_role (c);
+  atomic_store (&team->role, team->seq << ROLE_STATE_BITS | ROLE_FREE);
+  offer_role (team);
 }
 
-/* There is nothing more to receive.  The role is owned for ever. */
 void
 role_end_input (struct worker *w)
 {
-  struct connection *c = w->connection;
+  struct team *team = w->team;
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
-  w->has_role = false;
-  c->input_ended = true;
-  pthread_cond_broadcast (&c->role_freed);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&team->lock);
+  w->has_role = false;          /* and none has: it stays OWNED for ever */
+  team->input_ended = true;
+  pthread_cond_broadcast (&team->role_freed);
 }
 
 void
-monitor_wake (struct nbd_server *server)
+monitor_wake (struct teams *teams)
 {
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->monitor_lock);
-  atomic_store (&server->monitor_asleep, false);
-  pthread_cond_signal (&server->monitor_wake);
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&teams->monitor_lock);
+  atomic_store (&teams->monitor_asleep, false);
+  pthread_cond_signal (&teams->monitor_wake);
 }
 
 static void
 publish_executing (struct worker *w)
 {
-  struct connection *c = w->connection;
-  uint_fast64_t word = ++c->seq << ROLE_STATE_BITS | ROLE_EXECUTING;
+  struct team *team = w->team;
+  uint_fast64_t word = ++team->seq << ROLE_STATE_BITS | ROLE_EXECUTING;
 
-  c->has_gathered = w->gathered > 0;
+  team->has_gathered = w->gathered > 0;
   atomic_store_explicit (&w->ticket, word, memory_order_relaxed);
-  atomic_store (&c->role, word);
-  if (atomic_load (&c->server->monitor_asleep))
-    monitor_wake (c->server);
+  atomic_store (&team->role, word);
+  if (atomic_load (&team->teams->monitor_asleep))
+    monitor_wake (team->teams);
 }
 
-/* About to call disk_*, with the role kept. */
 void
 role_begin_executing (struct worker *w, bool slow_by_nature)
 {
-  w->connection->slow_by_nature = slow_by_nature;
-  w->connection->sending = false;
+  w->team->slow_by_nature = slow_by_nature;
+  w->team->sending = false;
   publish_executing (w);
 }
 
-/* About to send, with the role kept. */
 void
 role_begin_sending (struct worker *w)
 {
-  w->connection->sending = true;
+  w->team->sending = true;
   publish_executing (w);
 }
 
-/* Done.  w->has_role says whether we have the role still. */
 void
 role_end_executing (struct worker *w)
 {
@@ -190,28 +225,28 @@ role_end_executing (struct worker *w)
                                              memory_order_relaxed);
 
   w->has_role =
-    atomic_compare_exchange_strong (&w->connection->role, &word,
+    atomic_compare_exchange_strong (&w->team->role, &word,
                                     word - ROLE_EXECUTING + ROLE_OWNED);
 }
 
 void
-role_steal (struct connection *c, uint_fast64_t word)
+role_steal (struct team *team, uint_fast64_t word)
 {
   uint_fast64_t ticket = word;
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
-  if (!atomic_compare_exchange_strong (&c->role, &word,
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&team->lock);
+  if (!atomic_compare_exchange_strong (&team->role, &word,
                                        word - ROLE_EXECUTING + ROLE_FREE))
     return;
   debug_request ("nbd: request takes long, another thread receives");
-  if (!c->sending) {
-    c->robbed = (struct robbed) {
-      .worker = c->has_gathered ? c->holder : NULL, .ticket = ticket,
+  if (!team->sending) {
+    team->robbed = (struct robbed) {
+      .worker = team->has_gathered ? team->holder : NULL, .ticket = ticket,
     };
-    if (!c->slow_by_nature)
-      c->until_sample = 0;
+    if (!team->slow_by_nature)
+      team->until_sample = 0;
   }
-  offer_role (c);
+  offer_role (team);
 }
 
 static long
@@ -223,42 +258,40 @@ sleeps_of_this_thread (void)
   return usage.ru_nvcsw;
 }
 
-/* Called by the holder of the role before it executes or gives it up.
- * Requests that are slow by nature say nothing of the disk.
- */
+/* Requests that are slow by nature say nothing of the disk. */
 void
 pace_begin (struct worker *w, bool slow_by_nature)
 {
-  struct connection *c = w->connection;
+  struct team *team = w->team;
 
   w->measured = false;
   if (slow_by_nature)
     return;
-  w->measured_eager = atomic_load_explicit (&c->eager, memory_order_relaxed);
-  if (w->measured_eager || c->until_sample == 0) {
+  w->measured_eager = atomic_load_explicit (&team->eager,
+                                            memory_order_relaxed);
+  if (w->measured_eager || team->until_sample == 0) {
     w->measured = true;
     w->sleeps = sleeps_of_this_thread ();
   }
   else
-    c->until_sample--;
+    team->until_sample--;
 }
 
 /* A request that was measured slept. */
 static void
-count_wait (struct connection *c)
+count_wait (struct team *team)
 {
-  if (atomic_fetch_add (&c->sampled_waits, 1) + 1 < SAMPLES_TO_EAGER)
+  if (atomic_fetch_add (&team->sampled_waits, 1) + 1 < SAMPLES_TO_EAGER)
     return;
-  atomic_store (&c->sampled_waits, 0);
-  atomic_store (&c->quick_run, 0);
-  atomic_store (&c->eager, true);
+  atomic_store (&team->sampled_waits, 0);
+  atomic_store (&team->quick_run, 0);
+  atomic_store (&team->eager, true);
 }
 
-/* Called when the request was executed. */
 void
 pace_end (struct worker *w)
 {
-  struct connection *c = w->connection;
+  struct team *team = w->team;
   bool slept;
 
   if (!w->measured)
@@ -267,17 +300,17 @@ pace_end (struct worker *w)
 
   if (w->measured_eager) {
     if (slept)
-      atomic_store (&c->quick_run, 0);
-    else if (atomic_fetch_add (&c->quick_run, 1) + 1 >= QUICK_RUN)
-      atomic_store (&c->eager, false);
+      atomic_store (&team->quick_run, 0);
+    else if (atomic_fetch_add (&team->quick_run, 1) + 1 >= QUICK_RUN)
+      atomic_store (&team->eager, false);
     return;
   }
   if (slept)
-    count_wait (c);
+    count_wait (team);
   if (w->has_role) {
     /* One that slept is followed up at once. */
-    c->until_sample = slept ? 0 : SAMPLE_EVERY;
+    team->until_sample = slept ? 0 : SAMPLE_EVERY;
     if (!slept)
-      atomic_store (&c->sampled_waits, 0);
+      atomic_store (&team->sampled_waits, 0);
   }
 }

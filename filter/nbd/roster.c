@@ -15,7 +15,9 @@
 #include <unistd.h>
 
 #include "common/cleanup.h"
-#include "nbd/internal.h"
+#include "nbd/roster.h"
+#include "nbd/server.h"
+#include "stats/stats.h"
 
 void
 roster_add (struct connection *c)
@@ -49,7 +51,7 @@ roster_finish (struct connection *c)
   struct nbd_server *server = c->server;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
-  stats_connection_closed (server->stats);
+  stats_connection_closed (server->service.stats);
   if (c->prev != NULL)
     c->prev->next = c->next;
   else

@@ -35,9 +35,19 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "common/bytes.h"
 #include "common/cleanup.h"
-#include "nbd/internal.h"
+#include "common/clock.h"
+#include "common/report.h"
+#include "common/threads.h"
+#include "disk/disk.h"
+#include "nbd/bounds.h"
+#include "nbd/client-errors.h"
+#include "nbd/contexts.h"
+#include "nbd/debug.h"
+#include "nbd/monitor.h"
+#include "nbd/roster.h"
+#include "nbd/server.h"
+#include "stats/stats.h"
 
 /* How long to wait when there are no descriptors or memory for another
  * client.
@@ -71,9 +81,9 @@ init_locks (struct nbd_server *server)
 {
   if (monotonic_cond_init (&server->changed) == -1)
     return -1;
-  pthread_cond_init (&server->monitor_wake, NULL);
+  pthread_cond_init (&server->teams.monitor_wake, NULL);
   pthread_mutex_init (&server->lock, NULL);
-  pthread_mutex_init (&server->monitor_lock, NULL);
+  pthread_mutex_init (&server->teams.monitor_lock, NULL);
   limit_init (&server->errors);
   return 0;
 }
@@ -92,6 +102,22 @@ complete_limits (struct nbd_limits *limits)
   bounds_for_descriptors (limits);
 }
 
+static void
+fill_service (struct service *s, struct disk *disk,
+              const struct nbd_options *options)
+{
+  s->disk = disk;
+  s->size = disk_size (disk);
+  s->preferred_block_size = preferred_block_size (disk);
+  s->readonly = options->readonly || disk_is_readonly (disk);
+  s->eflags = transmission_flags (s->readonly);
+  s->tls = options->tls;
+  s->limits = options->limits;
+  complete_limits (&s->limits);
+  s->export = options->export;
+  s->stats = options->stats;
+}
+
 struct nbd_server *
 nbd_server_new (struct disk *disk, const struct nbd_options *options)
 {
@@ -99,34 +125,27 @@ nbd_server_new (struct disk *disk, const struct nbd_options *options)
 
   if (server == NULL)
     return NULL;
-  server->disk = disk;
-  server->size = disk_size (disk);
-  server->preferred_block_size = preferred_block_size (disk);
-  server->readonly = options->readonly || disk_is_readonly (disk);
-  server->eflags = transmission_flags (server->readonly);
-  server->tls = options->tls;
-  server->limits = options->limits;
-  complete_limits (&server->limits);
-  server->export = options->export;
+  fill_service (&server->service, disk, options);
+  server->service.errors = &server->errors;
   server->client_fd = server->ended_fd = -1;
-  server->stats = options->stats;
   server->wake_fd = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (server->wake_fd == -1 ||
-      contexts_index (server) == -1 || budget_divide (server) == -1 ||
-      init_locks (server) == -1) {
+      contexts_index (&server->service) == -1 ||
+      bounds_divide (server) == -1 || init_locks (server) == -1) {
     int saved_errno = errno;
 
     if (server->wake_fd != -1)
       close (server->wake_fd);
-    free (server->contexts);
+    free (server->service.contexts);
     free (server);
     errno = saved_errno;
     return NULL;
   }
-  if (server->limits.connections < options->limits.connections)
+  if (server->service.limits.connections < options->limits.connections)
     report_warning ("nbd: %u connections at most, not %u: memory, or the "
                     "limit of open files, does not allow for more",
-                    server->limits.connections, options->limits.connections);
+                    server->service.limits.connections,
+                    options->limits.connections);
   return server;
 }
 
@@ -156,15 +175,15 @@ add_connection (struct nbd_server *server, int fd)
   struct connection *c;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
-  c = server->nr_live < server->limits.connections
+  c = server->nr_live < server->service.limits.connections
     ? connection_start (server, fd) : NULL;
   if (c == NULL) {
     debug_request ("nbd: client refused, %u are connected", server->nr_live);
-    stats_connection_refused (server->stats);
+    stats_connection_refused (server->service.stats);
     close (fd);
     return;
   }
-  stats_connection_opened (server->stats);
+  stats_connection_opened (server->service.stats);
   roster_add (c);
 }
 
@@ -181,7 +200,7 @@ start_client (struct nbd_server *server)
 {
   if (server->client_fd == -1)
     return;
-  socket_set_options (server->client_fd, server->limits.idle_seconds);
+  socket_set_options (server->client_fd, server->service.limits.idle_seconds);
   add_connection (server, server->client_fd);
 
   /* The time of its handshake is to be looked at. */
@@ -204,7 +223,7 @@ accept_one (struct nbd_server *server, int sock)
 
   if (fd == -1)
     return errno == EAGAIN || errno == ECONNABORTED || errno == EINTR;
-  socket_set_options (fd, server->limits.idle_seconds);
+  socket_set_options (fd, server->service.limits.idle_seconds);
   add_connection (server, fd);
   return true;
 }
@@ -304,7 +323,7 @@ wait_for_connections (struct nbd_server *server, int64_t until_ms)
     r = pthread_cond_timedwait (&server->changed, &server->lock, &ts);
 }
 
-/* The end of the thread that accepts: nobody adds a connection any more. */
+/* The end of the thread that accepts: no connection is added any more. */
 static void
 wind_down (struct nbd_server *server)
 {
@@ -372,7 +391,7 @@ nbd_server_start (struct nbd_server *server)
     report_error ("nbd: %m");
     return -1;
   }
-  err = thread_create (&server->monitor_thread, monitor_main, server);
+  err = monitor_start (server);
   if (err == 0) {
     err = thread_create (&server->accept_thread, accept_main, server);
     if (err == 0) {
@@ -393,7 +412,7 @@ nbd_server_begin_stop (struct nbd_server *server, unsigned grace_ms)
   if (!server->started || atomic_load (&server->stopping))
     return;
   server->cut_at_ms = now_ms () + grace_ms;
-  disk_hurry (server->disk, grace_ms);
+  disk_hurry (server->service.disk, grace_ms);
   atomic_store (&server->stopping, true);
   server_wake (server);
 }
@@ -438,11 +457,11 @@ nbd_server_free (struct nbd_server *server)
     close (server->client_fd);
   close (server->wake_fd);
   pthread_mutex_destroy (&server->lock);
-  pthread_mutex_destroy (&server->monitor_lock);
+  pthread_mutex_destroy (&server->teams.monitor_lock);
   limit_destroy (&server->errors);
   budget_free (&server->budget);
   pthread_cond_destroy (&server->changed);
-  pthread_cond_destroy (&server->monitor_wake);
-  free (server->contexts);
+  pthread_cond_destroy (&server->teams.monitor_wake);
+  free (server->service.contexts);
   free (server);
 }

@@ -65,8 +65,8 @@ load_trust (struct nbd_tls *tls, const char *dir)
   if (r == 0)
     return failed (ca, GNUTLS_E_NO_CERTIFICATE_FOUND);
 
-  /* Who has a list of revoked certificates must not be served without
-   * it because it cannot be read.
+  /* Where a list of revoked certificates cannot be read, clients must
+   * not be served without it.
    */
   if (access (crl, F_OK) == -1 && errno == ENOENT)
     return 0;

@@ -30,7 +30,8 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
-#include "nbd/internal.h"
+#include "common/report.h"
+#include "nbd/trace.h"
 
 void
 trace_thread (struct worker *w)
@@ -40,7 +41,7 @@ trace_thread (struct worker *w)
   report_limit_thread ();
 }
 
-/* Who is at the other end of a socket. */
+/* Describe the other end of a socket. */
 static void
 describe_peer (int fd, char *text, size_t size)
 {
@@ -70,10 +71,10 @@ describe_peer (int fd, char *text, size_t size)
 }
 
 void
-trace_export (struct connection *c, const char *name, uint32_t length)
+trace_export (struct session *session, const char *name, uint32_t length)
 {
   static const char hex[] = "0123456789abcdef";
-  const size_t max = sizeof c->export_name - 8;
+  const size_t max = sizeof session->export_name - 8;
   size_t n = 0;
   uint32_t i;
 
@@ -81,15 +82,15 @@ trace_export (struct connection *c, const char *name, uint32_t length)
     const unsigned char byte = name[i];
 
     if (byte < 0x7f && byte >= ' ' && byte != '\\' && byte != '"')
-      c->export_name[n++] = byte;
+      session->export_name[n++] = byte;
     else {
-      c->export_name[n++] = '\\';
-      c->export_name[n++] = 'x';
-      c->export_name[n++] = hex[byte >> 4];
-      c->export_name[n++] = hex[byte & 15];
+      session->export_name[n++] = '\\';
+      session->export_name[n++] = 'x';
+      session->export_name[n++] = hex[byte >> 4];
+      session->export_name[n++] = hex[byte & 15];
     }
   }
-  strcpy (c->export_name + n, i < length ? "..." : "");
+  strcpy (session->export_name + n, i < length ? "..." : "");
 }
 
 void
@@ -100,10 +101,11 @@ trace_opened (struct connection *c)
   describe_peer (c->stream.socket.fd, peer, sizeof peer);
   report_debug ("nbd: connection %" PRIu64 " opened: %s, export \"%s\", "
                 "%s replies, %s, %zu metadata contexts",
-                c->serial, peer, c->export_name,
-                c->extended ? "extended" : c->structured ? "structured"
-                : "simple",
-                c->stream.tls != NULL ? "TLS" : "no TLS", c->nr_contexts);
+                c->serial, peer, c->session.export_name,
+                c->session.extended ? "extended"
+                : c->session.structured ? "structured" : "simple",
+                c->stream.tls != NULL ? "TLS" : "no TLS",
+                c->session.nr_contexts);
 }
 
 void
@@ -184,6 +186,6 @@ trace_count (struct worker *w)
 {
   const struct request *r = &w->request;
 
-  stats_end (w->connection->server->stats, w->began, stats_command (r->type),
+  stats_end (w->service->stats, w->began, stats_command (r->type),
              r->length, w->error);
 }

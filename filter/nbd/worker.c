@@ -17,7 +17,12 @@
 
 #include "common/buffer.h"
 #include "common/bytes.h"
-#include "nbd/internal.h"
+#include "nbd/worker.h"
+
+/* An array of extents of so many bytes is kept for the next request by the
+ * holder of the role.  Others may have to wait long for one.
+ */
+#define KEPT_EXTENTS (1024 * 1024)
 
 static uint8_t *
 small_payload (struct worker *w)
@@ -36,7 +41,7 @@ static void
 free_large (struct worker *w)
 {
   if (w->large != NULL)
-    budget_give (w->connection, w->large, w->large_capacity);
+    budget_give (w->account, w->large, w->large_capacity);
   w->large = NULL;
   w->large_capacity = 0;
 }
@@ -48,7 +53,7 @@ free_extents (struct extents *e)
   e->wire = NULL;
   e->capacity = 0;
   if (e->reserved > 0)
-    budget_unreserve (e->connection, e->reserved);
+    budget_unreserve (e->account, e->reserved);
   e->reserved = 0;
 }
 
@@ -62,7 +67,7 @@ worker_give_extents (struct worker *w)
 void
 worker_share (struct worker *w)
 {
-  if (budget_is_short (&w->connection->server->budget))
+  if (budget_is_short (w->account->budget))
     worker_give_extents (w);
 }
 
@@ -76,7 +81,7 @@ worker_payload (struct worker *w, uint32_t length)
   else {
     free_large (w);
     worker_give_extents (w);
-    w->large = budget_take (w->connection, length, &w->large_capacity);
+    w->large = budget_take (w->account, length, &w->large_capacity);
     if (w->large == NULL)
       w->large_capacity = 0;
     w->payload = w->large;
@@ -92,7 +97,7 @@ worker_extents_room (struct extents *e, size_t size)
 {
   if (size <= SMALL_EXTENTS || size <= e->reserved)
     return true;
-  if (!budget_reserve (e->connection, size - e->reserved,
+  if (!budget_reserve (e->account, size - e->reserved,
                        EXTENTS_PATIENCE_MS))
     return false;
   e->reserved = size;
@@ -105,7 +110,7 @@ worker_end_request (struct worker *w)
   if (w->large != NULL)
     free_large (w);
   if (!w->has_role || w->extents.reserved > KEPT_EXTENTS ||
-      budget_is_short (&w->connection->server->budget))
+      budget_is_short (w->account->budget))
     worker_give_extents (w);
 }
 
@@ -130,14 +135,18 @@ worker_free (struct worker *w)
 }
 
 struct worker *
-worker_new (struct connection *c)
+worker_new (const struct worker *like)
 {
   struct worker *w = calloc (1, sizeof *w);
 
   if (w == NULL)
     return NULL;
-  w->connection = c;
-  w->extents.connection = c;
+  w->connection = like->connection;
+  w->service = like->service;
+  w->session = like->session;
+  w->stream = like->stream;
+  w->team = like->team;
+  w->account = w->extents.account = like->account;
   w->output = buffer_new (OUTPUT_SIZE);
   if (w->output == NULL) {
     free (w);

@@ -25,7 +25,9 @@
 #include "common/cleanup.h"
 #include "fake-disk.h"
 #include "fuzz.h"
-#include "nbd/internal.h"
+#include "nbd/connection.h"
+#include "nbd/extents.h"
+#include "nbd/server.h"
 
 const char fuzz_target[] = "server";
 
@@ -163,7 +165,7 @@ wait_for_end (void)
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->lock);
   while (server->nr_live > 0)
     pthread_cond_wait (&server->changed, &server->lock);
-  FUZZ_CHECK (atomic_load (&server->nr_extra_threads) == 0,
+  FUZZ_CHECK (atomic_load (&server->teams.nr_extra_threads) == 0,
               "threads are left");
 }
 
@@ -190,7 +192,7 @@ struct message {
   size_t length;
 };
 
-struct session {
+struct dialogue {
   struct message message[MAX_MESSAGES];
   unsigned nr;
   bool extended;                /* headers are asked for */
@@ -198,7 +200,7 @@ struct session {
 };
 
 static uint64_t
-any (struct session *s, uint64_t below)
+any (struct dialogue *s, uint64_t below)
 {
   uint64_t z = s->random += UINT64_C (0x9e3779b97f4a7c15);
 
@@ -257,7 +259,7 @@ message_length (const uint8_t *p, size_t left, bool first)
 }
 
 static void
-parse (struct session *s, const uint8_t *data, size_t size)
+parse (struct dialogue *s, const uint8_t *data, size_t size)
 {
   size_t at = 0;
 
@@ -275,7 +277,7 @@ parse (struct session *s, const uint8_t *data, size_t size)
 
 /* A payload that selects contexts: those that there are, or nearly. */
 static size_t
-put_selection (struct session *s, uint8_t *p, uint64_t length)
+put_selection (struct dialogue *s, uint8_t *p, uint64_t length)
 {
   const size_t nr = any (s, 6);
 
@@ -287,7 +289,7 @@ put_selection (struct session *s, uint8_t *p, uint64_t length)
 
 /* The same as make_request, with an extended header. */
 static size_t
-make_extended_request (struct session *s, uint8_t *p, uint16_t type,
+make_extended_request (struct dialogue *s, uint8_t *p, uint16_t type,
                        uint64_t offset, uint64_t length)
 {
   const size_t header = sizeof (struct nbd_extended_request);
@@ -316,7 +318,7 @@ make_extended_request (struct session *s, uint8_t *p, uint16_t type,
 
 /* A request of any kind, within the disk or just not. */
 static size_t
-make_request (struct session *s, uint8_t *p, size_t max)
+make_request (struct dialogue *s, uint8_t *p, size_t max)
 {
   const uint16_t type = any (s, 9);
   const uint64_t offset = any (s, 8) == 0
@@ -347,7 +349,7 @@ make_request (struct session *s, uint8_t *p, size_t max)
 
 /* An option, with a name and queries if it can have such. */
 static size_t
-make_option (struct session *s, uint8_t *p)
+make_option (struct dialogue *s, uint8_t *p)
 {
   static const char *const queries[] = {
     "base:allocation", "qemu:dirty-bitmap:monday", "qemu:", "base:",
@@ -388,7 +390,7 @@ make_option (struct session *s, uint8_t *p)
 }
 
 static void
-insert (struct session *s, unsigned at, const uint8_t *bytes, size_t length)
+insert (struct dialogue *s, unsigned at, const uint8_t *bytes, size_t length)
 {
   if (s->nr == MAX_MESSAGES)
     return;
@@ -412,7 +414,7 @@ mend_length (uint8_t *p, size_t length)
 }
 
 static size_t
-put (struct session *s, uint8_t *data, size_t max, unsigned to_mutate)
+put (struct dialogue *s, uint8_t *data, size_t max, unsigned to_mutate)
 {
   size_t at = 0;
 
@@ -440,7 +442,7 @@ LLVMFuzzerCustomMutator (uint8_t *data, size_t size, size_t max,
                          unsigned seed)
 {
   static uint8_t old[1 << 20], new[8192];
-  struct session s = { .random = seed };
+  struct dialogue s = { .random = seed };
   unsigned i, to_mutate = MAX_MESSAGES;
 
   if (size == 0 || size > sizeof old || any (&s, 20) == 0)

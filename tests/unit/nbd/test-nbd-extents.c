@@ -17,7 +17,7 @@
 #include "common/bytes.h"
 #include "nbd-client.h"
 
-/* nbd/internal.h */
+/* nbd/extents.h */
 extern size_t extents_max;
 
 #define BLOCK 4096

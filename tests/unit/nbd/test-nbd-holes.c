@@ -17,7 +17,9 @@
 
 #include "common/bytes.h"
 #include "common/cleanup.h"
-#include "nbd/internal.h"
+#include "disk/disk.h"
+#include "nbd/server.h"
+#include "nbd/stream.h"
 #include "image.h"
 #include "nbd-client.h"
 

@@ -17,7 +17,7 @@
 
 #include "common/bytes.h"
 #include "common/cleanup.h"
-#include "nbd/internal.h"
+#include "nbd/parts.h"
 #include "nbd-client.h"
 
 #define SIZE (UINT64_C (64) * 1024 * 1024)

@@ -1,0 +1,26 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_NBD_EXTENTS_H
+#define DIRTY_BITMAP_NBD_EXTENTS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "nbd/worker.h"
+
+/* The most extents in a chunk (R8).  Variable for the unit tests. */
+extern size_t extents_max;
+
+/* What context id has to say of [offset, offset + length), in
+ * w->extents.  With req_one the first extent alone, in its own length
+ * (R13).  Returns 0; or an errno, for the two contexts of allocation or
+ * the first call of a reply only.
+ */
+extern int extents_build (struct worker *, uint32_t id,
+                          uint64_t offset, uint64_t length, bool req_one);
+
+#endif /* DIRTY_BITMAP_NBD_EXTENTS_H */

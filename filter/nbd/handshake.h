@@ -1,0 +1,14 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_NBD_HANDSHAKE_H
+#define DIRTY_BITMAP_NBD_HANDSHAKE_H
+
+#include "nbd/worker.h"
+
+/* Negotiate until transmission begins.  -1 if it never does. */
+extern int handshake (struct worker *);
+
+#endif /* DIRTY_BITMAP_NBD_HANDSHAKE_H */
