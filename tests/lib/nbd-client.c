@@ -17,6 +17,8 @@
 #include <unistd.h>
 
 #include "common/bytes.h"
+#include "common/cleanup.h"
+#include "nbd/server.h"
 #include "nbd-client.h"
 #include "tls-relay.h"
 
@@ -125,6 +127,26 @@ fixture_connect (const struct fixture *f)
   setsockopt (fd, SOL_SOCKET, SO_RCVTIMEO, &tv, sizeof tv);
   setsockopt (fd, SOL_SOCKET, SO_SNDTIMEO, &tv, sizeof tv);
   return fd;
+}
+
+size_t
+fixture_memory (const struct fixture *f)
+{
+  struct budget *b = &f->server->budget;
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&b->lock);
+  return b->used;
+}
+
+bool
+is_instrumented (void)
+{
+  const char *preload = getenv ("LD_PRELOAD");
+
+#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
+  return true;
+#endif
+  return preload != NULL && strstr (preload, "valgrind") != NULL;
 }
 
 unsigned

@@ -51,6 +51,14 @@ extern void fixture_init (struct fixture *, uint64_t size);
 extern void fixture_start (struct fixture *, bool readonly);
 extern void fixture_stop (struct fixture *);
 extern int fixture_connect (const struct fixture *);
+
+/* The memory that requests of all clients hold, and that workers keep for
+ * the next one, in bytes.
+ */
+extern size_t fixture_memory (const struct fixture *);
+
+/* Does a sanitizer or valgrind make this program slow, and large? */
+extern bool is_instrumented (void);
 extern unsigned milliseconds (void);
 extern unsigned count_threads (void);
 

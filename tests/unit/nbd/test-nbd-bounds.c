@@ -36,6 +36,7 @@
 #endif
 
 extern unsigned place_ms, stall_ms, trim_ms;
+extern size_t extents_max;
 
 static struct fixture f;
 
@@ -48,6 +49,7 @@ setup (void **state)
   place_ms = 1000;
   stall_ms = 5000;
   trim_ms = 5000;
+  extents_max = (1 << 20) - 1;
   return 0;
 }
 
@@ -75,23 +77,12 @@ resident (void)
 /* What else may be in use: of the test, or by the allocator. */
 #define SLACK ((size_t) 48 * MiB)
 
-static bool
-instrumented (void)
-{
-  const char *preload = getenv ("LD_PRELOAD");
-
-#if defined __SANITIZE_ADDRESS__ || defined __SANITIZE_THREAD__
-  return true;
-#endif
-  return preload != NULL && strstr (preload, "valgrind") != NULL;
-}
-
 static void
 assert_memory_below (size_t before, size_t bound)
 {
   const size_t now = resident ();
 
-  if (!instrumented () && now > before + bound + SLACK)
+  if (!is_instrumented () && now > before + bound + SLACK)
     fail_msg ("%zu MiB more than before", (now - before) / MiB);
 }
 
@@ -485,22 +476,44 @@ test_extents_nobody_takes (void **state)
   close (good);
 }
 
-/* Has a worker of fd keep an array of extents of 1 MiB, until it has been
- * idle for a while.
+/* More extents than extents_max, so they are told as one: the reply is short,
+ * but the array of extents has grown to 1 MiB.  A worker keeps it until it
+ * has been idle for a while.
  */
 static void
-keep_extents (int fd)
+ask_for_extents (int fd)
 {
   struct reply reply;
 
-  send_request (fd, 0, NBD_CMD_BLOCK_STATUS, 1, 0, 50 * MiB);
+  send_request (fd, 0, NBD_CMD_BLOCK_STATUS, 1, 0, 34 * MiB);
   recv_reply (fd, &reply, 0);
   assert_int_equal (reply.type, NBD_REPLY_TYPE_BLOCK_STATUS);
-  assert_int_equal (reply.length, 4 + 50 * MiB / 512 * 8);
+  assert_int_equal (reply.length, 4 + 8);
   free (reply.data);
 }
 
-static const char *const b_context[] = { "qemu:dirty-bitmap:b", NULL };
+/* A client of which a worker keeps extents.  Where the machine is busy the
+ * worker may lose the role, and keeps nothing: then another client tries.
+ * An instrumented one may lose it always.
+ */
+static int
+client_keeping_extents (void)
+{
+  static const char *const contexts[] = { "qemu:dirty-bitmap:b", NULL };
+
+  extents_max = 66000;
+  for (unsigned i = 1;; ++i) {
+    const size_t before = fixture_memory (&f);
+    const int fd = client_open (&f, contexts);
+
+    ask_for_extents (fd);
+    sleep_ms (10);
+    if (fixture_memory (&f) > before || (is_instrumented () && i == 3))
+      return fd;
+    assert_int_not_equal (i, 100);
+    close (fd);
+  }
+}
 
 /* What a worker keeps for its next request must not be what this waits
  * for: where memory is small 1 MiB less is too little.
@@ -508,45 +521,40 @@ static const char *const b_context[] = { "qemu:dirty-bitmap:b", NULL };
 static void
 test_large_request_after_extents (void **state)
 {
-  unsigned start;
   int fd;
 
   (void) state;
   make_fragments ();
   f.limits.memory = NBD_MIN_MEMORY;
   fixture_start (&f, false);
-  fd = client_open (&f, b_context);
-  keep_extents (fd);
-  start = milliseconds ();
+  fd = client_keeping_extents ();
   check_large_requests (fd);
-  assert_true (milliseconds () - start < 4000 * SLOWER);
   close (fd);
 }
 
 /* Clients that keep extents, and announce payloads that are refused and
- * do not come.
+ * do not come: nothing is kept meanwhile.
  */
 static void
 test_refused_payloads_that_stall (void **state)
 {
   enum { STALLING = 24 };
   int fd[STALLING], good;
-  unsigned start;
 
   (void) state;
   make_fragments ();
   f.limits.memory = NBD_MIN_MEMORY;
-  stall_ms = 500 * SLOWER;
   fixture_start (&f, false);
   good = client_open (&f, NULL);
-  for (unsigned i = 0; i < STALLING; ++i) {
-    fd[i] = client_open (&f, b_context);
-    keep_extents (fd[i]);
+  for (unsigned i = 0; i < STALLING; ++i)
+    fd[i] = client_keeping_extents ();
+  for (unsigned i = 0; i < STALLING; ++i)
     send_request (fd[i], 0, NBD_CMD_WRITE, 2, SIZE, MiB);
+  for (unsigned i = 0; fixture_memory (&f) > 0; ++i) {
+    assert_true (i < 1000);
+    sleep_ms (10);
   }
-  start = milliseconds ();
   check_large_requests (good);
-  assert_true (milliseconds () - start < 4000 * SLOWER);
   client_check_alive (&f, good);
   for (unsigned i = 0; i < STALLING; ++i)
     close (fd[i]);
@@ -579,15 +587,13 @@ test_headers_byte_by_byte (void **state)
   f.limits.memory = NBD_MIN_MEMORY;
   fixture_start (&f, false);
   good = client_open (&f, NULL);
-  for (unsigned i = 0; i < SLOW; ++i) {
-    fd[i] = client_open (&f, b_context);
-    keep_extents (fd[i]);
-  }
+  for (unsigned i = 0; i < SLOW; ++i)
+    fd[i] = client_keeping_extents ();
   atomic_store (&large_done, false);
   assert_int_equal (pthread_create (&thread, NULL, be_large, &good), 0);
   put_request (header, 0, NBD_CMD_READ, 7, 0, 1);
   for (unsigned n = 0; n < sizeof header; ++n) {
-    if (n == 8)
+    if (n == sizeof header - 1)
       assert_true (atomic_load (&large_done));
     for (unsigned i = 0; i < SLOW; ++i)
       send_bytes (fd[i], &header[n], 1);
@@ -730,7 +736,7 @@ test_memory_is_given_back (void **state)
   memset (f.disk->data, 1, SIZE);
   trim_ms = 200;
   fixture_start (&f, false);
-  if (instrumented ())
+  if (is_instrumented ())
     skip ();
   fd = client_open (&f, NULL);
   before = resident ();
@@ -766,7 +772,7 @@ test_many_connections (void **state)
   (void) state;
   f.limits.memory = bound;
   fixture_start (&f, false);
-  if (instrumented ())
+  if (is_instrumented ())
     skip ();
   before = resident ();
   good = client_open (&f, NULL);
@@ -837,7 +843,7 @@ test_messages (void **state)
 }
 
 int
-main (void)
+main (int argc, char *argv[])
 {
 #define TEST(name) cmocka_unit_test_setup_teardown (name, setup, teardown)
   const struct CMUnitTest tests[] = {
@@ -862,5 +868,7 @@ main (void)
     TEST (test_messages),
   };
 
+  if (argc > 1)
+    cmocka_set_test_filter (argv[1]);
   return cmocka_run_group_tests (tests, NULL, NULL);
 }
