@@ -25,7 +25,10 @@
 #include "tls-relay.h"
 
 #define SIZE (UINT64_C (8) * 1024 * 1024)
+#define FRAGMENTED (34 * 1024 * 1024)
 #define FIXED_NO_ZEROES (NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES)
+
+extern size_t extents_max;
 
 static struct fixture f;
 
@@ -60,6 +63,23 @@ setup_impatient (void **state)
 {
   (void) state;
   return start (true, 1);
+}
+
+/* Many extents, and memory that is short. */
+static int
+setup_short_of_memory (void **state)
+{
+  (void) state;
+  fixture_init (&f, FRAGMENTED);
+  fake_disk_add_bitmap (f.disk, "fine", 512);
+  for (size_t i = 0; i < FRAGMENTED / 512; i += 2)
+    f.disk->bitmaps[0].dirty[i] = 1;
+  f.tls = fixture_load_tls (&f, false);
+  f.limits.memory = NBD_MIN_MEMORY;
+  extents_max = 66000;
+  fixture_start (&f, false);
+  tls_relay_priority = NULL;
+  return 0;
 }
 
 static int
@@ -703,8 +723,106 @@ test_close_notify (void **state)
   }
 }
 
+/* Ask for more extents than extents_max: they are told as one, but the array
+ * of extents has grown to 1 MiB, and a worker keeps it until it has been
+ * idle for a while.
+ */
+static gnutls_session_t
+ask_for_extents (int fd)
+{
+  static const char *const queries[] = { "qemu:dirty-bitmap:fine", NULL };
+  gnutls_session_t session = encrypted (fd);
+  struct nbd_structured_reply reply;
+  uint8_t data[100];
+  uint32_t length;
+
+  tls_option (session, NBD_OPT_STRUCTURED_REPLY, NULL, 0);
+  assert_int_equal (tls_option_reply (session, NULL), NBD_REP_ACK);
+  length = make_context_query (data, "", queries);
+  tls_option (session, NBD_OPT_SET_META_CONTEXT, data, length);
+  assert_int_equal (tls_option_reply (session, NULL), NBD_REP_META_CONTEXT);
+  assert_int_equal (tls_option_reply (session, NULL), NBD_REP_ACK);
+  tls_go (session, NULL);
+
+  tls_request (session, NBD_CMD_BLOCK_STATUS, 1, FRAGMENTED);
+  tls_recv_bytes (session, &reply, sizeof reply);
+  assert_int_equal (be16toh (reply.type), NBD_REPLY_TYPE_BLOCK_STATUS);
+  assert_int_equal (be32toh (reply.length), 4 + 8);
+  tls_recv_bytes (session, data, 4 + 8);
+  return session;
+}
+
+/* A client of which a worker keeps extents.  Where the machine is busy the
+ * worker may lose the role, and keeps nothing: then another client tries.
+ * An instrumented one may lose it always.
+ */
+static int
+client_keeping_extents (gnutls_session_t *session)
+{
+  for (unsigned i = 1;; ++i) {
+    const size_t before = fixture_memory (&f);
+    const int fd = starttls ();
+
+    *session = ask_for_extents (fd);
+    sleep_ms (10);
+    if (fixture_memory (&f) > before || (is_instrumented () && i == 3))
+      return fd;
+    assert_int_not_equal (i, 100);
+    hang_up (fd, *session);
+  }
+}
+
+/* Clients that send the record of their next request byte by byte.  What
+ * their workers keep is given to one that waits for it: a byte is enough.
+ */
+static void
+test_records_byte_by_byte (void **state)
+{
+  enum { SLOW = 16, STEP_MS = 100, LARGE = 32 * 1024 * 1024 };
+  struct {
+    int fd;
+    gnutls_session_t session;
+    uint8_t record[100];
+  } slow[SLOW];
+  size_t length = 0;
+  struct reply reply;
+  struct pollfd good = { .events = POLLIN };
+
+  (void) state;
+  good.fd = client_open (&f, NULL);
+  for (unsigned i = 0; i < SLOW; ++i) {
+    slow[i].fd = client_keeping_extents (&slow[i].session);
+    use_outbox (slow[i].session);
+    tls_request (slow[i].session, NBD_CMD_FLUSH, 2, 0);
+    length = outbox.used;
+    assert_in_range (length, sizeof (struct nbd_request) + 1,
+                     sizeof slow[i].record);
+    memcpy (slow[i].record, outbox.buf, length);
+  }
+
+  send_request (good.fd, NBD_CMD_FLAG_DF, NBD_CMD_READ, 3, 0, LARGE);
+  for (size_t n = 0; n < length; ++n) {
+    const int come = poll (&good, 1, STEP_MS);
+
+    if (n == length - 1)
+      assert_int_equal (come, 1);
+    for (unsigned i = 0; i < SLOW; ++i)
+      send_bytes (slow[i].fd, &slow[i].record[n], 1);
+  }
+  recv_reply (good.fd, &reply, 0);
+  assert_int_equal (reply.error, 0);
+  assert_int_equal (reply.length, 8 + LARGE);
+  free (reply.data);
+  close (good.fd);
+
+  for (unsigned i = 0; i < SLOW; ++i) {
+    assert_int_equal (tls_simple_reply (slow[i].session, 2), 0);
+    hang_up (slow[i].fd, slow[i].session);
+  }
+}
+
 int
-main (void)
+main (int argc, char *argv[])
 {
 #define REQUIRED(name)                                                  \
   cmocka_unit_test_setup_teardown (name, setup_required, teardown)
@@ -729,7 +847,11 @@ main (void)
     REQUIRED (test_versions),
     REQUIRED (test_small_records),
     REQUIRED (test_close_notify),
+    cmocka_unit_test_setup_teardown (test_records_byte_by_byte,
+                                     setup_short_of_memory, teardown),
   };
 
+  if (argc > 1)
+    cmocka_set_test_filter (argv[1]);
   return cmocka_run_group_tests (tests, NULL, NULL);
 }
