@@ -21,8 +21,10 @@
  * Memory (budget.c).  A connection holds memory on account of its client
  * while it receives a payload or sends replies.  It is cut if a worker of
  * another one waits for memory, and its own client has not moved
- * STALL_BYTES for stall_ms.  A connection that waits for memory and stalls
- * does not count as waiting.
+ * STALL_BYTES for stall_ms.  What is sent is counted when a call returns,
+ * so on a Unix socket it is SEND_SIZE (stream.c) that the client must take
+ * in that time.  A connection that waits for memory and stalls does not
+ * count as waiting.
  */
 
 #include <config.h>

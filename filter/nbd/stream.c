@@ -45,6 +45,13 @@
  */
 #define BRISK_TRIES 40
 
+/* Send so many bytes at most by one call: only when it returns is it seen
+ * that the client takes them.  A Unix socket's sendmsg may last as long as
+ * the client likes, if the client takes a few now and then.  1 MiB and what
+ * is gathered before it leave by one call.
+ */
+#define SEND_SIZE (1024 * 1024 + 64 * 1024)
+
 int
 stream_init (struct stream *s, int fd, unsigned idle_seconds,
              const atomic_bool *stopping)
@@ -315,6 +322,26 @@ advance (struct msghdr *msg, size_t n)
   }
 }
 
+/* Send SEND_SIZE bytes at most. */
+static ssize_t
+send_some (struct stream *s, struct msghdr msg, int64_t *since)
+{
+  size_t nr = 0, left = SEND_SIZE, whole;
+  ssize_t r;
+
+  while (nr < msg.msg_iovlen && msg.msg_iov[nr].iov_len < left)
+    left -= msg.msg_iov[nr++].iov_len;
+  if (nr == msg.msg_iovlen)
+    return socket_send (&s->socket, &msg, 0, since);
+
+  whole = msg.msg_iov[nr].iov_len;
+  msg.msg_iov[nr].iov_len = left;
+  msg.msg_iovlen = nr + 1;
+  r = socket_send (&s->socket, &msg, 0, since);
+  msg.msg_iov[nr].iov_len = whole;
+  return r;
+}
+
 static int
 send_plain (struct stream *s, struct iovec *iov, size_t nr)
 {
@@ -326,7 +353,7 @@ send_plain (struct stream *s, struct iovec *iov, size_t nr)
     advance (&msg, r);
     if (msg.msg_iovlen == 0)
       return 0;
-    r = socket_send (&s->socket, &msg, 0, &since);
+    r = send_some (s, msg, &since);
     if (r == -1)
       return -1;
   }

@@ -725,6 +725,39 @@ test_slow_but_steady (void **state)
   free (buf);
 }
 
+/* Nor is one that takes its reply slowly, but goes on. */
+static void
+test_slow_but_steady_reader (void **state)
+{
+  const size_t length = sizeof (struct nbd_structured_reply) + 8 + 32 * MiB;
+  uint8_t *buf = calloc (1, length);
+  int fd, good;
+  size_t got = 1;
+  unsigned start;
+
+  (void) state;
+  f.limits.memory = NBD_MIN_MEMORY;
+  stall_ms = 1000;
+  fixture_start (&f, false);
+  good = client_open (&f, NULL);
+  fd = client_open (&f, NULL);
+  send_request (fd, NBD_CMD_FLAG_DF, NBD_CMD_READ, 1, 0, 32 * MiB);
+  recv_bytes (fd, buf, 1);
+  send_request (good, NBD_CMD_FLAG_FUA, NBD_CMD_WRITE, 1, 0, 32 * MiB);
+  start = milliseconds ();
+  while (milliseconds () - start < 2500) {
+    recv_bytes (fd, buf, 256 * 1024);
+    got += 256 * 1024;
+    sleep_ms (50);
+  }
+  recv_bytes (fd, buf, length - got);
+  send_bytes (good, buf, 32 * MiB);
+  expect_error (good, 1, 0);
+  close (fd);
+  close (good);
+  free (buf);
+}
+
 /* What large requests used is given back when they are no more. */
 static void
 test_memory_is_given_back (void **state)
@@ -863,6 +896,7 @@ main (int argc, char *argv[])
     TEST (test_large_request_among_busy_ones),
     TEST (test_hog_alone),
     TEST (test_slow_but_steady),
+    TEST (test_slow_but_steady_reader),
     TEST (test_memory_is_given_back),
     TEST (test_many_connections),
     TEST (test_messages),
