@@ -203,10 +203,11 @@ static int
 write_slices (struct qcow2 *q, struct flush *f, bool *wrote)
 {
   const size_t n = f->nr_unwritten;
-  const struct l2_copy *copies = f->copies + f->nr_copies - n;
+  const struct l2_copy *copies;
 
   if (n == 0)
     return 0;
+  copies = f->copies + f->nr_copies - n;
   for (size_t i = 0; i < n; ++i)
     if (l2_write_copy (q, &copies[i], f->data + i * l2_slice_bytes (q)) == -1)
       return -1;
