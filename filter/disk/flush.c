@@ -149,13 +149,28 @@ flush_since (struct qcow2 *q, struct bitmap_set *bitmaps,
   return r;
 }
 
+/* The flush has returned r, with errno: of one that succeeds nothing is
+ * reported.
+ */
+static int
+end_hold (struct report_hold *hold, int r)
+{
+  const int err = errno;
+
+  report_hold_end (hold);
+  errno = err;
+  if (r == -1)
+    report_held (hold);
+  return r;
+}
+
 int
 image_flush (struct qcow2 *q, struct bitmap_set *bitmaps)
 {
   const unsigned long number = qcow2_flushes_begun (q);
   struct report_hold hold;
   bool lack_space;
-  int r, err;
+  int r;
 
   if (qcow2_is_readonly (q))
     return 0;
@@ -164,12 +179,7 @@ image_flush (struct qcow2 *q, struct bitmap_set *bitmaps)
   if (r == 0 && lack_space && qcow2_can_reclaim (q) &&
       qcow2_reclaim_quietly (q) == 0)
     r = flush_since (q, bitmaps, qcow2_flushes_begun (q), &lack_space);
-  err = errno;
-  report_hold_end (&hold);
-  errno = err;
-  if (r == -1)
-    report_held (&hold);
-  return r;
+  return end_hold (&hold, r);
 }
 
 int
@@ -197,7 +207,7 @@ flush_to_stop (struct qcow2 *q, struct bitmap_set *bitmaps)
 {
   struct report_hold hold;
   bool lack_space, unused;
-  int r, err;
+  int r;
 
   report_hold_begin (&hold);
   r = flush (q, bitmaps, &lack_space);
@@ -206,12 +216,7 @@ flush_to_stop (struct qcow2 *q, struct bitmap_set *bitmaps)
     qcow2_retire_all (q);
     r = flush (q, bitmaps, &unused);
   }
-  err = errno;
-  report_hold_end (&hold);
-  errno = err;
-  if (r == -1)
-    report_held (&hold);
-  return r;
+  return end_hold (&hold, r);
 }
 
 int

@@ -75,7 +75,7 @@ qcow2_is_settled (struct qcow2 *q)
 static bool
 all_clean (struct qcow2 *q)
 {
-  return release_is_empty (q) && atomic_load (&q->rc.nr_dirty) == 0 &&
+  return qcow2_is_settled (q) &&
     atomic_load (&q->l2.nr_dirty) == 0 && q->l1.nr_dirty == 0;
 }
 
