@@ -380,8 +380,9 @@ check_notes (const struct required required[MAX_SPECS], size_t point,
 }
 
 /* One crash at point: durable has everything up to the last barrier,
- * which is event barrier.  Of the writes after it those in the subset
- * are applied; torn if it is UINT64_MAX.
+ * which is event barrier.  Of the writes after it those whose bits are
+ * set in subset are applied, bit n for write n, and bit 62 for all
+ * writes from there on; torn if it is UINT64_MAX.
  */
 static void
 crash_once (struct recorder *r, const struct required *required,
@@ -399,7 +400,7 @@ crash_once (struct recorder *r, const struct required *required,
       continue;
     if (subset == UINT64_MAX)
       apply_torn (image, e, seed);
-    else if (subset >> n & 1)
+    else if (subset >> min_u64 (n, 62) & 1)
       apply (image, e, 0, e->count);
     n++;
   }
