@@ -203,3 +203,12 @@ report_held (const struct report_hold *hold)
   if (hold->any)
     report_of_kind (hold->fmt, "%s", hold->text);
 }
+
+int
+report_hold_result (struct report_hold *hold, int r)
+{
+  report_hold_end (hold);
+  if (r == -1)
+    report_held (hold);
+  return r;
+}

@@ -68,4 +68,9 @@ extern void report_hold_end (struct report_hold *);
 /* After the end: report the error that was kept back. */
 extern void report_held (const struct report_hold *);
 
+/* End it, and report that error only if the result r, which is returned, is
+ * -1: of what succeeds nothing is reported.
+ */
+extern int report_hold_result (struct report_hold *, int r);
+
 #endif /* DIRTY_BITMAP_REPORT_H */

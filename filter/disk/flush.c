@@ -149,21 +149,6 @@ flush_since (struct qcow2 *q, struct bitmap_set *bitmaps,
   return r;
 }
 
-/* The flush has returned r, with errno: of one that succeeds nothing is
- * reported.
- */
-static int
-end_hold (struct report_hold *hold, int r)
-{
-  const int err = errno;
-
-  report_hold_end (hold);
-  errno = err;
-  if (r == -1)
-    report_held (hold);
-  return r;
-}
-
 int
 image_flush (struct qcow2 *q, struct bitmap_set *bitmaps)
 {
@@ -179,7 +164,7 @@ image_flush (struct qcow2 *q, struct bitmap_set *bitmaps)
   if (r == 0 && lack_space && qcow2_can_reclaim (q) &&
       qcow2_reclaim_quietly (q) == 0)
     r = flush_since (q, bitmaps, qcow2_flushes_begun (q), &lack_space);
-  return end_hold (&hold, r);
+  return report_hold_result (&hold, r);
 }
 
 int
@@ -216,7 +201,7 @@ flush_to_stop (struct qcow2 *q, struct bitmap_set *bitmaps)
     qcow2_retire_all (q);
     r = flush (q, bitmaps, &unused);
   }
-  return end_hold (&hold, r);
+  return report_hold_result (&hold, r);
 }
 
 int

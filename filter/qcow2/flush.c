@@ -305,9 +305,6 @@ qcow2_flush (struct qcow2 *q)
     r = flush_alone (q);
   err = errno;
   qcow2_flush_unlock (q);
-  report_hold_end (&hold);
   errno = err;
-  if (r == -1)
-    report_held (&hold);
-  return r;
+  return report_hold_result (&hold, r);
 }

@@ -105,16 +105,9 @@ static int
 flush_to_stop (struct qcow2 *q)
 {
   struct report_hold hold;
-  int r, err;
 
   report_hold_begin (&hold);
-  r = flush_alone (q);
-  err = errno;
-  report_hold_end (&hold);
-  errno = err;
-  if (r == -1)
-    report_held (&hold);
-  return r;
+  return report_hold_result (&hold, flush_alone (q));
 }
 
 /* Cut the container to the used part. */
