@@ -25,8 +25,8 @@ name=nbdkit-dirty-bitmap-filter
 
 # What can be installed for several machines at once; libnbd cannot, but
 # only bench/ needs it.
-libraries="libcmocka-dev libgnutls28-dev libzstd-dev nbdkit-plugin-dev
-           zlib1g-dev"
+libraries="libcmocka-dev libgnutls28-dev libjansson-dev libzstd-dev
+           nbdkit-plugin-dev zlib1g-dev"
 programs="autoconf automake gcc-i686-linux-gnu gcc-s390x-linux-gnu libc6-dev
           libtool make musl-tools perl pkg-config qemu-user-static qemu-utils"
 
@@ -138,6 +138,7 @@ compile_musl ()
     rm -rf "$headers"
     mkdir -p "$headers"
     for header in linux asm-generic gnutls zlib.h zconf.h zstd.h \
+                  jansson.h jansson_config.h \
                   nbdkit-common.h nbdkit-filter.h nbdkit-plugin.h \
                   nbdkit-version.h nbd-protocol.h nbdkit-compat.h; do
         test ! -e "/usr/include/$header" ||
@@ -147,7 +148,7 @@ compile_musl ()
     configure_in build-musl CC="musl-gcc -idirafter $headers"
     # A shared object may have symbols that are found only when it is loaded.
     make -s -k -j"$(nproc)" -C build-musl/filter LIBS= GNUTLS_LIBS= \
-         ZLIB_LIBS= LIBZSTD_LIBS=
+         ZLIB_LIBS= LIBZSTD_LIBS= JANSSON_LIBS=
 }
 
 one_machine ()
