@@ -173,6 +173,14 @@ extern const struct bitmap *bitmap_set_exposed (const struct bitmap_set *,
 extern const char *bitmap_name (const struct bitmap *);
 extern uint64_t bitmap_granularity (const struct bitmap *);
 
+/* A reference to a bitmap, which keeps its memory; and its end, in any
+ * thread and with any lock held.  The set has one of its own, until the
+ * bitmap is removed from it or the set is closed.  From then on no change is
+ * recorded in the bitmap.  Its name, granularity and bits can still be read.
+ */
+extern const struct bitmap *bitmap_get (const struct bitmap *);
+extern void bitmap_put (const struct bitmap *);
+
 /* Does the set have a bitmap of this name that clients are offered, or
  * (after a check) would be?
  */

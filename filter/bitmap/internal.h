@@ -96,6 +96,7 @@ struct bitmap {
   unsigned shift;               /* log2 of the granularity */
   _Atomic enum bitmap_state state; /* changed under state_lock */
 
+  atomic_ulong references;      /* bitmap_get; the last put frees it */
   char *name;
   uint32_t flags;               /* in the image when it was opened */
   bool inconsistent;            /* found in use: no bits are loaded, not
@@ -260,11 +261,13 @@ bitmap_is_ahead (const struct bitmap *b, uint64_t offset, uint64_t count)
 
 /* set.c */
 
-/* Make a bitmap of nr_bits (0 for none at all), not in the set yet.
- * NULL with ENOMEM.
+/* Make a bitmap of nr_bits (0 for none at all), not in the set yet, with one
+ * reference.  NULL with ENOMEM.
  */
 extern struct bitmap *bitmap_new (const struct bitmap_directory_entry *,
                                   uint64_t nr_bits);
+
+/* Free a bitmap to which there is no reference, or but the caller's. */
 extern void bitmap_free (struct bitmap *);
 
 /* Make room for nr more bitmaps. */

@@ -16,6 +16,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -40,6 +41,7 @@ bitmap_new (const struct bitmap_directory_entry *e, uint64_t nr_bits)
 
   if (b == NULL)
     return NULL;
+  atomic_init (&b->references, 1);
   b->shift = e->granularity_bits;
   b->flags = e->flags;
   b->inconsistent = e->flags & BITMAP_FLAG_IN_USE;
@@ -70,6 +72,36 @@ bitmap_free (struct bitmap *b)
   free (b->table);
   free (b->name);
   free (b);
+}
+
+/* To count is not to change the bitmap: a reader may do it. */
+static atomic_ulong *
+references (const struct bitmap *b)
+{
+  return &((struct bitmap *) b)->references;
+}
+
+const struct bitmap *
+bitmap_get (const struct bitmap *b)
+{
+  const unsigned long old =
+    atomic_fetch_add_explicit (references (b), 1, memory_order_relaxed);
+
+  assert (old > 0);
+  (void) old;
+  return b;
+}
+
+/* What each thread did with the bitmap comes before it is freed. */
+void
+bitmap_put (const struct bitmap *b)
+{
+  const unsigned long old =
+    atomic_fetch_sub_explicit (references (b), 1, memory_order_acq_rel);
+
+  assert (old > 0);
+  if (old == 1)
+    bitmap_free ((struct bitmap *) b);
 }
 
 int
@@ -317,7 +349,7 @@ bitmap_set_close (struct bitmap_set *set)
   if (set->is_backing)
     qcow2_unregister_bitmaps (set->image);
   for (size_t i = 0; i < set->nr_bitmaps; ++i)
-    bitmap_free (set->bitmaps[i]);
+    bitmap_put (set->bitmaps[i]);
   free (set->bitmaps);
   free (set->recording);
   free (set->exposed);
