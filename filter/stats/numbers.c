@@ -16,6 +16,7 @@
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 #include "common/cleanup.h"
@@ -174,7 +175,9 @@ put_outcomes_ns (struct stats_output *o, const char *name, const char *help,
     put_labelled (o, "result", outcome_names[i], STATS_SECONDS, ns[i]);
 }
 
-/* Bitmaps are listed once, and told under several metrics. */
+/* Bitmaps are listed once, and told under several metrics.  Their names are
+ * copies, since bitmaps may be removed meanwhile.
+ */
 struct bitmap_list {
   struct disk_bitmap_numbers *bitmaps;
   size_t nr, max;
@@ -186,12 +189,28 @@ add_bitmap (const struct disk_bitmap_numbers *b, void *opaque)
 {
   struct bitmap_list *list = opaque;
 
-  if (vector_reserve (list->bitmaps, list->nr, list->max, 1) == -1) {
+  char *name = strdup (b->name);
+
+  if (name == NULL ||
+      vector_reserve (list->bitmaps, list->nr, list->max, 1) == -1) {
+    free (name);
     list->failed = true;
     return;
   }
-  list->bitmaps[list->nr++] = *b;
+  list->bitmaps[list->nr] = *b;
+  list->bitmaps[list->nr++].name = name;
 }
+
+static void
+bitmap_list_free (struct bitmap_list *list)
+{
+  for (size_t i = 0; i < list->nr; ++i)
+    free ((char *) list->bitmaps[i].name);
+  free (list->bitmaps);
+}
+
+#define CLEANUP_BITMAP_LIST_FREE \
+  __attribute__ ((cleanup (bitmap_list_free)))
 
 static uint64_t
 dirty_bytes (const struct disk_bitmap_numbers *b)
@@ -360,14 +379,12 @@ tell_self (struct stats_output *o, const struct stats *s)
 int
 stats_tell (struct stats *s, struct disk *d, struct stats_output *o)
 {
-  struct bitmap_list list = { .nr = 0 };
+  CLEANUP_BITMAP_LIST_FREE struct bitmap_list list = { .nr = 0 };
   CLEANUP_FREE struct stats_totals *totals =
     calloc (STATS_NR_COMMANDS, sizeof *totals);
-  CLEANUP_FREE struct disk_bitmap_numbers *bitmaps = NULL;
   struct disk_numbers n;
 
   disk_each_bitmap (d, add_bitmap, &list);
-  bitmaps = list.bitmaps;
   if (totals == NULL || list.failed)
     return -1;
   for (unsigned i = 0; i < STATS_NR_COMMANDS; ++i)
