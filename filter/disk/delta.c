@@ -7,8 +7,8 @@
  * clean bytes read as zeroes.
  *
  * The disk may be written meanwhile.  Bits are set before the data are
- * changed (disk.c), and as long as the disk is open they are not cleared,
- * so:
+ * changed (disk.c), and they are not cleared: where a bitmap is, reads by
+ * earlier offers fail (offers.h).  So:
  *
  * - A write that was acknowledged before a read of the delta began has
  *   its bits set, and the read returns it.
@@ -30,8 +30,8 @@
 #include "disk/disk.h"
 
 int
-disk_delta_read (struct disk *d, size_t bitmap, void *buf, uint32_t count,
-                 uint64_t offset)
+disk_delta_read (struct disk *d, const struct disk_offer *bitmap, void *buf,
+                 uint32_t count, uint64_t offset)
 {
   uint8_t *p = buf;
   uint64_t n;
@@ -42,7 +42,9 @@ disk_delta_read (struct disk *d, size_t bitmap, void *buf, uint32_t count,
     return -1;
   }
   for (; count > 0; p += n, offset += n, count -= n) {
-    n = disk_bitmap_run (d, bitmap, offset, offset + count, &dirty);
+    n = disk_bitmap_run (bitmap, offset, offset + count, &dirty);
+    if (n == 0)
+      return -1;
     if (!dirty)
       memset (p, 0, n);
     else if (disk_read (d, p, n, offset) == -1)
@@ -107,8 +109,8 @@ add_dirty (struct disk *d, uint64_t offset, struct qcow2_chunk *c,
 }
 
 int
-disk_delta_read_chunk (struct disk *d, size_t bitmap, uint64_t offset,
-                       struct qcow2_chunk *c)
+disk_delta_read_chunk (struct disk *d, const struct disk_offer *bitmap,
+                       uint64_t offset, struct qcow2_chunk *c)
 {
   bool complete = false;
 
@@ -122,9 +124,10 @@ disk_delta_read_chunk (struct disk *d, size_t bitmap, uint64_t offset,
     const uint64_t at = offset + c->length;
     const uint64_t limit = c->length == 0 ? c->limit : c->count;
     bool dirty;
-    const uint64_t n = disk_bitmap_run (d, bitmap, at, offset + limit,
-                                        &dirty);
+    const uint64_t n = disk_bitmap_run (bitmap, at, offset + limit, &dirty);
 
+    if (n == 0)
+      return -1;
     if (!dirty)
       complete = add_clean (c, n);
     else if (add_dirty (d, offset, c, n, &complete) == -1)
@@ -134,8 +137,9 @@ disk_delta_read_chunk (struct disk *d, size_t bitmap, uint64_t offset,
 }
 
 int
-disk_delta_extent (struct disk *d, size_t bitmap, uint64_t offset,
-                   uint64_t limit, uint64_t *length, uint32_t *flags)
+disk_delta_extent (struct disk *d, const struct disk_offer *bitmap,
+                   uint64_t offset, uint64_t limit, uint64_t *length,
+                   uint32_t *flags)
 {
   bool dirty;
 
@@ -143,7 +147,9 @@ disk_delta_extent (struct disk *d, size_t bitmap, uint64_t offset,
     errno = EINVAL;
     return -1;
   }
-  *length = disk_bitmap_run (d, bitmap, offset, limit, &dirty);
+  *length = disk_bitmap_run (bitmap, offset, limit, &dirty);
+  if (*length == 0)
+    return -1;
   *flags = disk_delta_flags (dirty);
   return 0;
 }

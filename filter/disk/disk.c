@@ -26,33 +26,10 @@
 #include "common/names.h"
 #include "common/report.h"
 #include "container/container.h"
-#include "disk/disk.h"
 #include "disk/flush.h"
+#include "disk/internal.h"
 #include "qcow2/order.h"
 #include "qcow2/qcow2.h"
-
-/* A bitmap that clients are offered. */
-struct offered {
-  const struct bitmap *bitmap;
-  atomic_ulong holders;         /* clients that read it */
-  uint64_t size;                /* how much of the disk the bitmap covers */
-};
-
-struct disk {
-  struct container *container;
-  struct qcow2 *qcow2;
-  struct bitmap_set *bitmaps;   /* the image's, sets[0] */
-  struct bitmap_set **sets;
-  size_t nr_sets;
-  struct offered *offered;
-  size_t nr_offered;
-  uint64_t size;
-
-  /* Failed barriers are counted (qcow2_lost).  This is the count at the last
-   * failure that was reported to any client.
-   */
-  atomic_ulong told;
-};
 
 /* Open the bitmaps of an image as the next set downward. */
 static int
@@ -63,6 +40,7 @@ open_set (struct disk *d, struct qcow2 *image,
 
   if (set == NULL)
     return -1;
+  d->sizes[d->nr_sets] = min_u64 (d->size, qcow2_size (image));
   d->sets[d->nr_sets++] = set;
   return 0;
 }
@@ -103,7 +81,8 @@ open_sets (struct disk *d, const struct disk_options *o, bool check_only)
   };
 
   d->sets = calloc (1 + nr_backing, sizeof *d->sets);
-  if (d->sets == NULL) {
+  d->sizes = calloc (1 + nr_backing, sizeof *d->sizes);
+  if (d->sets == NULL || d->sizes == NULL) {
     report_error ("calloc: %m");
     return -1;
   }
@@ -126,31 +105,6 @@ open_sets (struct disk *d, const struct disk_options *o, bool check_only)
 }
 
 static int
-make_offers (struct disk *d, const struct disk_options *o)
-{
-  size_t nr = 0;
-
-  for (size_t i = 0; i < d->nr_sets; ++i)
-    nr += bitmap_set_nr_exposed (d->sets[i]);
-  d->offered = calloc (nr + 1, sizeof *d->offered);
-  if (d->offered == NULL) {
-    report_error ("calloc: %m");
-    return -1;
-  }
-  for (size_t i = 0; i < d->nr_sets; ++i) {
-    const uint64_t size =
-      i == 0 ? d->size
-      : min_u64 (d->size, qcow2_size (o->backing[i - 1].image));
-
-    for (size_t j = 0; j < bitmap_set_nr_exposed (d->sets[i]); ++j)
-      d->offered[d->nr_offered++] =
-        (struct offered) { .bitmap = bitmap_set_exposed (d->sets[i], j),
-                           .size = size };
-  }
-  return 0;
-}
-
-static int
 open_parts (struct disk *d, struct container *c,
             const struct disk_options *options, bool check_only)
 {
@@ -163,13 +117,15 @@ open_parts (struct disk *d, struct container *c,
     .data_file = options->data_file,
   };
 
+  offers_init (&d->offers);
   d->qcow2 = qcow2_open (c, &image);
   if (d->qcow2 == NULL)
     return -1;
   d->size = qcow2_size (d->qcow2);
   if (open_sets (d, options, check_only) == -1)
     return -1;
-  return check_only ? 0 : make_offers (d, options);
+  return check_only ? 0
+    : offers_replace (&d->offers, d->sets, d->sizes, d->nr_sets);
 }
 
 static void
@@ -180,7 +136,8 @@ close_parts (struct disk *d)
   for (size_t i = 0; i < d->nr_sets; ++i)
     bitmap_set_close (d->sets[i]);
   free (d->sets);
-  free (d->offered);
+  free (d->sizes);
+  offers_free (&d->offers);
   qcow2_close (d->qcow2);
   errno = err;
 }
@@ -503,49 +460,6 @@ disk_extent_depth (struct disk *d, uint64_t offset, uint64_t limit,
   return 0;
 }
 
-size_t
-disk_nr_bitmaps (const struct disk *d)
-{
-  return d->nr_offered;
-}
-
-const char *
-disk_bitmap_name (const struct disk *d, size_t i)
-{
-  return bitmap_name (d->offered[i].bitmap);
-}
-
-uint64_t
-disk_bitmap_granularity (const struct disk *d, size_t i)
-{
-  return bitmap_granularity (d->offered[i].bitmap);
-}
-
-size_t
-disk_bitmap_runs (const struct disk *d, size_t i, uint64_t offset,
-                  uint64_t limit, uint64_t *ends, size_t max, bool *dirty)
-{
-  const struct offered *o = &d->offered[i];
-  size_t nr;
-
-  if (offset >= o->size) {
-    *dirty = true;
-    ends[0] = limit;
-    return 1;
-  }
-  nr = bitmap_runs (o->bitmap, offset, min_u64 (limit, o->size), ends, max,
-                    dirty);
-  if (limit <= o->size || ends[nr - 1] < o->size)
-    return nr;
-
-  /* The last run is dirty too, or is followed by one that is. */
-  if (*dirty == (nr % 2 == 1))
-    ends[nr - 1] = limit;
-  else if (nr < max)
-    ends[nr++] = limit;
-  return nr;
-}
-
 void
 disk_get_numbers (const struct disk *d, struct disk_numbers *n)
 {
@@ -564,24 +478,15 @@ is_recording (const struct disk *d, const struct bitmap *b)
   return false;
 }
 
-static bool
-is_offered (const struct disk *d, const struct bitmap *b)
-{
-  for (size_t i = 0; i < d->nr_offered; ++i)
-    if (d->offered[i].bitmap == b)
-      return true;
-  return false;
-}
-
 static void
-get_bitmap_numbers (const struct disk *d, const struct offered *o,
-                    struct disk_bitmap_numbers *n)
+get_bitmap_numbers (const struct disk *d, const struct bitmap *b,
+                    uint64_t size, struct disk_bitmap_numbers *n)
 {
-  n->name = bitmap_name (o->bitmap);
-  n->granularity = bitmap_granularity (o->bitmap);
-  n->records = is_recording (d, o->bitmap);
-  n->dirty_bytes = bitmap_dirty_bytes (o->bitmap, o->size, &n->memory_bytes);
-  n->extra_bytes = bitmap_extra_bytes (o->bitmap);
+  n->name = bitmap_name (b);
+  n->granularity = bitmap_granularity (b);
+  n->records = is_recording (d, b);
+  n->dirty_bytes = bitmap_dirty_bytes (b, size, &n->memory_bytes);
+  n->extra_bytes = bitmap_extra_bytes (b);
 }
 
 void
@@ -589,42 +494,24 @@ disk_each_bitmap (const struct disk *d,
                   void (*fn) (const struct disk_bitmap_numbers *, void *),
                   void *opaque)
 {
+  struct disk_offers *offers = disk_offers_get (d);
   struct disk_bitmap_numbers n;
 
-  for (size_t i = 0; i < d->nr_offered; ++i) {
-    get_bitmap_numbers (d, &d->offered[i], &n);
+  for (size_t i = 0; i < disk_offers_nr (offers); ++i) {
+    const struct disk_offer *o = disk_offers_at (offers, i);
+
+    get_bitmap_numbers (d, o->bitmap, o->size, &n);
     fn (&n, opaque);
   }
   for (size_t i = 0; i < bitmap_set_nr_recording (d->bitmaps); ++i) {
-    const struct offered o = { .bitmap = bitmap_set_recording (d->bitmaps, i),
-                               .size = d->size };
+    const struct bitmap *b = bitmap_set_recording (d->bitmaps, i);
 
-    if (is_offered (d, o.bitmap))
+    if (offers_of (offers, b) != NULL)
       continue;
-    get_bitmap_numbers (d, &o, &n);
+    get_bitmap_numbers (d, b, d->size, &n);
     fn (&n, opaque);
   }
-}
-
-void
-disk_bitmap_hold (struct disk *d, size_t i)
-{
-  atomic_fetch_add (&d->offered[i].holders, 1);
-}
-
-void
-disk_bitmap_release (struct disk *d, size_t i)
-{
-  atomic_fetch_sub (&d->offered[i].holders, 1);
-}
-
-static bool
-is_held (const struct disk *d, const struct bitmap *b)
-{
-  for (size_t i = 0; i < d->nr_offered; ++i)
-    if (d->offered[i].bitmap == b)
-      return atomic_load (&d->offered[i].holders) > 0;
-  return false;
+  disk_offers_put (offers);
 }
 
 void
@@ -632,6 +519,8 @@ disk_list_bitmaps (const struct disk *d,
                    void (*fn) (const struct disk_bitmap_state *, void *),
                    void *opaque)
 {
+  struct disk_offers *offers = disk_offers_get (d);
+
   for (size_t i = 0; i < bitmap_set_nr_all (d->bitmaps); ++i) {
     const struct bitmap *b = bitmap_set_get (d->bitmaps, i);
     uint64_t ignored;
@@ -641,9 +530,10 @@ disk_list_bitmaps (const struct disk *d,
       .dirty_bytes = bitmap_dirty_bytes (b, UINT64_MAX, &ignored),
       .is_enabled = bitmap_is_enabled (b),
       .is_inconsistent = bitmap_is_inconsistent (b),
-      .is_in_use = is_held (d, b),
+      .is_in_use = offers_is_held_on (offers, b),
     };
 
     fn (&state, opaque);
   }
+  disk_offers_put (offers);
 }

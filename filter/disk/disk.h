@@ -181,15 +181,50 @@ extern int disk_extent (struct disk *, uint64_t offset, uint64_t limit,
 extern int disk_extent_depth (struct disk *, uint64_t offset, uint64_t limit,
                               uint64_t *length, uint32_t *depth);
 
-/* Bitmaps that clients are offered, 0 to disk_nr_bitmaps - 1, in the order
- * of the image's directory, then those of its backing files.  Writes to the
- * disk change only the image's own.  The set is fixed once the disk is open.
- * The format does not terminate names with NUL, but names that contain a NUL
+/* Bitmaps that clients are offered (offers.h).  An offer is one of them.  It
+ * and all that can be asked of it exist as long as the caller has a
+ * reference, even if the bitmap is removed meanwhile.
+ */
+struct disk_offer;
+extern struct disk_offer *disk_offer_get (struct disk_offer *);
+extern void disk_offer_put (struct disk_offer *); /* or NULL */
+
+/* All that there are at one moment, in the order of the image's directory,
+ * then those of its backing files.  Writes to the disk change only the
+ * image's own.  A list never changes.  When the set of bitmaps does, another
+ * list takes its place.  disk_offers_get returns a reference to the current
+ * one, at the same cost however long it is, for disk_offers_put.
+ */
+struct disk_offers;
+extern struct disk_offers *disk_offers_get (const struct disk *);
+extern void disk_offers_put (struct disk_offers *); /* or NULL */
+extern size_t disk_offers_nr (const struct disk_offers *);
+
+/* Offer i.  The reference is the list's. */
+extern struct disk_offer *disk_offers_at (const struct disk_offers *,
+                                          size_t i);
+
+/* The place of the bitmap of this name, which needs no NUL behind it.  False
+ * if there is none.  It is looked up in an index.
+ */
+extern bool disk_offers_find (const struct disk_offers *, const char *name,
+                              size_t length, size_t *i);
+
+/* A reference to the current offer of this name, or NULL. */
+extern struct disk_offer *disk_find_offer (const struct disk *,
+                                           const char *name, size_t length);
+
+/* The format does not terminate names with NUL, but names that contain a NUL
  * are not offered, so these are C strings.
  */
-extern size_t disk_nr_bitmaps (const struct disk *);
-extern const char *disk_bitmap_name (const struct disk *, size_t i);
-extern uint64_t disk_bitmap_granularity (const struct disk *, size_t i);
+extern const char *disk_bitmap_name (const struct disk_offer *);
+extern uint64_t disk_bitmap_granularity (const struct disk_offer *);
+
+/* A client reads the bitmap, from the first call to the second: the bitmap
+ * is in use.  The client has a reference besides.
+ */
+extern void disk_bitmap_hold (struct disk_offer *);
+extern void disk_bitmap_release (struct disk_offer *);
 
 /* The runs of equally dirty or clean bytes from offset on, up to max of them
  * (at least 1), clipped to limit: run k ends at guest offset ends[k].
@@ -197,8 +232,12 @@ extern uint64_t disk_bitmap_granularity (const struct disk *, size_t i);
  * whether the first is dirty; dirty and clean runs alternate.  Bytes beyond
  * the end of the backing file that holds the bitmap are dirty, since the
  * bitmap does not cover them.
+ *
+ * Returns 0 with errno EIO, reported, once the bitmap was removed or was
+ * changed other than by writes to the disk.  Then the client has to begin
+ * again with a new offer.
  */
-extern size_t disk_bitmap_runs (const struct disk *, size_t i,
+extern size_t disk_bitmap_runs (const struct disk_offer *,
                                 uint64_t offset, uint64_t limit,
                                 uint64_t *ends, size_t max, bool *dirty);
 
@@ -213,7 +252,9 @@ struct disk_numbers {
 };
 extern void disk_get_numbers (const struct disk *, struct disk_numbers *);
 
-/* Call fn for each bitmap that clients are offered or that records. */
+/* Call fn for each bitmap that clients are offered or that records.  The
+ * name is valid during that call only.
+ */
 struct disk_bitmap_numbers {
   const char *name;
   uint64_t granularity, dirty_bytes, memory_bytes, extra_bytes;
@@ -227,7 +268,7 @@ extern void disk_each_bitmap (const struct disk *,
 /* Call fn for each bitmap of the image itself, whether clients are offered it
  * or not.  Dirty bytes are those of whole granules, even at the end of the
  * disk, and 0 if the bitmap is inconsistent.  A bitmap is in use while it is
- * held.  load_all has to be set.
+ * held.  The name is valid during that call only.  load_all has to be set.
  */
 struct disk_bitmap_state {
   const char *name;
@@ -239,38 +280,33 @@ extern void disk_list_bitmaps (const struct disk *,
                                            void *opaque),
                                void *opaque);
 
-/* A client reads bitmap i, of those that clients are offered, from the first
- * call to the second.
- */
-extern void disk_bitmap_hold (struct disk *, size_t i);
-extern void disk_bitmap_release (struct disk *, size_t i);
-
-/* The length of the first run. */
+/* The length of the first run, or 0 as above. */
 static inline uint64_t
-disk_bitmap_run (const struct disk *d, size_t i, uint64_t offset,
-                 uint64_t limit, bool *dirty)
+disk_bitmap_run (const struct disk_offer *o, uint64_t offset, uint64_t limit,
+                 bool *dirty)
 {
   uint64_t end;
 
-  disk_bitmap_runs (d, i, offset, limit, &end, 1, dirty);
-  return end - offset;
+  return disk_bitmap_runs (o, offset, limit, &end, 1, dirty) == 0
+    ? 0 : end - offset;
 }
 
-/* delta.c: the disk as seen through bitmap i.  Dirty bytes are the disk's
+/* delta.c: the disk as seen through a bitmap.  Dirty bytes are the disk's
  * data, even where the disk has zeroes or a hole, since that may be the
- * change.  Clean bytes read as zeroes.
+ * change.  Clean bytes read as zeroes.  These fail with EIO where
+ * disk_bitmap_runs does.
  */
-extern int disk_delta_read (struct disk *, size_t i, void *buf,
-                            uint32_t count, uint64_t offset);
+extern int disk_delta_read (struct disk *, const struct disk_offer *,
+                            void *buf, uint32_t count, uint64_t offset);
 
 /* As disk_read_chunk: clean bytes are a hole. */
-extern int disk_delta_read_chunk (struct disk *, size_t i, uint64_t offset,
-                                  struct qcow2_chunk *);
+extern int disk_delta_read_chunk (struct disk *, const struct disk_offer *,
+                                  uint64_t offset, struct qcow2_chunk *);
 
 /* As disk_extent. */
-extern int disk_delta_extent (struct disk *, size_t i, uint64_t offset,
-                              uint64_t limit, uint64_t *length,
-                              uint32_t *flags);
+extern int disk_delta_extent (struct disk *, const struct disk_offer *,
+                              uint64_t offset, uint64_t limit,
+                              uint64_t *length, uint32_t *flags);
 
 /* The base:allocation flags of a dirty or clean run. */
 static inline uint32_t

@@ -35,6 +35,7 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/clock.h"
+#include "disk/disk.h"
 #include "nbd/bounds.h"
 #include "nbd/client-errors.h"
 #include "nbd/connection.h"
@@ -79,11 +80,28 @@ bounds_for_descriptors (struct nbd_limits *limits)
 #define WORKER_COST                                             \
   (STACK_COST + OUTPUT_SIZE + SMALL_PAYLOAD + SMALL_EXTENTS)
 
+/* A context that is selected: its id, and its bitmap (session.h). */
+#define CONTEXT_COST (sizeof (uint32_t) + sizeof (struct disk_offer *))
+
+/* Of a client that selects all bitmaps that there are at the start.  Those
+ * that are added later are few, and HANDSHAKE_COST has room for some
+ * thousands.
+ */
+static size_t
+contexts_cost (const struct disk *disk)
+{
+  struct disk_offers *offers = disk_offers_get (disk);
+  const size_t nr = disk_offers_nr (offers);
+
+  disk_offers_put (offers);
+  return nr * CONTEXT_COST;
+}
+
 static size_t
 connection_cost (const struct nbd_server *server)
 {
   return WORKER_COST + INPUT_SIZE + HANDSHAKE_COST +
-    4 * server->service.nr_bitmaps +
+    contexts_cost (server->service.disk) +
     (server->service.tls != NULL ? TLS_COST : 0);
 }
 

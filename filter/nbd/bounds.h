@@ -22,8 +22,8 @@ extern unsigned place_ms, stall_ms, trim_ms;
 extern void bounds_for_descriptors (struct nbd_limits *);
 
 /* Divide limits.memory among connections (their number may be lowered),
- * threads and the budget.  The server's limits, nr_bitmaps and wake_fd are
- * set.  -1 with errno.
+ * threads and the budget.  The server's disk, limits and wake_fd are set.
+ * -1 with errno.
  */
 extern int bounds_divide (struct nbd_server *);
 

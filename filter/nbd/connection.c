@@ -65,7 +65,6 @@ connection_free (struct connection *c)
 {
   team_free (&c->team);
   stream_free (&c->stream);
-  free (c->session.contexts);
   free (c);
 }
 
@@ -84,7 +83,7 @@ connection_main (void *vp)
     work (w);
     team_join (&c->team);
   }
-  contexts_release (c->server->service.disk, &c->session);
+  contexts_release (&c->session);
   trace_closed (c);
   stream_linger (&c->stream);
   atomic_fetch_sub (&c->server->teams.nr_extra_threads,

@@ -16,10 +16,15 @@
  * Queries are taken one at a time, and what they match is noted in a
  * set of ids.  So a client may send any number of them, and the replies
  * come in the order of the ids and without duplicates.
+ *
+ * The set of bitmaps may change at any time.  An option is served from one
+ * list of them throughout.  What SET selects the session refers to until its
+ * end, by the ids that the client was told.
  */
 
 #include <config.h>
 
+#include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -34,45 +39,37 @@
 #define ALLOCATION_DEPTH "qemu:allocation-depth"
 #define DIRTY_BITMAP "qemu:dirty-bitmap:"
 
-static int
-compare_names (const void *a, const void *b)
-{
-  const struct context_name *x = a, *y = b;
-
-  return strcmp (x->name, y->name);
-}
-
-int
-contexts_index (struct service *service)
-{
-  service->nr_bitmaps = disk_nr_bitmaps (service->disk);
-  service->contexts = calloc (service->nr_bitmaps + 1,
-                             sizeof service->contexts[0]);
-  if (service->contexts == NULL)
-    return -1;
-  for (size_t i = 0; i < service->nr_bitmaps; ++i) {
-    service->contexts[i].name = disk_bitmap_name (service->disk, i);
-    service->contexts[i].bitmap = i;
-  }
-  qsort (service->contexts, service->nr_bitmaps, sizeof service->contexts[0],
-         compare_names);
-  return 0;
-}
-
 /* A set of contexts, by their ids. */
 struct matches {
+  struct disk_offers *offers;   /* that there are while an option is served */
   uint8_t *bit;
   bool all_bitmaps;
   bool only_base;               /* the export has no other */
 };
 
 static size_t
-nr_contexts (const struct service *service)
+nr_contexts (const struct matches *m)
 {
-  return CONTEXT_FIRST_BITMAP + service->nr_bitmaps;
+  return CONTEXT_FIRST_BITMAP + disk_offers_nr (m->offers);
 }
 
-#define MATCHES_SIZE(service) (nr_contexts (service) / 8 + 1)
+static void
+matches_free (struct matches *m)
+{
+  free (m->bit);
+  disk_offers_put (m->offers);
+}
+
+#define CLEANUP_MATCHES_FREE __attribute__ ((cleanup (matches_free)))
+
+/* The empty set, of what is offered now. */
+static int
+matches_init (struct matches *m, const struct disk *disk)
+{
+  *m = (struct matches) { .offers = disk_offers_get (disk) };
+  m->bit = calloc (nr_contexts (m) / 8 + 1, 1);
+  return m->bit == NULL ? -1 : 0;
+}
 
 static void
 match (struct matches *m, size_t id)
@@ -91,8 +88,7 @@ matched (const struct matches *m, size_t id)
 
 /* Note what one query matches. */
 static void
-match_query (const struct service *service, const char *query,
-             bool list, struct matches *m)
+match_query (const char *query, bool list, struct matches *m)
 {
   if (strcmp (query, BASE_ALLOCATION) == 0 ||
       (list && strcmp (query, BASE_NAMESPACE) == 0))
@@ -106,13 +102,11 @@ match_query (const struct service *service, const char *query,
   else if (list && strcmp (query, DIRTY_BITMAP) == 0)
     m->all_bitmaps = true;
   else if (strncmp (query, DIRTY_BITMAP, strlen (DIRTY_BITMAP)) == 0) {
-    const struct context_name key = { .name = query + strlen (DIRTY_BITMAP) };
-    const struct context_name *found =
-      bsearch (&key, service->contexts, service->nr_bitmaps, sizeof key,
-               compare_names);
+    const char *name = query + strlen (DIRTY_BITMAP);
+    size_t i;
 
-    if (found != NULL)
-      match (m, CONTEXT_FIRST_BITMAP + found->bitmap);
+    if (disk_offers_find (m->offers, name, strlen (name), &i))
+      match (m, CONTEXT_FIRST_BITMAP + i);
   }
 }
 
@@ -136,7 +130,7 @@ read_query (struct option *o, char *query, bool list, struct matches *m)
   if (memchr (query, '\0', length) != NULL)
     return 2;
   query[length] = '\0';
-  match_query (o->worker->service, query, list, m);
+  match_query (query, list, m);
   return 0;
 }
 
@@ -145,13 +139,13 @@ static int
 read_export (struct option *o, char *name, uint32_t *length,
              struct matches *m)
 {
-  struct export export;
+  CLEANUP_EXPORT_PUT struct export export = { .delta = NULL };
   int r = option_export_name (o, name, length);
 
   if (r == 0)
     r = option_find_export (o, name, *length, &export);
   if (r == 0)
-    m->only_base = export.is_delta;
+    m->only_base = export.delta != NULL;
   return r;
 }
 
@@ -190,9 +184,9 @@ read_queries (struct option *o, bool list, struct matches *m)
 }
 
 static int
-reply_context (struct option *o, size_t context, bool list)
+reply_context (struct option *o, const struct matches *m, size_t context,
+               bool list)
 {
-  const struct service *service = o->worker->service;
   CLEANUP_FREE char *buf = NULL;
   uint32_t id = htobe32 (list ? 0 : context);
   const char *name;
@@ -204,7 +198,8 @@ reply_context (struct option *o, size_t context, bool list)
     return option_reply2 (o, NBD_REP_META_CONTEXT, &id, sizeof id,
                           name, strlen (name));
   }
-  name = disk_bitmap_name (service->disk, context - CONTEXT_FIRST_BITMAP);
+  name = disk_bitmap_name (disk_offers_at (m->offers,
+                                           context - CONTEXT_FIRST_BITMAP));
   length = strlen (DIRTY_BITMAP) + strlen (name);
   buf = malloc (length + 1);
   if (buf == NULL)
@@ -217,10 +212,8 @@ reply_context (struct option *o, size_t context, bool list)
 static int
 reply_contexts (struct option *o, const struct matches *m, bool list)
 {
-  const struct service *service = o->worker->service;
-
-  for (size_t i = 0; i < nr_contexts (service); ++i)
-    if (matched (m, i) && reply_context (o, i, list) == -1)
+  for (size_t i = 0; i < nr_contexts (m); ++i)
+    if (matched (m, i) && reply_context (o, m, i, list) == -1)
       return -1;
   return option_reply (o, NBD_REP_ACK, NULL, 0);
 }
@@ -228,14 +221,12 @@ reply_contexts (struct option *o, const struct matches *m, bool list)
 int
 contexts_list (struct option *o)
 {
-  const struct service *service = o->worker->service;
   CLEANUP_FREE char *name = malloc (NBD_MAX_STRING);
-  CLEANUP_FREE uint8_t *bits = calloc (MATCHES_SIZE (service), 1);
-  struct matches m = { .bit = bits };
+  CLEANUP_MATCHES_FREE struct matches m = { .bit = NULL };
   uint32_t length;
   int r;
 
-  if (name == NULL || bits == NULL)
+  if (name == NULL || matches_init (&m, o->worker->service->disk) == -1)
     return -1;
   r = read_export (o, name, &length, &m);
   if (r == 0)
@@ -248,37 +239,49 @@ contexts_list (struct option *o)
 void
 contexts_drop (struct session *session)
 {
+  for (size_t i = 0; i < session->nr_contexts; ++i)
+    disk_offer_put (session->offers[i]);
   free (session->contexts);
+  free (session->offers);
   session->contexts = NULL;
+  session->offers = NULL;
   session->nr_contexts = 0;
 }
 
+static void
+select_context (struct session *session, const struct matches *m, size_t id)
+{
+  const size_t i = session->nr_contexts++;
+
+  session->contexts[i] = id;
+  session->offers[i] = id < CONTEXT_FIRST_BITMAP ? NULL
+    : disk_offer_get (disk_offers_at (m->offers, id - CONTEXT_FIRST_BITMAP));
+}
+
 static int
-select_contexts (const struct service *service, struct session *session,
-                 const struct matches *m)
+select_contexts (struct session *session, const struct matches *m)
 {
   size_t nr = 0;
 
-  for (size_t i = 0; i < nr_contexts (service); ++i)
+  for (size_t i = 0; i < nr_contexts (m); ++i)
     nr += matched (m, i);
   if (nr == 0)
     return 0;
   session->contexts = malloc (nr * sizeof session->contexts[0]);
-  if (session->contexts == NULL)
+  session->offers = malloc (nr * sizeof session->offers[0]);
+  if (session->contexts == NULL || session->offers == NULL)
     return -1;
-  for (size_t i = 0; i < nr_contexts (service); ++i)
+  for (size_t i = 0; i < nr_contexts (m); ++i)
     if (matched (m, i))
-      session->contexts[session->nr_contexts++] = i;
+      select_context (session, m, i);
   return 0;
 }
 
 int
 contexts_set (struct option *o, struct selection *selection)
 {
-  const struct service *service = o->worker->service;
   struct session *session = o->worker->session;
-  CLEANUP_FREE uint8_t *bits = calloc (MATCHES_SIZE (service), 1);
-  struct matches m = { .bit = bits };
+  CLEANUP_MATCHES_FREE struct matches m = { .bit = NULL };
   int r;
 
   if (!session->structured)
@@ -288,7 +291,8 @@ contexts_set (struct option *o, struct selection *selection)
   contexts_drop (session);
   if (selection->export_name == NULL)
     selection->export_name = malloc (NBD_MAX_STRING);
-  if (selection->export_name == NULL || bits == NULL)
+  if (selection->export_name == NULL ||
+      matches_init (&m, o->worker->service->disk) == -1)
     return -1;
   r = read_export (o, selection->export_name,
                    &selection->export_name_length, &m);
@@ -296,7 +300,7 @@ contexts_set (struct option *o, struct selection *selection)
     r = read_queries (o, false, &m);
   if (r != 0)
     return r == 1 ? 0 : -1;
-  if (select_contexts (service, session, &m) == -1)
+  if (select_contexts (session, &m) == -1)
     return -1;
   return reply_contexts (o, &m, false);
 }
@@ -310,33 +314,50 @@ contexts_selected (const struct session *session,
     memcmp (name, selection->export_name, length) == 0;
 }
 
+struct disk_offer *
+contexts_bitmap (const struct session *session, uint32_t id)
+{
+  size_t low = 0, high = session->nr_contexts;
+
+  while (high - low > 1) {
+    const size_t middle = low + (high - low) / 2;
+
+    if (id < session->contexts[middle])
+      high = middle;
+    else
+      low = middle;
+  }
+  assert (low < high && session->contexts[low] == id);
+  return session->offers[low];
+}
+
 /* Call fn for each bitmap that the client has. */
 static void
-each_bitmap (struct disk *disk, const struct session *session,
-             void (*fn) (struct disk *, size_t))
+each_bitmap (const struct session *session, void (*fn) (struct disk_offer *))
 {
-  if (session->export.is_delta)
-    fn (disk, session->export.bitmap);
+  if (session->export.delta != NULL)
+    fn (session->export.delta);
   for (size_t i = 0; i < session->nr_contexts; ++i)
-    if (session->contexts[i] >= CONTEXT_FIRST_BITMAP)
-      fn (disk, session->contexts[i] - CONTEXT_FIRST_BITMAP);
+    if (session->offers[i] != NULL)
+      fn (session->offers[i]);
 }
 
 void
-contexts_bind (struct disk *disk, struct session *session,
-               const struct selection *selection, const char *name,
-               uint32_t length)
+contexts_bind (struct session *session, const struct selection *selection,
+               const char *name, uint32_t length)
 {
   if (!contexts_selected (session, selection, name, length))
     contexts_drop (session);
-  each_bitmap (disk, session, disk_bitmap_hold);
+  each_bitmap (session, disk_bitmap_hold);
   session->holds_bitmaps = true;
 }
 
 void
-contexts_release (struct disk *disk, struct session *session)
+contexts_release (struct session *session)
 {
   if (session->holds_bitmaps)
-    each_bitmap (disk, session, disk_bitmap_release);
+    each_bitmap (session, disk_bitmap_release);
   session->holds_bitmaps = false;
+  contexts_drop (session);
+  export_put (&session->export);
 }

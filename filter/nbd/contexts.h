@@ -19,16 +19,13 @@ struct selection {
   uint32_t export_name_length;
 };
 
-/* Sort the names of the bitmaps.  -1 with errno. */
-extern int contexts_index (struct service *);
-
 /* LIST_META_CONTEXT and SET_META_CONTEXT.  0, or -1 if the connection
  * ends.
  */
 extern int contexts_list (struct option *);
 extern int contexts_set (struct option *, struct selection *);
 
-/* Select nothing. */
+/* Select nothing.  Nothing is held. */
 extern void contexts_drop (struct session *);
 
 /* Are contexts selected, and for this export? */
@@ -37,12 +34,21 @@ extern bool contexts_selected (const struct session *,
                                const char *name, uint32_t length);
 
 /* The client opens this export: drop what was selected for another one, and
- * hold the bitmaps that it has from now on, before it learns that it has them;
- * and release them at its end.
+ * hold the bitmaps that it has from now on, before it learns that it has
+ * them.
  */
-extern void contexts_bind (struct disk *, struct session *,
-                           const struct selection *,
+extern void contexts_bind (struct session *, const struct selection *,
                            const char *name, uint32_t length);
-extern void contexts_release (struct disk *, struct session *);
+
+/* At its end, however far it came: release them, and drop the export and what
+ * was selected.
+ */
+extern void contexts_release (struct session *);
+
+/* The bitmap of a context that the session has, or NULL if it is none of a
+ * bitmap's.  The reference is the session's.
+ */
+extern struct disk_offer *contexts_bitmap (const struct session *,
+                                           uint32_t id);
 
 #endif /* DIRTY_BITMAP_NBD_CONTEXTS_H */

@@ -21,12 +21,13 @@
 #include <stddef.h>
 
 struct disk;
+struct disk_offer;
 
 #define EXPORT_DELTA_PREFIX "delta:"
 
 struct export {
-  bool is_delta;
-  size_t bitmap;                /* of a delta, as disk.h numbers them */
+  struct disk_offer *delta;     /* the bitmap of a delta, with a reference;
+                                   NULL: the disk itself */
 };
 
 struct export_options {
@@ -36,16 +37,23 @@ struct export_options {
 };
 
 /* The export of this name, which needs no NUL behind it.  False if there
- * is none.
+ * is none.  The caller puts what was found.
  */
 extern bool export_find (const struct disk *, const struct export_options *,
                          const char *name, size_t length, struct export *);
 
+/* The same export, with a reference of its own. */
+extern struct export export_get (const struct export *);
+
+/* Put the reference, if it has one. */
+extern void export_put (struct export *);
+
+#define CLEANUP_EXPORT_PUT __attribute__ ((cleanup (export_put)))
+
 /* The description of an export: a string to be freed, or NULL if there is
  * none.  -1 if there is no memory.
  */
-extern int export_describe (const struct disk *,
-                            const struct export_options *,
+extern int export_describe (const struct export_options *,
                             const struct export *, char **description);
 
 /* Call fn for each export of a list, the disk first.  Clients take a list of

@@ -272,20 +272,23 @@ build_allocation (struct builder *b, struct disk *disk,
 }
 
 /* Between two calls the bitmap may have changed, so the first run of
- * each may be of the kind of the last one before it.
+ * each may be of the kind of the last one before it.  0 or an errno.
  */
-static void
-build_bitmap (struct builder *b, struct disk *disk, size_t bitmap,
+static int
+build_bitmap (struct builder *b, const struct disk_offer *bitmap,
               uint64_t offset, uint64_t limit, bool req_one)
 {
   uint64_t ends[256];
 
   do {
     bool dirty;
-    const size_t nr = disk_bitmap_runs (disk, bitmap, offset, limit, ends,
+    const size_t nr = disk_bitmap_runs (bitmap, offset, limit, ends,
                                         req_one ? 1 : 256, &dirty);
-    uint32_t flags = dirty ? STATE_DIRTY : 0;
+    uint32_t flags;
 
+    if (nr == 0)
+      return errno;
+    flags = dirty ? STATE_DIRTY : 0;
     add (b, ends[0] - offset, flags);
     if (nr > 1 && has_room (b, nr - 1))
       append_runs (b, ends[0], ends + 1, nr - 1, flags ^ STATE_DIRTY);
@@ -296,15 +299,17 @@ build_bitmap (struct builder *b, struct disk *disk, size_t bitmap,
       }
     offset = ends[nr - 1];
   } while (offset < limit && !req_one && !is_abandoned (b));
+  return 0;
 }
 
 /* base:allocation of a delta export.  What is clean must not be told as
  * data, of which a client would put zeroes over what it has, nor what is
  * dirty as a hole: so this is never coarsened, and where there is no room
- * for more extents the reply ends early, as the protocol allows.
+ * for more extents the reply ends early, as the protocol allows.  0 or an
+ * errno.
  */
-static void
-build_delta (struct builder *b, struct disk *disk, size_t bitmap,
+static int
+build_delta (struct builder *b, const struct disk_offer *bitmap,
              uint64_t offset, uint64_t limit, bool req_one)
 {
   const struct extents *e = b->extents;
@@ -317,53 +322,49 @@ build_delta (struct builder *b, struct disk *disk, size_t bitmap,
     if (!has_room (b, 1))
       break;
     nr = min_u64 (extents_max, e->capacity - 1) - e->nr;
-    nr = disk_bitmap_runs (disk, bitmap, offset, limit, ends,
+    nr = disk_bitmap_runs (bitmap, offset, limit, ends,
                            req_one ? 1 : min_u64 (nr, 256), &dirty);
+    if (nr == 0)
+      return errno;
     for (size_t i = 0; i < nr; ++i) {
       put (b, ends[i] - offset, disk_delta_flags (dirty));
       offset = ends[i];
       dirty = !dirty;
     }
   } while (offset < limit && !req_one && !is_abandoned (b));
+  return 0;
 }
 
 int
-extents_build (struct worker *w, uint32_t id,
+extents_build (struct worker *w, uint32_t id, const struct disk_offer *bitmap,
                uint64_t offset, uint64_t length, bool req_one)
 {
   struct disk *disk = w->service->disk;
   const struct export *export = &w->session->export;
   const uint64_t limit = offset + length;
-  const size_t bitmap = id - CONTEXT_FIRST_BITMAP;
   struct builder b = {
     .socket = &w->stream->socket,
     .extents = &w->extents,
     .extended = w->session->extended,
   };
-  int err = 0;
 
   w->extents.nr = 0;
   if (w->extents.capacity == 0 && !grow (&b))
     return ENOMEM;
   switch (id) {
   case CONTEXT_BASE_ALLOCATION:
-    if (export->is_delta) {
-      build_delta (&b, disk, export->bitmap, offset, limit, req_one);
-      break;
-    }
+    if (export->delta != NULL)
+      return build_delta (&b, export->delta, offset, limit, req_one);
     b.granularity = disk_preferred_block_size (disk);
     b.safe = 0;
-    err = build_allocation (&b, disk, base_extent, offset, limit, req_one);
-    break;
+    return build_allocation (&b, disk, base_extent, offset, limit, req_one);
   case CONTEXT_ALLOCATION_DEPTH:
     b.granularity = disk_preferred_block_size (disk);
     b.safe = DEPTH_LOCAL;
-    err = build_allocation (&b, disk, depth_extent, offset, limit, req_one);
-    break;
+    return build_allocation (&b, disk, depth_extent, offset, limit, req_one);
   default:
-    b.granularity = disk_bitmap_granularity (disk, bitmap);
+    b.granularity = disk_bitmap_granularity (bitmap);
     b.safe = STATE_DIRTY;
-    build_bitmap (&b, disk, bitmap, offset, limit, req_one);
+    return build_bitmap (&b, bitmap, offset, limit, req_one);
   }
-  return err;
 }

@@ -15,12 +15,13 @@
 /* The most extents in a chunk (R8).  Variable for the unit tests. */
 extern size_t extents_max;
 
-/* What context id has to say of [offset, offset + length), in
- * w->extents.  With req_one the first extent alone, in its own length
- * (R13).  Returns 0; or an errno, for the two contexts of allocation or
- * the first call of a reply only.
+/* What context id, of this bitmap or NULL (contexts_bitmap), has to say of
+ * [offset, offset + length), in w->extents.  With req_one the first extent
+ * alone, in its own length (R13).  Returns 0 or an errno.  ENOMEM is for the
+ * first call of a reply only.
  */
 extern int extents_build (struct worker *, uint32_t id,
+                          const struct disk_offer *bitmap,
                           uint64_t offset, uint64_t length, bool req_one);
 
 #endif /* DIRTY_BITMAP_NBD_EXTENTS_H */

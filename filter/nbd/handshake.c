@@ -62,7 +62,7 @@ transmission_flags (const struct worker *w, const struct export *export,
     NBD_FLAG_SEND_FAST_ZERO;
   uint16_t flags = w->service->eflags;
 
-  if (export->is_delta)
+  if (export->delta != NULL)
     flags = (flags & ~changes) | NBD_FLAG_READ_ONLY;
   return flags | (w->session->structured ? NBD_FLAG_SEND_DF : 0) |
     (w->session->extended && selects_contexts
@@ -89,7 +89,7 @@ opt_export_name (struct option *o, struct selection *selection,
     return -1;
   reply.eflags = htobe16 (transmission_flags (w, &w->session->export, false));
   trace_export (w->session, name, length);
-  contexts_bind (w->service->disk, w->session, selection, name, length);
+  contexts_bind (w->session, selection, name, length);
   if (output_append (o->worker, &reply, no_zeroes
                      ? offsetof (struct nbd_export_name_reply, zeroes)
                      : sizeof reply) == -1)
@@ -227,8 +227,7 @@ reply_description (struct option *o, const struct export *export)
   const uint16_t info = htobe16 (NBD_INFO_DESCRIPTION);
   CLEANUP_FREE char *description = NULL;
 
-  if (export_describe (service->disk, &service->export, export,
-                       &description) == -1)
+  if (export_describe (&service->export, export, &description) == -1)
     return -1;
   if (description == NULL)
     return 0;
@@ -273,7 +272,7 @@ opt_info_or_go (struct option *o, struct selection *selection)
 {
   struct worker *w = o->worker;
   CLEANUP_FREE char *name = malloc (NBD_MAX_STRING);
-  struct export export;
+  CLEANUP_EXPORT_PUT struct export export = { .delta = NULL };
   uint32_t length;
   unsigned wanted;
   bool selects;
@@ -293,9 +292,9 @@ opt_info_or_go (struct option *o, struct selection *selection)
   selects = o->option == NBD_OPT_INFO ||
     contexts_selected (w->session, selection, name, length);
   if (o->option == NBD_OPT_GO) {
-    w->session->export = export;
+    w->session->export = export_get (&export);
     trace_export (w->session, name, length);
-    contexts_bind (w->service->disk, w->session, selection, name, length);
+    contexts_bind (w->session, selection, name, length);
   }
   if (reply_infos (o, wanted, selects, &export, name, length) == -1 ||
       option_reply (o, NBD_REP_ACK, NULL, 0) == -1)

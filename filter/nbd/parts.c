@@ -129,8 +129,8 @@ read_chunk (struct worker *w, struct qcow2_chunk *chunk)
 {
   const struct session *session = w->session;
 
-  return session->export.is_delta
-    ? disk_delta_read_chunk (w->service->disk, session->export.bitmap,
+  return session->export.delta != NULL
+    ? disk_delta_read_chunk (w->service->disk, session->export.delta,
                              w->part.offset, chunk)
     : disk_read_chunk (w->service->disk, w->part.offset, chunk);
 }
@@ -190,8 +190,8 @@ part_read (struct worker *w)
                                  : worker_payload (w, p->length);
   if (data == NULL)
     return -1;
-  return session->export.is_delta
-    ? disk_delta_read (w->service->disk, session->export.bitmap, data,
+  return session->export.delta != NULL
+    ? disk_delta_read (w->service->disk, session->export.delta, data,
                        p->length, p->offset)
     : disk_read (w->service->disk, data, p->length, p->offset);
 }

@@ -34,6 +34,7 @@
 #include "common/clock.h"
 #include "disk/disk.h"
 #include "nbd/connection.h"
+#include "nbd/contexts.h"
 #include "nbd/extents.h"
 #include "nbd/output.h"
 #include "nbd/parts.h"
@@ -117,8 +118,8 @@ validate (const struct connection *c, const struct request *r,
   REFUSE_IF (!valid_flags (c, r, &flags), EINVAL, "unknown command");
   REFUSE_IF ((r->flags & ~flags) != 0,
              EINVAL, "flags that this command does not have");
-  REFUSE_IF ((c->server->service.readonly || c->session.export.is_delta) &&
-             is_change (r->type),
+  REFUSE_IF ((c->server->service.readonly ||
+              c->session.export.delta != NULL) && is_change (r->type),
              EPERM, "the export is read-only");
   REFUSE_IF (r->type == NBD_CMD_READ && r->length > NBD_MAX_PAYLOAD &&
              (r->flags & NBD_CMD_FLAG_DF) != 0,
@@ -172,8 +173,7 @@ has_many_parts (const struct worker *w)
     w->request.length > LARGE_RANGE;
 }
 
-/* The contexts of allocation come first, and only they can fail.  If the
- * second of them does, the first one's chunk stands before the error,
+/* If a context fails, the chunks of those before it stand before the error,
  * which is the last chunk and the whole request's result.
  */
 static int
@@ -182,14 +182,16 @@ execute_block_status (struct worker *w)
   const struct request *r = &w->request;
 
   for (size_t i = 0; i < w->nr_contexts; ++i) {
-    int err = extents_build (w, w->contexts[i], r->offset, r->length,
+    const uint32_t id = w->contexts[i];
+    int err = extents_build (w, id, contexts_bitmap (w->session, id),
+                             r->offset, r->length,
                              (r->flags & NBD_CMD_FLAG_REQ_ONE) != 0);
 
     if (err != 0) {
       errno = err;
       return -1;
     }
-    reply_block_status (w, w->contexts[i], i + 1 == w->nr_contexts);
+    reply_block_status (w, id, i + 1 == w->nr_contexts);
   }
   return 0;
 }

@@ -130,13 +130,11 @@ nbd_server_new (struct disk *disk, const struct nbd_options *options)
   server->client_fd = server->ended_fd = -1;
   server->wake_fd = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (server->wake_fd == -1 ||
-      contexts_index (&server->service) == -1 ||
       bounds_divide (server) == -1 || init_locks (server) == -1) {
     int saved_errno = errno;
 
     if (server->wake_fd != -1)
       close (server->wake_fd);
-    free (server->service.contexts);
     free (server);
     errno = saved_errno;
     return NULL;
@@ -462,6 +460,5 @@ nbd_server_free (struct nbd_server *server)
   budget_free (&server->budget);
   pthread_cond_destroy (&server->changed);
   pthread_cond_destroy (&server->teams.monitor_wake);
-  free (server->service.contexts);
   free (server);
 }

@@ -17,12 +17,6 @@
 struct disk;
 struct limit;
 
-/* A bitmap's context, sorted by name for look-ups. */
-struct context_name {
-  const char *name;
-  size_t bitmap;                /* as disk.h numbers them */
-};
-
 struct service {
   struct disk *disk;
   uint64_t size;
@@ -32,8 +26,6 @@ struct service {
   const struct nbd_tls *tls;    /* or NULL: there is none */
   struct stats *stats;          /* or NULL: there are none */
   uint16_t eflags;              /* transmission flags without DF */
-  struct context_name *contexts;
-  size_t nr_bitmaps;
   struct nbd_limits limits;     /* in force; none is 0 but idle_seconds */
   struct limit *errors;         /* of messages about clients */
 };

@@ -16,7 +16,10 @@
 
 #include "nbd/exports.h"
 
-/* The ids of contexts. */
+/* The ids of contexts.  A bitmap's id is this and its place on the list that
+ * there was when it was selected (disk_offers_at).  The session keeps it,
+ * whatever lists come later.
+ */
 #define CONTEXT_BASE_ALLOCATION 0
 #define CONTEXT_ALLOCATION_DEPTH 1
 #define CONTEXT_FIRST_BITMAP 2
@@ -26,8 +29,10 @@ struct session {
   bool structured;              /* replies are structured or extended */
   bool extended;                /* headers, both ways */
   uint32_t *contexts;           /* the ids that are selected, ascending */
+  struct disk_offer **offers;   /* of each, a reference to its bitmap, or
+                                   NULL for those of allocation */
   size_t nr_contexts;
-  bool holds_bitmaps;           /* those of the two above (disk.h) */
+  bool holds_bitmaps;           /* the export's, and those (disk.h) */
   char export_name[64];         /* made printable, and cut */
 };
 

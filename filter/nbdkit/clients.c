@@ -161,7 +161,6 @@ struct connection {
   struct export export;
   char *description;            /* the export's, or NULL */
   struct disk_client client;
-  struct disk *holds;           /* of a delta's bitmap, or NULL */
 };
 
 static void
@@ -169,8 +168,9 @@ connection_free (struct connection *c)
 {
   if (c == NULL)
     return;
-  if (c->holds != NULL)
-    disk_bitmap_release (c->holds, c->export.bitmap);
+  if (c->export.delta != NULL)
+    disk_bitmap_release (c->export.delta);
+  export_put (&c->export);
   free (c->description);
   free (c);
 }
@@ -178,7 +178,7 @@ connection_free (struct connection *c)
 static struct connection *
 connection_new (struct disk *disk, bool readonly, const char *exportname)
 {
-  struct export export;
+  CLEANUP_EXPORT_PUT struct export export = { .delta = NULL };
   struct connection *c;
 
   if (!export_find (disk, &gate.exports, exportname, strlen (exportname),
@@ -188,17 +188,15 @@ connection_new (struct disk *disk, bool readonly, const char *exportname)
   }
   c = calloc (1, sizeof *c);
   if (c == NULL ||
-      export_describe (disk, &gate.exports, &export, &c->description) == -1) {
+      export_describe (&gate.exports, &export, &c->description) == -1) {
     nbdkit_error ("malloc: %m");
     connection_free (c);
     return NULL;
   }
-  c->export = export;
-  c->readonly = readonly || export.is_delta;
-  if (export.is_delta) {
-    disk_bitmap_hold (disk, export.bitmap);
-    c->holds = disk;
-  }
+  c->export = export_get (&export);
+  c->readonly = readonly || export.delta != NULL;
+  if (c->export.delta != NULL)
+    disk_bitmap_hold (c->export.delta);
   disk_client_begin (disk, &c->client);
   return c;
 }
@@ -334,8 +332,8 @@ static int
 read_export (struct disk *disk, const struct export *export, void *buf,
              uint32_t count, uint64_t offset)
 {
-  return export->is_delta
-    ? disk_delta_read (disk, export->bitmap, buf, count, offset)
+  return export->delta != NULL
+    ? disk_delta_read (disk, export->delta, buf, count, offset)
     : disk_read (disk, buf, count, offset);
 }
 
@@ -444,8 +442,8 @@ static int
 get_extent (struct disk *disk, const struct export *export, uint64_t offset,
             uint64_t end, uint64_t *length, uint32_t *flags)
 {
-  if (export->is_delta)
-    return disk_delta_extent (disk, export->bitmap, offset, end, length,
+  if (export->delta != NULL)
+    return disk_delta_extent (disk, export->delta, offset, end, length,
                               flags);
   return disk_extent (disk, offset, end, length, flags);
 }

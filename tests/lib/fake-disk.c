@@ -40,6 +40,9 @@ fake_disk_new (uint64_t size)
                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (d->data == MAP_FAILED)
     abort ();
+  d->bitmaps = calloc (FAKE_MAX_BITMAPS, sizeof d->bitmaps[0]);
+  if (d->bitmaps == NULL)
+    abort ();
   pthread_mutex_init (&d->lock, NULL);
   return d;
 }
@@ -47,8 +50,11 @@ fake_disk_new (uint64_t size)
 void
 fake_disk_free (struct disk *d)
 {
-  for (size_t i = 0; i < d->nr_bitmaps; ++i)
+  for (size_t i = 0; i < d->nr_bitmaps; ++i) {
+    if (d->bitmaps[i].references > 0 || d->bitmaps[i].holders > 0)
+      abort ();
     free (d->bitmaps[i].dirty);
+  }
   free (d->bitmaps);
   free (d->flags);
   free (d->depths);
@@ -60,17 +66,29 @@ fake_disk_free (struct disk *d)
 void
 fake_disk_add_bitmap (struct disk *d, const char *name, uint64_t granularity)
 {
-  struct fake_bitmap *b;
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&d->lock);
+  struct disk_offer *b = &d->bitmaps[d->nr_bitmaps];
 
-  d->bitmaps = reallocarray (d->bitmaps, d->nr_bitmaps + 1, sizeof *b);
-  if (d->bitmaps == NULL)
+  if (d->nr_bitmaps++ == FAKE_MAX_BITMAPS)
     abort ();
-  b = &d->bitmaps[d->nr_bitmaps++];
   b->name = name;
   b->granularity = granularity;
   b->dirty = calloc (div_round_up (d->size, granularity), 1);
   if (b->dirty == NULL)
     abort ();
+}
+
+void
+fake_disk_remove_bitmap (struct disk *d, const char *name)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&d->lock);
+  for (size_t i = 0; i < d->nr_bitmaps; ++i)
+    if (!d->bitmaps[i].removed && strcmp (d->bitmaps[i].name, name) == 0) {
+      d->bitmaps[i].removed = true;
+      d->bitmaps[i].cut = true;
+      return;
+    }
+  abort ();
 }
 
 uint64_t
@@ -303,44 +321,127 @@ disk_hurry (struct disk *d, unsigned grace_ms)
   d->hurry_ms = grace_ms;
 }
 
-size_t
-disk_nr_bitmaps (const struct disk *d)
+struct disk_offers {
+  atomic_ulong references;
+  size_t nr;
+  struct disk_offer *offers[];
+};
+
+struct disk_offer *
+disk_offer_get (struct disk_offer *o)
 {
-  return d->nr_bitmaps;
+  atomic_fetch_add (&o->references, 1);
+  return o;
+}
+
+void
+disk_offer_put (struct disk_offer *o)
+{
+  if (o != NULL && atomic_fetch_sub (&o->references, 1) == 0)
+    abort ();
+}
+
+/* A list of its own for each caller. */
+struct disk_offers *
+disk_offers_get (const struct disk *d)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE ((pthread_mutex_t *) &d->lock);
+  struct disk_offers *list =
+    malloc (sizeof *list + d->nr_bitmaps * sizeof list->offers[0]);
+
+  if (list == NULL)
+    abort ();
+  list->references = 1;
+  list->nr = 0;
+  for (size_t i = 0; i < d->nr_bitmaps; ++i)
+    if (!d->bitmaps[i].removed)
+      list->offers[list->nr++] = disk_offer_get (&d->bitmaps[i]);
+  return list;
+}
+
+void
+disk_offers_put (struct disk_offers *list)
+{
+  if (list == NULL || atomic_fetch_sub (&list->references, 1) > 1)
+    return;
+  for (size_t i = 0; i < list->nr; ++i)
+    disk_offer_put (list->offers[i]);
+  free (list);
+}
+
+size_t
+disk_offers_nr (const struct disk_offers *list)
+{
+  return list->nr;
+}
+
+struct disk_offer *
+disk_offers_at (const struct disk_offers *list, size_t i)
+{
+  return list->offers[i];
+}
+
+bool
+disk_offers_find (const struct disk_offers *list, const char *name,
+                  size_t length, size_t *i)
+{
+  for (*i = 0; *i < list->nr; ++*i)
+    if (strlen (list->offers[*i]->name) == length &&
+        memcmp (list->offers[*i]->name, name, length) == 0)
+      return true;
+  return false;
+}
+
+struct disk_offer *
+disk_find_offer (const struct disk *d, const char *name, size_t length)
+{
+  struct disk_offers *list = disk_offers_get (d);
+  size_t i;
+  struct disk_offer *o = disk_offers_find (list, name, length, &i)
+    ? disk_offer_get (list->offers[i]) : NULL;
+
+  disk_offers_put (list);
+  return o;
 }
 
 const char *
-disk_bitmap_name (const struct disk *d, size_t i)
+disk_bitmap_name (const struct disk_offer *o)
 {
-  return d->bitmaps[i].name;
+  return o->name;
 }
 
 void
-disk_bitmap_hold (struct disk *d, size_t i)
+disk_bitmap_hold (struct disk_offer *o)
 {
-  atomic_fetch_add (&d->bitmaps[i].holders, 1);
+  if (o->references == 0)
+    abort ();
+  atomic_fetch_add (&o->holders, 1);
 }
 
 void
-disk_bitmap_release (struct disk *d, size_t i)
+disk_bitmap_release (struct disk_offer *o)
 {
-  atomic_fetch_sub (&d->bitmaps[i].holders, 1);
+  if (o->references == 0 || atomic_fetch_sub (&o->holders, 1) == 0)
+    abort ();
 }
 
 uint64_t
-disk_bitmap_granularity (const struct disk *d, size_t i)
+disk_bitmap_granularity (const struct disk_offer *o)
 {
-  return d->bitmaps[i].granularity;
+  return o->granularity;
 }
 
 size_t
-disk_bitmap_runs (const struct disk *d, size_t i, uint64_t offset,
+disk_bitmap_runs (const struct disk_offer *b, uint64_t offset,
                   uint64_t limit, uint64_t *ends, size_t max, bool *dirty)
 {
-  const struct fake_bitmap *b = &d->bitmaps[i];
   uint64_t granule = offset / b->granularity;
   size_t n = 0;
 
+  if (b->cut) {
+    errno = EIO;
+    return 0;
+  }
   *dirty = b->dirty[granule];
   do {
     uint64_t next = granule + 1;

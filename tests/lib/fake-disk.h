@@ -22,12 +22,17 @@ enum fake_op {
   FAKE_EXTENT, FAKE_DEPTH, FAKE_NR_OPS,
 };
 
-struct fake_bitmap {
+/* A bitmap, and the only offer of it. */
+struct disk_offer {
   const char *name;
   uint64_t granularity;
-  uint8_t *dirty;               /* a byte a granule, or NULL: all clean */
-  atomic_ulong holders;
+  uint8_t *dirty;               /* a byte a granule */
+  atomic_ulong references, holders;
+  atomic_bool cut;              /* reads of it fail */
+  bool removed;                 /* it is offered no more */
 };
+
+#define FAKE_MAX_BITMAPS 4096
 
 struct disk {
   uint64_t size;
@@ -37,8 +42,8 @@ struct disk {
   uint8_t *flags;               /* a byte a block, or NULL: all data.  What
                                    is zero is a hole to a reader */
   uint8_t *depths;              /* the same, or NULL: all 1 */
-  struct fake_bitmap *bitmaps;
-  size_t nr_bitmaps;
+  struct disk_offer *bitmaps;   /* FAKE_MAX_BITMAPS */
+  size_t nr_bitmaps;            /* under lock, as is what is offered */
 
   /* Called before each operation, with no lock held.  It may sleep, and
    * what it returns, if not 0, is the operation's errno.  It may be set
@@ -61,11 +66,16 @@ struct disk {
 };
 
 extern struct disk *fake_disk_new (uint64_t size);
+
+/* Nothing refers to a bitmap any more. */
 extern void fake_disk_free (struct disk *);
 
-/* Add a bitmap of which all granules are clean. */
+/* Add a bitmap of which all granules are clean; and remove it, so that what
+ * was offered is cut.  Both also while the disk is served.
+ */
 extern void fake_disk_add_bitmap (struct disk *, const char *name,
                                   uint64_t granularity);
+extern void fake_disk_remove_bitmap (struct disk *, const char *name);
 
 /* Hooks.  One gate a program: operations op at offset wait at it from
  * gate_close, which makes it the disk's hook, to gate_open.

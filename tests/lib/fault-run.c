@@ -147,6 +147,16 @@ nr_offered (const struct run *r)
   return n;
 }
 
+static size_t
+nr_bitmaps (const struct disk *d)
+{
+  struct disk_offers *offers = disk_offers_get (d);
+  const size_t nr = disk_offers_nr (offers);
+
+  disk_offers_put (offers);
+  return nr;
+}
+
 static void
 close_others (struct run *r)
 {
@@ -231,10 +241,10 @@ open_disk (struct run *r)
   }
   else if (r->w->leaks && r->store->nr_failed != nr_failed)
     r->leaks = true;            /* they may not have been found */
-  if (disk_nr_bitmaps (r->disk) != nr_offered (r)) {
+  if (nr_bitmaps (r->disk) != nr_offered (r)) {
     /* They could not be read, so the disk is served without. */
     if (r->store->nr_failed == nr_failed && !r->model->may_lose)
-      wrong ("there are %zu bitmaps", disk_nr_bitmaps (r->disk));
+      wrong ("there are %zu bitmaps", nr_bitmaps (r->disk));
     r->model->may_lose = r->leaks = true;
   }
   disk_client_begin (r->disk, &r->client);
@@ -561,21 +571,22 @@ try_the_rest (struct run *r)
 static uint8_t served[SERVED_SIZE];
 
 static void
-serve_bitmap (struct disk *d, size_t i, struct checked_bitmap *b)
+serve_bitmap (struct disk *d, const struct disk_offer *o,
+              struct checked_bitmap *b)
 {
-  const uint64_t granularity = disk_bitmap_granularity (d, i);
+  const uint64_t granularity = disk_bitmap_granularity (o);
   const uint64_t size = disk_size (d);
   uint64_t length;
   bool dirty;
 
-  snprintf (b->name, sizeof b->name, "%s", disk_bitmap_name (d, i));
+  snprintf (b->name, sizeof b->name, "%s", disk_bitmap_name (o));
   b->flags = strcmp (b->name, "off") == 0 ? 0 : 2;
   b->granularity_bits = __builtin_ctzll (granularity);
   b->nr_bits = div_round_up (size, granularity);
   b->bits = calloc (1, div_round_up (b->nr_bits, 8));
   assert_non_null (b->bits);
   for (uint64_t at = 0; at < size; at += length) {
-    length = disk_bitmap_run (d, i, at, size, &dirty);
+    length = disk_bitmap_run (o, at, size, &dirty);
     for (uint64_t j = at / granularity;
          dirty && j < div_round_up (at + length, granularity); ++j)
       b->bits[j / 8] |= 1 << j % 8;
@@ -620,10 +631,13 @@ serve_image (struct checked *k, const struct workload *w,
         snprintf (k->error, sizeof k->error, "window %u: %.200s", i,
                   last_line);
     }
-    k->nr_bitmaps = disk_nr_bitmaps (d);
+    struct disk_offers *offers = disk_offers_get (d);
+
+    k->nr_bitmaps = disk_offers_nr (offers);
     assert_true (k->nr_bitmaps <= CHECKED_MAX_BITMAPS);
     for (size_t i = 0; i < k->nr_bitmaps; ++i)
-      serve_bitmap (d, i, &k->bitmaps[i]);
+      serve_bitmap (d, disk_offers_at (offers, i), &k->bitmaps[i]);
+    disk_offers_put (offers);
     disk_close (d);
   }
   container_close (options.below.raw);

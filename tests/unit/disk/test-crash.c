@@ -47,22 +47,26 @@ static uint64_t nr_checked_states, nr_opened, nr_reclaimed, nr_by_qemu;
 static void
 compare_bitmaps (const struct universe *u, struct disk *d, struct checked *k)
 {
-  for (size_t i = 0; i < disk_nr_bitmaps (d); ++i) {
-    const struct checked_bitmap *b = checked_find (k, disk_bitmap_name (d, i));
+  struct disk_offers *offers = disk_offers_get (d);
+
+  for (size_t i = 0; i < disk_offers_nr (offers); ++i) {
+    const struct disk_offer *o = disk_offers_at (offers, i);
+    const struct checked_bitmap *b = checked_find (k, disk_bitmap_name (o));
     uint64_t at = 0;
 
     if (b == NULL || (b->flags & 1) != 0)
-      give_up (u, "bitmap %s is offered", disk_bitmap_name (d, i));
+      give_up (u, "bitmap %s is offered", disk_bitmap_name (o));
     while (at < disk_size (d)) {
       bool dirty;
       const uint64_t bit = at >> b->granularity_bits;
-      const uint64_t run = disk_bitmap_run (d, i, at, disk_size (d), &dirty);
+      const uint64_t run = disk_bitmap_run (o, at, disk_size (d), &dirty);
 
       if (run == 0 || dirty != (b->bits[bit / 8] >> bit % 8 & 1))
         give_up (u, "bitmap %s is served wrong", b->name);
       at += run;
     }
   }
+  disk_offers_put (offers);
 }
 
 /* Serve the image after the crash: read all of it, write something, and

@@ -1,0 +1,42 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+#ifndef DIRTY_BITMAP_DISK_INTERNAL_H
+#define DIRTY_BITMAP_DISK_INTERNAL_H
+
+/* What the files of disk/ share.
+ *
+ *   disk.c      open and close; requests; lists of bitmaps
+ *   delta.c     the disk as seen through one bitmap
+ *   offers.c    the bitmaps that clients are offered
+ *   flush.c     the order of writes of the image and its bitmaps
+ *
+ * Locks: that of offers.h, which is taken last of all.
+ */
+
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "disk/disk.h"
+#include "disk/offers.h"
+
+struct disk {
+  struct container *container;
+  struct qcow2 *qcow2;
+  struct bitmap_set *bitmaps;   /* the image's, sets[0] */
+  struct bitmap_set **sets;     /* and those of its backing files */
+  uint64_t *sizes;              /* how much of the disk each set covers */
+  size_t nr_sets;
+  struct offers offers;
+  uint64_t size;
+
+  /* Failed barriers are counted (qcow2_lost).  This is the count at the last
+   * failure that was reported to any client.
+   */
+  atomic_ulong told;
+};
+
+#endif /* DIRTY_BITMAP_DISK_INTERNAL_H */
