@@ -86,6 +86,7 @@ check_query (int fd, uint32_t option, const char *const *queries,
 #define TUESDAY "qemu:dirty-bitmap:tuesday"
 #define MONDAY "qemu:dirty-bitmap:monday"
 #define MON "qemu:dirty-bitmap:mon"
+#define FRIDAY "qemu:dirty-bitmap:friday"
 
 static void
 test_queries (void **state)
@@ -311,6 +312,45 @@ test_set_is_replaced (void **state)
   go_and_try_status (fd, "other", false);
 }
 
+/* Each option tells what is offered then.  What was selected keeps its id
+ * and its bitmap.
+ */
+static void
+test_set_changes (void **state)
+{
+  int fd = greeted (), other;
+  struct reply reply;
+
+  (void) state;
+  client_structured (fd);
+  check_query (fd, NBD_OPT_SET_META_CONTEXT, LIST (MON), LIST (MON), IDS (4));
+  fake_disk_remove_bitmap (f.disk, "tuesday");
+  fake_disk_add_bitmap (f.disk, "friday", 65536);
+  other = greeted ();
+  client_structured (other);
+  check_query (other, NBD_OPT_LIST_META_CONTEXT, LIST ("qemu:dirty-bitmap:"),
+               LIST (MONDAY, MON, FRIDAY), NULL);
+  check_query (other, NBD_OPT_SET_META_CONTEXT, LIST (TUESDAY, MON, FRIDAY),
+               LIST (MON, FRIDAY), IDS (3, 4));
+
+  client_go (fd, "", NULL);
+  assert_int_equal (f.disk->bitmaps[2].holders, 1);
+  assert_int_equal (f.disk->bitmaps[3].holders, 0);
+  memset (f.disk->bitmaps[2].dirty, 1, SIZE / 65536);
+  send_request (fd, 0, NBD_CMD_BLOCK_STATUS, 5, 0, SIZE);
+  recv_reply (fd, &reply, 0);
+  assert_int_equal (reply.type, NBD_REPLY_TYPE_BLOCK_STATUS);
+  assert_int_equal (get_be32 (reply.data), 4);
+  assert_int_equal (get_be32 (reply.data + 8), 1);
+  free (reply.data);
+  fake_disk_remove_bitmap (f.disk, "mon");
+  send_request (fd, 0, NBD_CMD_BLOCK_STATUS, 6, 0, SIZE);
+  expect_error (fd, 6, NBD_EIO);
+  client_check_alive (&f, fd);
+  close (fd);
+  close (other);
+}
+
 int
 main (void)
 {
@@ -322,6 +362,7 @@ main (void)
     TEST (test_long_query_is_skipped),
     TEST (test_many_queries),
     TEST (test_set_is_replaced),
+    TEST (test_set_changes),
   };
 
   return cmocka_run_group_tests (tests, NULL, NULL);

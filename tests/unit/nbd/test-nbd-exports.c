@@ -630,6 +630,27 @@ test_delta_status (void **state)
   close (fd);
 }
 
+/* Its bitmap is removed: what is open fails, and no other client gets it. */
+static void
+test_delta_removed (void **state)
+{
+  int fd = open_export ("delta:monday", 1);
+
+  (void) state;
+  check_read (fd, 0, 4096);
+  fake_disk_remove_bitmap (f.disk, "monday");
+  send_request (fd, 0, NBD_CMD_READ, 5, 0, 4096);
+  expect_error (fd, 5, NBD_EIO);
+  send_request (fd, 0, NBD_CMD_READ, 6, 0, SIZE);
+  expect_error (fd, 6, NBD_EIO);
+  send_request (fd, 0, NBD_CMD_BLOCK_STATUS, 7, 0, SIZE);
+  expect_error (fd, 7, NBD_EIO);
+  close (fd);
+  check_unknown ("delta:monday");
+  check_known ("delta:mon", MON, true);
+  check_list (LIST ("disk", "delta:mon"), LIST ("a fake disk", MON));
+}
+
 /* The disk beside it is served as ever. */
 static void
 test_disk_beside (void **state)
@@ -667,6 +688,7 @@ main (void)
     ANY (test_delta_past_end),
     ANY (test_delta_changes_refused),
     ANY (test_delta_status),
+    NAMED (test_delta_removed),
     NAMED (test_disk_beside),
   };
 

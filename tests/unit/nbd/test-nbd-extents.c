@@ -405,6 +405,25 @@ test_error_is_last (void **state)
   close (fd);
 }
 
+/* The bitmap of a context is removed, while the client has it. */
+static void
+test_removed_bitmap (void **state)
+{
+  int fd = client_open (&f, all);
+
+  (void) state;
+  ask_all (fd, 0, SIZE, check_exact);
+  fake_disk_remove_bitmap (f.disk, "fine");
+  for (unsigned i = 0; i < 3; ++i) {
+    send_request (fd, 0, NBD_CMD_BLOCK_STATUS, 42, 0, SIZE);
+    recv_status (fd, 0, false, SIZE);
+    recv_status (fd, 1, false, SIZE);
+    expect_error (fd, 42, NBD_EIO);
+  }
+  client_check_alive (&f, fd);
+  close (fd);
+}
+
 static int
 setup_large (void **state)
 {
@@ -444,6 +463,7 @@ main (void)
     TEST (test_bound_is_exact),
     TEST (test_large_replies),
     TEST (test_error_is_last),
+    TEST (test_removed_bitmap),
     cmocka_unit_test_setup_teardown (test_4g, setup_large, teardown),
   };
 
