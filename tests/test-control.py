@@ -17,7 +17,7 @@ import subprocess
 import time
 
 import harness
-from harness import CONTEXT, FILTER, Server, until
+from harness import CONTEXT, FILTER, Server, lives, until
 from qmp import Qmp, ctl
 
 MIB = 1 << 20
@@ -305,8 +305,7 @@ def wherever():
         pid = int(f.read())
     assert bitmaps(Qmp("relative.sock"))["a"]["count"] == 3 * 65536
     ctl("relative.sock", "quit")
-    until(lambda: not os.path.exists("/proc/%d" % pid) or
-          b") Z" in open("/proc/%d/stat" % pid, "rb").read(), "its end")
+    until(lambda: not lives(pid), "its end")
     assert not os.path.exists("relative.sock")
 
     harness.run("nbdkit", "-U", "-", "--filter=" + FILTER, "file",

@@ -19,7 +19,7 @@ import threading
 import time
 
 import harness
-from harness import CONTEXT, FILTER, Server, until
+from harness import CONTEXT, FILTER, Server, lives, until
 from statsfile import PREFIX, Stats, identity, refresh
 
 COMMANDS = ("read", "write", "flush", "trim", "cache", "write_zeroes",
@@ -455,8 +455,7 @@ def processes():
         refresh(pid, "d.prom")
     finally:
         os.kill(pid, signal.SIGTERM)
-    until(lambda: not os.path.exists("/proc/%d" % pid) or
-          b") Z" in open("/proc/%d/stat" % pid, "rb").read(), "its end")
+    until(lambda: not lives(pid), "its end")
 
     harness.run("nbdkit", "-U", "-", "--filter=" + FILTER, "file",
                 "disk.qcow2", "dirty-bitmap-stats=run.prom", "--run",

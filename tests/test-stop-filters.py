@@ -17,7 +17,7 @@ import subprocess
 import time
 
 import harness
-from harness import Server, nbd
+from harness import Server, lives, nbd
 
 FILTER = "--filter=" + harness.FILTER
 DELAY = [FILTER, "--filter=delay", "file", "disk.qcow2", "wdelay=30ms"]
@@ -161,14 +161,6 @@ def stuck(crash):
     if leaked:
         assert "cannot write a refcount block" in server.messages()
     stored(leaked)
-
-
-def lives(pid):
-    try:
-        with open("/proc/%d/stat" % pid) as f:
-            return f.read().split(")")[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def single(how):

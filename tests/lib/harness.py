@@ -286,6 +286,15 @@ def until(condition, what):
         time.sleep(0.01)
 
 
+def lives(pid):
+    """Has the process not ended?  It may end at any moment."""
+    try:
+        with open("/proc/%d/stat" % pid) as f:
+            return f.read().split(")")[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def both(ours, theirs):
     """The kinds in two maps of one disk, wherever one of them changes."""
     kinds = []
