@@ -17,6 +17,9 @@
  *     they do not cross a multiple of 512.  If they do, the autoclear bit is
  *     cleared first and set after, so that a crash in between leaves bitmaps
  *     that no program trusts.
+ *   - when it is removed: the autoclear bit is cleared first.  Then the END
+ *     marker takes its place; or, if other extensions follow, its magic
+ *     becomes one that programs skip.  The next extension is put there.
  */
 
 #include <config.h>
@@ -137,14 +140,50 @@ append_extension (struct qcow2 *q, const uint8_t data[24])
   return 0;
 }
 
+/* Write the magic of an extension whose data begin at offset `at`. */
+static int
+write_magic (struct qcow2 *q, uint64_t at, uint32_t magic, uint32_t length)
+{
+  put_be32 (q->hs.cluster + at - 8, magic);
+  put_be32 (q->hs.cluster + at - 4, length);
+  return write_first (q, ORDER (EXTENSION_BEFORE_AUTOCLEAR), at - 8, 8);
+}
+
+/* Put an extension where another one was removed. */
+static int
+reuse_extension (struct qcow2 *q, const uint8_t data[24])
+{
+  struct header_state *hs = &q->hs;
+  const uint64_t at = hs->ext.removed_offset;
+
+  if (gate_set_autoclear (q, q->header.autoclear & ~AUTOCLEAR_BITMAPS) == -1)
+    return -1;
+  memcpy (hs->cluster + at, data, 24);
+  if (write_first (q, ORDER (EXTENSION_BEFORE_MAGIC), at, 24) == -1)
+    return -1;
+  if (write_magic (q, at, HEADER_EXT_BITMAPS, 24) == -1) {
+    put_be32 (hs->cluster + at - 8, HEADER_EXT_REMOVED);
+    return -1;
+  }
+  hs->ext.bitmaps_offset = at;
+  hs->ext.bitmaps.count = 1;
+  hs->ext.removed_offset = 0;
+  return 0;
+}
+
+/* Do the data of the extension at this offset lie in two sectors? */
+static bool
+crosses_sectors (uint64_t at)
+{
+  return at / HEADER_SECTOR_BYTES != (at + 23) / HEADER_SECTOR_BYTES;
+}
+
 static int
 patch_extension (struct qcow2 *q, const uint8_t data[24])
 {
   const uint64_t at = q->hs.ext.bitmaps_offset;
-  const bool crosses =
-    at / HEADER_SECTOR_BYTES != (at + 23) / HEADER_SECTOR_BYTES;
 
-  if (crosses && ORDER (DISTRUST_WHILE_PATCHING) &&
+  if (crosses_sectors (at) && ORDER (DISTRUST_WHILE_PATCHING) &&
       gate_set_autoclear (q, q->header.autoclear & ~AUTOCLEAR_BITMAPS) == -1)
     return -1;
   memcpy (q->hs.cluster + at, data, 24);
@@ -169,8 +208,8 @@ qcow2_check_bitmaps_extension (struct qcow2 *q)
     report_error ("the bitmaps extension of the image is damaged");
     return invalid (EINVAL);
   }
-  if (hs->ext.bitmaps.count == 0 && !has_room (q) &&
-      backing_name_can_move (q) == 0) {
+  if (hs->ext.bitmaps.count == 0 && hs->ext.removed_offset == 0 &&
+      !has_room (q) && backing_name_can_move (q) == 0) {
     report_error ("the header of the image has no room for the bitmaps "
                   "extension");
     return invalid (ENOSPC);
@@ -178,24 +217,33 @@ qcow2_check_bitmaps_extension (struct qcow2 *q)
   return 0;
 }
 
+static void
+put_data (uint8_t data[24], uint32_t nr_bitmaps,
+          uint64_t directory_size_bytes, uint64_t directory_offset)
+{
+  memset (data, 0, 24);
+  put_be32 (data, nr_bitmaps);
+  put_be64 (data + 8, directory_size_bytes);
+  put_be64 (data + 16, directory_offset);
+}
+
 int
 qcow2_set_bitmaps_extension (struct qcow2 *q, uint32_t nr_bitmaps,
                              uint64_t directory_size_bytes,
                              uint64_t directory_offset)
 {
-  uint8_t data[24] = { 0 };
+  uint8_t data[24];
 
   if (qcow2_check_bitmaps_extension (q) == -1)
     return -1;
   if (qcow2_begin_writing (q) == -1)
     return -1;
 
+  put_data (data, nr_bitmaps, directory_size_bytes, directory_offset);
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->hs.lock);
-  put_be32 (data, nr_bitmaps);
-  put_be64 (data + 8, directory_size_bytes);
-  put_be64 (data + 16, directory_offset);
-  if ((q->hs.ext.bitmaps.count == 0 ? append_extension (q, data)
-                                : patch_extension (q, data)) == -1)
+  if ((q->hs.ext.bitmaps.count != 0 ? patch_extension
+       : q->hs.ext.removed_offset != 0 ? reuse_extension
+       : append_extension) (q, data) == -1)
     return -1;
   q->hs.ext.bitmaps.length = 24;
   q->hs.ext.bitmaps.reserved = 0;
@@ -203,4 +251,95 @@ qcow2_set_bitmaps_extension (struct qcow2 *q, uint32_t nr_bitmaps,
   q->hs.ext.bitmaps.directory_size_bytes = directory_size_bytes;
   q->hs.ext.bitmaps.directory_offset = directory_offset;
   return gate_set_autoclear (q, q->header.autoclear | AUTOCLEAR_BITMAPS);
+}
+
+/* Take the extension whose data begin at offset `at` out of the list. */
+static int
+take_out (struct qcow2 *q, uint64_t at)
+{
+  struct header_state *hs = &q->hs;
+  const bool is_last = at + 24 >= hs->ext.end;
+
+  if (write_magic (q, at, is_last ? HEADER_EXT_END : HEADER_EXT_REMOVED,
+                   is_last ? 0 : 24) == -1) {
+    put_be32 (hs->cluster + at - 8, HEADER_EXT_BITMAPS);
+    put_be32 (hs->cluster + at - 4, 24);
+    return -1;
+  }
+  if (is_last)
+    hs->ext.end = at - 8;
+  hs->ext.removed_offset = is_last ? 0 : at;
+  hs->ext.bitmaps = (struct qcow2_bitmaps_extension) { 0 };
+  hs->ext.bitmaps_offset = 0;
+  return 0;
+}
+
+int
+qcow2_remove_bitmaps_extension (struct qcow2 *q)
+{
+  if (qcow2_check_bitmaps_extension (q) == -1 ||
+      qcow2_begin_writing (q) == -1)
+    return -1;
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->hs.lock);
+  if (gate_set_autoclear (q, q->header.autoclear & ~AUTOCLEAR_BITMAPS) == -1)
+    return -1;
+  return q->hs.ext.bitmaps.count == 0 ? 0
+    : take_out (q, q->hs.ext.bitmaps_offset);
+}
+
+/* As gate_set_autoclear, though the image may have other bits than those that
+ * we know.
+ */
+static int
+force_autoclear (struct qcow2 *q, bool bitmaps)
+{
+  const uint64_t known = q->header.autoclear;
+  const uint64_t bits =
+    bitmaps ? known | AUTOCLEAR_BITMAPS : known & ~AUTOCLEAR_BITMAPS;
+
+  q->header.autoclear = ~bits;
+  if (gate_set_autoclear (q, bits) == 0)
+    return 0;
+  q->header.autoclear = known;
+  put_be64 (q->hs.cluster + HEADER_AUTOCLEAR, known);
+  return -1;
+}
+
+/* There was none: what may have been put into the list is taken out. */
+static int
+restore_none (struct qcow2 *q)
+{
+  const struct header_extensions *ext = &q->hs.ext;
+
+  return take_out (q, ext->bitmaps_offset != 0 ? ext->bitmaps_offset
+                      : ext->removed_offset != 0 ? ext->removed_offset
+                      : ext->end + 8);
+}
+
+static int
+restore_old (struct qcow2 *q, const struct qcow2_bitmaps_extension *old)
+{
+  const uint64_t at = q->hs.ext.bitmaps_offset;
+
+  put_data (q->hs.cluster + at, old->nr_bitmaps, old->directory_size_bytes,
+            old->directory_offset);
+  if (gate_write_header_durably (q, at, 24) == -1 ||
+      write_magic (q, at, HEADER_EXT_BITMAPS, 24) == -1 ||
+      (old->autoclear && force_autoclear (q, true) == -1))
+    return -1;
+  q->hs.ext.bitmaps = *old;
+  return 0;
+}
+
+int
+qcow2_restore_bitmaps_extension (struct qcow2 *q,
+                                 const struct qcow2_bitmaps_extension *old)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->hs.lock);
+  /* One sector is restored at once. */
+  if ((old->count == 0 || !old->autoclear ||
+       crosses_sectors (q->hs.ext.bitmaps_offset)) &&
+      force_autoclear (q, false) == -1)
+    return -1;
+  return old->count == 0 ? restore_none (q) : restore_old (q, old);
 }

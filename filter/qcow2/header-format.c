@@ -125,6 +125,8 @@ header_parse_extensions (const struct header *h, const uint8_t *cluster,
         ext->bitmaps.directory_offset = get_be64 (p + 16);
       }
     }
+    else if (magic == HEADER_EXT_REMOVED && len == 24)
+      ext->removed_offset = pos + 8;
     else if (magic != HEADER_EXT_CRYPTO)
       ext->unknown = true;
     pos += 8 + round_up (len, 8);

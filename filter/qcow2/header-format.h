@@ -86,6 +86,11 @@ _Static_assert (sizeof (struct header_extension_on_disk) == 8,
 #define HEADER_EXT_CRYPTO 0x0537be77U
 #define HEADER_EXT_DATA_FILE 0x44415441U
 
+/* Ours: the place of a bitmaps extension that was removed.  Other programs
+ * skip it, as they must with an extension that they do not know.
+ */
+#define HEADER_EXT_REMOVED 0x6e626472U /* "nbdr" */
+
 /* The data of the bitmaps extension. */
 struct bitmaps_extension_on_disk {
   uint8_t nr_bitmaps[4], reserved[4];
@@ -134,6 +139,7 @@ struct header_extensions {
                                    place for it */
   uint64_t limit;               /* extensions must end before this */
   uint64_t bitmaps_offset;      /* of that extension's data, or 0 */
+  uint64_t removed_offset;      /* the same of a place for it, or 0 */
   struct qcow2_bitmaps_extension bitmaps;
   struct header_text feature_names, backing_format, data_file;
   bool unknown;                 /* there is an unknown one */

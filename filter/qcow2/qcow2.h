@@ -320,6 +320,18 @@ extern int qcow2_set_bitmaps_extension (struct qcow2 *, uint32_t nr_bitmaps,
                                         uint64_t directory_size_bytes,
                                         uint64_t directory_offset);
 
+/* Take the extension out of the header, durably: the image has no bitmaps.
+ * After a crash the autoclear bit may be clear, and the extension still there.
+ */
+extern int qcow2_remove_bitmaps_extension (struct qcow2 *);
+
+/* After one of the two has failed: make the header durably say again what it
+ * said before.  If this fails, it can be tried again.
+ */
+extern int
+qcow2_restore_bitmaps_extension (struct qcow2 *,
+                                 const struct qcow2_bitmaps_extension *);
+
 /* From now on the bitmaps in the image may not reflect what is written:
  * clear the autoclear bit, durably, before the first change (a write, or an
  * allocation) reaches the container.
