@@ -146,19 +146,25 @@ struct bitmap_set_numbers {
 extern void bitmap_set_get_numbers (const struct bitmap_set *,
                                     struct bitmap_set_numbers *);
 
-/* The bitmaps that record, whether they are offered or not. */
+/* The bitmaps that record and are stored in the image, whether they are
+ * offered or not.
+ */
 extern size_t bitmap_set_nr_recording (const struct bitmap_set *);
 extern const struct bitmap *bitmap_set_recording (const struct bitmap_set *,
                                                   size_t i);
 
-/* All bitmaps of the image, in the order of its directory.  The bits of those
- * that are inconsistent are not known.
+/* All bitmaps of the image, in the order of its directory, and those that are
+ * in RAM alone.  The bits of those that are inconsistent are not known.
  */
 extern size_t bitmap_set_nr_all (const struct bitmap_set *);
 extern const struct bitmap *bitmap_set_get (const struct bitmap_set *,
                                             size_t i);
 extern bool bitmap_is_inconsistent (const struct bitmap *);
 extern bool bitmap_is_enabled (const struct bitmap *);
+extern bool bitmap_is_in_ram (const struct bitmap *);
+
+/* Does it record, in the image or in RAM alone? */
+extern bool bitmap_is_recording (const struct bitmap *);
 
 /* How many bytes of a disk of size bytes are dirty, and how much memory the
  * pieces with set bits take.  This reads all set bits.
@@ -179,7 +185,7 @@ extern uint64_t bitmap_granularity (const struct bitmap *);
  * recorded in the bitmap.  Its name, granularity and bits can still be read.
  */
 extern const struct bitmap *bitmap_get (const struct bitmap *);
-extern void bitmap_put (const struct bitmap *);
+extern void bitmap_put (const struct bitmap *); /* or NULL */
 
 /* Does the set have a bitmap of this name that clients are offered, or
  * (after a check) would be?

@@ -365,3 +365,32 @@ bits_fill (struct bits *bits, uint64_t offset, uint64_t count)
   }
   return 0;
 }
+
+/* Set the bits [first, last]. */
+static void
+set_range (struct bits *bits, uint64_t first, uint64_t last)
+{
+  while (first <= last) {
+    const uint64_t last_here = min_u64 (last, first | (PIECE_BITS - 1));
+
+    bits_set_in_piece (bits, first, last_here);
+    first = last_here + 1;
+  }
+}
+
+void
+bits_add (struct bits *bits, unsigned shift, const struct bits *other,
+          unsigned other_shift, unsigned round_shift)
+{
+  const uint64_t granule = UINT64_C (1) << round_shift;
+  uint64_t from = 0, end;
+  bool set;
+
+  for (; from < other->nr_bits; from = end) {
+    bits_runs (other, from, other->nr_bits, 0, &end, 1, &set);
+    if (set)
+      set_range (bits, round_down (from << other_shift, granule) >> shift,
+                 min_u64 ((round_up (end << other_shift, granule) - 1)
+                          >> shift, bits->nr_bits - 1));
+  }
+}

@@ -91,6 +91,14 @@ extern bool bits_all_populated (const struct bits *, uint64_t first,
 extern uint64_t bits_next_clear (const struct bits *, uint64_t from,
                                  uint64_t end);
 
+/* Set every bit whose granule has a byte in common with that of a set bit of
+ * other, for two arrays that cover the same disk.  The latter are rounded to
+ * granules of 2^round_shift bytes first.  The shifts are log2 of the
+ * granularities.  No other thread has the bits.
+ */
+extern void bits_add (struct bits *, unsigned shift, const struct bits *other,
+                      unsigned other_shift, unsigned round_shift);
+
 /* How many bits are set, and the bytes of memory that hold them. */
 extern uint64_t bits_count (const struct bits *, uint64_t *bytes);
 

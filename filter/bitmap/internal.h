@@ -11,7 +11,9 @@
  *   bits.c      the bits of one bitmap in RAM
  *   changes.c   which pieces of them have changed
  *   load.c      from the image to RAM, believing nothing
- *   create.c    new bitmaps, in a new directory
+ *   change.c    what the set shall become (change.h, draft.h)
+ *   apply.c     how it does, in RAM and in the image
+ *   create.c    bitmaps that the options ask for and the image lacks
  *   set.c       open and close; what the options ask for; what clients see
  *   mark.c      marking, and how a bitmap becomes in use
  *   reserve.c   space for what a mark will have to be written
@@ -32,6 +34,8 @@
  *            image's bitmap durably has every bit that RAM has
  *   CLOSING  as IN_USE, for a moment within a flush, while no bits may be
  *            set
+ *
+ * One that is in RAM alone is IN_USE for ever, and nothing else is true of it.
  *
  * (A) A bit is set in RAM only in a section of the set's grace in which
  *     IN_USE was read, or that its unit is ahead: then the image has the bit
@@ -55,8 +59,9 @@
  * these.  Both call qcow2/ with one of them held.  qcow2/ then takes its own
  * locks inside, but never the flush lock: only disk/flush.c, qcow2_flush and
  * qcow2_stop take that, and their callers hold no lock of ours.  A thread that
- * leads a round (keep.c) is such a caller.  A section never waits for
- * anything, so a thread that waits for a grace period may hold any lock.  A
+ * leads a round (keep.c) is such a caller.  A change (change.h) is made with
+ * the flush lock held and keep_busy set, while no mark is under way.  A section
+ * never waits for anything, so a thread that waits for a grace period may hold any lock.  A
  * section may be entered with state_lock held.
  */
 
@@ -98,7 +103,11 @@ struct bitmap {
 
   atomic_ulong references;      /* bitmap_get; the last put frees it */
   char *name;
-  uint32_t flags;               /* in the image when it was opened */
+  uint32_t flags;               /* of its directory entry, but for in_use */
+  bool in_ram;                  /* it is not in the image, and IN_USE for
+                                   ever */
+  bool is_recording;            /* it is on such a list of the set */
+  bool stays;                   /* for apply.c: a change does not drop it */
   bool inconsistent;            /* found in use: no bits are loaded, not
                                    offered */
   uint64_t entry_offset;        /* of the directory entry in the image */
@@ -172,24 +181,33 @@ struct bitmap_set {
   bool is_backing;              /* of a backing file */
   char *prefix;                 /* of messages; names the backing file */
 
-  /* In the order of the directory.  Fixed when bitmap_set_open returns,
-   * as are the two lists that follow.
+  /* In the order of the directory.  This and the lists that follow change
+   * only in bitmap_change_adopt, while no mark, flush or tidying is under way.
    */
   struct bitmap **bitmaps;
   size_t nr_bitmaps, max_bitmaps;
-  struct bitmap **recording;
+  struct bitmap **recording;    /* and stored in the image */
   size_t nr_recording;
+  struct bitmap **recording_in_ram;
+  size_t nr_recording_in_ram;
   struct bitmap **exposed;
   size_t nr_exposed;
+  uint64_t mark_bytes;          /* what one section marks at most */
 
-  /* The directory in the image, and, while the set is being opened, its
-   * bytes.
-   */
+  /* The directory in the image. */
   uint64_t directory_offset;
   size_t directory_bytes;
-  uint8_t *directory;
 
-  uint64_t mark_bytes;          /* what one section marks at most */
+  char **expose;                /* a copy of what bitmap_options had; none in
+                                   the set of a backing file */
+  size_t nr_expose;
+
+  /* A change has failed such that the header may refer to another directory
+   * than this one (apply.c), and what it said before.  Under state_lock, but
+   * that any thread may read the flag.
+   */
+  atomic_bool in_doubt;
+  struct qcow2_bitmaps_extension undoubted;
 
   pthread_mutex_t state_lock;   /* protects the bitmaps' states, and the
                                    flags words in the image */
@@ -261,19 +279,36 @@ bitmap_is_ahead (const struct bitmap *b, uint64_t offset, uint64_t count)
 
 /* set.c */
 
+/* The lists of a set that is to be. */
+struct bitmap_lists {
+  struct bitmap **bitmaps, **recording, **recording_in_ram, **exposed;
+  size_t nr_bitmaps, nr_recording, nr_recording_in_ram, nr_exposed;
+  unsigned min_shift;
+};
+
+/* No bitmap, and room for max. */
+extern int bitmap_lists_init (struct bitmap_lists *, size_t max);
+extern void bitmap_lists_free (struct bitmap_lists *);
+extern void bitmap_lists_add (struct bitmap_lists *, struct bitmap *,
+                              bool records, bool exposed);
+
+/* The set gets these lists, which are empty then.  Its old ones are freed. */
+extern void bitmap_set_install (struct bitmap_set *, struct bitmap_lists *);
+
 /* Make a bitmap of nr_bits (0 for none at all), not in the set yet, with one
  * reference.  NULL with ENOMEM.
  */
 extern struct bitmap *bitmap_new (const struct bitmap_directory_entry *,
                                   uint64_t nr_bits);
 
-/* Free a bitmap to which there is no reference, or but the caller's. */
-extern void bitmap_free (struct bitmap *);
-
 /* Make room for nr more bitmaps. */
 extern int bitmap_set_reserve (struct bitmap_set *, size_t nr);
 extern struct bitmap *bitmap_set_find (const struct bitmap_set *,
                                        const char *name);
+
+/* Would clients be offered a new bitmap of this name? */
+extern bool bitmap_set_wants (const struct bitmap_set *, const char *name);
+extern uint64_t bitmap_default_granularity (const struct bitmap_set *);
 extern uint64_t bitmap_set_nr_bits (const struct bitmap_set *,
                                     unsigned granularity_bits);
 
@@ -285,6 +320,18 @@ extern bool bitmap_is_wanted (const struct bitmap_options *,
 
 /* load.c: fill the set from the image, as far as it is sound. */
 extern void bitmap_load (struct bitmap_set *, const struct bitmap_options *);
+
+/* The memory that a bitmap takes whatever its table says, and the bound on
+ * that of all bitmaps.
+ */
+extern uint64_t bitmap_fixed_memory (const struct bitmap_set *,
+                                     unsigned granularity_bits,
+                                     size_t name_bytes);
+extern uint64_t bitmap_fixed_memory_limit (void);
+
+/* apply.c: what bitmap_change_end does first. */
+struct bitmap_change;
+extern void bitmap_change_give_back (struct bitmap_change *);
 
 /* create.c: create the required bitmaps that are absent.  The first function
  * says whether they can be created.
@@ -312,6 +359,9 @@ extern int bitmap_write_flags (struct bitmap_set *, struct bitmap *,
 extern int bitmap_reserve_init (struct bitmap *);
 extern void bitmap_reserve_free (struct bitmap *);
 
+/* All of the table was written to the image, zeroes, too. */
+extern void bitmap_reserve_table_written (struct bitmap *);
+
 /* Reserve the space that the bits of a range will need, as far as there is
  * any.  No lock is held.
  */
@@ -329,7 +379,18 @@ extern uint64_t bitmap_take_reserved (struct bitmap *, uint32_t index);
 extern void bitmap_keep_reserved (struct bitmap *, uint32_t index,
                                   uint64_t reserved);
 
+/* With reserve_lock held: release all that is reserved.  True if there was
+ * anything.
+ */
+extern bool bitmap_release_reserved (struct bitmap_set *, struct bitmap *);
+
 /* sync.c */
+
+/* Are all bits of a cluster of bits ones?  Not if some of its bits are beyond
+ * the end, since those must be zero in the image.
+ */
+extern bool bitmap_cluster_is_full (const struct bitmap_set *,
+                                    const struct bitmap *, uint32_t index);
 
 /* Write the bytes [offset, offset + count) of the array of bits, and zeroes
  * beyond its end, to a data cluster.  buffer has SYNC_BUFFER_BYTES.  If durable
@@ -349,6 +410,9 @@ extern int bitmap_write_bits (struct bitmap_set *, struct bitmap *,
 extern int keep_init (struct bitmap_set *,
                       int (*flush) (struct qcow2 *, struct bitmap_set *));
 extern void keep_free (struct bitmap_set *);
+
+/* For another bitmap of a set that keeps its bitmaps. */
+extern int keep_init_bitmap (struct bitmap_set *, struct bitmap *);
 
 /* Make durable what was loaded, since bits that are set already are never
  * written again: a process that was killed may have written it a moment ago.

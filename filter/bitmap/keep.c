@@ -58,6 +58,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "bitmap/change.h"
 #include "bitmap/internal.h"
 #include "common/bytes.h"
 #include "common/cleanup.h"
@@ -93,6 +94,15 @@ has_any_entry (const struct bitmap *b)
 }
 
 int
+keep_init_bitmap (struct bitmap_set *set, struct bitmap *b)
+{
+  if (ahead_init (&b->ahead, set->geometry.disk_size_bytes, b->shift) == 0)
+    return 0;
+  report_error ("calloc: %m");
+  return -1;
+}
+
+int
 keep_init (struct bitmap_set *set,
            int (*flush) (struct qcow2 *, struct bitmap_set *))
 {
@@ -109,14 +119,9 @@ keep_init (struct bitmap_set *set,
   set->pace_began = now_ns ();
   set->next_round = 1;
   for (size_t i = 0; i < set->nr_recording; ++i) {
-    struct bitmap *b = set->recording[i];
-
-    if (ahead_init (&b->ahead, set->geometry.disk_size_bytes,
-                    b->shift) == -1) {
-      report_error ("calloc: %m");
+    if (keep_init_bitmap (set, set->recording[i]) == -1)
       return -1;
-    }
-    any |= has_any_entry (b);
+    any |= has_any_entry (set->recording[i]);
   }
   atomic_init (&set->loaded_is_durable, !any);
   set->keeps = true;
@@ -508,6 +513,31 @@ nothing_is_ahead (const struct bitmap_set *set)
   return true;
 }
 
+void
+bitmap_set_pause (struct bitmap_set *set)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->keep_lock);
+  while (set->keep_busy)
+    pthread_cond_wait (&set->keep_changed, &set->keep_lock);
+  set->keep_busy = true;
+}
+
+void
+bitmap_set_resume (struct bitmap_set *set)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->keep_lock);
+  if (set->keeps && nothing_is_ahead (set))
+    set->region_shift = LEAST_REGION;
+  set->keep_busy = false;
+  pthread_cond_broadcast (&set->keep_changed);
+}
+
+int
+bitmap_set_tidy_paused (struct bitmap_set *set)
+{
+  return set->keeps ? tidy (set, true) : 0;
+}
+
 int
 bitmap_set_tidy (struct bitmap_set *set, bool all)
 {
@@ -515,18 +545,9 @@ bitmap_set_tidy (struct bitmap_set *set, bool all)
 
   if (!set->keeps)
     return 0;
-  pthread_mutex_lock (&set->keep_lock);
-  while (set->keep_busy)
-    pthread_cond_wait (&set->keep_changed, &set->keep_lock);
-  set->keep_busy = true;
-  pthread_mutex_unlock (&set->keep_lock);
+  bitmap_set_pause (set);
   r = tidy (set, all);
-  pthread_mutex_lock (&set->keep_lock);
-  if (nothing_is_ahead (set))
-    set->region_shift = LEAST_REGION;
-  set->keep_busy = false;
-  pthread_cond_broadcast (&set->keep_changed);
-  pthread_mutex_unlock (&set->keep_lock);
+  bitmap_set_resume (set);
   return r;
 }
 

@@ -158,7 +158,9 @@ nr_data_clusters (const struct bitmap *b)
   return n;
 }
 
-/* Register what is possible of a bitmap that was found in use. */
+/* Register what is possible of a bitmap that was found in use.  Its table has
+ * these clusters then, in case that it is removed; or it has no table.
+ */
 static void
 register_inconsistent (struct bitmap_set *set, struct bitmap *b)
 {
@@ -168,18 +170,19 @@ register_inconsistent (struct bitmap_set *set, struct bitmap *b)
   if (qcow2_register (set->image, QCOW2_BITMAP_TABLE, b->table_offset,
                       table_bytes (b)) == -1)
     return;
-  if (read_table (set, b, &ignored) == 0) {
-    set->memory_bytes += nr_data_clusters (b) * REGISTERED_BYTES;
-    for (uint32_t i = 0;
-         i < b->table_entries && set->memory_bytes <= machine_memory () / 2;
-         ++i)
-      if (bitmap_table_entry_is_valid (b->table[i], cluster_size) &&
-          bitmap_table_entry_is_data (b->table[i]))
-        (void) qcow2_register (set->image, QCOW2_BITMAP_DATA, b->table[i],
-                               cluster_size);
+  if (read_table (set, b, &ignored) == -1) {
+    free (b->table);
+    b->table = NULL;
+    return;
   }
-  free (b->table);
-  b->table = NULL;
+  set->memory_bytes += nr_data_clusters (b) * REGISTERED_BYTES;
+  for (uint32_t i = 0; i < b->table_entries; ++i)
+    if (set->memory_bytes > machine_memory () / 2 ||
+        !bitmap_table_entry_is_valid (b->table[i], cluster_size) ||
+        !bitmap_table_entry_is_data (b->table[i]) ||
+        qcow2_register (set->image, QCOW2_BITMAP_DATA, b->table[i],
+                        cluster_size) == -1)
+      b->table[i] = BITMAP_TABLE_ALL_ZEROES;
 }
 
 static void
@@ -221,10 +224,34 @@ has_bits (const struct bitmap_set *set, const struct bitmap_options *options,
     (!set->readonly || options->load_all || bitmap_is_wanted (options, name));
 }
 
+/* What is kept for each piece (bits.h, changes.h). */
+static uint64_t
+piece_memory (const struct bitmap_set *set, unsigned granularity_bits)
+{
+  const uint64_t pieces =
+    div_round_up (bitmap_set_nr_bits (set, granularity_bits), PIECE_BITS);
+
+  return BITS_A_PIECE * div_round_up (pieces, 8);
+}
+
+uint64_t
+bitmap_fixed_memory (const struct bitmap_set *set, unsigned granularity_bits,
+                     size_t name_bytes)
+{
+  return sizeof (struct bitmap) + name_bytes +
+    8 * bitmap_table_entries_needed (&set->geometry, granularity_bits) +
+    piece_memory (set, granularity_bits);
+}
+
+uint64_t
+bitmap_fixed_memory_limit (void)
+{
+  return machine_memory () / 8;
+}
+
 /* Check the memory that the bitmaps of a directory take whatever their
  * tables say: for the tables, which cost nothing in a sparse file, and for
- * what is kept for each piece (bits.h, changes.h).  At most an eighth of the
- * memory.
+ * each piece.  At most an eighth of the memory.
  */
 static int
 check_fixed_memory (struct bitmap_set *set,
@@ -234,17 +261,13 @@ check_fixed_memory (struct bitmap_set *set,
   uint64_t bytes = 0;
 
   for (uint32_t i = 0; i < nr_entries; ++i) {
-    const uint64_t pieces =
-      div_round_up (bitmap_set_nr_bits (set, entries[i].granularity_bits),
-                    PIECE_BITS);
-
     bytes += sizeof (struct bitmap) + entries[i].name_bytes +
       8 * (uint64_t) entries[i].table_entries;
     if (!(entries[i].flags & BITMAP_FLAG_IN_USE))
-      bytes += BITS_A_PIECE * div_round_up (pieces, 8);
+      bytes += piece_memory (set, entries[i].granularity_bits);
   }
   set->memory_bytes = bytes;
-  if (bytes > machine_memory () / 8)
+  if (bytes > bitmap_fixed_memory_limit ())
     return bitmap_damage (damage, "their tables would take more than an "
                           "eighth of the memory of this machine");
   return 0;
@@ -340,11 +363,12 @@ load_bits (struct bitmap_set *set, struct bitmap *b,
   return 0;
 }
 
-/* Read and parse the directory. */
+/* Read the directory and parse it.  The entries' names are inside *directory.
+ */
 static int
 load_directory (struct bitmap_set *set,
                 const struct qcow2_bitmaps_extension *ext,
-                struct bitmap_directory_entry **entries,
+                uint8_t **directory, struct bitmap_directory_entry **entries,
                 struct registered *registered, struct bitmap_damage *damage)
 {
   if (bitmap_extension_check (ext, &set->geometry, damage) == -1)
@@ -357,15 +381,15 @@ load_directory (struct bitmap_set *set,
     return -1;
   registered->directory = true;
 
-  set->directory = malloc (set->directory_bytes);
+  *directory = malloc (set->directory_bytes);
   *entries = calloc (ext->nr_bitmaps, sizeof **entries);
-  if (set->directory == NULL || *entries == NULL)
+  if (*directory == NULL || *entries == NULL)
     return bitmap_damage (damage, "the bitmap directory does not fit into "
                           "memory");
-  if (qcow2_read_metadata (set->image, set->directory, set->directory_bytes,
+  if (qcow2_read_metadata (set->image, *directory, set->directory_bytes,
                            set->directory_offset) == -1)
     return bitmap_damage (damage, "the bitmap directory cannot be read");
-  return bitmap_directory_parse (set->directory, set->directory_bytes,
+  return bitmap_directory_parse (*directory, set->directory_bytes,
                                  &set->geometry, *entries, ext->nr_bitmaps,
                                  damage);
 }
@@ -438,6 +462,7 @@ bitmap_load (struct bitmap_set *set, const struct bitmap_options *options)
 {
   const bool check_only = options->check_only;
   CLEANUP_FREE struct bitmap_directory_entry *entries = NULL;
+  CLEANUP_FREE uint8_t *directory = NULL;
   struct registered registered = { 0 };
   struct qcow2_bitmaps_extension ext;
   bool parsed, may_be_auto = false;
@@ -450,7 +475,7 @@ bitmap_load (struct bitmap_set *set, const struct bitmap_options *options)
     return;
   }
 
-  parsed = load_directory (set, &ext, &entries, &registered,
+  parsed = load_directory (set, &ext, &directory, &entries, &registered,
                            &set->damage) == 0;
   if (parsed && load_bitmaps (set, entries, ext.nr_bitmaps, options,
                               &registered, &set->damage) == 0) {
@@ -462,7 +487,7 @@ bitmap_load (struct bitmap_set *set, const struct bitmap_options *options)
   set->memory_bytes = 0;
   unregister_all (set, &registered);
   while (set->nr_bitmaps > 0)
-    bitmap_free (set->bitmaps[--set->nr_bitmaps]);
+    bitmap_put (set->bitmaps[--set->nr_bitmaps]);
 
   for (uint32_t i = 0; parsed && i < ext.nr_bitmaps; ++i)
     may_be_auto |= entries[i].flags == BITMAP_FLAG_AUTO;

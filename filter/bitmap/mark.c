@@ -24,6 +24,9 @@
  * set in the second way, too, and they are written ahead before the third way
  * is tried (keep.c).
  *
+ * Bitmaps that are in RAM alone are set in the same section, and need nothing
+ * before that.
+ *
  * A mark of more than mark_bytes is made in parts, so that no section is
  * long: a thread may be waiting for its end.
  *
@@ -40,6 +43,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#include "bitmap/change.h"
 #include "bitmap/internal.h"
 #include "common/bytes.h"
 #include "common/cleanup.h"
@@ -124,6 +128,16 @@ set_bits (struct bitmap *b, uint64_t offset, uint64_t count)
                ahead_last (&b->ahead, offset, count));
 }
 
+/* Set the bits in those of the bitmaps that lack one. */
+static void
+set_lacking (struct bitmap *const *bitmaps, size_t nr, uint64_t offset,
+             uint64_t count)
+{
+  for (size_t i = 0; i < nr; ++i)
+    if (!bitmap_has_all (bitmaps[i], offset, count))
+      set_bits (bitmaps[i], offset, count);
+}
+
 /* Set the bits in all bitmaps.  If one of them is neither IN_USE nor ahead,
  * set none and return false.  The same if it is IN_USE and returns, if
  * prefer_ahead.
@@ -141,11 +155,10 @@ mark_in_section (struct bitmap_set *set, uint64_t offset, uint64_t count,
     all = prefer_ahead && atomic_load (&b->returns)
       ? is_in_image (b, offset, count) : may_set_bits (b, offset, count);
   }
-  for (size_t i = 0; i < set->nr_recording && all; ++i) {
-    struct bitmap *b = set->recording[i];
-
-    if (!bitmap_has_all (b, offset, count))
-      set_bits (b, offset, count);
+  if (all) {
+    set_lacking (set->recording, set->nr_recording, offset, count);
+    set_lacking (set->recording_in_ram, set->nr_recording_in_ram, offset,
+                 count);
   }
   grace_leave (&set->grace, ticket);
   return all;
@@ -217,12 +230,20 @@ mark_part (struct bitmap_set *set, uint64_t offset, uint64_t count)
 }
 
 static bool
-marked_already (const struct bitmap_set *set, uint64_t offset, uint64_t count)
+all_have (struct bitmap *const *bitmaps, size_t nr, uint64_t offset,
+          uint64_t count)
 {
-  for (size_t i = 0; i < set->nr_recording; ++i)
-    if (!bitmap_has_all (set->recording[i], offset, count))
+  for (size_t i = 0; i < nr; ++i)
+    if (!bitmap_has_all (bitmaps[i], offset, count))
       return false;
   return true;
+}
+
+static bool
+marked_already (const struct bitmap_set *set, uint64_t offset, uint64_t count)
+{
+  return all_have (set->recording, set->nr_recording, offset, count) &&
+    all_have (set->recording_in_ram, set->nr_recording_in_ram, offset, count);
 }
 
 int
@@ -232,6 +253,9 @@ bitmap_set_mark (struct bitmap_set *set, uint64_t offset, uint64_t count)
   assert (!range_exceeds (offset, count, set->geometry.disk_size_bytes));
   if (count == 0)
     return 0;
+  if (atomic_load_explicit (&set->in_doubt, memory_order_acquire) &&
+      bitmap_set_settle_doubt (set) == -1)
+    return -1;
   if (set->keeps &&
       !atomic_load_explicit (&set->loaded_is_durable, memory_order_acquire) &&
       keep_begin (set) == -1)

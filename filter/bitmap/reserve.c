@@ -36,6 +36,7 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "bitmap/internal.h"
 #include "common/bytes.h"
@@ -60,6 +61,15 @@ bitmap_reserve_init (struct bitmap *b)
     return -1;
   }
   return 0;
+}
+
+void
+bitmap_reserve_table_written (struct bitmap *b)
+{
+  if (b->table_holes != NULL)
+    memset (b->table_holes, 0,
+            div_round_up (8 * (uint64_t) b->table_entries,
+                          HOLES_CHUNK_BYTES));
 }
 
 void
@@ -230,21 +240,26 @@ bitmap_reserve (struct bitmap_set *set, uint64_t offset, uint64_t count)
 }
 
 bool
+bitmap_release_reserved (struct bitmap_set *set, struct bitmap *b)
+{
+  const bool any = b->nr_reserved != 0;
+
+  for (uint32_t i = 0; b->nr_reserved != 0; ++i) {
+    const uint64_t reserved = bitmap_take_reserved (b, i);
+
+    if (reserved != 0)
+      qcow2_release (set->image, reserved & ~RESERVED_ZEROED, 1);
+  }
+  return any;
+}
+
+bool
 bitmap_set_give_back_reserved (struct bitmap_set *set)
 {
   bool any = false;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&set->reserve_lock);
-  for (size_t i = 0; i < set->nr_recording; ++i) {
-    struct bitmap *b = set->recording[i];
-
-    any |= b->nr_reserved != 0;
-    for (uint32_t j = 0; b->nr_reserved != 0; ++j) {
-      const uint64_t reserved = bitmap_take_reserved (b, j);
-
-      if (reserved != 0)
-        qcow2_release (set->image, reserved & ~RESERVED_ZEROED, 1);
-    }
-  }
+  for (size_t i = 0; i < set->nr_recording; ++i)
+    any |= bitmap_release_reserved (set, set->recording[i]);
   return any;
 }

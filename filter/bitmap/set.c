@@ -10,8 +10,8 @@
  * options: if a bitmap is missing, opening may fail.  Last, unless this is
  * only a check, missing bitmaps that can be created are created (create.c).
  *
- * Afterwards the set of bitmaps does not change, so readers take no lock.
- * internal.h describes what does change.
+ * Afterwards only a change (change.h) replaces the lists of the set, and only
+ * while nobody uses them.  internal.h describes what else changes.
  */
 
 #include <config.h>
@@ -52,18 +52,16 @@ bitmap_new (const struct bitmap_directory_entry *e, uint64_t nr_bits)
       (nr_bits > 0 &&
        (bits_init (&b->bits, nr_bits) == -1 ||
         changes_init (&b->changes, b->bits.nr_pieces) == -1))) {
-    bitmap_free (b);
+    bitmap_put (b);
     errno = ENOMEM;
     return NULL;
   }
   return b;
 }
 
-void
+static void
 bitmap_free (struct bitmap *b)
 {
-  if (b == NULL)
-    return;
   bits_free (&b->bits);
   changes_free (&b->changes);
   bitmap_reserve_free (b);
@@ -96,6 +94,9 @@ bitmap_get (const struct bitmap *b)
 void
 bitmap_put (const struct bitmap *b)
 {
+  if (b == NULL)
+    return;
+
   const unsigned long old =
     atomic_fetch_sub_explicit (references (b), 1, memory_order_acq_rel);
 
@@ -236,36 +237,121 @@ warn_of_inconsistent (const struct bitmap_set *set,
   }
 }
 
+int
+bitmap_lists_init (struct bitmap_lists *l, size_t max)
+{
+  *l = (struct bitmap_lists) {
+    .bitmaps = calloc (max + 1, sizeof *l->bitmaps),
+    .recording = calloc (max + 1, sizeof *l->recording),
+    .recording_in_ram = calloc (max + 1, sizeof *l->recording_in_ram),
+    .exposed = calloc (max + 1, sizeof *l->exposed),
+    .min_shift = BITMAP_MAX_GRANULARITY_BITS,
+  };
+  if (l->bitmaps != NULL && l->recording != NULL &&
+      l->recording_in_ram != NULL && l->exposed != NULL)
+    return 0;
+  bitmap_lists_free (l);
+  errno = ENOMEM;
+  report_error ("calloc: %m");
+  return -1;
+}
+
+void
+bitmap_lists_free (struct bitmap_lists *l)
+{
+  free (l->bitmaps);
+  free (l->recording);
+  free (l->recording_in_ram);
+  free (l->exposed);
+  *l = (struct bitmap_lists) { 0 };
+}
+
+void
+bitmap_lists_add (struct bitmap_lists *l, struct bitmap *b, bool records,
+                  bool exposed)
+{
+  l->bitmaps[l->nr_bitmaps++] = b;
+  if (records && b->in_ram)
+    l->recording_in_ram[l->nr_recording_in_ram++] = b;
+  else if (records)
+    l->recording[l->nr_recording++] = b;
+  if (records && b->shift < l->min_shift)
+    l->min_shift = b->shift;
+  if (exposed)
+    l->exposed[l->nr_exposed++] = b;
+}
+
+void
+bitmap_set_install (struct bitmap_set *set, struct bitmap_lists *l)
+{
+  free (set->bitmaps);
+  free (set->recording);
+  free (set->recording_in_ram);
+  free (set->exposed);
+  set->bitmaps = l->bitmaps;
+  set->nr_bitmaps = set->max_bitmaps = l->nr_bitmaps;
+  set->recording = l->recording;
+  set->nr_recording = l->nr_recording;
+  set->recording_in_ram = l->recording_in_ram;
+  set->nr_recording_in_ram = l->nr_recording_in_ram;
+  set->exposed = l->exposed;
+  set->nr_exposed = l->nr_exposed;
+  set->mark_bytes = MARK_BITS << l->min_shift;
+  for (size_t i = 0; i < l->nr_bitmaps; ++i)
+    l->bitmaps[i]->is_recording = false;
+  for (size_t i = 0; i < l->nr_recording; ++i)
+    l->recording[i]->is_recording = true;
+  for (size_t i = 0; i < l->nr_recording_in_ram; ++i)
+    l->recording_in_ram[i]->is_recording = true;
+  *l = (struct bitmap_lists) { 0 };
+}
+
 /* Determine which bitmaps record, and which are offered. */
 static int
 make_lists (struct bitmap_set *set, const struct bitmap_options *options)
 {
-  unsigned min_shift = BITMAP_MAX_GRANULARITY_BITS;
+  struct bitmap_lists lists;
 
-  set->recording = calloc (set->nr_bitmaps + 1, sizeof *set->recording);
-  set->exposed = calloc (set->nr_bitmaps + 1, sizeof *set->exposed);
-  if (set->recording == NULL || set->exposed == NULL) {
-    report_error ("calloc: %m");
+  if (bitmap_lists_init (&lists, set->nr_bitmaps) == -1)
     return -1;
-  }
-
   for (size_t i = 0; i < set->nr_bitmaps; ++i) {
     struct bitmap *b = set->bitmaps[i];
+    const bool records =
+      !b->inconsistent && bitmap_is_enabled (b) && !set->readonly;
 
-    if (b->inconsistent)
-      continue;
-    if ((b->flags & BITMAP_FLAG_AUTO) && !set->readonly) {
-      if (bitmap_reserve_init (b) == -1)
-        return -1;
-      set->recording[set->nr_recording++] = b;
-      if (b->shift < min_shift)
-        min_shift = b->shift;
+    if (records && b->reserved == NULL && bitmap_reserve_init (b) == -1) {
+      bitmap_lists_free (&lists);
+      return -1;
     }
-    if (bitmap_is_wanted (options, b->name))
-      set->exposed[set->nr_exposed++] = b;
+    bitmap_lists_add (&lists, b, records,
+                      !b->inconsistent && bitmap_is_wanted (options, b->name));
   }
-  set->mark_bytes = MARK_BITS << min_shift;
+  bitmap_set_install (set, &lists);
   return 0;
+}
+
+/* Bitmaps that are added later are offered by the same rule. */
+static int
+copy_expose (struct bitmap_set *set, const struct bitmap_options *options)
+{
+  set->expose = calloc (options->nr_expose + 1, sizeof *set->expose);
+  for (size_t i = 0; set->expose != NULL && i < options->nr_expose; ++i) {
+    set->expose[i] = strdup (options->expose[i]);
+    if (set->expose[i] == NULL)
+      break;
+    set->nr_expose++;
+  }
+  if (set->expose != NULL && set->nr_expose == options->nr_expose)
+    return 0;
+  report_error ("strdup: %m");
+  return -1;
+}
+
+bool
+bitmap_set_wants (const struct bitmap_set *set, const char *name)
+{
+  return set->nr_expose == 0 ||
+    names_include ((const char *const *) set->expose, set->nr_expose, name);
 }
 
 static int
@@ -306,16 +392,14 @@ set_fill (struct bitmap_set *set, const struct bitmap_options *options)
   if (check_required (set, options) == -1 ||
       check_exposed (set, options) == -1)
     return -1;
+  if (!set->is_backing && copy_expose (set, options) == -1)
+    return -1;
   if (!options->check_only && bitmap_create_missing (set, options) == -1)
     return -1;
-
-  /* Only create.c needed it. */
-  free (set->directory);
-  set->directory = NULL;
   if (make_lists (set, options) == -1)
     return -1;
   /* A disk of no bytes has no units. */
-  return options->keep && set->nr_recording > 0 &&
+  return options->keep && !options->check_only && !set->readonly &&
     set->geometry.disk_size_bytes > 0 ? keep_init (set, options->flush) : 0;
 }
 
@@ -352,8 +436,11 @@ bitmap_set_close (struct bitmap_set *set)
     bitmap_put (set->bitmaps[i]);
   free (set->bitmaps);
   free (set->recording);
+  free (set->recording_in_ram);
   free (set->exposed);
-  free (set->directory);
+  for (size_t i = 0; i < set->nr_expose; ++i)
+    free (set->expose[i]);
+  free (set->expose);
   free (set->buffer);
   free (set->prefix);
   pthread_mutex_destroy (&set->state_lock);
@@ -393,6 +480,18 @@ bool
 bitmap_is_inconsistent (const struct bitmap *b)
 {
   return b->inconsistent;
+}
+
+bool
+bitmap_is_in_ram (const struct bitmap *b)
+{
+  return b->in_ram;
+}
+
+bool
+bitmap_is_recording (const struct bitmap *b)
+{
+  return b->is_recording;
 }
 
 bool

@@ -137,12 +137,9 @@ write_bits (struct bitmap_set *set, struct bitmap *b,
                             NULL);
 }
 
-/* Are all bits of the cluster of bits ones?  Not if some of its bits are
- * beyond the end, since those must be zero in the image.
- */
-static bool
-cluster_is_full (const struct bitmap_set *set, const struct bitmap *b,
-                 uint32_t index)
+bool
+bitmap_cluster_is_full (const struct bitmap_set *set, const struct bitmap *b,
+                        uint32_t index)
 {
   uint64_t cluster_bits = 8 * (uint64_t) set->geometry.cluster_size_bytes;
   uint64_t first = index * cluster_bits, end = first + cluster_bits;
@@ -199,7 +196,7 @@ write_cluster (struct bitmap_set *set, struct bitmap *b, uint32_t index,
     return -1;
   if (bitmap_reserve_entry (set, b, index) == -1)
     return -1;
-  if (cluster_is_full (set, b, index)) {
+  if (bitmap_cluster_is_full (set, b, index)) {
     fill_cluster (set, b, index);
     return 0;
   }
