@@ -121,8 +121,9 @@ static int
 compare_indexed (const void *a, const void *b)
 {
   const struct indexed_name *x = a, *y = b;
+  const int r = strcmp (x->name, y->name);
 
-  return strcmp (x->name, y->name);
+  return r != 0 ? r : (x->i > y->i) - (x->i < y->i);
 }
 
 size_t
@@ -210,36 +211,57 @@ list_new (size_t nr)
   return NULL;
 }
 
-/* Append what a set exposes. */
 static int
-list_add (struct disk_offers *list, const struct bitmap_set *set,
-          uint64_t size)
+list_add (struct disk_offers *list, const struct offer_source *source)
 {
-  for (size_t i = 0; i < bitmap_set_nr_exposed (set); ++i) {
-    const struct bitmap *b = bitmap_set_exposed (set, i);
-    struct disk_offer *o = offer_new (b, size);
+  struct disk_offer *o = offer_new (source->bitmap, source->size);
 
-    if (o == NULL)
-      return -1;
-    list->by_name[list->nr].name = bitmap_name (b);
-    list->by_name[list->nr].i = list->nr;
-    list->offers[list->nr++] = o;
-  }
+  if (o == NULL)
+    return -1;
+  o->is_fresh = !source->goes_on;
+  list->offers[list->nr++] = o;
   return 0;
 }
 
-struct disk_offers *
-offers_prepare (struct bitmap_set *const *sets, const uint64_t *sizes,
-                size_t nr_sets)
+static void
+make_index (struct disk_offers *list)
 {
-  struct disk_offers *list;
+  for (size_t i = 0; i < list->nr; ++i)
+    list->by_name[i] = (struct indexed_name) {
+      .name = bitmap_name (list->offers[i]->bitmap), .i = i,
+    };
+  qsort (list->by_name, list->nr, sizeof list->by_name[0], compare_indexed);
+}
+
+/* Drop offers that have the name of one before them: a bitmap of a backing
+ * file, if the image has got one of that name.
+ */
+static void
+drop_hidden (struct disk_offers *list)
+{
   size_t nr = 0;
 
-  for (size_t i = 0; i < nr_sets; ++i)
-    nr += bitmap_set_nr_exposed (sets[i]);
-  list = list_new (nr);
-  for (size_t i = 0; list != NULL && i < nr_sets; ++i)
-    if (list_add (list, sets[i], sizes[i]) == -1) {
+  for (size_t k = 1; k < list->nr; ++k)
+    if (strcmp (list->by_name[k - 1].name, list->by_name[k].name) == 0) {
+      disk_offer_put (list->offers[list->by_name[k].i]);
+      list->offers[list->by_name[k].i] = NULL;
+    }
+  for (size_t i = 0; i < list->nr; ++i)
+    if (list->offers[i] != NULL)
+      list->offers[nr++] = list->offers[i];
+  if (nr == list->nr)
+    return;
+  list->nr = nr;
+  make_index (list);
+}
+
+struct disk_offers *
+offers_prepare_from (const struct offer_source *sources, size_t nr)
+{
+  struct disk_offers *list = list_new (nr);
+
+  for (size_t i = 0; list != NULL && i < nr; ++i)
+    if (list_add (list, &sources[i]) == -1) {
       disk_offers_put (list);
       list = NULL;
     }
@@ -248,7 +270,35 @@ offers_prepare (struct bitmap_set *const *sets, const uint64_t *sizes,
     errno = ENOMEM;
     return NULL;
   }
-  qsort (list->by_name, nr, sizeof list->by_name[0], compare_indexed);
+  make_index (list);
+  drop_hidden (list);
+  return list;
+}
+
+struct disk_offers *
+offers_prepare (struct bitmap_set *const *sets, const uint64_t *sizes,
+                size_t nr_sets)
+{
+  struct offer_source *sources;
+  struct disk_offers *list;
+  size_t nr = 0;
+
+  for (size_t i = 0; i < nr_sets; ++i)
+    nr += bitmap_set_nr_exposed (sets[i]);
+  sources = calloc (nr + 1, sizeof *sources);
+  if (sources == NULL) {
+    report_error ("calloc: %m");
+    return NULL;
+  }
+  nr = 0;
+  for (size_t i = 0; i < nr_sets; ++i)
+    for (size_t j = 0; j < bitmap_set_nr_exposed (sets[i]); ++j)
+      sources[nr++] = (struct offer_source) {
+        .bitmap = bitmap_set_exposed (sets[i], j), .size = sizes[i],
+        .goes_on = true,
+      };
+  list = offers_prepare_from (sources, nr);
+  free (sources);
   return list;
 }
 
@@ -281,7 +331,7 @@ keep_offers (struct disk_offers *before, struct disk_offers *list)
   for (size_t i = 0; i < list->nr; ++i) {
     struct disk_offer *o = offers_of (before, list->offers[i]->bitmap);
 
-    if (o == NULL || is_cut (o))
+    if (o == NULL || is_cut (o) || list->offers[i]->is_fresh)
       continue;
     assert (o->size == list->offers[i]->size);
     disk_offer_put (list->offers[i]);

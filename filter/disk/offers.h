@@ -60,6 +60,7 @@ struct disk_offer {
   atomic_ulong references;
   atomic_ulong holders;         /* clients that read it */
   atomic_bool cut;
+  bool is_fresh;                /* it was not to be an earlier one */
 };
 
 struct offers {
@@ -72,17 +73,29 @@ extern void offers_init (struct offers *);
 /* Drop the current list.  References to it and its offers may remain. */
 extern void offers_free (struct offers *);
 
-/* A new list: the bitmaps that each set exposes now, in this order, of which
- * those of sets[i] cover sizes[i] bytes of the disk.  NULL with ENOMEM,
- * reported.
+/* A bitmap that is to be offered. */
+struct offer_source {
+  const struct bitmap *bitmap;
+  uint64_t size;                /* as in struct disk_offer */
+  bool goes_on;                 /* clients that read it may go on */
+};
+
+/* A new list of these, but that only the first of several with the same name
+ * is on it.  NULL with ENOMEM, reported.
+ */
+extern struct disk_offers *offers_prepare_from (const struct offer_source *,
+                                                size_t nr);
+
+/* The same of the bitmaps that each set exposes now, in this order, of which
+ * those of sets[i] cover sizes[i] bytes of the disk.
  */
 extern struct disk_offers *
 offers_prepare (struct bitmap_set *const *sets, const uint64_t *sizes,
                 size_t nr_sets);
 
 /* Make it the current list.  This cannot fail.  Where the list before has an
- * offer of the same bitmap that is not cut, that offer is kept, with its
- * holders.  The other offers of that list are cut.
+ * offer of the same bitmap that goes on and is not cut, that offer is kept,
+ * with its holders.  The other offers of that list are cut.
  */
 extern void offers_switch (struct offers *, struct disk_offers *prepared);
 extern void offers_abandon (struct disk_offers *prepared);
