@@ -22,6 +22,7 @@
 #include <string.h>
 
 #include "bitmap/bitmap.h"
+#include "bitmap/change.h"
 #include "common/bytes.h"
 #include "common/names.h"
 #include "common/report.h"
@@ -152,18 +153,30 @@ disk_check (struct container *c, const struct disk_options *options)
   return r;
 }
 
+static void
+free_disk (struct disk *d)
+{
+  close_parts (d);
+  disk_gate_free (&d->gate);
+  pthread_rwlock_destroy (&d->lists_lock);
+  free (d);
+}
+
 struct disk *
 disk_open (struct container *c, const struct disk_options *options)
 {
-  struct disk *d = calloc (1, sizeof *d);
+  /* The alignment puts the gate's counters on cache lines of their own. */
+  struct disk *d = aligned_alloc (_Alignof (struct disk), sizeof *d);
 
   if (d == NULL) {
-    report_error ("calloc: %m");
+    report_error ("aligned_alloc: %m");
     return NULL;
   }
+  memset (d, 0, sizeof *d);
+  disk_gate_init (&d->gate);
+  pthread_rwlock_init (&d->lists_lock, NULL);
   if (open_parts (d, c, options, false) == -1) {
-    close_parts (d);
-    free (d);
+    free_disk (d);
     return NULL;
   }
   d->container = c;
@@ -206,7 +219,9 @@ disk_stop (struct disk *d)
   if (qcow2_is_readonly (d->qcow2))
     return 0;
   disk_tidy (d, true);
-  int r = image_stop (d->qcow2, d->bitmaps);
+  int r = bitmap_set_settle_doubt (d->bitmaps);
+  if (image_stop (d->qcow2, d->bitmaps) == -1)
+    r = -1;
   if (bitmap_set_give_back_reserved (d->bitmaps) &&
       qcow2_stop (d->qcow2) == -1)
     r = -1;
@@ -223,11 +238,13 @@ disk_stop (struct disk *d)
 void
 disk_close (struct disk *d)
 {
+  struct container *c;
+
   if (d == NULL)
     return;
-  close_parts (d);
-  container_close (d->container);
-  free (d);
+  c = d->container;
+  free_disk (d);
+  container_close (c);
 }
 
 uint64_t
@@ -282,17 +299,22 @@ disk_read_chunk (struct disk *d, uint64_t offset, struct qcow2_chunk *c)
   return qcow2_read_chunk (d->qcow2, offset, c);
 }
 
-/* Called before every change. */
+/* May the range be changed? */
 static int
-begin_change (struct disk *d, uint64_t count, uint64_t offset)
+check_change (const struct disk *d, uint64_t count, uint64_t offset)
 {
   if (qcow2_is_readonly (d->qcow2)) {
     report_error ("the disk is read-only");
     errno = EROFS;
     return -1;
   }
-  if (check_range (d, count, offset) == -1)
-    return -1;
+  return check_range (d, count, offset);
+}
+
+/* Called before every change, in a section of the gate. */
+static int
+mark (struct disk *d, uint64_t count, uint64_t offset)
+{
   if (count == 0 || !ORDER (MARK_BEFORE_CHANGE))
     return 0;
   return bitmap_set_mark (d->bitmaps, offset, count);
@@ -316,37 +338,85 @@ int
 disk_write (struct disk *d, const void *buf, uint32_t count, uint64_t offset,
             bool fua)
 {
-  if (begin_change (d, count, offset) == -1)
-    return -1;
-  const unsigned long lost = qcow2_lost (d->qcow2);
+  grace_ticket ticket;
+  unsigned long lost;
+  int r;
 
-  return end_change (d, qcow2_write (d->qcow2, buf, count, offset), fua,
-                     lost);
+  if (check_change (d, count, offset) == -1)
+    return -1;
+  ticket = disk_gate_enter (&d->gate);
+  r = mark (d, count, offset);
+  lost = qcow2_lost (d->qcow2);
+  if (r == 0)
+    r = qcow2_write (d->qcow2, buf, count, offset);
+  disk_gate_leave (&d->gate, ticket);
+  return end_change (d, r, fua, lost);
+}
+
+/* Zeroes and trims pass the gate in parts, since one may be of any length:
+ * up to the next multiple of this, which no cluster crosses.
+ */
+#define PART_BYTES (UINT64_C (64) << 20)
+
+struct zeroing {
+  bool is_trim;
+  unsigned flags;               /* of qcow2_zero */
+};
+
+static int
+zero_part (struct disk *d, uint64_t count, uint64_t offset,
+           const struct zeroing *z)
+{
+  const grace_ticket ticket = disk_gate_enter (&d->gate);
+  int r = mark (d, count, offset);
+
+  if (r == 0)
+    r = z->is_trim ? qcow2_trim (d->qcow2, count, offset)
+      : qcow2_zero (d->qcow2, count, offset, z->flags);
+  disk_gate_leave (&d->gate, ticket);
+  return r;
+}
+
+static int
+zero_in_parts (struct disk *d, uint64_t count, uint64_t offset,
+               const struct zeroing *z, bool fua)
+{
+  /* One that is refused has changed nothing, so that has no parts. */
+  const bool is_whole = z->flags & QCOW2_ZERO_FAST;
+  unsigned long lost;
+  int r = 0;
+
+  if (check_change (d, count, offset) == -1)
+    return -1;
+  lost = qcow2_lost (d->qcow2);
+  while (count > 0 && r == 0) {
+    const uint64_t n = is_whole ? count
+      : min_u64 (count, PART_BYTES - offset % PART_BYTES);
+
+    r = zero_part (d, n, offset, z);
+    offset += n;
+    count -= n;
+  }
+  return end_change (d, r, fua, lost);
 }
 
 int
 disk_zero (struct disk *d, uint64_t count, uint64_t offset,
            bool no_hole, bool fast, bool fua)
 {
-  const unsigned flags =
-    (no_hole ? QCOW2_ZERO_KEEP : 0) | (fast ? QCOW2_ZERO_FAST : 0);
+  const struct zeroing z = {
+    .flags = (no_hole ? QCOW2_ZERO_KEEP : 0) | (fast ? QCOW2_ZERO_FAST : 0),
+  };
 
-  if (begin_change (d, count, offset) == -1)
-    return -1;
-  const unsigned long lost = qcow2_lost (d->qcow2);
-
-  return end_change (d, qcow2_zero (d->qcow2, count, offset, flags), fua,
-                     lost);
+  return zero_in_parts (d, count, offset, &z, fua);
 }
 
 int
 disk_trim (struct disk *d, uint64_t count, uint64_t offset, bool fua)
 {
-  if (begin_change (d, count, offset) == -1)
-    return -1;
-  const unsigned long lost = qcow2_lost (d->qcow2);
+  const struct zeroing z = { .is_trim = true };
 
-  return end_change (d, qcow2_trim (d->qcow2, count, offset), fua, lost);
+  return zero_in_parts (d, count, offset, &z, fua);
 }
 
 int
@@ -469,22 +539,25 @@ disk_get_numbers (const struct disk *d, struct disk_numbers *n)
   n->grown_bytes = tally_get (&d->container->grown_bytes);
 }
 
-static bool
-is_recording (const struct disk *d, const struct bitmap *b)
+static void
+lock_lists (const struct disk *d)
 {
-  for (size_t i = 0; i < bitmap_set_nr_recording (d->bitmaps); ++i)
-    if (bitmap_set_recording (d->bitmaps, i) == b)
-      return true;
-  return false;
+  pthread_rwlock_rdlock ((pthread_rwlock_t *) &d->lists_lock);
 }
 
 static void
-get_bitmap_numbers (const struct disk *d, const struct bitmap *b,
-                    uint64_t size, struct disk_bitmap_numbers *n)
+unlock_lists (const struct disk *d)
+{
+  pthread_rwlock_unlock ((pthread_rwlock_t *) &d->lists_lock);
+}
+
+static void
+get_bitmap_numbers (const struct bitmap *b, uint64_t size,
+                    struct disk_bitmap_numbers *n)
 {
   n->name = bitmap_name (b);
   n->granularity = bitmap_granularity (b);
-  n->records = is_recording (d, b);
+  n->records = bitmap_is_recording (b);
   n->dirty_bytes = bitmap_dirty_bytes (b, size, &n->memory_bytes);
   n->extra_bytes = bitmap_extra_bytes (b);
 }
@@ -494,13 +567,15 @@ disk_each_bitmap (const struct disk *d,
                   void (*fn) (const struct disk_bitmap_numbers *, void *),
                   void *opaque)
 {
-  struct disk_offers *offers = disk_offers_get (d);
+  struct disk_offers *offers;
   struct disk_bitmap_numbers n;
 
+  lock_lists (d);
+  offers = disk_offers_get (d);
   for (size_t i = 0; i < disk_offers_nr (offers); ++i) {
     const struct disk_offer *o = disk_offers_at (offers, i);
 
-    get_bitmap_numbers (d, o->bitmap, o->size, &n);
+    get_bitmap_numbers (o->bitmap, o->size, &n);
     fn (&n, opaque);
   }
   for (size_t i = 0; i < bitmap_set_nr_recording (d->bitmaps); ++i) {
@@ -508,10 +583,11 @@ disk_each_bitmap (const struct disk *d,
 
     if (offers_of (offers, b) != NULL)
       continue;
-    get_bitmap_numbers (d, b, d->size, &n);
+    get_bitmap_numbers (b, d->size, &n);
     fn (&n, opaque);
   }
   disk_offers_put (offers);
+  unlock_lists (d);
 }
 
 void
@@ -519,8 +595,10 @@ disk_list_bitmaps (const struct disk *d,
                    void (*fn) (const struct disk_bitmap_state *, void *),
                    void *opaque)
 {
-  struct disk_offers *offers = disk_offers_get (d);
+  struct disk_offers *offers;
 
+  lock_lists (d);
+  offers = disk_offers_get (d);
   for (size_t i = 0; i < bitmap_set_nr_all (d->bitmaps); ++i) {
     const struct bitmap *b = bitmap_set_get (d->bitmaps, i);
     uint64_t ignored;
@@ -531,9 +609,11 @@ disk_list_bitmaps (const struct disk *d,
       .is_enabled = bitmap_is_enabled (b),
       .is_inconsistent = bitmap_is_inconsistent (b),
       .is_in_use = offers_is_held_on (offers, b),
+      .is_persistent = !bitmap_is_in_ram (b),
     };
 
     fn (&state, opaque);
   }
   disk_offers_put (offers);
+  unlock_lists (d);
 }

@@ -156,8 +156,8 @@ extern int disk_tidy_ms (const struct disk *);
 extern int disk_cache (struct disk *, uint64_t count, uint64_t offset);
 
 /* In grace_ms milliseconds, begin to end long requests early, with
- * ESHUTDOWN.  The part of a range that was changed by then stays changed,
- * and all of it is marked.  disk_sync and disk_stop still do all their work.
+ * ESHUTDOWN.  The part of a range that was changed by then is marked, and
+ * stays changed.  disk_sync and disk_stop still do all their work.
  */
 extern void disk_hurry (struct disk *, unsigned grace_ms);
 
@@ -274,6 +274,7 @@ struct disk_bitmap_state {
   const char *name;
   uint64_t granularity, dirty_bytes;
   bool is_enabled, is_inconsistent, is_in_use;
+  bool is_persistent;           /* false: in RAM alone */
 };
 extern void disk_list_bitmaps (const struct disk *,
                                void (*fn) (const struct disk_bitmap_state *,

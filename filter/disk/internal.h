@@ -11,19 +11,27 @@
  *   disk.c      open and close; requests; lists of bitmaps
  *   delta.c     the disk as seen through one bitmap
  *   offers.c    the bitmaps that clients are offered
+ *   gate.c      the gate that each change of the disk passes
+ *   change.c    changing the set of bitmaps
  *   flush.c     the order of writes of the image and its bitmaps
  *
- * Locks: that of offers.h, which is taken last of all.
+ * Locks: the gate, which is closed with no lock held; lists_lock; and that of
+ * offers.h, which is taken last of all.
  */
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 
 #include "disk/disk.h"
+#include "disk/gate.h"
 #include "disk/offers.h"
 
 struct disk {
+  struct disk_gate gate;
+  pthread_rwlock_t lists_lock;  /* protects the lists of `bitmaps`, for threads
+                                   that are not in a section of the gate */
   struct container *container;
   struct qcow2 *qcow2;
   struct bitmap_set *bitmaps;   /* the image's, sets[0] */
