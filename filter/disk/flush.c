@@ -133,6 +133,16 @@ flush (struct qcow2 *q, struct bitmap_set *bitmaps, bool *lack_space)
   return r;
 }
 
+int
+image_flush_locked (struct qcow2 *q, struct bitmap_set *bitmaps)
+{
+  struct report_hold hold;
+  bool lack_space;
+
+  report_hold_begin (&hold);
+  return report_hold_result (&hold, flush (q, bitmaps, &lack_space));
+}
+
 static int
 flush_since (struct qcow2 *q, struct bitmap_set *bitmaps,
              unsigned long number, bool *lack_space)

@@ -22,6 +22,11 @@ struct qcow2;
  */
 extern int image_flush (struct qcow2 *, struct bitmap_set *);
 
+/* With the flush lock (qcow2/steps.h) held: flush, whatever was flushed
+ * before, and do not try again if the bitmaps lacked space.
+ */
+extern int image_flush_locked (struct qcow2 *, struct bitmap_set *);
+
 /* Flush, and free the released clusters, so that image_stop has nothing to
  * write if no change comes in between.
  */

@@ -104,6 +104,15 @@ extern void recorder_watch (struct container *, recorder_watch_fn,
 extern void recorder_note (struct container *, const char *name,
                            uint64_t first, uint64_t last);
 
+/* Put a number into the record, and be told of it, with each image that a
+ * crash leaves from there on to the next number.  The first is 0.
+ */
+typedef void (*recorder_judge_fn) (void *opaque, unsigned stage,
+                                   const struct bytes *image);
+extern void recorder_stage (struct container *, unsigned number);
+extern void recorder_judge (struct container *, recorder_judge_fn,
+                            void *opaque);
+
 /* As it is now, as if all writes had reached it. */
 extern struct bytes recorder_image (struct container *);
 

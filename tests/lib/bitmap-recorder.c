@@ -26,11 +26,14 @@
 #include "image.h"
 #include "bitmap-image.h"
 
-enum event_type { EVENT_WRITE, EVENT_BARRIER, EVENT_SIZE, EVENT_NOTE };
+enum event_type {
+  EVENT_WRITE, EVENT_BARRIER, EVENT_SIZE, EVENT_NOTE, EVENT_STAGE,
+};
 
 struct event {
   enum event_type type;
-  uint64_t offset, count;       /* of a write; first and last of a note */
+  uint64_t offset, count;       /* of a write; first and last of a note; the
+                                   number of a stage */
   uint8_t *data;                /* of a write; NULL: zeroes */
   char *name;                   /* of a note */
 };
@@ -47,6 +50,8 @@ struct recorder {
   bool failing, fail_for_ever, applied, yield;
   recorder_watch_fn watch;      /* fixed while threads run */
   void *watch_opaque;
+  recorder_judge_fn judge;
+  void *judge_opaque;
 };
 
 static struct recorder *
@@ -290,6 +295,22 @@ recorder_note (struct container *c, const char *name,
     });
 }
 
+void
+recorder_stage (struct container *c, unsigned number)
+{
+  struct recorder *r = recorder (c);
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&r->lock);
+  add_event (r, (struct event) { .type = EVENT_STAGE, .offset = number });
+}
+
+void
+recorder_judge (struct container *c, recorder_judge_fn judge, void *opaque)
+{
+  recorder (c)->judge = judge;
+  recorder (c)->judge_opaque = opaque;
+}
+
 struct bytes
 recorder_image (struct container *c)
 {
@@ -386,8 +407,9 @@ check_notes (const struct required required[MAX_SPECS], size_t point,
  */
 static void
 crash_once (struct recorder *r, const struct required *required,
-            uint8_t *image, const uint8_t *durable, size_t size,
-            size_t barrier, size_t point, uint64_t subset, uint64_t *seed)
+            unsigned stage, uint8_t *image, const uint8_t *durable,
+            size_t size, size_t barrier, size_t point, uint64_t subset,
+            uint64_t *seed)
 {
   const struct bytes bytes = { .p = image, .n = size };
   unsigned n = 0;
@@ -405,6 +427,8 @@ crash_once (struct recorder *r, const struct required *required,
     n++;
   }
   check_notes (required, point, &bytes);
+  if (r->judge != NULL)
+    r->judge (r->judge_opaque, stage, &bytes);
 }
 
 unsigned long
@@ -416,6 +440,7 @@ recorder_crash (struct container *c, unsigned max_subsets, uint64_t seed)
   CLEANUP_FREE uint8_t *image = malloc (r->limit);
   size_t barrier = 0, size = r->start_size, nr_open = 0;
   unsigned long checked = 0;
+  unsigned stage = 0;
 
   memcpy (durable, r->start, r->limit);
   for (size_t point = 0; point <= r->nr_events; ++point) {
@@ -423,7 +448,7 @@ recorder_crash (struct container *c, unsigned max_subsets, uint64_t seed)
     uint64_t nr = exhaustive ? UINT64_C (1) << nr_open : max_subsets;
 
     for (uint64_t i = 0; i < nr; ++i, ++checked)
-      crash_once (r, required, image, durable, size, barrier, point,
+      crash_once (r, required, stage, image, durable, size, barrier, point,
                   exhaustive ? i
                   : i == 0 ? UINT64_MAX >> 1 : UINT64_MAX, &seed);
     if (point == r->nr_events)
@@ -438,6 +463,8 @@ recorder_crash (struct container *c, unsigned max_subsets, uint64_t seed)
       size = max_u64 (size, e->count);
     if (e->type == EVENT_NOTE)
       add_note (required, e);
+    if (e->type == EVENT_STAGE)
+      stage = e->offset;
     if (e->type == EVENT_WRITE)
       nr_open++;
     if (e->type == EVENT_BARRIER) {

@@ -1,0 +1,213 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* Changing the set of the image's bitmaps while the disk is served.
+ *
+ * bitmap/change.h has the steps of a change, and what they need.  Here the
+ * rest of the disk is kept still meanwhile:
+ *
+ *   the gate is closed     no mark is under way, so no bit changes
+ *   the set is paused      nothing is tidied
+ *   the flush lock         no flush is under way
+ *   lists_lock             nobody reads the lists; held for a moment, at the
+ *                          end
+ *
+ * in this order, since a thread in a section of the gate may flush.  A change
+ * costs three barriers, and time in proportion to the set bits of the bitmaps
+ * that are altered.  Changes and flushes of the disk wait for it; reads do
+ * not.
+ *
+ * The flush at the beginning stores all bitmaps, so that those that a change
+ * does not alter are not in use in the new directory either.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <stdlib.h>
+
+#include "bitmap/change.h"
+#include "common/report.h"
+#include "disk/change.h"
+#include "disk/flush.h"
+#include "disk/internal.h"
+#include "qcow2/order.h"
+#include "qcow2/steps.h"
+
+/* How long requests under way may take before a change gives up. */
+#define GATE_TIMEOUT_MS 10000
+
+static int
+note_action (struct bitmap_change *c, const struct disk_action *a)
+{
+  switch (a->type) {
+  case DISK_BITMAP_ADD:
+    return bitmap_change_add (c, a->name,
+                              a->has_granularity, a->granularity,
+                              (a->disabled ? BITMAP_ADD_DISABLED : 0) |
+                              (a->persistent ? 0 : BITMAP_ADD_IN_RAM));
+  case DISK_BITMAP_REMOVE:
+    return bitmap_change_remove (c, a->name, a->force);
+  case DISK_BITMAP_CLEAR:
+    return bitmap_change_clear (c, a->name, a->force);
+  case DISK_BITMAP_ENABLE:
+    return bitmap_change_enable (c, a->name, a->force);
+  case DISK_BITMAP_DISABLE:
+    return bitmap_change_disable (c, a->name, a->force);
+  case DISK_BITMAP_MERGE:
+    return bitmap_change_merge (c, a->name, a->sources, a->nr_sources,
+                                a->force);
+  }
+  abort ();
+}
+
+static bool
+is_busy (void *opaque, const struct bitmap *b)
+{
+  const struct disk *d = opaque;
+
+  return offers_is_held (&d->offers, b);
+}
+
+/* The offers of the set that is to be, and of the backing files. */
+static struct disk_offers *
+prepare_offers (struct disk *d, const struct bitmap_change *c)
+{
+  size_t nr = bitmap_change_nr_exposed (c);
+  struct offer_source *sources;
+  struct disk_offers *offers;
+
+  for (size_t i = 1; i < d->nr_sets; ++i)
+    nr += bitmap_set_nr_exposed (d->sets[i]);
+  sources = calloc (nr + 1, sizeof *sources);
+  if (sources == NULL) {
+    report_error ("calloc: %m");
+    return NULL;
+  }
+  for (nr = 0; nr < bitmap_change_nr_exposed (c); ++nr) {
+    sources[nr].size = d->size;
+    sources[nr].bitmap = bitmap_change_exposed (c, nr, &sources[nr].goes_on);
+  }
+  for (size_t i = 1; i < d->nr_sets; ++i)
+    for (size_t j = 0; j < bitmap_set_nr_exposed (d->sets[i]); ++j)
+      sources[nr++] = (struct offer_source) {
+        .bitmap = bitmap_set_exposed (d->sets[i], j), .size = d->sizes[i],
+        .goes_on = true,
+      };
+  offers = offers_prepare_from (sources, nr);
+  free (sources);
+  return offers;
+}
+
+static int
+put_in_image (struct disk *d, struct bitmap_change *c)
+{
+  const unsigned long lost = qcow2_lost (d->qcow2);
+
+  if (bitmap_change_store (c) == -1 ||
+      (ORDER (DIRECTORY_BEFORE_HEADER) &&
+       image_flush_locked (d->qcow2, NULL) == -1))
+    return -1;
+  if (qcow2_lost (d->qcow2) != lost) {
+    report_error ("a flush of the image failed while its bitmaps were "
+                  "changed");
+    errno = EIO;
+    return -1;
+  }
+  return bitmap_change_switch (c);
+}
+
+/* All else is still. */
+static int
+carry_out (struct disk *d, struct bitmap_change *c)
+{
+  const bool in_ram = bitmap_change_is_in_ram (c);
+  struct disk_offers *offers;
+
+  if (!in_ram && image_flush_locked (d->qcow2, d->bitmaps) == -1)
+    return -1;
+  if (bitmap_change_prepare (c) == -1)
+    return -1;
+  offers = prepare_offers (d, c);
+  if (offers == NULL)
+    return -1;
+  if (!in_ram && put_in_image (d, c) == -1) {
+    offers_abandon (offers);
+    return -1;
+  }
+  pthread_rwlock_wrlock (&d->lists_lock);
+  bitmap_change_adopt (c);
+  offers_switch (&d->offers, offers);
+  pthread_rwlock_unlock (&d->lists_lock);
+  return 0;
+}
+
+/* With the gate closed. */
+static int
+change_paused (struct disk *d, struct bitmap_change *c)
+{
+  int r = 0, err;
+
+  bitmap_set_pause (d->bitmaps);
+  if (bitmap_change_needs_tidy (c))
+    r = bitmap_set_tidy_paused (d->bitmaps);
+  qcow2_flush_lock (d->qcow2);
+  if (r == 0)
+    r = carry_out (d, c);
+  bitmap_change_end (c);
+  err = errno;
+  qcow2_flush_unlock (d->qcow2);
+  bitmap_set_resume (d->bitmaps);
+  errno = err;
+  return r;
+}
+
+static int
+change (struct disk *d, const char *image, const struct disk_action *actions,
+        size_t nr_actions)
+{
+  struct bitmap_change *c = bitmap_change_begin (d->bitmaps, image, is_busy,
+                                                 d);
+  int r = 0, err;
+
+  if (c == NULL)
+    return -1;
+  for (size_t i = 0; i < nr_actions && r == 0; ++i)
+    r = note_action (c, &actions[i]);
+  if (r == 0 && disk_gate_close (&d->gate, GATE_TIMEOUT_MS) == -1) {
+    report_error ("requests under way did not end within %d seconds",
+                  GATE_TIMEOUT_MS / 1000);
+    r = -1;
+  }
+  if (r == -1) {
+    bitmap_change_end (c);
+    return -1;
+  }
+  r = change_paused (d, c);
+  err = errno;
+  disk_gate_open (&d->gate);
+  bitmap_set_tell_unstored (d->bitmaps);
+  errno = err;
+  return r;
+}
+
+int
+disk_change_bitmaps (struct disk *d, const char *image,
+                     const struct disk_action *actions, size_t nr_actions)
+{
+  struct report_hold hold;
+  int r;
+
+  if (bitmap_set_settle_doubt (d->bitmaps) == -1)
+    return -1;
+  report_hold_begin (&hold);
+  r = change (d, image, actions, nr_actions);
+  if (r == -1 && errno == ENOSPC && qcow2_can_reclaim (d->qcow2) &&
+      qcow2_reclaim_quietly (d->qcow2) == 0) {
+    report_hold_end (&hold);
+    return change (d, image, actions, nr_actions);
+  }
+  return report_hold_result (&hold, r);
+}

@@ -1,0 +1,797 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* Changing the set of bitmaps while the disk is served, beside a model: what
+ * is in RAM, what is in the image, what a crash at any moment leaves, what an
+ * error at any operation leaves, and writes by other threads.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "common/bytes.h"
+#include "common/cleanup.h"
+#include "common/report.h"
+#include "disk/change.h"
+#include "disk/disk.h"
+#include "image.h"
+#include "bitmap-image.h"
+
+#define MIB (UINT64_C (1) << 20)
+#define SIZE (64 * MIB)
+#define LIMIT (2 << 20)
+
+/* The blocks that are written: few, so that the image stays small, and in
+ * different clusters of bits.
+ */
+#define BLOCK 4096
+#define NR_BLOCKS 16
+#define BLOCK_OFFSET(i) ((i) * (SIZE / NR_BLOCKS) + (i) % 3 * BLOCK)
+
+/* Clusters of 4 KiB: those of bits have 32768 bits. */
+static const struct bitmap_spec specs[] = {
+  { .name = "a", .granularity_bits = 9, .flags = 2, .table = "d1",
+    .fill = 0x11 },
+  { .name = "b", .granularity_bits = 16, .flags = 0, .table = "d",
+    .fill = 0x80 },
+  { .name = "c", .granularity_bits = 20, .flags = 2 },
+};
+
+static const char *const names[] = { "a", "b", "c", "d", "e", "f" };
+#define NR_NAMES 6
+
+/* One bitmap in the model.  Its bits are those of granules of 512 bytes: a
+ * granule that is larger has all of its bits or none.
+ */
+#define NR_BITS (SIZE / 512)
+struct model_bitmap {
+  bool exists, enabled, in_ram;
+  unsigned shift;
+  uint8_t *bits;                /* a byte a bit */
+};
+
+struct model {
+  struct model_bitmap bitmaps[NR_NAMES];
+  bool is_unflushed;            /* written to since the last flush */
+};
+
+static void
+model_set (struct model_bitmap *b, uint64_t first, uint64_t last)
+{
+  const uint64_t in_granule = UINT64_C (1) << (b->shift - 9);
+
+  first = round_down (first, in_granule);
+  last = round_down (last, in_granule) + in_granule - 1;
+  memset (&b->bits[first], 1, min_u64 (last, NR_BITS - 1) - first + 1);
+}
+
+static void
+model_init (struct model *m)
+{
+  *m = (struct model) { .is_unflushed = false };
+  for (unsigned i = 0; i < NR_NAMES; ++i)
+    m->bitmaps[i].bits = calloc (1, NR_BITS);
+  for (unsigned i = 0; i < sizeof specs / sizeof specs[0]; ++i) {
+    struct model_bitmap *b = &m->bitmaps[i];
+    const uint64_t in_granule = UINT64_C (1) << (specs[i].granularity_bits - 9);
+
+    b->exists = true;
+    b->enabled = specs[i].flags & 2;
+    b->shift = specs[i].granularity_bits;
+    for (uint64_t bit = 0; bit * in_granule < NR_BITS; ++bit) {
+      const uint64_t cluster = bit / 32768;
+      const char entry = specs[i].table == NULL ||
+        cluster >= strlen (specs[i].table) ? '0' : specs[i].table[cluster];
+
+      if (entry == '1' || (entry == 'd' && specs[i].fill >> bit % 8 & 1))
+        model_set (b, bit * in_granule, bit * in_granule);
+    }
+  }
+}
+
+static void
+model_copy (struct model *to, const struct model *from)
+{
+  *to = *from;
+  for (unsigned i = 0; i < NR_NAMES; ++i) {
+    to->bitmaps[i].bits = malloc (NR_BITS);
+    memcpy (to->bitmaps[i].bits, from->bitmaps[i].bits, NR_BITS);
+  }
+}
+
+static void
+model_free (struct model *m)
+{
+  for (unsigned i = 0; i < NR_NAMES; ++i)
+    free (m->bitmaps[i].bits);
+}
+
+static unsigned
+number_of (const char *name)
+{
+  for (unsigned i = 0; i < NR_NAMES; ++i)
+    if (strcmp (names[i], name) == 0)
+      return i;
+  fail ();
+  return 0;
+}
+
+/* Does the action change the image? */
+static bool
+is_in_image (const struct model *m, const struct disk_action *a)
+{
+  const struct model_bitmap *b = &m->bitmaps[number_of (a->name)];
+
+  switch (a->type) {
+  case DISK_BITMAP_ADD:
+    return a->persistent;
+  case DISK_BITMAP_ENABLE:
+    return !b->in_ram && !b->enabled;
+  case DISK_BITMAP_DISABLE:
+    return !b->in_ram && b->enabled;
+  case DISK_BITMAP_MERGE:
+    return !b->in_ram && a->nr_sources > 0;
+  default:
+    return !b->in_ram;
+  }
+}
+
+static void
+model_act (struct model *m, const struct disk_action *a)
+{
+  struct model_bitmap *b = &m->bitmaps[number_of (a->name)];
+
+  /* The image is flushed first. */
+  if (is_in_image (m, a))
+    m->is_unflushed = false;
+  switch (a->type) {
+  case DISK_BITMAP_ADD:
+    b->exists = true;
+    b->enabled = !a->disabled;
+    b->in_ram = !a->persistent;
+    b->shift = __builtin_ctz (a->granularity);
+    memset (b->bits, 0, NR_BITS);
+    break;
+  case DISK_BITMAP_REMOVE:
+    b->exists = false;
+    break;
+  case DISK_BITMAP_CLEAR:
+    memset (b->bits, 0, NR_BITS);
+    break;
+  case DISK_BITMAP_ENABLE:
+    b->enabled = true;
+    break;
+  case DISK_BITMAP_DISABLE:
+    b->enabled = false;
+    break;
+  case DISK_BITMAP_MERGE:
+    for (size_t i = 0; i < a->nr_sources; ++i) {
+      const struct model_bitmap *from =
+        &m->bitmaps[number_of (a->sources[i])];
+
+      for (uint64_t bit = 0; bit < NR_BITS; ++bit)
+        if (from->bits[bit])
+          model_set (b, bit, bit);
+    }
+    break;
+  }
+}
+
+static bool
+model_has_stored (const struct model *m)
+{
+  for (unsigned i = 0; i < NR_NAMES; ++i)
+    if (m->bitmaps[i].exists && !m->bitmaps[i].in_ram)
+      return true;
+  return false;
+}
+
+struct world {
+  struct crafted crafted;
+  struct container *c;
+  struct disk *d;
+  struct model model;
+  bool keep;
+  uint64_t seed;
+};
+
+static void
+open_disk (struct world *w)
+{
+  const struct disk_options options = { .keep = w->keep };
+
+  w->d = disk_open (w->c, &options);
+  assert_non_null (w->d);
+}
+
+static void
+open_world (struct world *w, bool keep, uint64_t seed)
+{
+  *w = (struct world) { .keep = keep, .seed = seed };
+  craft (&w->crafted, 12, SIZE, specs, sizeof specs / sizeof specs[0]);
+  w->c = recorder_open (&w->crafted.bytes, LIMIT);
+  model_init (&w->model);
+  open_disk (w);
+}
+
+static void
+close_world (struct world *w)
+{
+  disk_close (w->d);
+  model_free (&w->model);
+  free (w->crafted.bytes.p);
+}
+
+static uint64_t
+random_below (struct world *w, uint64_t n)
+{
+  return random_next (&w->seed) % n;
+}
+
+/* Of the bitmaps that exist, or do not; NR_NAMES if there is none. */
+static unsigned
+random_bitmap (struct world *w, const struct model *m, bool exists)
+{
+  const unsigned start = random_below (w, NR_NAMES);
+
+  for (unsigned i = start; i < start + NR_NAMES; ++i)
+    if (m->bitmaps[i % NR_NAMES].exists == exists)
+      return i % NR_NAMES;
+  return NR_NAMES;
+}
+
+#define MAX_ACTIONS 4
+
+struct actions {
+  struct disk_action list[MAX_ACTIONS];
+  const char *sources[MAX_ACTIONS][3];
+  size_t nr;
+};
+
+static bool
+random_action (struct world *w, const struct model *m, struct disk_action *a,
+               const char **sources)
+{
+  static const uint32_t granularities[] = { 512, 4096, 65536, MIB };
+  const enum disk_action_type type = random_below (w, 6);
+  const unsigned i = random_bitmap (w, m, type != DISK_BITMAP_ADD);
+
+  if (i == NR_NAMES)
+    return false;
+  *a = (struct disk_action) { .type = type, .name = names[i] };
+  if (type == DISK_BITMAP_ADD) {
+    a->has_granularity = true;
+    a->granularity = granularities[random_below (w, 4)];
+    a->persistent = random_below (w, 4) > 0;
+    a->disabled = random_below (w, 4) == 0;
+  }
+  if (type == DISK_BITMAP_MERGE) {
+    a->nr_sources = random_below (w, 4);
+    a->sources = sources;
+    for (size_t j = 0; j < a->nr_sources; ++j)
+      sources[j] = names[random_bitmap (w, m, true)];
+  }
+  return true;
+}
+
+/* Some actions that can be carried out, and the model after them. */
+static void
+random_actions (struct world *w, struct actions *actions, struct model *after)
+{
+  const size_t wanted = 1 + random_below (w, MAX_ACTIONS);
+
+  model_copy (after, &w->model);
+  actions->nr = 0;
+  while (actions->nr < wanted) {
+    struct disk_action *a = &actions->list[actions->nr];
+
+    if (!random_action (w, after, a, actions->sources[actions->nr]))
+      continue;
+    model_act (after, a);
+    actions->nr++;
+  }
+}
+
+/* To stderr with VERBOSE in the environment. */
+static void trace (const char *, ...)
+  __attribute__ ((format (printf, 1, 2)));
+
+static void
+trace (const char *fmt, ...)
+{
+  va_list args;
+
+  va_start (args, fmt);
+  report_if_verbose (REPORT_DEBUG, fmt, args);
+  va_end (args);
+}
+
+static void
+write_block (struct world *w, unsigned block)
+{
+  static const uint8_t data[BLOCK] = { 1, 2, 3 };
+  const uint64_t offset = BLOCK_OFFSET ((uint64_t) block);
+
+  trace ("write %u", block);
+  assert_int_equal (disk_write (w->d, data, BLOCK, offset, false), 0);
+  for (unsigned i = 0; i < NR_NAMES; ++i)
+    if (w->model.bitmaps[i].exists && w->model.bitmaps[i].enabled)
+      model_set (&w->model.bitmaps[i], offset / 512,
+                 (offset + BLOCK - 1) / 512);
+  w->model.is_unflushed = true;
+}
+
+struct listed {
+  const struct model *model;
+  unsigned nr;
+};
+
+static void
+check_listed (const struct disk_bitmap_state *s, void *opaque)
+{
+  struct listed *l = opaque;
+  const struct model_bitmap *b = &l->model->bitmaps[number_of (s->name)];
+  uint64_t dirty = 0;
+
+  assert_true (b->exists);
+  assert_int_equal (s->granularity, 1 << b->shift);
+  assert_int_equal (s->is_enabled, b->enabled);
+  assert_int_equal (s->is_persistent, !b->in_ram);
+  for (uint64_t bit = 0; bit < NR_BITS; ++bit)
+    dirty += b->bits[bit] ? 512 : 0;
+  assert_int_equal (s->dirty_bytes, dirty);
+  l->nr++;
+}
+
+/* What is in RAM is what the model has. */
+static void
+check_ram (const struct world *w)
+{
+  struct listed l = { .model = &w->model };
+
+  disk_list_bitmaps (w->d, check_listed, &l);
+  for (unsigned i = 0; i < NR_NAMES; ++i)
+    l.nr -= w->model.bitmaps[i].exists;
+  assert_int_equal (l.nr, 0);
+}
+
+/* Why the image's bitmap is not that of the model, or NULL. */
+static const char *
+compare_bitmap (const struct bytes *image, const char *name,
+                const struct model_bitmap *b, bool may_be_marked, bool exact)
+{
+  static char why[64];
+  struct disk_bitmap d = disk_bitmap_read (image, name);
+  CLEANUP_FREE uint8_t *bits = d.bits;
+
+  if (!b->exists || b->in_ram)
+    return d.state == DISK_ABSENT ? NULL : "it is there";
+  if (d.state == DISK_ABSENT)
+    return "it is absent";
+  if (d.granularity_bits != b->shift)
+    return "it has another granularity";
+  if (!!(d.flags & 2) != b->enabled)
+    return "it is enabled or not";
+  if (d.state == DISK_MARKED)
+    return may_be_marked && b->enabled ? NULL : "it is marked";
+  for (uint64_t bit = 0; bit < d.nr_bits; ++bit) {
+    const bool have = disk_bitmap_bit (&d, bit);
+    const bool want = b->bits[bit << (b->shift - 9)];
+
+    if (have == want || (have && !exact))
+      continue;
+    snprintf (why, sizeof why, "%s %s bit %" PRIu64, name,
+              have ? "should not have" : "lacks", bit);
+    return why;
+  }
+  return NULL;
+}
+
+static const char *
+compare_image (const struct bytes *image, const struct model *m,
+               bool may_be_marked, bool exact)
+{
+  for (unsigned i = 0; i < NR_NAMES; ++i) {
+    const char *why = compare_bitmap (image, names[i], &m->bitmaps[i],
+                                      may_be_marked, exact);
+
+    if (why != NULL)
+      return why;
+  }
+  return NULL;
+}
+
+static void
+assert_image (const struct world *w, bool exact)
+{
+  const struct bytes image = recorder_image (w->c);
+  const char *why = compare_image (&image, &w->model, false, exact);
+
+  if (why != NULL)
+    fail_msg ("the image's bitmap is wrong: %s", why);
+}
+
+static void
+stop_and_check (struct world *w)
+{
+  assert_int_equal (disk_stop (w->d), 0);
+  assert_image (w, true);
+  image_check (w->c, 1);
+}
+
+static void
+change (struct world *w)
+{
+  struct actions actions;
+  struct model after;
+
+  random_actions (w, &actions, &after);
+  for (size_t i = 0; i < actions.nr; ++i)
+    trace ("%s: action %d", actions.list[i].name, actions.list[i].type);
+  assert_int_equal (disk_change_bitmaps (w->d, "disk", actions.list,
+                                         actions.nr), 0);
+  model_free (&w->model);
+  w->model = after;
+}
+
+static void
+test_random (void **state)
+{
+  const unsigned rounds = how_often (16, 6, 2);
+
+  (void) state;
+  for (unsigned round = 0; round < rounds; ++round) {
+    struct world w;
+
+    open_world (&w, round % 2, round);
+    for (unsigned step = 0; step < 40; ++step) {
+      switch (random_below (&w, 4)) {
+      case 0:
+        change (&w);
+        break;
+      case 1:
+        assert_int_equal (disk_sync (w.d), 0);
+        w.model.is_unflushed = false;
+        break;
+      default:
+        write_block (&w, random_below (&w, NR_BLOCKS));
+      }
+      check_ram (&w);
+      if (w.keep || !w.model.is_unflushed)
+        assert_image (&w, !w.keep);
+    }
+    stop_and_check (&w);
+    close_world (&w);
+  }
+}
+
+/* The crash test: an operation a stage. */
+#define MAX_OPERATIONS 24
+
+struct history {
+  struct world w;
+  struct model after[MAX_OPERATIONS + 1]; /* [0]: before all of them */
+  bool is_change[MAX_OPERATIONS + 1];
+  unsigned nr;
+};
+
+/* Stage 2 * n - 1: operation n is under way; 2 * n: it has ended. */
+static void
+judge (void *opaque, unsigned stage, const struct bytes *image)
+{
+  const struct history *h = opaque;
+  const unsigned n = (stage + 1) / 2;
+  const bool under_way = stage % 2 == 1;
+  const struct model *new = &h->after[n];
+  const struct model *old = under_way ? &h->after[n - 1] : new;
+  const bool exact = !h->w.keep && !new->is_unflushed && !old->is_unflushed;
+  /* In mode mark a bitmap is marked from a write to the next flush. */
+  const bool may_be_marked =
+    !h->w.keep && (new->is_unflushed || old->is_unflushed);
+  const char *why = compare_image (image, new, may_be_marked, exact), *why_old;
+
+  if (why == NULL)
+    return;
+  why_old = compare_image (image, old, may_be_marked, exact);
+  if (why_old == NULL)
+    return;
+  /* While the first bitmap comes, or the last one goes, none is trusted. */
+  if (under_way && h->is_change[n] &&
+      (!model_has_stored (old) || !model_has_stored (new)) &&
+      get_be64 (image->p + AUTOCLEAR_OFFSET) == 0)
+    return;
+  fail_msg ("crash in stage %u (seed %" PRIu64 "): new: %s, old: %s", stage,
+            h->w.seed, why, why_old);
+}
+
+static unsigned long
+run_history (bool keep, uint64_t seed)
+{
+  struct history *h = calloc (1, sizeof *h);
+  unsigned long nr_states;
+
+  open_world (&h->w, keep, seed);
+  model_copy (&h->after[0], &h->w.model);
+  while (h->nr < MAX_OPERATIONS) {
+    const unsigned n = ++h->nr;
+
+    recorder_stage (h->w.c, 2 * n - 1);
+    switch (random_below (&h->w, 4)) {
+    case 0:
+      assert_int_equal (disk_sync (h->w.d), 0);
+      h->w.model.is_unflushed = false;
+      break;
+    case 1:
+    case 2:
+      h->is_change[n] = true;
+      change (&h->w);
+      break;
+    default:
+      write_block (&h->w, random_below (&h->w, NR_BLOCKS));
+    }
+    recorder_stage (h->w.c, 2 * n);
+    model_copy (&h->after[n], &h->w.model);
+  }
+  recorder_judge (h->w.c, judge, h);
+  nr_states = recorder_crash (h->w.c, 32, seed);
+  for (unsigned i = 0; i <= h->nr; ++i)
+    model_free (&h->after[i]);
+  close_world (&h->w);
+  free (h);
+  return nr_states;
+}
+
+static void
+test_crash (void **state)
+{
+  const uint64_t rounds = how_often (10, 4, 2);
+  unsigned long nr_states = 0;
+
+  (void) state;
+  for (uint64_t round = 0; round < rounds; ++round)
+    nr_states += run_history (round % 2, 1000 + round);
+  print_message ("%lu states\n", nr_states);
+  assert_true (nr_states > 100 * rounds);
+}
+
+/* Each operation of a change fails, once or all from there on.  The set is
+ * the old one then, in RAM and, once writes succeed again, in the image.
+ */
+static bool
+fail_at (bool keep, unsigned n, bool for_ever, bool applied)
+{
+  static const char *const sources[] = { "a", "c" };
+  const struct disk_action actions[] = {
+    { .type = DISK_BITMAP_MERGE, .name = "b", .sources = sources,
+      .nr_sources = 2 },
+    { .type = DISK_BITMAP_REMOVE, .name = "a" },
+    { .type = DISK_BITMAP_ADD, .name = "a", .persistent = true,
+      .has_granularity = true, .granularity = 4096 },
+    { .type = DISK_BITMAP_ADD, .name = "d", .persistent = true,
+      .has_granularity = true, .granularity = 512, .disabled = true },
+  };
+  struct world w;
+  bool failed;
+  int r;
+
+  open_world (&w, keep, 1);
+  write_block (&w, 3);
+  assert_int_equal (disk_sync (w.d), 0);
+  write_block (&w, 5);
+
+  recorder_fail (w.c, n, for_ever, applied);
+  messages_clear ();
+  r = disk_change_bitmaps (w.d, "disk", actions,
+                           sizeof actions / sizeof actions[0]);
+  failed = recorder_failures (w.c) > 0;
+  if (r == 0)
+    for (size_t i = 0; i < sizeof actions / sizeof actions[0]; ++i)
+      model_act (&w.model, &actions[i]);
+  else
+    assert_true (failed && messages_errors () > 0);
+  check_ram (&w);
+  /* If bitmaps could not be stored, the change goes on, and they are marked
+   * in the new directory, too.
+   */
+  if (r == 0) {
+    const struct bytes image = recorder_image (w.c);
+
+    const char *why = compare_image (&image, &w.model, true, false);
+
+    if (why != NULL)
+      fail_msg ("after the change: %s", why);
+  }
+  recorder_stop_failing (w.c);
+
+  /* A granule that is dirty in one of the two sets, and one that is new. */
+  write_block (&w, 5);
+  write_block (&w, 7);
+  if (disk_sync (w.d) == -1)
+    assert_int_equal (disk_sync (w.d), 0);
+  assert_image (&w, !keep);
+  check_ram (&w);
+  /* It can be tried again. */
+  if (r == -1) {
+    assert_int_equal (disk_change_bitmaps (w.d, "disk", actions,
+                                           sizeof actions / sizeof actions[0]),
+                      0);
+    for (size_t i = 0; i < sizeof actions / sizeof actions[0]; ++i)
+      model_act (&w.model, &actions[i]);
+    assert_image (&w, !keep);
+  }
+  write_block (&w, 9);
+  disk_stop (w.d);              /* It may report the flush that failed. */
+  assert_image (&w, true);
+  image_check (w.c, 0);
+  close_world (&w);
+  return failed;
+}
+
+static void
+test_errors (void **state)
+{
+  (void) state;
+  for (unsigned i = 0; i < 8; ++i) {
+    unsigned n = 0;
+
+    while (fail_at (i & 1, n, i & 2, i & 4))
+      n++;
+    assert_true (n > 10);
+  }
+}
+
+/* Writers and flushes all the while. */
+#define NR_WRITERS 3
+
+struct writer {
+  struct world *w;
+  unsigned number;
+  atomic_bool *stop;
+  bool failed;
+};
+
+static void *
+write_all_the_time (void *opaque)
+{
+  static const uint8_t data[BLOCK] = { 4, 5, 6 };
+  struct writer *writer = opaque;
+  uint64_t seed = writer->number;
+
+  while (!atomic_load (writer->stop)) {
+    const uint64_t block = random_next (&seed) % NR_BLOCKS;
+
+    if (disk_write (writer->w->d, data, BLOCK, BLOCK_OFFSET (block),
+                    random_next (&seed) % 8 == 0) == -1 ||
+        (random_next (&seed) % 16 == 0 && disk_sync (writer->w->d) == -1))
+      writer->failed = true;
+    if (random_next (&seed) % 32 == 0)
+      disk_tidy (writer->w->d, random_next (&seed) % 2);
+  }
+  return NULL;
+}
+
+/* All blocks are written after the last change: so each bitmap that records
+ * has at least these.
+ */
+static void
+test_threads (void **state)
+{
+  const unsigned rounds = how_often (6, 2, 2);
+  const unsigned nr_changes = how_often (100, 30, 5);
+
+  (void) state;
+  for (unsigned round = 0; round < rounds; ++round) {
+    struct writer writers[NR_WRITERS];
+    pthread_t threads[NR_WRITERS];
+    atomic_bool stop;
+    struct bytes image;
+    struct world w;
+
+    open_world (&w, round % 2, 77 + round);
+    atomic_init (&stop, false);
+    for (unsigned i = 0; i < NR_WRITERS; ++i) {
+      writers[i] = (struct writer) { .w = &w, .number = i, .stop = &stop };
+      pthread_create (&threads[i], NULL, write_all_the_time, &writers[i]);
+    }
+    for (unsigned i = 0; i < nr_changes; ++i)
+      change (&w);
+    atomic_store (&stop, true);
+    for (unsigned i = 0; i < NR_WRITERS; ++i) {
+      pthread_join (threads[i], NULL);
+      assert_false (writers[i].failed);
+    }
+    /* Only what comes from here on is in the model. */
+    for (unsigned i = 0; i < NR_NAMES; ++i)
+      memset (w.model.bitmaps[i].bits, 0, NR_BITS);
+    for (unsigned i = 0; i < NR_BLOCKS; ++i)
+      write_block (&w, i);
+    assert_int_equal (disk_stop (w.d), 0);
+    image = recorder_image (w.c);
+    assert_null (compare_image (&image, &w.model, false, false));
+    image_check (w.c, 1);
+    close_world (&w);
+  }
+}
+
+static void
+assert_refused (struct world *w, const struct disk_action *a, const char *why)
+{
+  const unsigned writes = recorder_writes (w->c);
+
+  messages_clear ();
+  assert_int_equal (disk_change_bitmaps (w->d, "disk", a, 1), -1);
+  assert_message (why);
+  assert_int_equal (messages_errors (), 1);
+  assert_int_equal (recorder_writes (w->c), writes);
+  check_ram (w);
+}
+
+#define ADD(...) (&(struct disk_action) { .type = DISK_BITMAP_ADD, __VA_ARGS__ })
+#define TO(what, ...) \
+  (&(struct disk_action) { .type = DISK_BITMAP_##what, __VA_ARGS__ })
+
+static void
+test_refused (void **state)
+{
+  static const char *const nowhere[] = { "a", "nowhere" };
+  char long_name[1025];
+  struct world w;
+
+  (void) state;
+  memset (long_name, 'n', 1024);
+  long_name[1024] = '\0';
+  open_world (&w, false, 1);
+  assert_refused (&w, ADD (.name = ""), "Bitmap name cannot be empty");
+  assert_refused (&w, ADD (.name = "a", .persistent = true),
+                  "Bitmap already exists: a");
+  assert_refused (&w, ADD (.name = "a"), "Bitmap already exists: a");
+  assert_refused (&w, ADD (.name = "n", .has_granularity = true,
+                           .granularity = 0),
+                  "Granularity must be power of 2 and at least 512");
+  assert_refused (&w, ADD (.name = "n", .has_granularity = true,
+                           .granularity = 256),
+                  "Granularity must be power of 2 and at least 512");
+  assert_refused (&w, ADD (.name = "n", .has_granularity = true,
+                           .granularity = 1000),
+                  "Granularity must be power of 2 and at least 512");
+  assert_refused (&w, ADD (.name = long_name), "Bitmap name too long: nnn");
+  assert_refused (&w, ADD (.name = long_name, .persistent = true),
+                  "persistent in 'disk': Name length exceeds maximum");
+  assert_refused (&w, TO (REMOVE, .name = "x"), "Dirty bitmap 'x' not found");
+  assert_refused (&w, TO (CLEAR, .name = "x"), "Dirty bitmap 'x' not found");
+  assert_refused (&w, TO (ENABLE, .name = "x"), "Dirty bitmap 'x' not found");
+  assert_refused (&w, TO (DISABLE, .name = "x"), "Dirty bitmap 'x' not found");
+  assert_refused (&w, TO (MERGE, .name = "x"), "Dirty bitmap 'x' not found");
+  assert_refused (&w, TO (MERGE, .name = "b", .sources = nowhere,
+                          .nr_sources = 2),
+                  "Dirty bitmap 'nowhere' not found");
+  close_world (&w);
+}
+
+int
+main (void)
+{
+  const struct CMUnitTest tests[] = {
+    cmocka_unit_test (test_refused),
+    cmocka_unit_test (test_random),
+    cmocka_unit_test (test_errors),
+    cmocka_unit_test (test_crash),
+    cmocka_unit_test (test_threads),
+  };
+
+  messages_install ();
+  return cmocka_run_group_tests (tests, NULL, NULL);
+}
