@@ -151,6 +151,12 @@ static const struct argument nodes_arguments[] = {
 };
 
 const struct command control_commands[] = {
+  { "block-dirty-bitmap-add", add_arguments, command_change_bitmap },
+  { "block-dirty-bitmap-clear", change_arguments, command_change_bitmap },
+  { "block-dirty-bitmap-disable", change_arguments, command_change_bitmap },
+  { "block-dirty-bitmap-enable", change_arguments, command_change_bitmap },
+  { "block-dirty-bitmap-merge", merge_arguments, command_change_bitmap },
+  { "block-dirty-bitmap-remove", change_arguments, command_change_bitmap },
   { "qmp_capabilities", capabilities_arguments, command_capabilities },
   { "query-block", NULL, command_query_block },
   { "query-block-exports", NULL, query_block_exports },
@@ -162,6 +168,7 @@ const struct command control_commands[] = {
   { "query-status", NULL, query_status },
   { "query-version", NULL, query_version },
   { "quit", NULL, quit },
+  { "transaction", transaction_arguments, command_transaction },
   { .name = NULL },
 };
 

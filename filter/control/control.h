@@ -11,7 +11,9 @@
  *
  * One thread serves all its clients, and executes their commands, one at a
  * time.  A command that takes long makes the other clients of this socket
- * wait, and nothing else: clients of the disk have other threads.
+ * wait, and nothing else: clients of the disk have other threads.  Only while
+ * bitmaps are changed do changes and flushes of the disk wait, too
+ * (disk/change.h).
  *
  * The stop of nbdkit does not wait for clients, only for a command that is
  * being executed, as it waits for requests.  control_begin_stop returns at

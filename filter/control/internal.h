@@ -8,13 +8,15 @@
 
 /* The room's files:
  *
- *   socket.c       the thread: clients come and go, and are read and written
- *   json-stream.c  from bytes to JSON values
- *   qmp.c          from a value to a command, and from its result to a reply
- *   arguments.c    whether a command's arguments are those that it takes
- *   commands.c     the table of commands, and those about QMP itself
- *   query-block.c  query-block and query-named-block-nodes
- *   query-stats.c  query-stats
+ *   socket.c          the thread: clients come and go, are read and written
+ *   json-stream.c     from bytes to JSON values
+ *   qmp.c             from a value to a command, from a result to a reply
+ *   arguments.c       whether a command's arguments are those that it takes
+ *   commands.c        the table of commands, and those about QMP itself
+ *   query-block.c     query-block and query-named-block-nodes
+ *   query-stats.c     query-stats
+ *   change-bitmaps.c  the block-dirty-bitmap commands
+ *   transaction.c     transaction
  *
  * All of it is run by the thread, but for the functions of control.h.
  * control->lock is the only lock, protects what says so, and no other is
@@ -31,6 +33,7 @@
 
 #include "control/control.h"
 #include "control/json-stream.h"
+#include "disk/change.h"
 
 #define MAX_CLIENTS 4
 
@@ -73,6 +76,7 @@ struct control {
 struct call {
   struct control *control;
   struct client *client;
+  const struct command *command;
   json_t *arguments;            /* an object, checked */
 
   const char *class;            /* of the error, or NULL: none */
@@ -92,13 +96,21 @@ enum argument_type {
   ARGUMENT_BOOL,
   ARGUMENT_UINT32,
   ARGUMENT_STRINGS,             /* an array of strings */
-  ARGUMENT_ARRAY,               /* of anything, for the command to check */
+  ARGUMENT_ARRAY,
+  ARGUMENT_OBJECT,
 };
 
 struct argument {
   const char *name;             /* NULL ends a list of them */
   enum argument_type type;
   bool is_optional;
+
+  /* Check a string, or each element of an array, further: -1 after call_fail.
+   * where is its name for the error, as "actions[0]".
+   */
+  int (*check) (struct call *, const json_t *value, const char *where);
+
+  const struct argument *members; /* of an object; NULL: it has none */
 };
 
 struct command {
@@ -117,6 +129,14 @@ struct command {
  */
 extern int arguments_check (struct call *, const struct argument *,
                             const json_t *object, const char *where);
+
+/* The same for a value inside the arguments, which has to be an object.  where
+ * is its own name, as "actions[0]".
+ */
+extern int arguments_check_object (struct call *, const struct argument *,
+                                   const json_t *value, const char *where);
+extern int arguments_check_string (struct call *, const json_t *value,
+                                   const char *where);
 
 /* qmp.c */
 
@@ -146,5 +166,37 @@ extern json_t *command_query_named_block_nodes (struct call *);
 
 /* query-stats.c */
 extern json_t *command_query_stats (struct call *);
+
+/* change-bitmaps.c */
+
+/* What a command or a transaction does, action by action. */
+struct change {
+  struct disk_action *actions;
+  size_t nr;
+};
+
+/* Of so many actions at most.  -1 if memory is short. */
+extern int change_begin (struct change *, size_t max);
+
+/* Append an action by the command's name and its arguments, which were
+ * checked.  -1 after call_fail if it cannot be carried out.
+ */
+extern int change_append (struct call *, struct change *, const char *name,
+                          const json_t *arguments);
+
+/* Carry the actions out, and free them.  If one could not be appended
+ * (after call_fail), find out instead whether one before it fails, too: then
+ * that is the call's error.  Returns what the command returns.
+ */
+extern json_t *change_end (struct call *, struct change *);
+
+extern json_t *command_change_bitmap (struct call *);
+extern const struct argument add_arguments[];
+extern const struct argument change_arguments[];
+extern const struct argument merge_arguments[];
+
+/* transaction.c */
+extern json_t *command_transaction (struct call *);
+extern const struct argument transaction_arguments[];
 
 #endif /* DIRTY_BITMAP_CONTROL_INTERNAL_H */

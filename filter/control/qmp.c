@@ -164,6 +164,7 @@ execute (struct call *call, const json_t *request)
   command = look_up (call, r.execute);
   if (command == NULL)
     return NULL;
+  call->command = command;
   call->arguments = r.arguments != NULL ? json_incref (r.arguments)
                                         : json_object ();
   if (call->arguments != NULL &&

@@ -25,7 +25,7 @@ add_bitmap (const struct disk_bitmap_state *b, void *opaque)
   json_t *bitmap =
     json_pack ("{s:o,s:b,s:b,s:b,s:I,s:I}", "name", qmp_string (b->name),
                "recording", b->is_enabled && !b->is_inconsistent,
-               "persistent", 1, "busy", b->is_in_use,
+               "persistent", b->is_persistent, "busy", b->is_in_use,
                "granularity", (json_int_t) b->granularity,
                "count", (json_int_t) b->dirty_bytes);
 

@@ -4,7 +4,7 @@
  */
 
 /* The arguments of a command: each type, what is missing, what is not
- * expected, in QEMU's order and with its texts.
+ * expected, objects inside, in QEMU's order and with its texts.
  */
 
 #include <config.h>
@@ -20,14 +20,32 @@
 
 #include "control/internal.h"
 
-/* As block-dirty-bitmap-add has them, and two more. */
+/* A string that is not "bad". */
+static int
+check_word (struct call *call, const json_t *value, const char *where)
+{
+  if (json_is_string (value) && strcmp (json_string_value (value), "bad") != 0)
+    return 0;
+  call_fail (call, GENERIC_ERROR, "no word: %s", where);
+  return -1;
+}
+
+static const struct argument inside[] = {
+  { "word", ARGUMENT_STRING, .check = check_word },
+  { "flag", ARGUMENT_BOOL, .is_optional = true },
+  { .name = NULL },
+};
+
+/* As block-dirty-bitmap-add has them, and some more. */
 static const struct argument arguments[] = {
-  { "node", ARGUMENT_STRING, false },
-  { "name", ARGUMENT_STRING, false },
-  { "granularity", ARGUMENT_UINT32, true },
-  { "persistent", ARGUMENT_BOOL, true },
-  { "list", ARGUMENT_STRINGS, true },
-  { "any", ARGUMENT_ARRAY, true },
+  { "node", .type = ARGUMENT_STRING },
+  { "name", .type = ARGUMENT_STRING },
+  { "granularity", ARGUMENT_UINT32, .is_optional = true },
+  { "persistent", ARGUMENT_BOOL, .is_optional = true },
+  { "list", ARGUMENT_STRINGS, .is_optional = true },
+  { "words", ARGUMENT_ARRAY, .is_optional = true, .check = check_word },
+  { "object", ARGUMENT_OBJECT, .is_optional = true, .members = inside },
+  { "empty", ARGUMENT_OBJECT, .is_optional = true },
   { .name = NULL },
 };
 
@@ -37,7 +55,7 @@ check (const struct argument *list, const char *text, const char *where,
        const char *error)
 {
   struct call call = { .class = NULL };
-  json_t *object = json_loads (text, 0, NULL);
+  json_t *object = json_loads (text, JSON_ALLOW_NUL, NULL);
   const int r = arguments_check (&call, list, object, where);
 
   assert_non_null (object);
@@ -59,9 +77,12 @@ test_right (void **state)
   check (NULL, "{}", "", NULL);
   check (arguments, "{\"node\":\"\",\"name\":\"\\u00e9\"}", "", NULL);
   check (arguments, "{\"name\":\"a\",\"node\":\"b\",\"granularity\":0,"
-         "\"persistent\":false,\"list\":[],\"any\":[1,{}]}", "", NULL);
+         "\"persistent\":false,\"list\":[],\"words\":[],\"empty\":{}}", "",
+         NULL);
   check (arguments, "{\"name\":\"a\",\"node\":\"b\",\"granularity\":4294967295,"
          "\"persistent\":true,\"list\":[\"x\",\"\"]}", "", NULL);
+  check (arguments, "{\"name\":\"a\",\"node\":\"b\",\"words\":[\"c\",\"d\"],"
+         "\"object\":{\"flag\":true,\"word\":\"e\"}}", "", NULL);
 }
 
 /* These texts are qemu-storage-daemon's. */
@@ -93,10 +114,39 @@ test_wrong (void **state)
          "Invalid parameter type for 'list', expected: array");
   check (arguments, GIVEN "\"list\":[\"a\",1]}", "",
          "Invalid parameter type for 'list[1]', expected: string");
-  check (arguments, GIVEN "\"any\":\"\"}", "",
-         "Invalid parameter type for 'any', expected: array");
+  check (arguments, GIVEN "\"words\":\"\"}", "",
+         "Invalid parameter type for 'words', expected: array");
+  check (arguments, "{\"node\":\"a\\u0000\",\"name\":\"b\"}", "",
+         "Parameter 'node' must not contain the character NUL");
+  check (arguments, GIVEN "\"list\":[\"\\u0000\"]}", "",
+         "Parameter 'list[0]' must not contain the character NUL");
   check (NULL, "{\"a\":1}", "actions[0].data.",
          "Parameter 'actions[0].data.a' is unexpected");
+}
+
+/* Members of objects are checked before what follows the object, and before
+ * what is unexpected beside it.
+ */
+static void
+test_inside (void **state)
+{
+  (void) state;
+  check (arguments, GIVEN "\"words\":[\"a\",\"bad\"],\"x\":1}", "",
+         "no word: words[1]");
+  check (arguments, GIVEN "\"words\":[1]}", "actions[0].data.",
+         "no word: actions[0].data.words[0]");
+  check (arguments, GIVEN "\"object\":[]}", "",
+         "Invalid parameter type for 'object', expected: object");
+  check (arguments, GIVEN "\"object\":{},\"x\":1}", "",
+         "Parameter 'object.word' is missing");
+  check (arguments, GIVEN "\"object\":{\"word\":1}}", "",
+         "Invalid parameter type for 'object.word', expected: string");
+  check (arguments, GIVEN "\"object\":{\"word\":\"bad\"}}", "a[7].",
+         "no word: a[7].object.word");
+  check (arguments, GIVEN "\"x\":1,\"object\":{\"word\":\"\",\"y\":1}}", "",
+         "Parameter 'object.y' is unexpected");
+  check (arguments, GIVEN "\"empty\":{\"y\":1},\"object\":{\"word\":\"\"}}",
+         "", "Parameter 'empty.y' is unexpected");
 }
 
 static void
@@ -120,6 +170,7 @@ main (void)
   const struct CMUnitTest tests[] = {
     cmocka_unit_test (test_right),
     cmocka_unit_test (test_wrong),
+    cmocka_unit_test (test_inside),
     cmocka_unit_test (test_node_names),
   };
 
