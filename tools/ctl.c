@@ -42,6 +42,8 @@ usage (FILE *f)
          "  KEY=VALUE   an argument: true, false, a number, an array or object\n"
          "              in JSON, or else a string\n"
          "  KEY:=JSON   an argument as JSON; KEY:='\"12\"' is a string\n"
+         "  KEY:=@FILE  the same, from a file; - is stdin\n"
+         "  bitmaps=NAME  one of several names; each has such an argument\n"
          "  --json      print JSON, for query commands as well\n"
          "  --help      show this\n"
          "  --version   show the version\n"
@@ -77,6 +79,13 @@ is_string_key (const char *key)
   return false;
 }
 
+/* The argument that is a list of strings, or of what is written in JSON. */
+static bool
+is_list_key (const char *key)
+{
+  return strcmp (key, "bitmaps") == 0;
+}
+
 static json_t *
 parse_json (const char *key, const char *text)
 {
@@ -98,7 +107,8 @@ parse_value (const char *key, const char *text)
   if (!is_string_key (key)) {
     if (text[0] == '[' || text[0] == '{')
       return parse_json (key, text);
-    value = json_loads (text, JSON_DECODE_ANY, NULL);
+    value = is_list_key (key) ? NULL
+      : json_loads (text, JSON_DECODE_ANY, NULL);
     if (json_is_boolean (value) || json_is_number (value))
       return value;
     json_decref (value);
@@ -109,23 +119,71 @@ parse_value (const char *key, const char *text)
   return value;
 }
 
+/* The JSON in a file; - is stdin. */
+static json_t *
+read_json (const char *key, const char *path)
+{
+  const bool is_stdin = strcmp (path, "-") == 0;
+  FILE *f = is_stdin ? stdin : fopen (path, "r");
+  json_error_t error;
+  json_t *value;
+
+  if (f == NULL)
+    fail ("%s: %s", path, strerror (errno));
+  value = json_loadf (f, JSON_DECODE_ANY | JSON_REJECT_DUPLICATES |
+                      JSON_ALLOW_NUL, &error);
+  if (ferror (f))
+    fail ("%s: %s", path, strerror (errno));
+  if (value == NULL)
+    fail ("%s: not JSON: %s, line %d: %s", key, path, error.line, error.text);
+  if (!is_stdin)
+    fclose (f);
+  return value;
+}
+
+/* The value of KEY:=JSON and KEY:=@FILE. */
+static json_t *
+json_value (const char *key, const char *text)
+{
+  return text[0] == '@' ? read_json (key, text + 1) : parse_json (key, text);
+}
+
+/* KEY=VALUE adds to a list, or sets it if VALUE is one. */
+static json_t *
+list_value (json_t *arguments, const char *key, const char *text)
+{
+  json_t *list = json_incref (json_object_get (arguments, key));
+  json_t *value = parse_value (key, text);
+
+  if (list == NULL && json_is_array (value))
+    return value;
+  if (list == NULL)
+    list = json_array ();
+  if (json_array_append_new (list, value) == -1)
+    fail ("%s is given twice", key);
+  return list;
+}
+
 static void
 add_argument (json_t *arguments, char *word)
 {
   char *equals = strchr (word, '=');
   const char *text;
-  bool as_json;
+  bool as_json, is_list;
+  json_t *value;
 
   if (equals == NULL || equals == word)
     fail ("expecting KEY=VALUE, not '%s'", word);
   text = equals + 1;
   as_json = equals[-1] == ':';
   equals[as_json ? -1 : 0] = '\0';
-  if (json_object_get (arguments, word) != NULL)
+  is_list = !as_json && is_list_key (word);
+  if (!is_list && json_object_get (arguments, word) != NULL)
     fail ("%s is given twice", word);
-  if (json_object_set_new (arguments, word,
-                           as_json ? parse_json (word, text)
-                           : parse_value (word, text)) == -1)
+  value = as_json ? json_value (word, text)
+    : is_list ? list_value (arguments, word, text)
+    : parse_value (word, text);
+  if (json_object_set_new (arguments, word, value) == -1)
     fail ("cannot use the argument '%s'", word);
 }
 
