@@ -9,30 +9,15 @@ replies are the same, but for what the manual says."""
 import os
 import re
 import shutil
-import subprocess
 
 import harness
 from harness import Server
-from qmp import Qmp
+from qmp import Qmp, StorageDaemon
 
 harness.requires("qemu-storage-daemon")
 
 MIB = 1 << 20
 ours_sock, theirs_sock = (os.path.join(harness.tmp, n) for n in ("o", "t"))
-
-
-class Daemon:
-    """QEMU's, over an image."""
-
-    def __init__(self, image, readonly):
-        mode = ",read-only=" + ("on" if readonly else "off")
-        self.process = subprocess.Popen(
-            ["qemu-storage-daemon",
-             "--blockdev", "file,node-name=f,filename=" + image + mode,
-             "--blockdev", "qcow2,node-name=disk,file=f" + mode,
-             "--chardev", "socket,id=c,server=on,wait=off,path=" + theirs_sock,
-             "--monitor", "chardev=c"], stdin=subprocess.DEVNULL)
-        harness.servers.append(self)
 
 
 # Each gets one reply, or as many as it says.
@@ -169,7 +154,7 @@ def images():
 def both(readonly):
     server = Server("ours.qcow2", "dirty-bitmap-control=" + ours_sock,
                     options=["-r"] if readonly else [])
-    daemon = Daemon("theirs.qcow2", readonly)
+    daemon = StorageDaemon("theirs.qcow2", theirs_sock, readonly)
     ours, theirs = (Qmp(s, negotiate=False) for s in (ours_sock, theirs_sock))
     assert set(ours.greeting["QMP"]) == set(theirs.greeting["QMP"])
     assert set(ours.greeting["QMP"]["version"]) == \

@@ -18,24 +18,11 @@ import time
 
 import harness
 from harness import CONTEXT, FILTER, Server, lives, until
-from qmp import Qmp, ctl
+from qmp import Qmp, bitmaps, ctl, entry
 
 MIB = 1 << 20
 ctl_sock = os.path.join(harness.tmp, "ctl.sock")
 CONTROL = "dirty-bitmap-control=" + ctl_sock
-
-
-def bitmaps(q, command="query-named-block-nodes"):
-    """{name: entry} of the only node, without the name."""
-    [node] = q.ask(command)
-    if command == "query-block":
-        node = node["inserted"]
-    return {b.pop("name"): b for b in node.get("dirty-bitmaps", [])}
-
-
-def expected(granularity=65536, count=0, **changes):
-    return {"recording": True, "persistent": True, "busy": False,
-            "granularity": granularity, "count": count, **changes}
 
 
 def greeting():
@@ -62,10 +49,13 @@ def greeting():
 def commands():
     q = Qmp(ctl_sock)
     names = [c["name"] for c in q.ask("query-commands")]
-    assert names == sorted(names) == [
+    changes = ["block-dirty-bitmap-" + what for what in (
+        "add", "clear", "disable", "enable", "merge", "remove")]
+    assert names == sorted(names) == changes + [
         "qmp_capabilities", "query-block", "query-block-exports",
         "query-commands", "query-name", "query-named-block-nodes",
-        "query-stats", "query-status", "query-version", "quit"], names
+        "query-stats", "query-status", "query-version", "quit",
+        "transaction"], names
     assert q.ask("query-status") == {
         "running": True, "singlestep": False, "status": "running"}
     assert q.ask("query-name") == {"name": "the disk"}
@@ -116,9 +106,9 @@ def dirty(server):
     """Counts, whose granules are whole; who records; what is in use."""
     q = Qmp(ctl_sock)
     # QEMU shows neither of these two as recording; only one is broken.
-    want = {"a": expected(), "hidden": expected(512),
-            "off": expected(recording=False),
-            "broken": expected(recording=False, inconsistent=True)}
+    want = {"a": entry(), "hidden": entry(512),
+            "off": entry(recording=False),
+            "broken": entry(recording=False, inconsistent=True)}
     assert bitmaps(q) == bitmaps(q, "query-block") == want, bitmaps(q)
     size = 10 * MIB + 512
     h = server.connect()
@@ -279,7 +269,7 @@ def wherever():
         [node] = q.ask("query-named-block-nodes")
         assert node["ro"] == ("-r" in options)
         # Those that are not offered are told exactly, too.
-        assert bitmaps(q)["hidden"] == expected(512, count=65536 + 1024), \
+        assert bitmaps(q)["hidden"] == entry(512, count=65536 + 1024), \
             bitmaps(q)
         if "dirty-bitmap-server=off" in params:
             import nbd

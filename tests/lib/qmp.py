@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright the nbdkit-dirty-bitmap-filter authors
 
-"""A client of a control socket, ours or QEMU's."""
+"""A client of a control socket, ours or QEMU's, and QEMU's server."""
 
 import json
 import os
@@ -99,9 +99,64 @@ class Qmp:
         self.socket.close()
 
 
-def ctl(*args, status=0):
+def bitmaps(q, command="query-named-block-nodes"):
+    """{name: entry} of the disk's node, without the name."""
+    nodes = [n.get("inserted", n) for n in q.ask(command)]
+    [node] = [n for n in nodes if n["drv"] == "qcow2"]
+    return {b.pop("name"): b for b in node.get("dirty-bitmaps", [])}
+
+
+def entry(granularity=65536, count=0, **changes):
+    """An entry of a new bitmap, or with changes."""
+    return {"recording": True, "persistent": True, "busy": False,
+            "granularity": granularity, "count": count, **changes}
+
+
+def arguments(what, name, **more):
+    """Of the command block-dirty-bitmap-WHAT."""
+    key = "target" if what == "merge" else "name"
+    return {"node": "disk", key: name, **more}
+
+
+def change(q, what, name, **more):
+    """The command block-dirty-bitmap-WHAT succeeds."""
+    assert q.ask("block-dirty-bitmap-" + what,
+                 **arguments(what, name, **more)) == {}
+
+
+def refuse(q, text, what, name, **more):
+    """It fails, with this text."""
+    assert q.error({"execute": "block-dirty-bitmap-" + what,
+                    "arguments": arguments(what, name, **more)}) == (
+        "GenericError", text)
+
+
+def action(what, name=None, **more):
+    """An action of a transaction."""
+    if what == "abort":
+        return {"type": what, "data": {}}
+    return {"type": "block-dirty-bitmap-" + what,
+            "data": arguments(what, name, **more)}
+
+
+class StorageDaemon:
+    """QEMU's server over an image, with its control socket.  Its node is the
+    disk."""
+
+    def __init__(self, image, path, readonly=False):
+        mode = ",read-only=" + ("on" if readonly else "off")
+        self.process = subprocess.Popen(
+            ["qemu-storage-daemon",
+             "--blockdev", "file,node-name=f,filename=" + image + mode,
+             "--blockdev", "qcow2,node-name=disk,file=f" + mode,
+             "--chardev", "socket,id=c,server=on,wait=off,path=" + path,
+             "--monitor", "chardev=c"], stdin=subprocess.DEVNULL)
+        harness.servers.append(self)
+
+
+def ctl(*args, status=0, stdin=b""):
     """What nbdkit-dirty-bitmap-ctl prints, on stdout and stderr."""
-    p = subprocess.run([CTL, *args], stdout=subprocess.PIPE,
+    p = subprocess.run([CTL, *args], input=stdin, stdout=subprocess.PIPE,
                        stderr=subprocess.PIPE, timeout=harness.PATIENCE)
     out, err = p.stdout.decode(), p.stderr.decode()
     assert p.returncode == status, (args, p.returncode, out, err)
