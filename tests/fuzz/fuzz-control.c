@@ -7,7 +7,9 @@
  * control for all inputs, over a disk in memory; each input is a connection of
  * its own.  The replies are read as they come: the first line is the greeting,
  * and every line is a JSON object.  When the client has said all, the
- * connection ends.  The command quit has no effect.
+ * connection ends.  The command quit has no effect.  Bitmaps that were added
+ * are removed before the next input; those that were removed are not made
+ * anew, except the one that seeds use.
  */
 
 #include <config.h>
@@ -27,6 +29,7 @@
 #include "common/vector.h"
 #include "container/container.h"
 #include "control/internal.h"
+#include "disk/change.h"
 #include "disk/disk.h"
 #include "fuzz.h"
 #include "stats/stats.h"
@@ -185,6 +188,44 @@ check_output (const struct output *out)
   }
 }
 
+/* What is there that was not at the beginning. */
+struct leftover {
+  char *names[4096];
+  size_t nr;
+  bool has_monday;
+};
+
+static void
+note_leftover (const struct disk_bitmap_state *b, void *opaque)
+{
+  struct leftover *l = opaque;
+
+  if (strcmp (b->name, "monday") == 0)
+    l->has_monday = true;
+  else if (strcmp (b->name, "broken") != 0 && strchr (b->name, '\xff') == NULL
+           && l->nr < sizeof l->names / sizeof l->names[0])
+    l->names[l->nr++] = strdup (b->name);
+}
+
+static void
+tidy_up (void)
+{
+  struct disk_action action = { .type = DISK_BITMAP_REMOVE, .force = true };
+  struct leftover l = { .nr = 0 };
+
+  disk_list_bitmaps (disk, note_leftover, &l);
+  for (size_t i = 0; i < l.nr; ++i) {
+    action.name = l.names[i];
+    disk_change_bitmaps (disk, CONTROL_DEFAULT_NODE, &action, 1);
+    free (l.names[i]);
+  }
+  action = (struct disk_action) {
+    .type = DISK_BITMAP_ADD, .name = "monday", .persistent = true,
+  };
+  if (!l.has_monday)
+    disk_change_bitmaps (disk, CONTROL_DEFAULT_NODE, &action, 1);
+}
+
 int
 LLVMFuzzerTestOneInput (const uint8_t *data, size_t size)
 {
@@ -197,6 +238,7 @@ LLVMFuzzerTestOneInput (const uint8_t *data, size_t size)
   FUZZ_CHECK (out.nr > 0, "no greeting");
   check_output (&out);
   free (out.text);
+  tidy_up ();
   return 0;
 }
 
@@ -208,6 +250,14 @@ static const char *const words[] = {
   "{\"execute\":\"qmp_capabilities\"}", "{\"execute\":\"", "\"arguments\":{",
   "\"id\":", "query-block", "query-named-block-nodes", "query-stats",
   "query-block-exports", "\"flat\":", "\"enable\":[", "\"exec-oob\":", "true",
+  "block-dirty-bitmap-add", "block-dirty-bitmap-remove",
+  "block-dirty-bitmap-clear", "block-dirty-bitmap-enable",
+  "block-dirty-bitmap-disable", "block-dirty-bitmap-merge", "transaction",
+  "\"node\":\"disk\",", "\"name\":\"a\",", "\"target\":\"monday\",",
+  "\"bitmaps\":[\"monday\"]", "\"granularity\":512,", "\"persistent\":true,",
+  "\"disabled\":true,", "\"force\":true,", "\"actions\":[",
+  "{\"type\":\"abort\",\"data\":{}},", "\"type\":\"", "\"data\":{",
+  "\"properties\":{\"completion-mode\":\"individual\"},",
   "null", "-1e9", "\"", "'", "\\'", "\\u0000", "\\ud83d\\ude00", "{", "}", "[",
   "]", ",", ":", " ", "\x1b", "\xff", "\xc3\xa9", "[[[[[[[[", "]]]]]]]]",
 };

@@ -14,6 +14,7 @@ fuzz.h tells what an input is.
 """
 
 import itertools
+import json
 import os
 import random
 import struct
@@ -441,6 +442,40 @@ COMMANDS = ('query-block', 'query-block-exports', 'query-commands',
             'query-name', 'query-named-block-nodes', 'query-stats',
             'query-status', 'query-version', 'quit', 'nosuch')
 
+BITMAP = 'block-dirty-bitmap-'
+CHANGES = (
+    ('add', {'name': 'a', 'granularity': 512, 'persistent': True}),
+    ('add', {'name': 'r', 'disabled': True}),
+    ('disable', {'name': 'monday'}), ('enable', {'name': 'a'}),
+    ('merge', {'target': 'a', 'bitmaps': ['monday', {'node': 'disk',
+                                                     'name': 'r'}]}),
+    ('clear', {'name': 'monday', 'force': True}),
+    ('remove', {'name': 'broken'}),
+    ('remove', {'name': 'a'}), ('remove', {'name': 'r'}),
+)
+
+
+def execute(command, **arguments):
+    return json.dumps({'execute': command, 'arguments': arguments}).encode()
+
+
+def change_seeds():
+    """Commands that change bitmaps, and leave hardly a trace."""
+    data = [(BITMAP + what, {'node': 'disk', **more})
+            for what, more in CHANGES]
+    actions = [{'type': t, 'data': d} for t, d in data]
+    abort = {'type': 'abort', 'data': {}}
+    yield 'changes', b''.join(execute(c, **d) for c, d in data)
+    yield 'transaction', execute('transaction', actions=actions)
+    yield 'abort', execute('transaction', actions=actions[:4] + [abort],
+                           properties={'completion-mode': 'individual'})
+    yield 'grouped', execute('transaction', actions=[abort] + actions,
+                             properties={'completion-mode': 'grouped'})
+    yield 'elsewhere', b''.join(execute(c, **{**d, 'node': 'x'})
+                                for c, d in data) + execute(
+        BITMAP + 'merge', node='disk', target='monday',
+        bitmaps=['monday', {'node': 'x', 'name': 'a'}, 5])
+
 
 def control_seeds():
     """What a client says after the greeting."""
@@ -456,6 +491,8 @@ def control_seeds():
     yield 'all', begin + b''.join(b'{"execute":"%s"}' % c.encode()
                                   for c in COMMANDS)
     yield 'errors', begin + b'[]{}"a\'b"12 nul {"a":1,"a":2}]\x1b{"a":[1,-2.5e3'
+    for name, data in change_seeds():
+        yield name, begin + data
     yield 'deep', begin + b'{"a":' * 33 + b'1' + b'}' * 33
 
 
