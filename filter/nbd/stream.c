@@ -326,12 +326,13 @@ advance (struct msghdr *msg, size_t n)
 static ssize_t
 send_some (struct stream *s, struct msghdr msg, int64_t *since)
 {
+  const size_t all = msg.msg_iovlen; /* whose type is not size_t in musl */
   size_t nr = 0, left = SEND_SIZE, whole;
   ssize_t r;
 
-  while (nr < msg.msg_iovlen && msg.msg_iov[nr].iov_len < left)
+  while (nr < all && msg.msg_iov[nr].iov_len < left)
     left -= msg.msg_iov[nr++].iov_len;
-  if (nr == msg.msg_iovlen)
+  if (nr == all)
     return socket_send (&s->socket, &msg, 0, since);
 
   whole = msg.msg_iov[nr].iov_len;
