@@ -176,16 +176,17 @@ text_is (struct qcow2 *q, uint64_t offset, uint16_t bytes, const char *text)
 }
 
 /* Find a snapshot by its ID, or else by its name.  If several have the name,
- * take the first, as QEMU does.
+ * take the first, as QEMU does.  *number is nr_snapshots if there is none.
  */
 static int
 find (struct qcow2 *q, const char *which, struct snapshot *found,
       uint32_t *number)
 {
+  const uint32_t none = q->header.nr_snapshots;
   uint64_t offset = q->header.snapshots_offset;
-  bool named = false;
 
-  for (uint32_t i = 0; i < q->header.nr_snapshots; ++i) {
+  *number = none;
+  for (uint32_t i = 0; i < none; ++i) {
     struct snapshot s;
     int r;
 
@@ -197,17 +198,16 @@ find (struct qcow2 *q, const char *which, struct snapshot *found,
       *number = i;
       return 0;
     }
-    if (r == 0 && !named)
+    if (r == 0 && *number == none)
       r = text_is (q, s.name_offset, s.entry.name_bytes, which);
     if (r == -1)
       return -1;
     if (r == 1) {
       *found = s;
       *number = i;
-      named = true;
     }
   }
-  if (named)
+  if (*number != none)
     return 0;
   report_error ("the image has no snapshot with the ID or name '%s'", which);
   errno = ENOENT;
