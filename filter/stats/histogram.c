@@ -22,14 +22,14 @@ histogram_middle_ns (unsigned bucket)
 
 double
 histogram_quantile_ns (const uint64_t *buckets, uint64_t total,
-                       double quantile)
+                       unsigned thousandths)
 {
   uint64_t below = 0;
   unsigned i;
 
   for (i = 0; i < HISTOGRAM_BUCKETS - 1; ++i) {
     below += buckets[i];
-    if (below > 0 && below >= quantile * total)
+    if (below > 0 && below * 1000 >= thousandths * total)
       break;
   }
   return histogram_middle_ns (i);

@@ -39,10 +39,10 @@ histogram_bucket (uint64_t ns)
 /* The middle of a bucket. */
 extern double histogram_middle_ns (unsigned bucket);
 
-/* Of the total durations counted in buckets: the duration that quantile (0
- * to 1) of them do not exceed.  total is not 0.
+/* Of the total durations counted in buckets: the duration that so many
+ * thousandths of them do not exceed.  total is not 0.
  */
 extern double histogram_quantile_ns (const uint64_t *buckets, uint64_t total,
-                                     double quantile);
+                                     unsigned thousandths);
 
 #endif /* DIRTY_BITMAP_STATS_HISTOGRAM_H */

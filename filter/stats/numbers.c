@@ -114,9 +114,9 @@ tell_durations (struct stats_output *o, const struct stats_totals totals[])
 {
   static const struct {
     const char *text;
-    double value;
+    unsigned thousandths;
   } quantiles[] = {
-    { "0.5", 0.5 }, { "0.9", 0.9 }, { "0.99", 0.99 }, { "0.999", 0.999 },
+    { "0.5", 500 }, { "0.9", 900 }, { "0.99", 990 }, { "0.999", 999 },
   };
 
   put_metric (o, "request_duration_seconds", "summary",
@@ -131,7 +131,7 @@ tell_durations (struct stats_output *o, const struct stats_totals totals[])
                      { "quantile", quantiles[j].text } },
           .unit = t->all == 0 ? STATS_NONE : STATS_SECONDS,
           .value = histogram_quantile_ns (t->duration, t->all,
-                                          quantiles[j].value) });
+                                          quantiles[j].thousandths) });
     o->sample (o, &(struct stats_sample) {
         .suffix = "_sum", .nr_labels = 1,
         .label = { { "command", command_names[i] } },
