@@ -105,7 +105,7 @@ check_memory (const struct bitmap_change *c)
   if (bytes <= bitmap_fixed_memory_limit ())
     return 0;
   report_error ("the tables of all bitmaps would take more than an eighth of "
-                "the memory of this machine");
+                "the memory that nbdkit can use");
   errno = ENOMEM;
   return -1;
 }

@@ -56,10 +56,14 @@ struct registered {
                                    clusters are */
 };
 
+/* The memory of the machine, or what a process can address of it if that is
+ * less: the limits are parts of it.
+ */
 static uint64_t
-machine_memory (void)
+usable_memory (void)
 {
-  return (uint64_t) sysconf (_SC_PHYS_PAGES) * sysconf (_SC_PAGESIZE);
+  return min_u64 ((uint64_t) sysconf (_SC_PHYS_PAGES) *
+                  sysconf (_SC_PAGESIZE), SIZE_MAX);
 }
 
 static uint64_t
@@ -177,7 +181,7 @@ register_inconsistent (struct bitmap_set *set, struct bitmap *b)
   }
   set->memory_bytes += nr_data_clusters (b) * REGISTERED_BYTES;
   for (uint32_t i = 0; i < b->table_entries; ++i)
-    if (set->memory_bytes > machine_memory () / 2 ||
+    if (set->memory_bytes > usable_memory () / 2 ||
         !bitmap_table_entry_is_valid (b->table[i], cluster_size) ||
         !bitmap_table_entry_is_data (b->table[i]) ||
         qcow2_register (set->image, QCOW2_BITMAP_DATA, b->table[i],
@@ -246,7 +250,7 @@ bitmap_fixed_memory (const struct bitmap_set *set, unsigned granularity_bits,
 uint64_t
 bitmap_fixed_memory_limit (void)
 {
-  return machine_memory () / 8;
+  return usable_memory () / 8;
 }
 
 /* Check the memory that the bitmaps of a directory take whatever their
@@ -269,7 +273,7 @@ check_fixed_memory (struct bitmap_set *set,
   set->memory_bytes = bytes;
   if (bytes > bitmap_fixed_memory_limit ())
     return bitmap_damage (damage, "their tables would take more than an "
-                          "eighth of the memory of this machine");
+                          "eighth of the memory that nbdkit can use");
   return 0;
 }
 
@@ -281,7 +285,7 @@ static int
 check_memory (struct bitmap_set *set, const struct bitmap_options *options,
               struct bitmap_damage *damage)
 {
-  const uint64_t limit = machine_memory () / 2;
+  const uint64_t limit = usable_memory () / 2;
   uint64_t others = 0;
 
   for (size_t i = 0; i < options->nr_above; ++i)
@@ -299,7 +303,7 @@ check_memory (struct bitmap_set *set, const struct bitmap_options *options,
   }
   if (set->memory_bytes + others > limit)
     return bitmap_damage (damage, "their bits would take more than half of "
-                          "the memory of this machine");
+                          "the memory that nbdkit can use");
   return 0;
 }
 
