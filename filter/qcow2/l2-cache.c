@@ -53,7 +53,7 @@ int
 l2_cache_open (struct qcow2 *q, uint64_t cache_bytes)
 {
   struct l2_cache *l2 = &q->l2;
-  const unsigned slice_bytes = min_u64 (q->cluster_size, MAX_SLICE_BYTES);
+  const uint64_t slice_bytes = min_u64 (q->cluster_size, MAX_SLICE_BYTES);
   size_t slots;
 
   l2->entry_bits = q->extended_l2;

@@ -623,6 +623,21 @@ test_overlap (void **state)
   container_close (c);
 }
 
+/* Bytes of a cache that a size_t of 32 bits cannot count. */
+static void
+test_cache_too_large (void **state)
+{
+  const struct qcow2_options options = { .cache_size = 8 * GIB };
+  struct container *c;
+
+  (void) state;
+  if (sizeof (size_t) > 4)
+    skip ();
+  c = image_create ("", "64M", GIB);
+  assert_null (qcow2_open (c, &options));
+  container_close (c);
+}
+
 int
 main (void)
 {
@@ -638,6 +653,7 @@ main (void)
     cmocka_unit_test (test_refcount_table_growth),
     cmocka_unit_test (test_idle),
     cmocka_unit_test (test_overlap),
+    cmocka_unit_test (test_cache_too_large),
   };
 
   if (run_command ("qemu-img --version >/dev/null 2>&1") != 0)
