@@ -145,7 +145,7 @@ image_flush_locked (struct qcow2 *q, struct bitmap_set *bitmaps)
 
 static int
 flush_since (struct qcow2 *q, struct bitmap_set *bitmaps,
-             unsigned long number, bool *lack_space)
+             uint64_t number, bool *lack_space)
 {
   int r = 0, err;
 
@@ -162,7 +162,7 @@ flush_since (struct qcow2 *q, struct bitmap_set *bitmaps,
 int
 image_flush (struct qcow2 *q, struct bitmap_set *bitmaps)
 {
-  const unsigned long number = qcow2_flushes_begun (q);
+  const uint64_t number = qcow2_flushes_begun (q);
   struct report_hold hold;
   bool lack_space;
   int r;

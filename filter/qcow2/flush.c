@@ -68,7 +68,7 @@
 /* Dirty slices that are copied at a time. */
 #define ROUND 2048
 
-unsigned long
+uint64_t
 qcow2_flushes_begun (const struct qcow2 *q)
 {
   return atomic_load (&q->flush.begun);
@@ -87,7 +87,7 @@ qcow2_flush_unlock (struct qcow2 *q)
 }
 
 bool
-qcow2_flushed_since (const struct qcow2 *q, unsigned long number,
+qcow2_flushed_since (const struct qcow2 *q, uint64_t number,
                      bool with_bitmaps)
 {
   return q->flush.succeeded[1] > number ||
@@ -187,7 +187,7 @@ data_barrier (struct qcow2 *q)
 int
 qcow2_flush_targets_barrier (struct qcow2 *q)
 {
-  unsigned long epoch;
+  uint64_t epoch;
 
   if (ORDER (DATA_BEFORE_REFERENCES) && data_barrier (q) == -1)
     return -1;
@@ -293,7 +293,7 @@ flush_alone (struct qcow2 *q)
 int
 qcow2_flush (struct qcow2 *q)
 {
-  const unsigned long number = qcow2_flushes_begun (q);
+  const uint64_t number = qcow2_flushes_begun (q);
   struct report_hold hold;
   int r = 0, err;
 

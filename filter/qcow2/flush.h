@@ -22,7 +22,7 @@ struct qcow2;
 
 /* The flush under way. */
 struct flush {
-  unsigned long number;         /* how many had begun, with this one */
+  uint64_t number;              /* how many had begun, with this one */
   uint64_t began;               /* meter_clock */
   unsigned long lost;           /* failed barriers, before it began */
   struct l1_copies l1;
@@ -40,8 +40,8 @@ struct flush_state {
   struct flush now;
   unsigned long lost_redone;    /* the value of qcow2_lost up to which all
                                    losses were redone */
-  atomic_ulong begun;
-  unsigned long succeeded[2];   /* the last flush that has: without bitmaps;
+  _Atomic uint64_t begun;
+  uint64_t succeeded[2];        /* the last flush that has: without bitmaps;
                                    with bitmaps, which may have failed */
   tally flushes[2], ns[2];      /* that have failed, succeeded */
 };

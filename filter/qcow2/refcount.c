@@ -167,7 +167,7 @@ set_clean (struct refcounts *rc, struct refcount_slice *s)
 /* Set in which epoch a slice was written, or 0 if it is durable. */
 static void
 mark_written (struct refcounts *rc, struct refcount_slice *s,
-              unsigned long epoch)
+              uint64_t epoch)
 {
   rc->nr_written_slices += (epoch != 0) - (s->written != 0);
   s->written = epoch;
@@ -231,7 +231,7 @@ refcounts_redo_lost (struct qcow2 *q)
 
 /* With rc.lock held: everything written up to an epoch is durable. */
 static void
-settle (struct qcow2 *q, unsigned long epoch)
+settle (struct qcow2 *q, uint64_t epoch)
 {
   struct refcounts *rc = &q->rc;
 
@@ -240,7 +240,7 @@ settle (struct qcow2 *q, unsigned long epoch)
       mark_written (rc, &rc->slices[i], 0);
 }
 
-unsigned long
+uint64_t
 refcounts_barrier_begins (struct qcow2 *q)
 {
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->rc.lock);
@@ -248,7 +248,7 @@ refcounts_barrier_begins (struct qcow2 *q)
 }
 
 void
-refcounts_barrier_done (struct qcow2 *q, unsigned long epoch)
+refcounts_barrier_done (struct qcow2 *q, uint64_t epoch)
 {
   struct refcounts *rc = &q->rc;
 
@@ -266,7 +266,7 @@ refcounts_barrier_done (struct qcow2 *q, unsigned long epoch)
 int
 refcounts_write_durably (struct qcow2 *q)
 {
-  unsigned long epoch;
+  uint64_t epoch;
 
   redo_lost (q);
   if (refcounts_write_all (q) == -1)

@@ -24,7 +24,7 @@ struct refcount_slice {
   uint8_t *data;
   uint8_t holes;                /* in this slice of the container (holes.c) */
   bool dirty, pinned, referenced;
-  unsigned long written;        /* in which epoch; 0 if the slice is durable */
+  uint64_t written;             /* in which epoch; 0 if the slice is durable */
   struct refcount_slice *next;  /* in its hash chain */
 };
 
@@ -46,7 +46,7 @@ struct refcounts {
   uint64_t *dirty_table;        /* indices of entries to write */
   size_t nr_dirty_table, max_dirty_table;
   size_t nr_written_table;      /* the first of those, which are written */
-  unsigned long epoch;          /* counts barriers, from 1 on */
+  uint64_t epoch;               /* counts barriers, from 1 on */
   unsigned long lost;           /* qcow2_lost at the last check */
   struct refcount_slice *slices;
   size_t nr_slices, hand, nr_pinned;
@@ -92,8 +92,8 @@ extern int refcounts_flush (struct qcow2 *, unsigned long lost);
 /* Around a barrier that follows refcounts_flush.  The second only if the
  * barrier succeeds.
  */
-extern unsigned long refcounts_barrier_begins (struct qcow2 *);
-extern void refcounts_barrier_done (struct qcow2 *, unsigned long epoch);
+extern uint64_t refcounts_barrier_begins (struct qcow2 *);
+extern void refcounts_barrier_done (struct qcow2 *, uint64_t epoch);
 /* Make dirty again what a failed barrier may have lost. */
 extern void refcounts_redo_lost (struct qcow2 *);
 

@@ -184,7 +184,7 @@ static int
 settle (struct qcow2 *q)
 {
   const unsigned long lost = qcow2_lost (q);
-  unsigned long epoch;
+  uint64_t epoch;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&q->flush.lock);
   release_flush_begins (q);

@@ -13,6 +13,7 @@
  */
 
 #include <stdbool.h>
+#include <stdint.h>
 
 struct qcow2;
 
@@ -21,13 +22,13 @@ extern void qcow2_flush_lock (struct qcow2 *);
 extern void qcow2_flush_unlock (struct qcow2 *);
 
 /* How many flushes have begun.  Without the lock. */
-extern unsigned long qcow2_flushes_begun (const struct qcow2 *);
+extern uint64_t qcow2_flushes_begun (const struct qcow2 *);
 
 /* With the lock held, as all that follows: has a flush succeeded that began
  * after `number` flushes had begun?  with_bitmaps: one that the bitmaps took
  * part in, even if they failed.
  */
-extern bool qcow2_flushed_since (const struct qcow2 *, unsigned long number,
+extern bool qcow2_flushed_since (const struct qcow2 *, uint64_t number,
                                  bool with_bitmaps);
 
 extern void qcow2_flush_begin (struct qcow2 *);
