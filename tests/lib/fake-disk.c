@@ -17,11 +17,11 @@
 
 /* The data of a disk that is larger than this cannot be read or written
  * behind it: the tools that watch programs do not map as much as the
- * kernel would.
+ * kernel would, and a pointer of 32 bits does not reach as far.
  */
-#define MOST_MAPPED (UINT64_C (16) << 30)
+#define MOST_MAPPED min_u64 (UINT64_C (16) << 30, SIZE_MAX / 8 + 1)
 
-static uint64_t
+static size_t
 mapped (const struct disk *d)
 {
   return min_u64 (d->size, MOST_MAPPED);
