@@ -195,10 +195,10 @@ parse_delay (const char *s, unsigned *seconds)
 {
   static const struct {
     const char *unit;
-    double seconds;
+    double in_a_second;
   } units[] = {
-    { "", 1 }, { "s", 1 }, { "ms", 1e-3 }, { "us", 1e-6 },
-    { "\xce\xbcs", 1e-6 }, { "ns", 1e-9 },
+    { "", 1 }, { "s", 1 }, { "ms", 1e3 }, { "us", 1e6 },
+    { "\xce\xbcs", 1e6 }, { "ns", 1e9 },
   };
   char *end;
   const double number = strtod (s, &end);
@@ -208,7 +208,7 @@ parse_delay (const char *s, unsigned *seconds)
     return false;
   for (i = 0; i < sizeof units / sizeof units[0]; ++i)
     if (strcmp (end, units[i].unit) == 0) {
-      const double d = number * units[i].seconds;
+      const double d = number / units[i].in_a_second;
 
       *seconds = d < INT_MAX ? (unsigned) d : INT_MAX;
       if (*seconds < d)

@@ -378,6 +378,7 @@ test_limits (void **state)
     { "nbdkit --timeout 60s file", 0, 5, 16, 5 },
     { "nbdkit --time-out=1.2 file", 0, 0, 16, 2 },
     { "nbdkit --timeout=100ms file", 0, 5, 16, 1 },
+    { "nbdkit --timeout=1000ms file", 0, 0, 16, 1 },
     { "nbdkit --timeout=3000000us file", 0, 0, 16, 3 },
     { "nbdkit --timeout=2000001\xce\xbcs file", 0, 0, 16, 3 },
     { "nbdkit --timeout=1ns file", 0, 0, 16, 1 },
