@@ -64,6 +64,7 @@ fixture_init (struct fixture *f, uint64_t size)
   memset (&f->limits, 0, sizeof f->limits);
   f->export_name = NULL;
   f->list_deltas = false;
+  f->paused = false;
   snprintf (f->dir, sizeof f->dir, "%s/nbdXXXXXX",
             tmp != NULL && strlen (tmp) < 40 ? tmp : "/tmp");
   assert_non_null (mkdtemp (f->dir));
@@ -98,6 +99,8 @@ fixture_start (struct fixture *f, bool readonly)
 void
 fixture_stop (struct fixture *f)
 {
+  if (f->paused)                /* where a test has failed */
+    fixture_resume_monitor (f);
   nbd_server_stop (f->server, 1000);
   nbd_server_free (f->server);
   tls_relay_end ();
@@ -136,6 +139,21 @@ fixture_memory (const struct fixture *f)
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&b->lock);
   return b->used;
+}
+
+/* The monitor looks at the connections under this lock. */
+void
+fixture_pause_monitor (struct fixture *f)
+{
+  pthread_mutex_lock (&f->server->lock);
+  f->paused = true;
+}
+
+void
+fixture_resume_monitor (struct fixture *f)
+{
+  f->paused = false;
+  pthread_mutex_unlock (&f->server->lock);
 }
 
 bool

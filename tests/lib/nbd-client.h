@@ -30,6 +30,7 @@ struct fixture {
   struct nbd_limits limits;     /* and these */
   const char *export_name;
   bool list_deltas;             /* the same */
+  bool paused;                  /* by fixture_pause_monitor */
 };
 
 /* Set to require TLS of all servers to come.  Clients then speak it
@@ -56,6 +57,13 @@ extern int fixture_connect (const struct fixture *);
  * the next one, in bytes.
  */
 extern size_t fixture_memory (const struct fixture *);
+
+/* Between the two no worker loses the receive role for being slow.  No
+ * client may connect, finish its handshake or disconnect meanwhile: it
+ * would wait.
+ */
+extern void fixture_pause_monitor (struct fixture *);
+extern void fixture_resume_monitor (struct fixture *);
 
 /* Does a sanitizer or valgrind make this program slow, and large? */
 extern bool is_instrumented (void);
