@@ -31,6 +31,15 @@ COMMAND = "block-dirty-bitmap-"
 NAMES = ["a", "b", "c", "d é", "e" * 200]
 
 
+def as_before(reply):
+    """QEMU's reply in the words of QEMU 7.2: a later one has a text with a
+    small letter."""
+    if "error" in reply:
+        reply["error"]["desc"] = reply["error"]["desc"].replace(
+            " does not support transaction property ",
+            " does not support Transaction property ")
+
+
 class Pair:
     """Both servers, over a copy each of one image."""
 
@@ -39,6 +48,7 @@ class Pair:
         self.daemon = StorageDaemon("theirs.qcow2", theirs_sock)
         self.ours, self.theirs = Qmp(ours_sock), Qmp(theirs_sock)
         theirs = self.theirs
+        self.version = theirs.ask("query-version")["qemu"]["major"]
         theirs.ask("nbd-server-start", addr={
             "type": "unix", "data": {"path": export_sock}})
         theirs.ask("block-export-add", type="nbd", id="x", name="",
@@ -63,6 +73,7 @@ class Pair:
         for q in self.ours, self.theirs:
             q.send(request)
             replies.append(q.reply())
+        as_before(replies[1])
         assert replies[0] == replies[1], "%s\nours:   %s\ntheirs: %s" % (
             request, *replies)
         return replies[0]
@@ -167,8 +178,11 @@ def errors(pair):
             "completion-mode": mode})) == {"return": {}}
     for what, name in (("add", "new"), ("remove", "a"), ("clear", "a"),
                        ("disable", "a"), ("add", "")):
-        for actions in ([action(what, name)], [ABORT, action(what, name)],
-                        [action(what, name), ABORT]):
+        grouped = [[action(what, name)], [action(what, name), ABORT]]
+        # Later ones find fault with abort, too, before they carry it out.
+        if pair.version < 8:
+            grouped.append([ABORT, action(what, name)])
+        for actions in grouped:
             assert "error" in pair.same(command(
                 "transaction", actions=actions,
                 properties={"completion-mode": "grouped"}))
