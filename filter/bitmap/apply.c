@@ -69,6 +69,8 @@ make_bitmap (struct bitmap_set *set, const struct draft *d)
   b->in_ram = d->in_ram;
   if (d->in_ram)
     atomic_init (&b->state, IN_USE);
+  if (d->is_all_dirty)
+    bits_set_all (&b->bits);
   for (size_t i = 0; i < d->nr_content; ++i) {
     const struct content *from = &d->content[i];
 
@@ -110,6 +112,17 @@ check_memory (const struct bitmap_change *c)
   return -1;
 }
 
+/* Make the bitmap of what is changed since a backup begins. */
+static struct bitmap *
+make_since (struct bitmap_set *set, const struct draft *d)
+{
+  const struct draft since = {
+    .name = d->name, .shift = d->shift, .enabled = true, .in_ram = true,
+  };
+
+  return make_bitmap (set, &since);
+}
+
 /* Make the bitmap of a draft, or take the one that stays. */
 static int
 prepare_draft (struct bitmap_change *c, struct draft *d)
@@ -128,6 +141,12 @@ prepare_draft (struct bitmap_change *c, struct draft *d)
   if (exposed)
     c->goes_on[c->lists.nr_exposed] = !d->is_new && !d->is_forced;
   bitmap_lists_add (&c->lists, d->bitmap, records, exposed);
+  if (d->begins_backup && (d->since = make_since (set, d)) == NULL)
+    return -1;
+  if (d->since != NULL)
+    bitmap_lists_add_since (&c->lists, d->since);
+  else if (d->bitmap->since != NULL && !d->ends_backup)
+    bitmap_lists_add_since (&c->lists, d->bitmap->since);
   return 0;
 }
 
@@ -405,6 +424,7 @@ bitmap_change_give_back (struct bitmap_change *c)
   for (size_t i = 0; i < c->nr_drafts; ++i) {
     struct draft *d = &c->drafts[i];
 
+    bitmap_put (d->since);
     if (!d->is_new || d->bitmap == NULL)
       continue;
     /* What the header may refer to is leaked until the next open. */
@@ -431,7 +451,7 @@ drop (struct bitmap_set *set, struct bitmap *b)
 }
 
 static void
-adopt_draft (struct bitmap_set *set, const struct draft *d)
+adopt_draft (struct bitmap_set *set, struct draft *d)
 {
   struct bitmap *b = d->bitmap;
 
@@ -441,6 +461,12 @@ adopt_draft (struct bitmap_set *set, const struct draft *d)
   }
   b->flags = (b->flags & ~BITMAP_FLAG_AUTO) |
     (d->enabled ? BITMAP_FLAG_AUTO : 0);
+  if (d->ends_backup && !d->is_new) {
+    bitmap_put (b->since);
+    b->since = NULL;
+  }
+  if (d->begins_backup)
+    b->since = d->since;
 }
 
 void
@@ -453,7 +479,7 @@ bitmap_change_adopt (struct bitmap_change *c)
     if (!set->bitmaps[i]->stays)
       drop (set, set->bitmaps[i]);
   for (size_t i = 0; i < c->nr_drafts; ++i) {
-    const struct draft *d = &c->drafts[i];
+    struct draft *d = &c->drafts[i];
 
     adopt_draft (set, d);
     if (d->in_ram || !c->is_in_image)

@@ -166,6 +166,12 @@ extern bool bitmap_is_in_ram (const struct bitmap *);
 /* Does it record, in the image or in RAM alone? */
 extern bool bitmap_is_recording (const struct bitmap *);
 
+/* Is a backup of it under way (change.h)?  And how many bytes of a disk of
+ * size bytes were changed since that began.
+ */
+extern bool bitmap_has_backup (const struct bitmap *);
+extern uint64_t bitmap_since_bytes (const struct bitmap *, uint64_t size);
+
 /* How many bytes of a disk of size bytes are dirty, and how much memory the
  * pieces with set bits take.  This reads all set bits.
  */

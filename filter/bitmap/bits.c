@@ -379,6 +379,13 @@ set_range (struct bits *bits, uint64_t first, uint64_t last)
 }
 
 void
+bits_set_all (struct bits *bits)
+{
+  if (bits->nr_bits > 0)
+    set_range (bits, 0, bits->nr_bits - 1);
+}
+
+void
 bits_add (struct bits *bits, unsigned shift, const struct bits *other,
           unsigned other_shift, unsigned round_shift)
 {

@@ -91,6 +91,9 @@ extern bool bits_all_populated (const struct bits *, uint64_t first,
 extern uint64_t bits_next_clear (const struct bits *, uint64_t from,
                                  uint64_t end);
 
+/* Set all bits.  No other thread has them. */
+extern void bits_set_all (struct bits *);
+
 /* Set every bit whose granule has a byte in common with that of a set bit of
  * other, for two arrays that cover the same disk.  The latter are rounded to
  * granules of 2^round_shift bytes first.  The shifts are log2 of the

@@ -144,6 +144,15 @@ draft_find (const struct bitmap_change *c, const char *name)
   return NULL;
 }
 
+static int
+busy (const char *shown_name)
+{
+  report_error ("Bitmap '%s' is currently in use by another operation and "
+                "cannot be used", shown_name);
+  errno = EBUSY;
+  return -1;
+}
+
 /* What must not be true of a bitmap that an action is for. */
 enum { NOT_READONLY = 1, NOT_INCONSISTENT = 2 };
 
@@ -155,14 +164,13 @@ check_state (const struct bitmap_change *c, const struct draft *d,
   const struct bitmap_shown_name shown =
     bitmap_show_name (d->name, strlen (d->name));
 
+  /* Nobody can be forced to give up a backup. */
+  if (d->begins_backup || (b != NULL && b->since != NULL && !d->ends_backup))
+    return busy (shown.text);
   if (b == NULL)
     return 0;
-  if (!force && c->is_busy != NULL && c->is_busy (c->opaque, b)) {
-    report_error ("Bitmap '%s' is currently in use by another operation and "
-                  "cannot be used", shown.text);
-    errno = EBUSY;
-    return -1;
-  }
+  if (!force && c->is_busy != NULL && c->is_busy (c->opaque, b))
+    return busy (shown.text);
   if ((checks & NOT_READONLY) && c->set->readonly && !d->in_ram) {
     report_error ("Bitmap '%s' is readonly and cannot be modified",
                   shown.text);
@@ -373,6 +381,73 @@ bitmap_change_merge (struct bitmap_change *c, const char *target,
     to->is_new = true;
     touch (c, to, force);
   }
+  return 0;
+}
+
+/* The bitmap does not exist, or cannot be used. */
+static int
+create_for_backup (struct bitmap_change *c, const char *name,
+                   bool has_granularity, uint64_t granularity)
+{
+  struct draft *d = draft_find (c, name);
+
+  if (d != NULL && bitmap_change_remove (c, name, false) == -1)
+    return -1;
+  if (bitmap_change_add (c, name, has_granularity, granularity, 0) == -1)
+    return -1;
+  draft_find (c, name)->is_all_dirty = true;
+  return 0;
+}
+
+int
+bitmap_change_begin_backup (struct bitmap_change *c, const char *name,
+                            bool create, bool has_granularity,
+                            uint64_t granularity,
+                            enum bitmap_backup_action *action)
+{
+  struct draft *d = draft_find (c, name);
+  const bool is_inconsistent =
+    d != NULL && d->original != NULL && d->original->inconsistent;
+
+  *action = d == NULL ? BITMAP_BACKUP_CREATED
+    : is_inconsistent ? BITMAP_BACKUP_RECREATED : BITMAP_BACKUP_USED;
+  if (create && *action != BITMAP_BACKUP_USED &&
+      create_for_backup (c, name, has_granularity, granularity) == -1)
+    return -1;
+  d = take (c, name, NOT_READONLY | NOT_INCONSISTENT, true);
+  if (d == NULL)
+    return -1;
+  if (!d->enabled) {
+    report_error ("Bitmap '%s' is disabled and does not record",
+                  bitmap_show_name (name, strlen (name)).text);
+    return invalid ();
+  }
+  d->begins_backup = true;
+  return 0;
+}
+
+int
+bitmap_change_end_backup (struct bitmap_change *c, const char *name,
+                          bool clear)
+{
+  struct draft *d = draft_find (c, name);
+
+  if (d == NULL || d->original == NULL || d->original->since == NULL ||
+      d->ends_backup) {
+    report_error ("There is no backup of bitmap '%s'",
+                  bitmap_show_name (name, strlen (name)).text);
+    errno = ENOENT;
+    return -1;
+  }
+  d->ends_backup = true;
+  if (!clear)
+    return 0;
+  d->nr_content = 0;
+  if (add_content (d, (struct content) { .bitmap = d->original->since,
+                                         .shift = d->shift }) == -1)
+    return -1;
+  d->is_new = true;
+  touch (c, d, true);
   return 0;
 }
 

@@ -75,6 +75,34 @@ extern int bitmap_change_merge (struct bitmap_change *, const char *target,
                                 const char *const *sources,
                                 size_t nr_sources, bool force);
 
+/* A backup: a client copies what is dirty in the bitmap, and when it has
+ * succeeded, the bitmap is to have what was changed since the backup began.
+ * Until then it has that as well as what it had before, in RAM and in the
+ * image.  So whatever ends the backup early, the next one copies all that
+ * this one should have (I11).  The bitmap has to record.
+ *
+ * If create is true, a bitmap that does not exist, or is inconsistent, is made
+ * anew, with all of the disk dirty, since nothing is known of what changed
+ * before (I12).  *action says what was done.
+ */
+enum bitmap_backup_action {
+  BITMAP_BACKUP_USED,
+  BITMAP_BACKUP_CREATED,
+  BITMAP_BACKUP_RECREATED,      /* it was inconsistent */
+};
+extern int bitmap_change_begin_backup (struct bitmap_change *,
+                                       const char *name, bool create,
+                                       bool has_granularity,
+                                       uint64_t granularity,
+                                       enum bitmap_backup_action *action);
+
+/* The backup has ended.  clear: the bitmap gets what was changed since it
+ * began, and clients that read it do not prevent that.  Otherwise the bitmap
+ * stays as it is.
+ */
+extern int bitmap_change_end_backup (struct bitmap_change *,
+                                     const char *name, bool clear);
+
 /* Does the change leave the image as it is? */
 extern bool bitmap_change_is_in_ram (const struct bitmap_change *);
 

@@ -28,12 +28,15 @@ struct draft {
   bool is_new;                  /* added, or with other contents: it becomes
                                    another struct bitmap */
   bool is_forced;               /* though clients read it */
+  bool is_all_dirty;            /* it is added so */
+  bool begins_backup, ends_backup;
 
   /* It has the bits of all these. */
   struct content *content;
   size_t nr_content, max_content;
 
   struct bitmap *bitmap;        /* from prepare on: made, or the original */
+  struct bitmap *since;         /* made, if it begins a backup */
 };
 
 struct bitmap_change {

@@ -107,6 +107,12 @@ struct bitmap {
   bool in_ram;                  /* it is not in the image, and IN_USE for
                                    ever */
   bool is_recording;            /* it is on such a list of the set */
+
+  /* While a backup is under way: what was changed since it began.  This is in
+   * RAM alone, and not among the bitmaps of the set; it is on the list of
+   * those that record.  Or NULL.
+   */
+  struct bitmap *since;
   bool stays;                   /* for apply.c: a change does not drop it */
   bool inconsistent;            /* found in use: no bits are loaded, not
                                    offered */
@@ -291,6 +297,7 @@ extern int bitmap_lists_init (struct bitmap_lists *, size_t max);
 extern void bitmap_lists_free (struct bitmap_lists *);
 extern void bitmap_lists_add (struct bitmap_lists *, struct bitmap *,
                               bool records, bool exposed);
+extern void bitmap_lists_add_since (struct bitmap_lists *, struct bitmap *);
 
 /* The set gets these lists, which are empty then.  Its old ones are freed. */
 extern void bitmap_set_install (struct bitmap_set *, struct bitmap_lists *);

@@ -68,6 +68,7 @@ bitmap_free (struct bitmap *b)
   ahead_free (&b->ahead);
   free (b->pending);
   free (b->table);
+  bitmap_put (b->since);
   free (b->name);
   free (b);
 }
@@ -243,7 +244,7 @@ bitmap_lists_init (struct bitmap_lists *l, size_t max)
   *l = (struct bitmap_lists) {
     .bitmaps = calloc (max + 1, sizeof *l->bitmaps),
     .recording = calloc (max + 1, sizeof *l->recording),
-    .recording_in_ram = calloc (max + 1, sizeof *l->recording_in_ram),
+    .recording_in_ram = calloc (2 * max + 1, sizeof *l->recording_in_ram),
     .exposed = calloc (max + 1, sizeof *l->exposed),
     .min_shift = BITMAP_MAX_GRANULARITY_BITS,
   };
@@ -279,6 +280,14 @@ bitmap_lists_add (struct bitmap_lists *l, struct bitmap *b, bool records,
     l->min_shift = b->shift;
   if (exposed)
     l->exposed[l->nr_exposed++] = b;
+}
+
+void
+bitmap_lists_add_since (struct bitmap_lists *l, struct bitmap *since)
+{
+  l->recording_in_ram[l->nr_recording_in_ram++] = since;
+  if (since->shift < l->min_shift)
+    l->min_shift = since->shift;
 }
 
 void
@@ -539,6 +548,20 @@ const char *
 bitmap_name (const struct bitmap *b)
 {
   return b->name;
+}
+
+bool
+bitmap_has_backup (const struct bitmap *b)
+{
+  return b->since != NULL;
+}
+
+uint64_t
+bitmap_since_bytes (const struct bitmap *b, uint64_t size)
+{
+  uint64_t ignored;
+
+  return b->since == NULL ? 0 : bitmap_dirty_bytes (b->since, size, &ignored);
 }
 
 uint64_t

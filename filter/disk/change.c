@@ -40,7 +40,7 @@
 #define GATE_TIMEOUT_MS 10000
 
 static int
-note_action (struct bitmap_change *c, const struct disk_action *a)
+note_action (struct bitmap_change *c, struct disk_action *a)
 {
   switch (a->type) {
   case DISK_BITMAP_ADD:
@@ -59,6 +59,12 @@ note_action (struct bitmap_change *c, const struct disk_action *a)
   case DISK_BITMAP_MERGE:
     return bitmap_change_merge (c, a->name, a->sources, a->nr_sources,
                                 a->force);
+  case DISK_BACKUP_BEGIN:
+    return bitmap_change_begin_backup (c, a->name, a->create,
+                                       a->has_granularity, a->granularity,
+                                       &a->done);
+  case DISK_BACKUP_END:
+    return bitmap_change_end_backup (c, a->name, a->clear);
   }
   abort ();
 }
@@ -144,6 +150,33 @@ carry_out (struct disk *d, struct bitmap_change *c)
   return 0;
 }
 
+static int
+close_gate (struct disk *d)
+{
+  if (disk_gate_close (&d->gate, GATE_TIMEOUT_MS) == 0)
+    return 0;
+  report_error ("requests under way did not end within %d seconds",
+                GATE_TIMEOUT_MS / 1000);
+  return -1;
+}
+
+int
+disk_close_gate (struct disk *d)
+{
+  if (!d->gate_is_held && close_gate (d) == -1)
+    return -1;
+  d->gate_is_held = true;
+  return 0;
+}
+
+void
+disk_open_gate (struct disk *d)
+{
+  if (d->gate_is_held)
+    disk_gate_open (&d->gate);
+  d->gate_is_held = false;
+}
+
 /* With the gate closed. */
 static int
 change_paused (struct disk *d, struct bitmap_change *c)
@@ -165,9 +198,10 @@ change_paused (struct disk *d, struct bitmap_change *c)
 }
 
 static int
-change (struct disk *d, const char *image, const struct disk_action *actions,
+change (struct disk *d, const char *image, struct disk_action *actions,
         size_t nr_actions)
 {
+  const bool is_closed = d->gate_is_held;
   struct bitmap_change *c = bitmap_change_begin (d->bitmaps, image, is_busy,
                                                  d);
   int r = 0, err;
@@ -176,18 +210,16 @@ change (struct disk *d, const char *image, const struct disk_action *actions,
     return -1;
   for (size_t i = 0; i < nr_actions && r == 0; ++i)
     r = note_action (c, &actions[i]);
-  if (r == 0 && disk_gate_close (&d->gate, GATE_TIMEOUT_MS) == -1) {
-    report_error ("requests under way did not end within %d seconds",
-                  GATE_TIMEOUT_MS / 1000);
-    r = -1;
-  }
+  if (r == 0 && !is_closed)
+    r = close_gate (d);
   if (r == -1) {
     bitmap_change_end (c);
     return -1;
   }
   r = change_paused (d, c);
   err = errno;
-  disk_gate_open (&d->gate);
+  if (!is_closed)
+    disk_gate_open (&d->gate);
   bitmap_set_tell_unstored (d->bitmaps);
   errno = err;
   return r;
@@ -195,7 +227,7 @@ change (struct disk *d, const char *image, const struct disk_action *actions,
 
 int
 disk_change_bitmaps (struct disk *d, const char *image,
-                     const struct disk_action *actions, size_t nr_actions)
+                     struct disk_action *actions, size_t nr_actions)
 {
   struct report_hold hold;
   int r;

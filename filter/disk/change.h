@@ -14,6 +14,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "bitmap/change.h"
+
 struct disk;
 
 enum disk_action_type {
@@ -23,11 +25,22 @@ enum disk_action_type {
   DISK_BITMAP_ENABLE,
   DISK_BITMAP_DISABLE,
   DISK_BITMAP_MERGE,
+  DISK_BACKUP_BEGIN,
+  DISK_BACKUP_END,
 };
 
 struct disk_action {
   enum disk_action_type type;
   const char *name;             /* of the bitmap; for a merge the target */
+
+  /* Of a backup that begins: as bitmap_change_begin_backup.  done is set by
+   * disk_change_bitmaps.
+   */
+  bool create;
+  enum bitmap_backup_action done;
+
+  /* Of a backup that ends: as bitmap_change_end_backup. */
+  bool clear;
 
   /* Of a bitmap that is added. */
   bool has_granularity;         /* if not, QEMU's rule decides */
@@ -52,7 +65,14 @@ struct disk_action {
  * image is a name for the image, for messages.  One thread at a time.
  */
 extern int disk_change_bitmaps (struct disk *, const char *image,
-                                const struct disk_action *,
-                                size_t nr_actions);
+                                struct disk_action *, size_t nr_actions);
+
+/* Close the gate, so that no change of the disk is under way, and those that
+ * come wait, until the second is called.  In between, the disk's set can be
+ * changed as usual.  So several disks can be stopped at one moment.  -1 with
+ * the reason reported.  By the thread that changes the set.
+ */
+extern int disk_close_gate (struct disk *);
+extern void disk_open_gate (struct disk *);
 
 #endif /* DIRTY_BITMAP_DISK_CHANGE_H */

@@ -610,6 +610,8 @@ disk_list_bitmaps (const struct disk *d,
       .is_inconsistent = bitmap_is_inconsistent (b),
       .is_in_use = offers_is_held_on (offers, b),
       .is_persistent = !bitmap_is_in_ram (b),
+      .has_backup = bitmap_has_backup (b),
+      .since_bytes = bitmap_since_bytes (b, UINT64_MAX),
     };
 
     fn (&state, opaque);

@@ -275,6 +275,8 @@ struct disk_bitmap_state {
   uint64_t granularity, dirty_bytes;
   bool is_enabled, is_inconsistent, is_in_use;
   bool is_persistent;           /* false: in RAM alone */
+  bool has_backup;              /* a backup of it is under way, and so much */
+  uint64_t since_bytes;         /* is dirty since it began */
 };
 extern void disk_list_bitmaps (const struct disk *,
                                void (*fn) (const struct disk_bitmap_state *,

@@ -30,6 +30,7 @@
 
 struct disk {
   struct disk_gate gate;
+  bool gate_is_held;            /* by disk_close_gate */
   pthread_rwlock_t lists_lock;  /* protects the lists of `bitmaps`, for threads
                                    that are not in a section of the gate */
   struct container *container;

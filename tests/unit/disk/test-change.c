@@ -58,9 +58,10 @@ static const char *const names[] = { "a", "b", "c", "d", "e", "f" };
  */
 #define NR_BITS (SIZE / 512)
 struct model_bitmap {
-  bool exists, enabled, in_ram;
+  bool exists, enabled, in_ram, has_backup;
   unsigned shift;
   uint8_t *bits;                /* a byte a bit */
+  uint8_t *since;               /* the same, since the backup began */
 };
 
 struct model {
@@ -69,21 +70,24 @@ struct model {
 };
 
 static void
-model_set (struct model_bitmap *b, uint64_t first, uint64_t last)
+model_set (struct model_bitmap *b, uint8_t *bits, uint64_t first,
+           uint64_t last)
 {
   const uint64_t in_granule = UINT64_C (1) << (b->shift - 9);
 
   first = round_down (first, in_granule);
   last = round_down (last, in_granule) + in_granule - 1;
-  memset (&b->bits[first], 1, min_u64 (last, NR_BITS - 1) - first + 1);
+  memset (&bits[first], 1, min_u64 (last, NR_BITS - 1) - first + 1);
 }
 
 static void
 model_init (struct model *m)
 {
   *m = (struct model) { .is_unflushed = false };
-  for (unsigned i = 0; i < NR_NAMES; ++i)
+  for (unsigned i = 0; i < NR_NAMES; ++i) {
     m->bitmaps[i].bits = calloc (1, NR_BITS);
+    m->bitmaps[i].since = calloc (1, NR_BITS);
+  }
   for (unsigned i = 0; i < sizeof specs / sizeof specs[0]; ++i) {
     struct model_bitmap *b = &m->bitmaps[i];
     const uint64_t in_granule = UINT64_C (1) << (specs[i].granularity_bits - 9);
@@ -97,9 +101,15 @@ model_init (struct model *m)
         cluster >= strlen (specs[i].table) ? '0' : specs[i].table[cluster];
 
       if (entry == '1' || (entry == 'd' && specs[i].fill >> bit % 8 & 1))
-        model_set (b, bit * in_granule, bit * in_granule);
+        model_set (b, b->bits, bit * in_granule, bit * in_granule);
     }
   }
+}
+
+static uint8_t *
+copy_bits (const uint8_t *bits)
+{
+  return memcpy (malloc (NR_BITS), bits, NR_BITS);
 }
 
 static void
@@ -107,16 +117,18 @@ model_copy (struct model *to, const struct model *from)
 {
   *to = *from;
   for (unsigned i = 0; i < NR_NAMES; ++i) {
-    to->bitmaps[i].bits = malloc (NR_BITS);
-    memcpy (to->bitmaps[i].bits, from->bitmaps[i].bits, NR_BITS);
+    to->bitmaps[i].bits = copy_bits (from->bitmaps[i].bits);
+    to->bitmaps[i].since = copy_bits (from->bitmaps[i].since);
   }
 }
 
 static void
 model_free (struct model *m)
 {
-  for (unsigned i = 0; i < NR_NAMES; ++i)
+  for (unsigned i = 0; i < NR_NAMES; ++i) {
     free (m->bitmaps[i].bits);
+    free (m->bitmaps[i].since);
+  }
 }
 
 static unsigned
@@ -144,6 +156,10 @@ is_in_image (const struct model *m, const struct disk_action *a)
     return !b->in_ram && b->enabled;
   case DISK_BITMAP_MERGE:
     return !b->in_ram && a->nr_sources > 0;
+  case DISK_BACKUP_BEGIN:
+    return !b->exists;
+  case DISK_BACKUP_END:
+    return !b->in_ram && a->clear;
   default:
     return !b->in_ram;
   }
@@ -184,8 +200,24 @@ model_act (struct model *m, const struct disk_action *a)
 
       for (uint64_t bit = 0; bit < NR_BITS; ++bit)
         if (from->bits[bit])
-          model_set (b, bit, bit);
+          model_set (b, b->bits, bit, bit);
     }
+    break;
+  case DISK_BACKUP_BEGIN:
+    if (!b->exists) {
+      *b = (struct model_bitmap) {
+        .exists = true, .enabled = true, .bits = b->bits, .since = b->since,
+        .shift = __builtin_ctz (a->granularity),
+      };
+      memset (b->bits, 1, NR_BITS);
+    }
+    b->has_backup = true;
+    memset (b->since, 0, NR_BITS);
+    break;
+  case DISK_BACKUP_END:
+    b->has_backup = false;
+    if (a->clear)
+      memcpy (b->bits, b->since, NR_BITS);
     break;
   }
 }
@@ -241,14 +273,31 @@ random_below (struct world *w, uint64_t n)
   return random_next (&w->seed) % n;
 }
 
-/* Of the bitmaps that exist, or do not; NR_NAMES if there is none. */
+/* May the action be carried out for this bitmap? */
+static bool
+is_possible (enum disk_action_type type, const struct model_bitmap *b)
+{
+  switch (type) {
+  case DISK_BITMAP_ADD:
+    return !b->exists;
+  case DISK_BACKUP_BEGIN:
+    return !b->exists || (b->enabled && !b->has_backup);
+  case DISK_BACKUP_END:
+    return b->exists && b->has_backup;
+  default:
+    return b->exists && !b->has_backup;
+  }
+}
+
+/* NR_NAMES if there is none. */
 static unsigned
-random_bitmap (struct world *w, const struct model *m, bool exists)
+random_bitmap (struct world *w, const struct model *m,
+               enum disk_action_type type)
 {
   const unsigned start = random_below (w, NR_NAMES);
 
   for (unsigned i = start; i < start + NR_NAMES; ++i)
-    if (m->bitmaps[i % NR_NAMES].exists == exists)
+    if (is_possible (type, &m->bitmaps[i % NR_NAMES]))
       return i % NR_NAMES;
   return NR_NAMES;
 }
@@ -266,15 +315,17 @@ random_action (struct world *w, const struct model *m, struct disk_action *a,
                const char **sources)
 {
   static const uint32_t granularities[] = { 512, 4096, 65536, MIB };
-  const enum disk_action_type type = random_below (w, 6);
-  const unsigned i = random_bitmap (w, m, type != DISK_BITMAP_ADD);
+  const enum disk_action_type type = random_below (w, DISK_BACKUP_END + 1);
+  const unsigned i = random_bitmap (w, m, type);
 
   if (i == NR_NAMES)
     return false;
   *a = (struct disk_action) { .type = type, .name = names[i] };
+  a->has_granularity = true;
+  a->granularity = granularities[random_below (w, 4)];
+  a->create = true;
+  a->clear = random_below (w, 2);
   if (type == DISK_BITMAP_ADD) {
-    a->has_granularity = true;
-    a->granularity = granularities[random_below (w, 4)];
     a->persistent = random_below (w, 4) > 0;
     a->disabled = random_below (w, 4) == 0;
   }
@@ -282,7 +333,7 @@ random_action (struct world *w, const struct model *m, struct disk_action *a,
     a->nr_sources = random_below (w, 4);
     a->sources = sources;
     for (size_t j = 0; j < a->nr_sources; ++j)
-      sources[j] = names[random_bitmap (w, m, true)];
+      sources[j] = names[random_bitmap (w, m, type)];
   }
   return true;
 }
@@ -291,14 +342,16 @@ random_action (struct world *w, const struct model *m, struct disk_action *a,
 static void
 random_actions (struct world *w, struct actions *actions, struct model *after)
 {
-  const size_t wanted = 1 + random_below (w, MAX_ACTIONS);
+  const unsigned tries = 1 + random_below (w, 2 * MAX_ACTIONS);
 
   model_copy (after, &w->model);
   actions->nr = 0;
-  while (actions->nr < wanted) {
+  for (unsigned i = 0; i < tries && actions->nr < MAX_ACTIONS; ++i) {
     struct disk_action *a = &actions->list[actions->nr];
 
-    if (!random_action (w, after, a, actions->sources[actions->nr]))
+    /* A backup must have begun in an earlier change. */
+    if (!random_action (w, after, a, actions->sources[actions->nr]) ||
+        (a->type == DISK_BACKUP_END && actions->nr > 0))
       continue;
     model_act (after, a);
     actions->nr++;
@@ -327,10 +380,15 @@ write_block (struct world *w, unsigned block)
 
   trace ("write %u", block);
   assert_int_equal (disk_write (w->d, data, BLOCK, offset, false), 0);
-  for (unsigned i = 0; i < NR_NAMES; ++i)
-    if (w->model.bitmaps[i].exists && w->model.bitmaps[i].enabled)
-      model_set (&w->model.bitmaps[i], offset / 512,
-                 (offset + BLOCK - 1) / 512);
+  for (unsigned i = 0; i < NR_NAMES; ++i) {
+    struct model_bitmap *b = &w->model.bitmaps[i];
+
+    if (!b->exists || !b->enabled)
+      continue;
+    model_set (b, b->bits, offset / 512, (offset + BLOCK - 1) / 512);
+    if (b->has_backup)
+      model_set (b, b->since, offset / 512, (offset + BLOCK - 1) / 512);
+  }
   w->model.is_unflushed = true;
 }
 
@@ -344,7 +402,7 @@ check_listed (const struct disk_bitmap_state *s, void *opaque)
 {
   struct listed *l = opaque;
   const struct model_bitmap *b = &l->model->bitmaps[number_of (s->name)];
-  uint64_t dirty = 0;
+  uint64_t dirty = 0, since = 0;
 
   assert_true (b->exists);
   assert_int_equal (s->granularity, 1 << b->shift);
@@ -353,6 +411,10 @@ check_listed (const struct disk_bitmap_state *s, void *opaque)
   for (uint64_t bit = 0; bit < NR_BITS; ++bit)
     dirty += b->bits[bit] ? 512 : 0;
   assert_int_equal (s->dirty_bytes, dirty);
+  assert_int_equal (s->has_backup, b->has_backup);
+  for (uint64_t bit = 0; bit < NR_BITS; ++bit)
+    since += b->has_backup && b->since[bit] ? 512 : 0;
+  assert_int_equal (s->since_bytes, since);
   l->nr++;
 }
 
@@ -441,8 +503,9 @@ change (struct world *w)
   random_actions (w, &actions, &after);
   for (size_t i = 0; i < actions.nr; ++i)
     trace ("%s: action %d", actions.list[i].name, actions.list[i].type);
-  assert_int_equal (disk_change_bitmaps (w->d, "disk", actions.list,
-                                         actions.nr), 0);
+  messages_clear ();
+  if (disk_change_bitmaps (w->d, "disk", actions.list, actions.nr) == -1)
+    assert_message ("no message");
   model_free (&w->model);
   w->model = after;
 }
@@ -574,7 +637,7 @@ static bool
 fail_at (bool keep, unsigned n, bool for_ever, bool applied)
 {
   static const char *const sources[] = { "a", "c" };
-  const struct disk_action actions[] = {
+  struct disk_action actions[] = {
     { .type = DISK_BITMAP_MERGE, .name = "b", .sources = sources,
       .nr_sources = 2 },
     { .type = DISK_BITMAP_REMOVE, .name = "a" },
@@ -714,8 +777,10 @@ test_threads (void **state)
       assert_false (writers[i].failed);
     }
     /* Only what comes from here on is in the model. */
-    for (unsigned i = 0; i < NR_NAMES; ++i)
+    for (unsigned i = 0; i < NR_NAMES; ++i) {
       memset (w.model.bitmaps[i].bits, 0, NR_BITS);
+      memset (w.model.bitmaps[i].since, 0, NR_BITS);
+    }
     for (unsigned i = 0; i < NR_BLOCKS; ++i)
       write_block (&w, i);
     assert_int_equal (disk_stop (w.d), 0);
@@ -727,7 +792,7 @@ test_threads (void **state)
 }
 
 static void
-assert_refused (struct world *w, const struct disk_action *a, const char *why)
+assert_refused (struct world *w, struct disk_action *a, const char *why)
 {
   const unsigned writes = recorder_writes (w->c);
 
@@ -742,6 +807,8 @@ assert_refused (struct world *w, const struct disk_action *a, const char *why)
 #define ADD(...) (&(struct disk_action) { .type = DISK_BITMAP_ADD, __VA_ARGS__ })
 #define TO(what, ...) \
   (&(struct disk_action) { .type = DISK_BITMAP_##what, __VA_ARGS__ })
+#define BACKUP(what, ...) \
+  (&(struct disk_action) { .type = DISK_BACKUP_##what, __VA_ARGS__ })
 
 static void
 test_refused (void **state)
@@ -778,6 +845,29 @@ test_refused (void **state)
   assert_refused (&w, TO (MERGE, .name = "b", .sources = nowhere,
                           .nr_sources = 2),
                   "Dirty bitmap 'nowhere' not found");
+
+  assert_refused (&w, BACKUP (END, .name = "x"),
+                  "There is no backup of bitmap 'x'");
+  assert_refused (&w, BACKUP (END, .name = "a"),
+                  "There is no backup of bitmap 'a'");
+  assert_refused (&w, BACKUP (BEGIN, .name = "x"),
+                  "Dirty bitmap 'x' not found");
+  assert_refused (&w, BACKUP (BEGIN, .name = "b"),
+                  "Bitmap 'b' is disabled and does not record");
+  assert_int_equal (disk_change_bitmaps (w.d, "disk",
+                                         BACKUP (BEGIN, .name = "a"), 1), 0);
+  w.model.bitmaps[0].has_backup = true;
+  /* Not even by force. */
+  assert_refused (&w, BACKUP (BEGIN, .name = "a"), "in use by another");
+  assert_refused (&w, TO (CLEAR, .name = "a", .force = true),
+                  "in use by another");
+  assert_refused (&w, TO (REMOVE, .name = "a", .force = true),
+                  "in use by another");
+  assert_refused (&w, TO (DISABLE, .name = "a", .force = true),
+                  "in use by another");
+  assert_refused (&w, TO (MERGE, .name = "b", .sources = nowhere,
+                          .nr_sources = 1, .force = true),
+                  "in use by another");
   close_world (&w);
 }
 
