@@ -51,7 +51,9 @@ def commands():
     names = [c["name"] for c in q.ask("query-commands")]
     changes = ["block-dirty-bitmap-" + what for what in (
         "add", "clear", "disable", "enable", "merge", "remove")]
-    assert names == sorted(names) == changes + [
+    assert names == sorted(names) == [
+        "backup-begin", "backup-end", "backup-list", *changes, "gate-close",
+        "gate-open",
         "qmp_capabilities", "query-block", "query-block-exports",
         "query-commands", "query-name", "query-named-block-nodes",
         "query-stats", "query-status", "query-version", "quit",

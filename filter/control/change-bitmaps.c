@@ -3,7 +3,7 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* The commands that change bitmaps, each also an action of a transaction: from
+/* The commands that change bitmaps, most also an action of a transaction: from
  * their arguments to what disk_change_bitmaps does.
  *
  * The disk knows the bitmaps, and finds what is wrong with them.  Here it is
@@ -156,6 +156,8 @@ static const struct {
   const char *name;
   enum disk_action_type type;
 } types[] = {
+  { "backup-begin", DISK_BACKUP_BEGIN },
+  { "backup-end", DISK_BACKUP_END },
   { "block-dirty-bitmap-add", DISK_BITMAP_ADD },
   { "block-dirty-bitmap-clear", DISK_BITMAP_CLEAR },
   { "block-dirty-bitmap-disable", DISK_BITMAP_DISABLE },
@@ -181,9 +183,15 @@ change_append (struct call *call, struct change *change, const char *name,
   const enum disk_action_type type = find_type (name);
 
   *a = (struct disk_action) { .type = type };
-  if (type == DISK_BITMAP_ADD) {
-    if (read_add (call, arguments, a) == -1)
-      return -1;
+  if (type == DISK_BACKUP_END)
+    backup_read_end (arguments, a);
+  else if ((type == DISK_BITMAP_ADD &&
+            read_add (call, arguments, a) == -1) ||
+           (type == DISK_BACKUP_BEGIN &&
+            backup_read_begin (call, arguments, a) == -1))
+    return -1;
+  if (type == DISK_BITMAP_ADD || type == DISK_BACKUP_BEGIN ||
+      type == DISK_BACKUP_END) {
     change->nr++;
     return 0;
   }
@@ -247,6 +255,7 @@ change_end (struct call *call, struct change *change)
     result = carry_out (call, change);
   else
     find_first_error (call, change);
+  change->done = change->actions[0].done;
   for (size_t i = 0; i < change->nr; ++i)
     free ((void *) change->actions[i].sources);
   free (change->actions);

@@ -151,12 +151,17 @@ static const struct argument nodes_arguments[] = {
 };
 
 const struct command control_commands[] = {
+  { "backup-begin", backup_begin_arguments, command_backup_begin },
+  { "backup-end", backup_end_arguments, command_backup_end },
+  { "backup-list", NULL, command_backup_list },
   { "block-dirty-bitmap-add", add_arguments, command_change_bitmap },
   { "block-dirty-bitmap-clear", change_arguments, command_change_bitmap },
   { "block-dirty-bitmap-disable", change_arguments, command_change_bitmap },
   { "block-dirty-bitmap-enable", change_arguments, command_change_bitmap },
   { "block-dirty-bitmap-merge", merge_arguments, command_change_bitmap },
   { "block-dirty-bitmap-remove", change_arguments, command_change_bitmap },
+  { "gate-close", gate_close_arguments, command_gate_close },
+  { "gate-open", NULL, command_gate_open },
   { "qmp_capabilities", capabilities_arguments, command_capabilities },
   { "query-block", NULL, command_query_block },
   { "query-block-exports", NULL, query_block_exports },

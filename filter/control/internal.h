@@ -15,6 +15,7 @@
  *   commands.c        the table of commands, and those about QMP itself
  *   query-block.c     query-block and query-named-block-nodes
  *   query-stats.c     query-stats
+ *   backup.c          backups and the gate
  *   change-bitmaps.c  the block-dirty-bitmap commands
  *   transaction.c     transaction
  *
@@ -54,11 +55,20 @@ struct client {
   bool is_broken;               /* to be disconnected */
 };
 
+enum control_gate {
+  GATE_OPEN,
+  GATE_CLOSED,
+  GATE_EXPIRED,                 /* it is open, but not by gate-open */
+};
+
 struct control {
   struct control_options options;
   int listen_fd;
   int wake_fd;                  /* an eventfd, for control_begin_stop */
   struct client clients[MAX_CLIENTS];
+  enum control_gate gate;
+  struct client *gate_client;   /* which has closed it, until then, in now_ms */
+  int64_t gate_until_ms;
   bool quit_asked;              /* by the command, */
   bool quit_told;               /* and options.quit was called */
   pthread_t thread;
@@ -173,6 +183,7 @@ extern json_t *command_query_stats (struct call *);
 struct change {
   struct disk_action *actions;
   size_t nr;
+  enum bitmap_backup_action done; /* by the first action, after change_end */
 };
 
 /* Of so many actions at most.  -1 if memory is short. */
@@ -194,6 +205,29 @@ extern json_t *command_change_bitmap (struct call *);
 extern const struct argument add_arguments[];
 extern const struct argument change_arguments[];
 extern const struct argument merge_arguments[];
+
+/* backup.c */
+extern json_t *command_backup_begin (struct call *);
+extern json_t *command_backup_end (struct call *);
+extern json_t *command_backup_list (struct call *);
+extern json_t *command_gate_close (struct call *);
+extern json_t *command_gate_open (struct call *);
+extern const struct argument backup_begin_arguments[];
+extern const struct argument backup_end_arguments[];
+extern const struct argument gate_close_arguments[];
+
+/* Read the arguments of the first two.  -1 after call_fail. */
+extern int backup_read_begin (struct call *, const json_t *arguments,
+                              struct disk_action *);
+extern void backup_read_end (const json_t *arguments, struct disk_action *);
+
+/* Open the gate if its time is over or its client is gone.  Returns how many
+ * milliseconds may pass until the next call, or -1: any number.
+ */
+extern int backup_gate_turn (struct control *);
+
+/* Open the gate, if it is closed. */
+extern void backup_gate_expire (struct control *);
 
 /* transaction.c */
 extern json_t *command_transaction (struct call *);

@@ -292,7 +292,10 @@ take_turn (struct control *control, bool *can_accept)
 {
   struct pollfd fds[NR_POLLED];
   int timeout = *can_accept ? -1 : ACCEPT_PAUSE_MS;
+  const int gate_ms = backup_gate_turn (control);
 
+  if (gate_ms != -1 && (timeout == -1 || gate_ms < timeout))
+    timeout = gate_ms;
   for (unsigned i = 0; i < MAX_CLIENTS; ++i)
     if (is_ready (control, &control->clients[i]))
       timeout = 0;
@@ -302,6 +305,7 @@ take_turn (struct control *control, bool *can_accept)
   for (unsigned i = 0; i < MAX_CLIENTS; ++i)
     if (control->clients[i].fd != -1 && !atomic_load (&control->stopping))
       serve (control, &control->clients[i], fds[1 + i].revents);
+  backup_gate_turn (control);
   *can_accept = !*can_accept || fds[1 + MAX_CLIENTS].revents == 0 ||
     accept_one (control);
 }
@@ -333,6 +337,7 @@ flush_all (struct control *control)
 static void
 finish (struct control *control)
 {
+  backup_gate_expire (control);
   {
     ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&control->lock);
     control->has_ended = true;

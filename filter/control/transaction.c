@@ -26,7 +26,8 @@ find_action (const json_t *type, const struct argument **arguments)
   if (strcmp (name, "abort") == 0)
     return true;
   command = command_find (name, json_string_length (type));
-  if (command == NULL || command->run != command_change_bitmap)
+  if (command == NULL || (command->run != command_change_bitmap &&
+                          command->run != command_backup_begin))
     return false;
   *arguments = command->arguments;
   return true;

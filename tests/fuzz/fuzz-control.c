@@ -207,14 +207,25 @@ note_leftover (const struct disk_bitmap_state *b, void *opaque)
     l->names[l->nr++] = strdup (b->name);
 }
 
+/* If there is one. */
+static void
+end_backup (const char *name)
+{
+  struct disk_action end = { .type = DISK_BACKUP_END, .name = name };
+
+  disk_change_bitmaps (disk, CONTROL_DEFAULT_NODE, &end, 1);
+}
+
 static void
 tidy_up (void)
 {
   struct disk_action action = { .type = DISK_BITMAP_REMOVE, .force = true };
   struct leftover l = { .nr = 0 };
 
+  end_backup ("monday");
   disk_list_bitmaps (disk, note_leftover, &l);
   for (size_t i = 0; i < l.nr; ++i) {
+    end_backup (l.names[i]);
     action.name = l.names[i];
     disk_change_bitmaps (disk, CONTROL_DEFAULT_NODE, &action, 1);
     free (l.names[i]);
@@ -258,6 +269,9 @@ static const char *const words[] = {
   "\"disabled\":true,", "\"force\":true,", "\"actions\":[",
   "{\"type\":\"abort\",\"data\":{}},", "\"type\":\"", "\"data\":{",
   "\"properties\":{\"completion-mode\":\"individual\"},",
+  "backup-begin", "backup-end", "backup-list", "gate-close", "gate-open",
+  "\"bitmap\":\"monday\",", "\"view\":false,", "\"success\":true,",
+  "\"clear\":false,", "\"create\":true,", "\"timeout\":1,",
   "null", "-1e9", "\"", "'", "\\'", "\\u0000", "\\ud83d\\ude00", "{", "}", "[",
   "]", ",", ":", " ", "\x1b", "\xff", "\xc3\xa9", "[[[[[[[[", "]]]]]]]]",
 };
