@@ -40,12 +40,6 @@ clusters_of (const struct bitmap_set *set, uint64_t bytes)
   return div_round_up (bytes, set->geometry.cluster_size_bytes);
 }
 
-static uint64_t
-table_bytes (const struct bitmap *b)
-{
-  return 8 * (uint64_t) b->table_entries;
-}
-
 /* Make the bitmap of a draft that is new. */
 static struct bitmap *
 make_bitmap (struct bitmap_set *set, const struct draft *d)
@@ -239,7 +233,7 @@ store_bits (struct bitmap_set *set, struct bitmap *b)
 static int
 store_bitmap (struct bitmap_set *set, struct bitmap *b)
 {
-  CLEANUP_FREE uint64_t *copy = malloc (table_bytes (b));
+  CLEANUP_FREE uint64_t *copy = malloc (bitmap_table_bytes (b));
   uint64_t offset;
 
   if (copy == NULL) {
@@ -247,14 +241,15 @@ store_bitmap (struct bitmap_set *set, struct bitmap *b)
     return -1;
   }
   if (qcow2_alloc (set->image, QCOW2_BITMAP_TABLE,
-                   clusters_of (set, table_bytes (b)), &offset, NULL) == -1)
+                   clusters_of (set, bitmap_table_bytes (b)), &offset,
+                   NULL) == -1)
     return -1;
   b->table_offset = offset;
   if (store_bits (set, b) == -1)
     return -1;
   bitmap_table_put (copy, b->table, b->table_entries);
   bitmap_reserve_table_written (b);
-  return write_clusters (set, QCOW2_BITMAP_TABLE, copy, table_bytes (b),
+  return write_clusters (set, QCOW2_BITMAP_TABLE, copy, bitmap_table_bytes (b),
                          offset);
 }
 
@@ -411,7 +406,7 @@ release_bitmap (struct bitmap_set *set, struct bitmap *b)
       qcow2_release (set->image, b->table[i], 1);
   if (b->table_offset != 0 && b->table != NULL)
     qcow2_release (set->image, b->table_offset,
-                   clusters_of (set, table_bytes (b)));
+                   clusters_of (set, bitmap_table_bytes (b)));
 }
 
 void

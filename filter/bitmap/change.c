@@ -164,7 +164,7 @@ check_state (const struct bitmap_change *c, const struct draft *d,
   const struct bitmap_shown_name shown =
     bitmap_show_name (d->name, strlen (d->name));
 
-  /* Nobody can be forced to give up a backup. */
+  /* force does not end a backup. */
   if (d->begins_backup || (b != NULL && b->since != NULL && !d->ends_backup))
     return busy (shown.text);
   if (b == NULL)

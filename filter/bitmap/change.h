@@ -129,8 +129,8 @@ extern size_t bitmap_change_nr_exposed (const struct bitmap_change *);
 extern const struct bitmap *
 bitmap_change_exposed (const struct bitmap_change *, size_t i, bool *goes_on);
 
-/* Nobody else tidies, or leads a round of marks ahead, from pause to resume.
- * No lock is held.
+/* No other thread tidies, or leads a round of marks ahead, from pause to
+ * resume.  No lock is held.
  */
 extern void bitmap_set_pause (struct bitmap_set *);
 extern void bitmap_set_resume (struct bitmap_set *);

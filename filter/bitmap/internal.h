@@ -274,6 +274,12 @@ bitmap_has_all (const struct bitmap *b, uint64_t offset, uint64_t count)
                        bitmap_last_bit (b, offset, count));
 }
 
+static inline uint64_t
+bitmap_table_bytes (const struct bitmap *b)
+{
+  return 8 * (uint64_t) b->table_entries;
+}
+
 /* Are all units of a range ahead? */
 static inline bool
 bitmap_is_ahead (const struct bitmap *b, uint64_t offset, uint64_t count)

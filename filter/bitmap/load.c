@@ -66,12 +66,6 @@ usable_memory (void)
                   sysconf (_SC_PAGESIZE), SIZE_MAX);
 }
 
-static uint64_t
-table_bytes (const struct bitmap *b)
-{
-  return 8 * (uint64_t) b->table_entries;
-}
-
 static int
 register_clusters (struct bitmap_set *set, enum qcow2_class class,
                    uint64_t offset, uint64_t bytes, const char *what,
@@ -97,11 +91,11 @@ read_table (struct bitmap_set *set, struct bitmap *b,
   struct bitmap_shown_name shown = bitmap_show_name (b->name,
                                                      strlen (b->name));
 
-  b->table = malloc (table_bytes (b));
+  b->table = malloc (bitmap_table_bytes (b));
   if (b->table == NULL)
     return bitmap_damage (damage, "the table of bitmap '%s' does not fit "
                           "into memory", shown.text);
-  if (qcow2_read_metadata (set->image, b->table, table_bytes (b),
+  if (qcow2_read_metadata (set->image, b->table, bitmap_table_bytes (b),
                            b->table_offset) == -1)
     return bitmap_damage (damage, "the table of bitmap '%s' cannot be read",
                           shown.text);
@@ -133,7 +127,7 @@ register_bitmap (struct bitmap_set *set, struct bitmap *b,
                  struct registered *registered, struct bitmap_damage *damage)
 {
   if (register_clusters (set, QCOW2_BITMAP_TABLE, b->table_offset,
-                         table_bytes (b), "the table", b->name,
+                         bitmap_table_bytes (b), "the table", b->name,
                          damage) == -1)
     return -1;
   registered->tables++;
@@ -172,7 +166,7 @@ register_inconsistent (struct bitmap_set *set, struct bitmap *b)
   struct bitmap_damage ignored;
 
   if (qcow2_register (set->image, QCOW2_BITMAP_TABLE, b->table_offset,
-                      table_bytes (b)) == -1)
+                      bitmap_table_bytes (b)) == -1)
     return;
   if (read_table (set, b, &ignored) == -1) {
     free (b->table);
@@ -208,7 +202,7 @@ unregister_all (struct bitmap_set *set, const struct registered *registered)
       continue;
     nr_consistent++;
     if (nth < registered->tables)
-      qcow2_unregister (set->image, b->table_offset, table_bytes (b));
+      qcow2_unregister (set->image, b->table_offset, bitmap_table_bytes (b));
     if (nth < registered->data_bitmaps)
       entries = b->table_entries;
     else if (nth == registered->data_bitmaps)

@@ -68,7 +68,7 @@ bitmap_reserve_table_written (struct bitmap *b)
 {
   if (b->table_holes != NULL)
     memset (b->table_holes, 0,
-            div_round_up (8 * (uint64_t) b->table_entries,
+            div_round_up (bitmap_table_bytes (b),
                           HOLES_CHUNK_BYTES));
 }
 

@@ -11,7 +11,7 @@
  * only a check, missing bitmaps that can be created are created (create.c).
  *
  * Afterwards only a change (change.h) replaces the lists of the set, and only
- * while nobody uses them.  internal.h describes what else changes.
+ * while no other thread uses them.  internal.h describes what else changes.
  */
 
 #include <config.h>

@@ -8,8 +8,8 @@
  *
  * The gate is closed for a time only.  If it is over before gate-open, or the
  * client that closed the gate is gone, the gate opens by itself.  Then the
- * moment that several disks were to share is lost, so backup-begin fails until
- * gate-open, which says so, too.
+ * moment that several disks were to share is lost, so backup-begin and
+ * gate-close fail until gate-open, which says so, too.
  */
 
 #include <config.h>
@@ -94,17 +94,14 @@ command_backup_begin (struct call *call)
   const char *name =
     json_string_value (json_object_get (call->arguments, "bitmap"));
   struct change change;
-  json_t *result;
+  json_t *result = change_run (call, &change);
 
-  if (change_begin (&change, 1) == -1)
-    return NULL;
-  change_append (call, &change, call->command->name, call->arguments);
-  result = change_end (call, &change);
   if (result == NULL)
     return NULL;
   json_decref (result);
   return json_pack ("{s:o,s:s,s:I,s:I}",
-                    "context", qmp_context (name), "action", actions[change.done],
+                    "context", qmp_context (name),
+                    "action", actions[change.done],
                     "dirty", dirty_bytes (call, name), "size",
                     (json_int_t) disk_size (call->control->options.disk));
 }
@@ -115,12 +112,8 @@ command_backup_end (struct call *call)
   const char *name =
     json_string_value (json_object_get (call->arguments, "bitmap"));
   struct change change;
-  json_t *result;
+  json_t *result = change_run (call, &change);
 
-  if (change_begin (&change, 1) == -1)
-    return NULL;
-  change_append (call, &change, call->command->name, call->arguments);
-  result = change_end (call, &change);
   if (result == NULL)
     return NULL;
   json_decref (result);

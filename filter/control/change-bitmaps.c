@@ -263,12 +263,18 @@ change_end (struct call *call, struct change *change)
 }
 
 json_t *
+change_run (struct call *call, struct change *change)
+{
+  if (change_begin (change, 1) == -1)
+    return NULL;
+  change_append (call, change, call->command->name, call->arguments);
+  return change_end (call, change);
+}
+
+json_t *
 command_change_bitmap (struct call *call)
 {
   struct change change;
 
-  if (change_begin (&change, 1) == -1)
-    return NULL;
-  change_append (call, &change, call->command->name, call->arguments);
-  return change_end (call, &change);
+  return change_run (call, &change);
 }

@@ -67,8 +67,8 @@ struct control {
   int wake_fd;                  /* an eventfd, for control_begin_stop */
   struct client clients[MAX_CLIENTS];
   enum control_gate gate;
-  struct client *gate_client;   /* which has closed it, until then, in now_ms */
-  int64_t gate_until_ms;
+  struct client *gate_client;   /* which has closed it, */
+  int64_t gate_until_ms;        /* until then, in now_ms */
   bool quit_asked;              /* by the command, */
   bool quit_told;               /* and options.quit was called */
   pthread_t thread;
@@ -200,6 +200,9 @@ extern int change_append (struct call *, struct change *, const char *name,
  * that is the call's error.  Returns what the command returns.
  */
 extern json_t *change_end (struct call *, struct change *);
+
+/* All of this for a command that is one action. */
+extern json_t *change_run (struct call *, struct change *);
 
 extern json_t *command_change_bitmap (struct call *);
 extern const struct argument add_arguments[];

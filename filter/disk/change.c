@@ -11,8 +11,8 @@
  *   the gate is closed     no mark is under way, so no bit changes
  *   the set is paused      nothing is tidied
  *   the flush lock         no flush is under way
- *   lists_lock             nobody reads the lists; held for a moment, at the
- *                          end
+ *   lists_lock             no thread reads the lists; held for a moment, at
+ *                          the end
  *
  * in this order, since a thread in a section of the gate may flush.  A change
  * costs three barriers, and time in proportion to the set bits of the bitmaps
@@ -97,11 +97,7 @@ prepare_offers (struct disk *d, const struct bitmap_change *c)
     sources[nr].bitmap = bitmap_change_exposed (c, nr, &sources[nr].goes_on);
   }
   for (size_t i = 1; i < d->nr_sets; ++i)
-    for (size_t j = 0; j < bitmap_set_nr_exposed (d->sets[i]); ++j)
-      sources[nr++] = (struct offer_source) {
-        .bitmap = bitmap_set_exposed (d->sets[i], j), .size = d->sizes[i],
-        .goes_on = true,
-      };
+    nr = offer_sources_add (sources, nr, d->sets[i], d->sizes[i]);
   offers = offers_prepare_from (sources, nr);
   free (sources);
   return offers;

@@ -275,6 +275,17 @@ offers_prepare_from (const struct offer_source *sources, size_t nr)
   return list;
 }
 
+size_t
+offer_sources_add (struct offer_source *sources, size_t nr,
+                   const struct bitmap_set *set, uint64_t size)
+{
+  for (size_t i = 0; i < bitmap_set_nr_exposed (set); ++i)
+    sources[nr++] = (struct offer_source) {
+      .bitmap = bitmap_set_exposed (set, i), .size = size, .goes_on = true,
+    };
+  return nr;
+}
+
 struct disk_offers *
 offers_prepare (struct bitmap_set *const *sets, const uint64_t *sizes,
                 size_t nr_sets)
@@ -292,11 +303,7 @@ offers_prepare (struct bitmap_set *const *sets, const uint64_t *sizes,
   }
   nr = 0;
   for (size_t i = 0; i < nr_sets; ++i)
-    for (size_t j = 0; j < bitmap_set_nr_exposed (sets[i]); ++j)
-      sources[nr++] = (struct offer_source) {
-        .bitmap = bitmap_set_exposed (sets[i], j), .size = sizes[i],
-        .goes_on = true,
-      };
+    nr = offer_sources_add (sources, nr, sets[i], sizes[i]);
   list = offers_prepare_from (sources, nr);
   free (sources);
   return list;

@@ -80,6 +80,12 @@ struct offer_source {
   bool goes_on;                 /* clients that read it may go on */
 };
 
+/* Append what a set exposes now to an array of nr of them, which has the room.
+ * Returns how many there are then.
+ */
+extern size_t offer_sources_add (struct offer_source *, size_t nr,
+                                 const struct bitmap_set *, uint64_t size);
+
 /* A new list of these, but that only the first of several with the same name
  * is on it.  NULL with ENOMEM, reported.
  */
