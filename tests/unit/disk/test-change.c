@@ -13,6 +13,7 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <pthread.h>
+#include <semaphore.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -719,9 +720,15 @@ test_errors (void **state)
 /* Writers and flushes all the while. */
 #define NR_WRITERS 3
 
+/* What all of them write in the time of a change: the recorder keeps it, and
+ * a scheduler need not be fair.
+ */
+#define NR_TURNS 300
+
 struct writer {
   struct world *w;
   unsigned number;
+  sem_t *turns;
   atomic_bool *stop;
   bool failed;
 };
@@ -733,9 +740,12 @@ write_all_the_time (void *opaque)
   struct writer *writer = opaque;
   uint64_t seed = writer->number;
 
-  while (!atomic_load (writer->stop)) {
+  for (;;) {
     const uint64_t block = random_next (&seed) % NR_BLOCKS;
 
+    sem_wait (writer->turns);
+    if (atomic_load (writer->stop))
+      return NULL;
     if (disk_write (writer->w->d, data, BLOCK, BLOCK_OFFSET (block),
                     random_next (&seed) % 8 == 0) == -1 ||
         (random_next (&seed) % 16 == 0 && disk_sync (writer->w->d) == -1))
@@ -743,7 +753,6 @@ write_all_the_time (void *opaque)
     if (random_next (&seed) % 32 == 0)
       disk_tidy (writer->w->d, random_next (&seed) % 2);
   }
-  return NULL;
 }
 
 /* All blocks are written after the last change: so each bitmap that records
@@ -762,20 +771,30 @@ test_threads (void **state)
     atomic_bool stop;
     struct bytes image;
     struct world w;
+    sem_t turns;
 
     open_world (&w, round % 2, 77 + round);
     atomic_init (&stop, false);
+    sem_init (&turns, 0, 0);
     for (unsigned i = 0; i < NR_WRITERS; ++i) {
-      writers[i] = (struct writer) { .w = &w, .number = i, .stop = &stop };
+      writers[i] = (struct writer) {
+        .w = &w, .number = i, .turns = &turns, .stop = &stop,
+      };
       pthread_create (&threads[i], NULL, write_all_the_time, &writers[i]);
     }
-    for (unsigned i = 0; i < nr_changes; ++i)
+    for (unsigned i = 0; i < nr_changes; ++i) {
+      for (unsigned turn = 0; turn < NR_TURNS; ++turn)
+        sem_post (&turns);
       change (&w);
+    }
     atomic_store (&stop, true);
+    for (unsigned i = 0; i < NR_WRITERS; ++i)
+      sem_post (&turns);
     for (unsigned i = 0; i < NR_WRITERS; ++i) {
       pthread_join (threads[i], NULL);
       assert_false (writers[i].failed);
     }
+    sem_destroy (&turns);
     /* Only what comes from here on is in the model. */
     for (unsigned i = 0; i < NR_NAMES; ++i) {
       memset (w.model.bitmaps[i].bits, 0, NR_BITS);
