@@ -243,10 +243,16 @@ def refused(pair):
     assert pair.states() == before
 
 
-def draw_action():
+def draw_name(there, wanted):
+    """A name, most often one that is, or is not, among those there."""
+    fitting = [n for n in NAMES if (n in there) == wanted]
+    return dice.choice(fitting if fitting and dice.random() < 0.8 else NAMES)
+
+
+def draw_action(there):
     what = dice.choice(("add", "add", "add", "remove", "clear", "enable",
                         "disable", "disable", "merge", "merge"))
-    name = dice.choice(NAMES)
+    name = draw_name(there, what != "add")
     more = {}
     if what == "add":
         if dice.random() < 0.7:
@@ -260,7 +266,8 @@ def draw_action():
             source if dice.random() < 0.7 else
             {"node": dice.choice(("disk", "disk", "disk", "x")),
              "name": source}
-            for source in dice.choices(NAMES, k=dice.randrange(1, 4))]
+            for source in [draw_name(there, True)
+                           for _ in range(dice.randrange(1, 4))]]
     a = action(what, name, **more)
     if dice.random() < 0.03:
         a["data"]["node"] = "x"
@@ -278,7 +285,7 @@ def names_in(a):
 def draw_transaction(states):
     actions, removed = [], set()
     for _ in range(dice.randrange(1, 7)):
-        a = ABORT if dice.random() < 0.03 else draw_action()
+        a = ABORT if dice.random() < 0.03 else draw_action(states)
         if names_in(a) & removed:
             continue
         if a["type"].endswith("enable") and (
@@ -300,7 +307,7 @@ def run(pair):
         if dice.random() < 0.4:
             request = draw_transaction(states)
         else:
-            a = draw_action()
+            a = draw_action(states)
             request = command(a["type"], **a["data"])
         done += "return" in pair.same(request)
         if step % 60 == 59:
