@@ -27,6 +27,7 @@
 #include <string.h>
 
 #include "common/bytes.h"
+#include "disk/chunk.h"
 #include "disk/disk.h"
 
 int
@@ -53,87 +54,35 @@ disk_delta_read (struct disk *d, const struct disk_offer *bitmap, void *buf,
   return 0;
 }
 
-/* Add `length` clean bytes after `done` bytes of data: a hole that ends the
- * data or is a piece by itself, or zeroes among the data.  True if the piece
- * is complete.
- */
-static bool
-add_clean (struct qcow2_chunk *c, uint64_t length)
-{
-  const uint64_t done = c->length;
-
-  if (length >= c->min_hole || (done == 0 && length == c->limit)) {
-    if (done == 0) {
-      c->is_hole = true;
-      c->length = length;
-    }
-    return true;
-  }
-  if (c->buf == NULL)
-    return true;
-  length = min_u64 (length, c->count - done);
-  memset ((uint8_t *) c->buf + done, 0, length);
-  c->length += length;
-  return false;
-}
-
-/* The same for dirty bytes, which are the disk's. */
 static int
-add_dirty (struct disk *d, uint64_t offset, struct qcow2_chunk *c,
-           uint64_t length, bool *complete)
+read_disk (void *opaque, uint64_t offset, struct qcow2_chunk *c)
 {
-  const uint64_t done = c->length;
-  struct qcow2_chunk piece = {
-    .buf = c->buf == NULL ? NULL : (uint8_t *) c->buf + done,
-    .count = min_u64 (length, c->count - done),
-    .limit = done == 0 ? length : min_u64 (length, c->count - done),
-    .min_hole = c->min_hole,
-  };
-
-  if (disk_read_chunk (d, offset + done, &piece) == -1)
-    return -1;
-  if (!piece.is_hole) {
-    c->length += piece.length;
-    *complete = c->buf == NULL;
-  }
-  else if (piece.length >= c->min_hole || piece.length == c->limit) {
-    *complete = true;
-    if (done == 0) {
-      c->is_hole = true;
-      c->length = piece.length;
-    }
-  }
-  else
-    *complete = add_clean (c, piece.length);
-  return 0;
+  return disk_read_chunk (opaque, offset, c);
 }
 
 int
 disk_delta_read_chunk (struct disk *d, const struct disk_offer *bitmap,
                        uint64_t offset, struct qcow2_chunk *c)
 {
-  bool complete = false;
+  int complete = 0;
 
   if (range_exceeds (offset, c->limit, disk_size (d))) {
     errno = EINVAL;
     return -1;
   }
-  c->length = 0;
-  c->is_hole = false;
-  while (!complete && c->length < c->count) {
+  chunk_begin (c);
+  while (complete == 0 && c->length < c->count) {
     const uint64_t at = offset + c->length;
-    const uint64_t limit = c->length == 0 ? c->limit : c->count;
     bool dirty;
-    const uint64_t n = disk_bitmap_run (bitmap, at, offset + limit, &dirty);
+    const uint64_t n = disk_bitmap_run (bitmap, at, at + chunk_limit (c),
+                                        &dirty);
 
     if (n == 0)
       return -1;
-    if (!dirty)
-      complete = add_clean (c, n);
-    else if (add_dirty (d, offset, c, n, &complete) == -1)
-      return -1;
+    complete = dirty ? chunk_add_read (c, n, read_disk, d, at)
+      : chunk_add_zeroes (c, n);
   }
-  return 0;
+  return complete == -1 ? -1 : 0;
 }
 
 int
