@@ -117,6 +117,19 @@ make_since (struct bitmap_set *set, const struct draft *d)
   return make_bitmap (set, &since);
 }
 
+/* Make a copy of the draft's bitmap. */
+static struct bitmap *
+make_frozen (struct bitmap_set *set, const struct draft *d)
+{
+  struct content content = { .bitmap = d->bitmap, .shift = d->shift };
+  const struct draft frozen = {
+    .name = d->name, .shift = d->shift, .in_ram = true,
+    .content = &content, .nr_content = 1,
+  };
+
+  return make_bitmap (set, &frozen);
+}
+
 /* Make the bitmap of a draft, or take the one that stays. */
 static int
 prepare_draft (struct bitmap_change *c, struct draft *d)
@@ -136,6 +149,8 @@ prepare_draft (struct bitmap_change *c, struct draft *d)
     c->goes_on[c->lists.nr_exposed] = !d->is_new && !d->is_forced;
   bitmap_lists_add (&c->lists, d->bitmap, records, exposed);
   if (d->begins_backup && (d->since = make_since (set, d)) == NULL)
+    return -1;
+  if (d->is_to_freeze && (d->frozen = make_frozen (set, d)) == NULL)
     return -1;
   if (d->since != NULL)
     bitmap_lists_add_since (&c->lists, d->since);
@@ -163,6 +178,12 @@ bitmap_change_prepare (struct bitmap_change *c)
     if (prepare_draft (c, &c->drafts[i]) == -1)
       return -1;
   return 0;
+}
+
+const struct bitmap *
+bitmap_change_frozen (const struct bitmap_change *c, const char *name)
+{
+  return draft_find (c, name)->frozen;
 }
 
 size_t

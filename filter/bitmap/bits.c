@@ -385,6 +385,31 @@ bits_set_all (struct bits *bits)
     set_range (bits, 0, bits->nr_bits - 1);
 }
 
+/* Set the bits of a piece that other has, for arrays with the same granules.
+ */
+static void
+add_piece (struct bits *bits, const struct bits *other, uint64_t piece)
+{
+  uint64_t *words = (uint64_t *) &bits->words[piece * PIECE_WORDS];
+
+  note_populated (bits, piece);
+  for (unsigned w = 0; w < PIECE_WORDS; ++w)
+    words[w] |= load (&other->words[piece * PIECE_WORDS + w]);
+}
+
+static void
+add_same (struct bits *bits, const struct bits *other)
+{
+  uint64_t piece = next_populated (other, 0);
+
+  for (; piece < other->nr_pieces; piece = next_populated (other, piece + 1))
+    if (is_full (other, piece))
+      set_range (bits, piece * PIECE_BITS,
+                 min_u64 ((piece + 1) * PIECE_BITS, bits->nr_bits) - 1);
+    else
+      add_piece (bits, other, piece);
+}
+
 void
 bits_add (struct bits *bits, unsigned shift, const struct bits *other,
           unsigned other_shift, unsigned round_shift)
@@ -393,6 +418,10 @@ bits_add (struct bits *bits, unsigned shift, const struct bits *other,
   uint64_t from = 0, end;
   bool set;
 
+  if (shift == other_shift && round_shift <= shift) {
+    add_same (bits, other);
+    return;
+  }
   for (; from < other->nr_bits; from = end) {
     bits_runs (other, from, other->nr_bits, 0, &end, 1, &set);
     if (set)

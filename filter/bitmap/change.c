@@ -43,6 +43,7 @@ no_memory (void)
 static void
 draft_free (struct draft *d)
 {
+  bitmap_put (d->frozen);
   free (d->name);
   free (d->content);
 }
@@ -402,7 +403,7 @@ create_for_backup (struct bitmap_change *c, const char *name,
 int
 bitmap_change_begin_backup (struct bitmap_change *c, const char *name,
                             bool create, bool has_granularity,
-                            uint64_t granularity,
+                            uint64_t granularity, bool freeze,
                             enum bitmap_backup_action *action)
 {
   struct draft *d = draft_find (c, name);
@@ -423,6 +424,7 @@ bitmap_change_begin_backup (struct bitmap_change *c, const char *name,
     return invalid ();
   }
   d->begins_backup = true;
+  d->is_to_freeze = freeze;
   return 0;
 }
 

@@ -93,8 +93,15 @@ enum bitmap_backup_action {
 extern int bitmap_change_begin_backup (struct bitmap_change *,
                                        const char *name, bool create,
                                        bool has_granularity,
-                                       uint64_t granularity,
+                                       uint64_t granularity, bool freeze,
                                        enum bitmap_backup_action *action);
+
+/* After prepare: a copy of the bitmap with the bits that it has now, which
+ * nothing changes, if its backup begins and freeze was set.  The reference is
+ * the change's.
+ */
+extern const struct bitmap *bitmap_change_frozen (const struct bitmap_change *,
+                                                  const char *name);
 
 /* The backup has ended.  clear: the bitmap gets what was changed since it
  * began, and clients that read it do not prevent that.  Otherwise the bitmap

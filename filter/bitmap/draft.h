@@ -30,6 +30,7 @@ struct draft {
   bool is_forced;               /* though clients read it */
   bool is_all_dirty;            /* it is added so */
   bool begins_backup, ends_backup;
+  bool is_to_freeze;            /* the backup has a view */
 
   /* It has the bits of all these. */
   struct content *content;
@@ -37,6 +38,7 @@ struct draft {
 
   struct bitmap *bitmap;        /* from prepare on: made, or the original */
   struct bitmap *since;         /* made, if it begins a backup */
+  struct bitmap *frozen;        /* a copy, if is_to_freeze */
 };
 
 struct bitmap_change {

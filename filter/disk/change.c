@@ -62,7 +62,7 @@ note_action (struct bitmap_change *c, struct disk_action *a)
   case DISK_BACKUP_BEGIN:
     return bitmap_change_begin_backup (c, a->name, a->create,
                                        a->has_granularity, a->granularity,
-                                       &a->done);
+                                       false, &a->done);
   case DISK_BACKUP_END:
     return bitmap_change_end_backup (c, a->name, a->clear);
   }
