@@ -39,6 +39,16 @@
 /* How long requests under way may take before a change gives up. */
 #define GATE_TIMEOUT_MS 10000
 
+/* A change under way. */
+struct run {
+  struct disk *d;
+  struct bitmap_change *c;
+  struct disk_action *actions;
+  size_t nr_actions;
+  struct disk_view **views;     /* made for the action of the same index, or
+                                   NULL */
+};
+
 static int
 note_action (struct bitmap_change *c, struct disk_action *a)
 {
@@ -62,7 +72,7 @@ note_action (struct bitmap_change *c, struct disk_action *a)
   case DISK_BACKUP_BEGIN:
     return bitmap_change_begin_backup (c, a->name, a->create,
                                        a->has_granularity, a->granularity,
-                                       false, &a->done);
+                                       a->view, &a->done);
   case DISK_BACKUP_END:
     return bitmap_change_end_backup (c, a->name, a->clear);
   }
@@ -121,16 +131,55 @@ put_in_image (struct disk *d, struct bitmap_change *c)
   return bitmap_change_switch (c);
 }
 
+/* What can fail in beginning and ending views. */
+static int
+prepare_views (struct run *r)
+{
+  int reserved;
+
+  pthread_rwlock_wrlock (&r->d->lists_lock);
+  reserved = views_reserve (r->d, r->nr_actions);
+  pthread_rwlock_unlock (&r->d->lists_lock);
+  if (reserved == -1)
+    return -1;
+  for (size_t i = 0; i < r->nr_actions; ++i) {
+    const struct disk_action *a = &r->actions[i];
+
+    if (a->type == DISK_BACKUP_END && a->success &&
+        view_check_whole (r->d, a->name) == -1)
+      return -1;
+    if (r->views[i] != NULL &&
+        view_freeze (r->views[i],
+                     bitmap_change_frozen (r->c, a->name)) == -1)
+      return -1;
+  }
+  return 0;
+}
+
+static void
+switch_views (struct run *r)
+{
+  for (size_t i = 0; i < r->nr_actions; ++i) {
+    if (r->actions[i].type == DISK_BACKUP_END)
+      view_end (r->d, r->actions[i].name);
+    if (r->views[i] != NULL)
+      view_add (r->views[i]);
+    r->views[i] = NULL;
+  }
+}
+
 /* All else is still. */
 static int
-carry_out (struct disk *d, struct bitmap_change *c)
+carry_out (struct run *r)
 {
-  const bool in_ram = bitmap_change_is_in_ram (c);
+  const bool in_ram = bitmap_change_is_in_ram (r->c);
+  struct disk *d = r->d;
+  struct bitmap_change *c = r->c;
   struct disk_offers *offers;
 
   if (!in_ram && image_flush_locked (d->qcow2, d->bitmaps) == -1)
     return -1;
-  if (bitmap_change_prepare (c) == -1)
+  if (bitmap_change_prepare (c) == -1 || prepare_views (r) == -1)
     return -1;
   offers = prepare_offers (d, c);
   if (offers == NULL)
@@ -142,6 +191,7 @@ carry_out (struct disk *d, struct bitmap_change *c)
   pthread_rwlock_wrlock (&d->lists_lock);
   bitmap_change_adopt (c);
   offers_switch (&d->offers, offers);
+  switch_views (r);
   pthread_rwlock_unlock (&d->lists_lock);
   return 0;
 }
@@ -175,20 +225,59 @@ disk_open_gate (struct disk *d)
 
 /* With the gate closed. */
 static int
-change_paused (struct disk *d, struct bitmap_change *c)
+change_paused (struct run *run)
 {
+  struct disk *d = run->d;
   int r = 0, err;
 
   bitmap_set_pause (d->bitmaps);
-  if (bitmap_change_needs_tidy (c))
+  if (bitmap_change_needs_tidy (run->c))
     r = bitmap_set_tidy_paused (d->bitmaps);
   qcow2_flush_lock (d->qcow2);
   if (r == 0)
-    r = carry_out (d, c);
-  bitmap_change_end (c);
+    r = carry_out (run);
+  bitmap_change_end (run->c);
   err = errno;
   qcow2_flush_unlock (d->qcow2);
   bitmap_set_resume (d->bitmaps);
+  errno = err;
+  return r;
+}
+
+/* Note the actions, and make what needs no closed gate. */
+static int
+begin (struct run *run)
+{
+  for (size_t i = 0; i < run->nr_actions; ++i) {
+    struct disk_action *a = &run->actions[i];
+
+    if (note_action (run->c, a) == -1)
+      return -1;
+    if (a->type == DISK_BACKUP_BEGIN && a->view &&
+        (run->views[i] = view_new (run->d, a->name)) == NULL)
+      return -1;
+  }
+  return 0;
+}
+
+static int
+change_with_views (struct run *run)
+{
+  struct disk *d = run->d;
+  const bool is_closed = d->gate_is_held;
+  int r = begin (run), err;
+
+  if (r == 0 && !is_closed)
+    r = close_gate (d);
+  if (r == -1) {
+    bitmap_change_end (run->c);
+    return -1;
+  }
+  r = change_paused (run);
+  err = errno;
+  if (!is_closed)
+    disk_gate_open (&d->gate);
+  bitmap_set_tell_unstored (d->bitmaps);
   errno = err;
   return r;
 }
@@ -197,26 +286,25 @@ static int
 change (struct disk *d, const char *image, struct disk_action *actions,
         size_t nr_actions)
 {
-  const bool is_closed = d->gate_is_held;
-  struct bitmap_change *c = bitmap_change_begin (d->bitmaps, image, is_busy,
-                                                 d);
-  int r = 0, err;
+  struct run run = {
+    .d = d, .actions = actions, .nr_actions = nr_actions,
+    .c = bitmap_change_begin (d->bitmaps, image, is_busy, d),
+  };
+  int r, err;
 
-  if (c == NULL)
+  if (run.c == NULL)
     return -1;
-  for (size_t i = 0; i < nr_actions && r == 0; ++i)
-    r = note_action (c, &actions[i]);
-  if (r == 0 && !is_closed)
-    r = close_gate (d);
-  if (r == -1) {
-    bitmap_change_end (c);
+  run.views = calloc (nr_actions + 1, sizeof run.views[0]);
+  if (run.views == NULL) {
+    report_error ("calloc: %m");
+    bitmap_change_end (run.c);
     return -1;
   }
-  r = change_paused (d, c);
+  r = change_with_views (&run);
   err = errno;
-  if (!is_closed)
-    disk_gate_open (&d->gate);
-  bitmap_set_tell_unstored (d->bitmaps);
+  for (size_t i = 0; i < nr_actions; ++i)
+    disk_view_put (run.views[i]);
+  free (run.views);
   errno = err;
   return r;
 }

@@ -38,9 +38,12 @@ struct disk_action {
    */
   bool create;
   enum bitmap_backup_action done;
+  bool view;                    /* with a view (disk.h) of that moment */
 
-  /* Of a backup that ends: as bitmap_change_end_backup. */
-  bool clear;
+  /* Of a backup that ends: it has copied all, which is refused if it has a
+   * view that is broken; and as bitmap_change_end_backup.
+   */
+  bool success, clear;
 
   /* Of a bitmap that is added. */
   bool has_granularity;         /* if not, QEMU's rule decides */

@@ -156,6 +156,7 @@ disk_check (struct container *c, const struct disk_options *options)
 static void
 free_disk (struct disk *d)
 {
+  views_free (d);
   close_parts (d);
   disk_gate_free (&d->gate);
   pthread_rwlock_destroy (&d->lists_lock);
@@ -180,6 +181,9 @@ disk_open (struct container *c, const struct disk_options *options)
     return NULL;
   }
   d->container = c;
+  d->view_options.scratch = options->scratch;
+  d->view_options.scratch_max = options->scratch_max;
+  d->view_options.memory = options->view_memory;
   return d;
 }
 
@@ -313,11 +317,13 @@ check_change (const struct disk *d, uint64_t count, uint64_t offset)
 
 /* Called before every change, in a section of the gate. */
 static int
-mark (struct disk *d, uint64_t count, uint64_t offset)
+begin_change (struct disk *d, uint64_t count, uint64_t offset)
 {
-  if (count == 0 || !ORDER (MARK_BEFORE_CHANGE))
-    return 0;
-  return bitmap_set_mark (d->bitmaps, offset, count);
+  if (count > 0 && ORDER (MARK_BEFORE_CHANGE) &&
+      bitmap_set_mark (d->bitmaps, offset, count) == -1)
+    return -1;
+  views_keep (d, &d->views, offset, count);
+  return 0;
 }
 
 /* If a barrier has failed since `lost` was read, before the change, the
@@ -345,7 +351,7 @@ disk_write (struct disk *d, const void *buf, uint32_t count, uint64_t offset,
   if (check_change (d, count, offset) == -1)
     return -1;
   ticket = disk_gate_enter (&d->gate);
-  r = mark (d, count, offset);
+  r = begin_change (d, count, offset);
   lost = qcow2_lost (d->qcow2);
   if (r == 0)
     r = qcow2_write (d->qcow2, buf, count, offset);
@@ -368,7 +374,7 @@ zero_part (struct disk *d, uint64_t count, uint64_t offset,
            const struct zeroing *z)
 {
   const grace_ticket ticket = disk_gate_enter (&d->gate);
-  int r = mark (d, count, offset);
+  int r = begin_change (d, count, offset);
 
   if (r == 0)
     r = z->is_trim ? qcow2_trim (d->qcow2, count, offset)
@@ -539,14 +545,14 @@ disk_get_numbers (const struct disk *d, struct disk_numbers *n)
   n->grown_bytes = tally_get (&d->container->grown_bytes);
 }
 
-static void
-lock_lists (const struct disk *d)
+void
+disk_lock_lists (const struct disk *d)
 {
   pthread_rwlock_rdlock ((pthread_rwlock_t *) &d->lists_lock);
 }
 
-static void
-unlock_lists (const struct disk *d)
+void
+disk_unlock_lists (const struct disk *d)
 {
   pthread_rwlock_unlock ((pthread_rwlock_t *) &d->lists_lock);
 }
@@ -570,7 +576,7 @@ disk_each_bitmap (const struct disk *d,
   struct disk_offers *offers;
   struct disk_bitmap_numbers n;
 
-  lock_lists (d);
+  disk_lock_lists (d);
   offers = disk_offers_get (d);
   for (size_t i = 0; i < disk_offers_nr (offers); ++i) {
     const struct disk_offer *o = disk_offers_at (offers, i);
@@ -587,7 +593,7 @@ disk_each_bitmap (const struct disk *d,
     fn (&n, opaque);
   }
   disk_offers_put (offers);
-  unlock_lists (d);
+  disk_unlock_lists (d);
 }
 
 void
@@ -597,7 +603,7 @@ disk_list_bitmaps (const struct disk *d,
 {
   struct disk_offers *offers;
 
-  lock_lists (d);
+  disk_lock_lists (d);
   offers = disk_offers_get (d);
   for (size_t i = 0; i < bitmap_set_nr_all (d->bitmaps); ++i) {
     const struct bitmap *b = bitmap_set_get (d->bitmaps, i);
@@ -617,5 +623,5 @@ disk_list_bitmaps (const struct disk *d,
     fn (&state, opaque);
   }
   disk_offers_put (offers);
-  unlock_lists (d);
+  disk_unlock_lists (d);
 }

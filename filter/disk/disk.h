@@ -53,6 +53,13 @@ struct disk_options {
 
   bool keep;                    /* a crash costs no bitmap (bitmap/keep.c) */
 
+  /* Views (view.c): the folder of their scratch files, or NULL if there can
+   * be none; how many bytes each may keep there, 0 for no limit; and how much
+   * memory each may take, 0 for the default.
+   */
+  const char *scratch;
+  uint64_t scratch_max, view_memory;
+
   /* The files that the image refers to.  They are the caller's and outlive
    * the disk: the layer right below it, its external data file or NULL, and
    * the qcow2 images of its whole chain from the top down.  Clients are
@@ -317,5 +324,62 @@ disk_delta_flags (bool dirty)
 {
   return dirty ? 0 : DISK_EXTENT_HOLE | DISK_EXTENT_ZERO;
 }
+
+/* view.c: views.  A view is the disk, and one bitmap, as they were at the
+ * moment when a backup of that bitmap began.  It is there until the backup
+ * ends.  It is named as the bitmap.
+ *
+ * Reads of a view fail with EIO, reported, once the backup has ended, or the
+ * view is broken: what it has to show could not be kept.  A change of the
+ * disk never fails because of a view, and never waits for one who reads it.
+ *
+ * These functions are called from any thread at any time.  A view and all
+ * that can be asked of it exist as long as the caller has a reference, but
+ * not longer than the disk.
+ */
+struct disk_view;
+
+/* A reference to the view of this name, which needs no NUL behind it, or
+ * NULL if there is none.  As long as the backup lasts, it is the same view.
+ */
+extern struct disk_view *disk_find_view (const struct disk *,
+                                         const char *name, size_t length);
+extern struct disk_view *disk_view_get (struct disk_view *);
+extern void disk_view_put (struct disk_view *); /* or NULL */
+
+extern const char *disk_view_name (const struct disk_view *);
+
+/* A list that has the bitmap of that moment, and no other: a reference, for
+ * disk_offers_put.  Reads of the bitmap do not fail, whatever becomes of the
+ * view.
+ */
+extern struct disk_offers *disk_view_offers (const struct disk_view *);
+
+/* A client has the view open, from the first call to the second.  It has a
+ * reference besides.
+ */
+extern void disk_view_hold (struct disk_view *);
+extern void disk_view_release (struct disk_view *);
+
+/* As disk_read, disk_read_chunk and disk_extent. */
+extern int disk_view_read (struct disk_view *, void *buf, uint32_t count,
+                           uint64_t offset);
+extern int disk_view_read_chunk (struct disk_view *, uint64_t offset,
+                                 struct qcow2_chunk *);
+extern int disk_view_extent (struct disk_view *, uint64_t offset,
+                             uint64_t limit, uint64_t *length,
+                             uint32_t *flags);
+
+/* Call fn for each view.  The strings are valid during that call only. */
+struct disk_view_state {
+  const char *name;
+  unsigned clients;             /* that have it open */
+  uint64_t kept_bytes;          /* in its scratch file */
+  const char *broken;           /* why it is, or NULL */
+};
+extern void disk_list_views (const struct disk *,
+                             void (*fn) (const struct disk_view_state *,
+                                         void *opaque),
+                             void *opaque);
 
 #endif /* DIRTY_BITMAP_DISK_H */

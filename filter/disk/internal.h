@@ -11,6 +11,9 @@
  *   disk.c      open and close; requests; lists of bitmaps
  *   delta.c     the disk as seen through one bitmap
  *   offers.c    the bitmaps that clients are offered
+ *   view.c      the disk as it was when a backup began
+ *   kept.c      what a view has to show and the disk has no longer
+ *   chunk.c     putting chunks together
  *   gate.c      the gate that each change of the disk passes
  *   change.c    changing the set of bitmaps
  *   flush.c     the order of writes of the image and its bitmaps
@@ -27,12 +30,14 @@
 #include "disk/disk.h"
 #include "disk/gate.h"
 #include "disk/offers.h"
+#include "disk/view.h"
 
 struct disk {
   struct disk_gate gate;
   bool gate_is_held;            /* by disk_close_gate */
-  pthread_rwlock_t lists_lock;  /* protects the lists of `bitmaps`, for threads
-                                   that are not in a section of the gate */
+  pthread_rwlock_t lists_lock;  /* protects the lists of `bitmaps`, and views,
+                                   for threads that are not in a section of
+                                   the gate */
   struct container *container;
   struct qcow2 *qcow2;
   struct bitmap_set *bitmaps;   /* the image's, sets[0] */
@@ -40,6 +45,11 @@ struct disk {
   uint64_t *sizes;              /* how much of the disk each set covers */
   size_t nr_sets;
   struct offers offers;
+  struct views views;
+  struct {
+    const char *scratch;        /* as in struct disk_options */
+    uint64_t scratch_max, memory;
+  } view_options;
   uint64_t size;
 
   /* Failed barriers are counted (qcow2_lost).  This is the count at the last
@@ -47,5 +57,9 @@ struct disk {
    */
   atomic_ulong told;
 };
+
+/* For a thread that reads the lists. */
+extern void disk_lock_lists (const struct disk *);
+extern void disk_unlock_lists (const struct disk *);
 
 #endif /* DIRTY_BITMAP_DISK_INTERNAL_H */

@@ -187,11 +187,17 @@ offers_free (struct offers *o)
 }
 
 struct disk_offers *
+offers_ref (struct disk_offers *list)
+{
+  count_up (&list->references);
+  return list;
+}
+
+struct disk_offers *
 offers_get (const struct offers *o)
 {
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE ((pthread_mutex_t *) &o->lock);
-  count_up (&o->current->references);
-  return o->current;
+  return offers_ref (o->current);
 }
 
 /* An empty list with room for nr offers. */

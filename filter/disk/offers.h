@@ -123,6 +123,9 @@ extern void offers_cut (struct offers *, const struct bitmap *);
 /* A reference to the current list.  disk_offers_put puts it. */
 extern struct disk_offers *offers_get (const struct offers *);
 
+/* Another reference to a list. */
+extern struct disk_offers *offers_ref (struct disk_offers *);
+
 /* The offer of this bitmap on a list, or NULL, without a reference. */
 extern struct disk_offer *offers_of (const struct disk_offers *,
                                      const struct bitmap *);
