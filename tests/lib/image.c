@@ -44,10 +44,8 @@ run_command (const char *fmt, ...)
 }
 
 const char *
-temp_file (const char *name)
+temp_folder (void)
 {
-  static char path[512];
-
   if (folder[0] == '\0') {
     const char *tmp = getenv ("TMPDIR");
 
@@ -55,7 +53,15 @@ temp_file (const char *name)
     assert_non_null (mkdtemp (folder));
     atexit (remove_folder);
   }
-  snprintf (path, sizeof path, "%s/%s", folder, name);
+  return folder;
+}
+
+const char *
+temp_file (const char *name)
+{
+  static char path[512];
+
+  snprintf (path, sizeof path, "%s/%s", temp_folder (), name);
   return path;
 }
 

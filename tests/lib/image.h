@@ -23,7 +23,8 @@ struct container;
 extern int run_command (const char *fmt, ...)
   __attribute__ ((format (printf, 1, 2)));
 
-/* A file name in a folder that is removed at exit. */
+/* A folder that is removed at exit, and the name of a file in it. */
+extern const char *temp_folder (void);
 extern const char *temp_file (const char *name);
 
 /* qemu-img create -f qcow2 OPTIONS FILE SIZE, into memory.  The container

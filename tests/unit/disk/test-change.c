@@ -59,7 +59,7 @@ static const char *const names[] = { "a", "b", "c", "d", "e", "f" };
  */
 #define NR_BITS (SIZE / 512)
 struct model_bitmap {
-  bool exists, enabled, in_ram, has_backup;
+  bool exists, enabled, in_ram, has_backup, has_view;
   unsigned shift;
   uint8_t *bits;                /* a byte a bit */
   uint8_t *since;               /* the same, since the backup began */
@@ -213,10 +213,11 @@ model_act (struct model *m, const struct disk_action *a)
       memset (b->bits, 1, NR_BITS);
     }
     b->has_backup = true;
+    b->has_view = a->view;
     memset (b->since, 0, NR_BITS);
     break;
   case DISK_BACKUP_END:
-    b->has_backup = false;
+    b->has_backup = b->has_view = false;
     if (a->clear)
       memcpy (b->bits, b->since, NR_BITS);
     break;
@@ -244,7 +245,9 @@ struct world {
 static void
 open_disk (struct world *w)
 {
-  const struct disk_options options = { .keep = w->keep };
+  const struct disk_options options = {
+    .keep = w->keep, .scratch = temp_folder (),
+  };
 
   w->d = disk_open (w->c, &options);
   assert_non_null (w->d);
@@ -326,6 +329,8 @@ random_action (struct world *w, const struct model *m, struct disk_action *a,
   a->granularity = granularities[random_below (w, 4)];
   a->create = true;
   a->clear = random_below (w, 2);
+  a->success = a->clear;
+  a->view = random_below (w, 2);
   if (type == DISK_BITMAP_ADD) {
     a->persistent = random_below (w, 4) > 0;
     a->disabled = random_below (w, 4) == 0;
@@ -429,6 +434,12 @@ check_ram (const struct world *w)
   for (unsigned i = 0; i < NR_NAMES; ++i)
     l.nr -= w->model.bitmaps[i].exists;
   assert_int_equal (l.nr, 0);
+  for (unsigned i = 0; i < NR_NAMES; ++i) {
+    struct disk_view *v = disk_find_view (w->d, names[i], strlen (names[i]));
+
+    assert_int_equal (v != NULL, w->model.bitmaps[i].has_view);
+    disk_view_put (v);
+  }
 }
 
 /* Why the image's bitmap is not that of the model, or NULL. */
@@ -646,6 +657,7 @@ fail_at (bool keep, unsigned n, bool for_ever, bool applied)
       .has_granularity = true, .granularity = 4096 },
     { .type = DISK_BITMAP_ADD, .name = "d", .persistent = true,
       .has_granularity = true, .granularity = 512, .disabled = true },
+    { .type = DISK_BACKUP_BEGIN, .name = "c", .view = true },
   };
   struct world w;
   bool failed;
