@@ -331,12 +331,10 @@ contexts_bitmap (const struct session *session, uint32_t id)
   return session->offers[low];
 }
 
-/* Call fn for each bitmap that the client has. */
+/* Call fn for each bitmap that the client has selected. */
 static void
 each_bitmap (const struct session *session, void (*fn) (struct disk_offer *))
 {
-  if (session->export.delta != NULL)
-    fn (session->export.delta);
   for (size_t i = 0; i < session->nr_contexts; ++i)
     if (session->offers[i] != NULL)
       fn (session->offers[i]);
@@ -348,16 +346,19 @@ contexts_bind (struct session *session, const struct selection *selection,
 {
   if (!contexts_selected (session, selection, name, length))
     contexts_drop (session);
+  export_hold (&session->export);
   each_bitmap (session, disk_bitmap_hold);
-  session->holds_bitmaps = true;
+  session->is_holding = true;
 }
 
 void
 contexts_release (struct session *session)
 {
-  if (session->holds_bitmaps)
+  if (session->is_holding) {
     each_bitmap (session, disk_bitmap_release);
-  session->holds_bitmaps = false;
+    export_release (&session->export);
+  }
+  session->is_holding = false;
   contexts_drop (session);
   export_put (&session->export);
 }

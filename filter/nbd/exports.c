@@ -52,6 +52,20 @@ export_put (struct export *e)
   e->delta = NULL;
 }
 
+void
+export_hold (const struct export *e)
+{
+  if (e->delta != NULL)
+    disk_bitmap_hold (e->delta);
+}
+
+void
+export_release (const struct export *e)
+{
+  if (e->delta != NULL)
+    disk_bitmap_release (e->delta);
+}
+
 int
 export_describe (const struct export_options *o, const struct export *e,
                  char **description)

@@ -50,6 +50,17 @@ extern void export_put (struct export *);
 
 #define CLEANUP_EXPORT_PUT __attribute__ ((cleanup (export_put)))
 
+/* A client has it open, from the first call to the second. */
+extern void export_hold (const struct export *);
+extern void export_release (const struct export *);
+
+/* The disk itself is the only export that can be changed. */
+static inline bool
+export_is_disk (const struct export *e)
+{
+  return e->delta == NULL;
+}
+
 /* The description of an export: a string to be freed, or NULL if there is
  * none.  -1 if there is no memory.
  */

@@ -37,6 +37,7 @@
 
 #include "common/bytes.h"
 #include "disk/disk.h"
+#include "nbd/contents.h"
 #include "nbd/extents.h"
 
 size_t extents_max = (1 << 20) - 1;
@@ -213,12 +214,13 @@ append_runs (struct builder *b, uint64_t offset, const uint64_t *ends,
   load (b, e->nr - 1, &b->length, &b->flags);
 }
 
-/* disk_extent, with flags that we may tell (R5, R6).  0 or an errno. */
+/* contents_extent, with flags that we may tell (R5, R6).  0 or an errno. */
 static int
-base_extent (struct disk *disk, uint64_t offset, uint64_t limit,
+base_extent (struct worker *w, uint64_t offset, uint64_t limit,
              uint64_t *length, uint32_t *flags)
 {
-  if (disk_extent (disk, offset, limit, length, flags) == -1)
+  if (contents_extent (w->service->disk, &w->session->export, offset, limit,
+                       length, flags) == -1)
     return errno;
   *flags &= DISK_EXTENT_HOLE | DISK_EXTENT_ZERO;
   if (*flags == DISK_EXTENT_HOLE)
@@ -228,11 +230,11 @@ base_extent (struct disk *disk, uint64_t offset, uint64_t limit,
 
 /* 0 or an errno. */
 static int
-depth_extent (struct disk *disk, uint64_t offset, uint64_t limit,
+depth_extent (struct worker *w, uint64_t offset, uint64_t limit,
               uint64_t *length, uint32_t *flags)
 {
-  return disk_extent_depth (disk, offset, limit, length, flags) == -1
-    ? errno : 0;
+  return disk_extent_depth (w->service->disk, offset, limit, length,
+                            flags) == -1 ? errno : 0;
 }
 
 /* The client that would get the answer is gone. */
@@ -244,16 +246,17 @@ is_abandoned (const struct builder *b)
 
 /* What get tells, all of it or the first run. */
 static int
-build_allocation (struct builder *b, struct disk *disk,
-                  int (*get) (struct disk *, uint64_t offset, uint64_t limit,
-                              uint64_t *length, uint32_t *flags),
+build_allocation (struct builder *b, struct worker *w,
+                  int (*get) (struct worker *, uint64_t offset,
+                              uint64_t limit, uint64_t *length,
+                              uint32_t *flags),
                   uint64_t offset, uint64_t limit, bool req_one)
 {
   uint64_t length = 0, n;
   uint32_t flags = 0, f;
 
   while (offset < limit) {
-    int err = is_abandoned (b) ? ESHUTDOWN : get (disk, offset, limit, &n, &f);
+    int err = is_abandoned (b) ? ESHUTDOWN : get (w, offset, limit, &n, &f);
 
     if (err != 0)
       return err;
@@ -357,11 +360,11 @@ extents_build (struct worker *w, uint32_t id, const struct disk_offer *bitmap,
       return build_delta (&b, export->delta, offset, limit, req_one);
     b.granularity = disk_preferred_block_size (disk);
     b.safe = 0;
-    return build_allocation (&b, disk, base_extent, offset, limit, req_one);
+    return build_allocation (&b, w, base_extent, offset, limit, req_one);
   case CONTEXT_ALLOCATION_DEPTH:
     b.granularity = disk_preferred_block_size (disk);
     b.safe = DEPTH_LOCAL;
-    return build_allocation (&b, disk, depth_extent, offset, limit, req_one);
+    return build_allocation (&b, w, depth_extent, offset, limit, req_one);
   default:
     b.granularity = disk_bitmap_granularity (bitmap);
     b.safe = STATE_DIRTY;

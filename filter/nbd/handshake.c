@@ -62,7 +62,7 @@ transmission_flags (const struct worker *w, const struct export *export,
     NBD_FLAG_SEND_FAST_ZERO;
   uint16_t flags = w->service->eflags;
 
-  if (export->delta != NULL)
+  if (!export_is_disk (export))
     flags = (flags & ~changes) | NBD_FLAG_READ_ONLY;
   return flags | (w->session->structured ? NBD_FLAG_SEND_DF : 0) |
     (w->session->extended && selects_contexts

@@ -50,6 +50,7 @@
 
 #include "common/bytes.h"
 #include "disk/disk.h"
+#include "nbd/contents.h"
 #include "nbd/parts.h"
 #include "nbd/reply.h"
 #include "nbd/team.h"
@@ -127,12 +128,8 @@ part_next_read (struct worker *w)
 static int
 read_chunk (struct worker *w, struct qcow2_chunk *chunk)
 {
-  const struct session *session = w->session;
-
-  return session->export.delta != NULL
-    ? disk_delta_read_chunk (w->service->disk, session->export.delta,
-                             w->part.offset, chunk)
-    : disk_read_chunk (w->service->disk, w->part.offset, chunk);
+  return contents_read_chunk (w->service->disk, &w->session->export,
+                              w->part.offset, chunk);
 }
 
 /* A chunk of a READ that fits into the output buffer. */
@@ -180,7 +177,6 @@ read_part_chunk (struct worker *w)
 int
 part_read (struct worker *w)
 {
-  const struct session *session = w->session;
   const struct part *p = &w->part;
   uint8_t *data;
 
@@ -190,10 +186,8 @@ part_read (struct worker *w)
                                  : worker_payload (w, p->length);
   if (data == NULL)
     return -1;
-  return session->export.delta != NULL
-    ? disk_delta_read (w->service->disk, session->export.delta, data,
-                       p->length, p->offset)
-    : disk_read (w->service->disk, data, p->length, p->offset);
+  return contents_read (w->service->disk, &w->session->export, data,
+                        p->length, p->offset);
 }
 
 static uint64_t

@@ -29,7 +29,7 @@ extern void part_whole (struct worker *);
 extern void part_first_read (struct worker *);
 extern void part_next_read (struct worker *);
 
-/* Read the part from the disk.  It is what there was to be read, and may be
+/* Read the part from the export.  It is what there was to be read, and may be
  * shorter, or a hole.  -1 with errno.
  */
 extern int part_read (struct worker *);

@@ -119,7 +119,7 @@ validate (const struct connection *c, const struct request *r,
   REFUSE_IF ((r->flags & ~flags) != 0,
              EINVAL, "flags that this command does not have");
   REFUSE_IF ((c->server->service.readonly ||
-              c->session.export.delta != NULL) && is_change (r->type),
+              !export_is_disk (&c->session.export)) && is_change (r->type),
              EPERM, "the export is read-only");
   REFUSE_IF (r->type == NBD_CMD_READ && r->length > NBD_MAX_PAYLOAD &&
              (r->flags & NBD_CMD_FLAG_DF) != 0,

@@ -32,7 +32,7 @@ struct session {
   struct disk_offer **offers;   /* of each, a reference to its bitmap, or
                                    NULL for those of allocation */
   size_t nr_contexts;
-  bool holds_bitmaps;           /* the export's, and those (disk.h) */
+  bool is_holding;              /* the export, and those bitmaps (disk.h) */
   char export_name[64];         /* made printable, and cut */
 };
 

@@ -36,6 +36,7 @@
 #include "common/bytes.h"
 #include "common/report.h"
 #include "disk/disk.h"
+#include "nbd/contents.h"
 #include "nbdkit/clients.h"
 #include "stats/stats.h"
 
@@ -168,8 +169,7 @@ connection_free (struct connection *c)
 {
   if (c == NULL)
     return;
-  if (c->export.delta != NULL)
-    disk_bitmap_release (c->export.delta);
+  export_release (&c->export);
   export_put (&c->export);
   free (c->description);
   free (c);
@@ -194,9 +194,8 @@ connection_new (struct disk *disk, bool readonly, const char *exportname)
     return NULL;
   }
   c->export = export_get (&export);
-  c->readonly = readonly || export.delta != NULL;
-  if (c->export.delta != NULL)
-    disk_bitmap_hold (c->export.delta);
+  c->readonly = readonly || !export_is_disk (&export);
+  export_hold (&c->export);
   disk_client_begin (disk, &c->client);
   return c;
 }
@@ -328,15 +327,6 @@ can_cache (nbdkit_next *next, void *handle)
   return NBDKIT_CACHE_NATIVE;
 }
 
-static int
-read_export (struct disk *disk, const struct export *export, void *buf,
-             uint32_t count, uint64_t offset)
-{
-  return export->delta != NULL
-    ? disk_delta_read (disk, export->delta, buf, count, offset)
-    : disk_read (disk, buf, count, offset);
-}
-
 /* Read, in calls of such a size that all requests under way together ask for
  * READING_AT_ONCE (but each call for at least MIN_READ): when nbdkit is told
  * to end, the storage has to finish the calls under way (disk_hurry), and
@@ -353,7 +343,7 @@ read_in_pieces (struct disk *disk, const struct export *export, void *buf,
       max_u64 (READING_AT_ONCE / max_u64 (clients_in_flight (), 1), MIN_READ);
     const uint32_t n = min_u64 (count, piece);
 
-    if (read_export (disk, export, p, n, offset) == -1)
+    if (contents_read (disk, export, p, n, offset) == -1)
       return -1;
     p += n;
     offset += n;
@@ -438,16 +428,6 @@ zero_disk (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
                         began, STATS_WRITE_ZEROES, count);
 }
 
-static int
-get_extent (struct disk *disk, const struct export *export, uint64_t offset,
-            uint64_t end, uint64_t *length, uint32_t *flags)
-{
-  if (export->delta != NULL)
-    return disk_delta_extent (disk, export->delta, offset, end, length,
-                              flags);
-  return disk_extent (disk, offset, end, length, flags);
-}
-
 /* Add the extents of [offset, end) and nothing beyond: nbdkit before 1.44
  * aborts on some that go further.  nbdkit's flags are NBD's, and it merges
  * neighbours.  If there are too many extents it ends its reply early, which
@@ -464,7 +444,7 @@ add_extents (struct disk *disk, const struct export *export, uint64_t offset,
     uint64_t length;
     uint32_t flags;
 
-    if (get_extent (disk, export, offset, end, &length, &flags) == -1)
+    if (contents_extent (disk, export, offset, end, &length, &flags) == -1)
       return -1;
     if (is_first)
       first_flags = flags;
