@@ -6,6 +6,7 @@
 #include <config.h>
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -47,9 +48,22 @@ fake_disk_new (uint64_t size)
   return d;
 }
 
+static void
+view_free (struct disk_view *v)
+{
+  if (v->references > 0 || v->holders > 0 ||
+      v->bitmap.references > 0 || v->bitmap.holders > 0)
+    abort ();
+  free (v->bitmap.dirty);
+  fake_disk_free (v->copy);
+  free (v);
+}
+
 void
 fake_disk_free (struct disk *d)
 {
+  for (size_t i = 0; i < d->nr_views; ++i)
+    view_free (d->views[i]);
   for (size_t i = 0; i < d->nr_bitmaps; ++i) {
     if (d->bitmaps[i].references > 0 || d->bitmaps[i].holders > 0)
       abort ();
@@ -78,17 +92,70 @@ fake_disk_add_bitmap (struct disk *d, const char *name, uint64_t granularity)
     abort ();
 }
 
+static struct disk_offer *
+offered (struct disk *d, const char *name)
+{
+  for (size_t i = 0; i < d->nr_bitmaps; ++i)
+    if (!d->bitmaps[i].removed && strcmp (d->bitmaps[i].name, name) == 0)
+      return &d->bitmaps[i];
+  abort ();
+}
+
 void
 fake_disk_remove_bitmap (struct disk *d, const char *name)
 {
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&d->lock);
-  for (size_t i = 0; i < d->nr_bitmaps; ++i)
-    if (!d->bitmaps[i].removed && strcmp (d->bitmaps[i].name, name) == 0) {
-      d->bitmaps[i].removed = true;
-      d->bitmaps[i].cut = true;
-      return;
-    }
-  abort ();
+  struct disk_offer *b = offered (d, name);
+
+  b->removed = true;
+  b->cut = true;
+}
+
+static void *
+copy_of (const void *p, size_t size)
+{
+  void *copy = malloc (size);
+
+  if (copy == NULL)
+    abort ();
+  return memcpy (copy, p, size);
+}
+
+struct disk_view *
+fake_disk_begin_view (struct disk *d, const char *bitmap)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&d->lock);
+  const struct disk_offer *b = offered (d, bitmap);
+  struct disk_view *v = calloc (1, sizeof *v);
+
+  if (v == NULL || d->nr_views == FAKE_MAX_VIEWS)
+    abort ();
+  snprintf (v->name, sizeof v->name, "%s", bitmap);
+  v->copy = fake_disk_new (d->size);
+  v->copy->block_size = d->block_size;
+  memcpy (v->copy->data, d->data, mapped (d));
+  if (d->flags != NULL)
+    v->copy->flags = copy_of (d->flags, div_round_up (d->size, d->block_size));
+  v->bitmap.name = v->name;
+  v->bitmap.granularity = b->granularity;
+  v->bitmap.dirty = copy_of (b->dirty, div_round_up (d->size, b->granularity));
+  d->views[d->nr_views++] = v;
+  return v;
+}
+
+void
+fake_disk_end_view (struct disk *d, struct disk_view *v)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&d->lock);
+  v->ended = true;
+  v->broken = true;
+  v->bitmap.cut = true;
+}
+
+void
+fake_disk_break_view (struct disk_view *v)
+{
+  v->broken = true;
 }
 
 uint64_t
@@ -390,6 +457,121 @@ disk_offers_find (const struct disk_offers *list, const char *name,
         memcmp (list->offers[*i]->name, name, length) == 0)
       return true;
   return false;
+}
+
+/* What a read of a view has come to. */
+static int
+unless_broken (const struct disk_view *v, int r)
+{
+  if (!v->broken)
+    return r;
+  errno = EIO;
+  return -1;
+}
+
+struct disk_view *
+disk_find_view (const struct disk *d, const char *name, size_t length)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE ((pthread_mutex_t *) &d->lock);
+  for (size_t i = 0; i < d->nr_views; ++i)
+    if (!d->views[i]->ended && strlen (d->views[i]->name) == length &&
+        memcmp (d->views[i]->name, name, length) == 0)
+      return disk_view_get (d->views[i]);
+  return NULL;
+}
+
+struct disk_view *
+disk_view_get (struct disk_view *v)
+{
+  atomic_fetch_add (&v->references, 1);
+  return v;
+}
+
+void
+disk_view_put (struct disk_view *v)
+{
+  if (v != NULL && atomic_fetch_sub (&v->references, 1) == 0)
+    abort ();
+}
+
+const char *
+disk_view_name (const struct disk_view *v)
+{
+  return v->name;
+}
+
+struct disk_offers *
+disk_view_offers (const struct disk_view *v)
+{
+  struct disk_offers *list =
+    malloc (sizeof *list + sizeof list->offers[0]);
+
+  if (list == NULL)
+    abort ();
+  list->references = 1;
+  list->nr = 1;
+  list->offers[0] = disk_offer_get ((struct disk_offer *) &v->bitmap);
+  return list;
+}
+
+void
+disk_view_hold (struct disk_view *v)
+{
+  if (v->references == 0)
+    abort ();
+  atomic_fetch_add (&v->holders, 1);
+}
+
+void
+disk_view_release (struct disk_view *v)
+{
+  if (v->references == 0 || atomic_fetch_sub (&v->holders, 1) == 0)
+    abort ();
+}
+
+int
+disk_view_read (struct disk_view *v, void *buf, uint32_t count,
+                uint64_t offset)
+{
+  return unless_broken (v, disk_read (v->copy, buf, count, offset));
+}
+
+int
+disk_view_read_chunk (struct disk_view *v, uint64_t offset,
+                      struct qcow2_chunk *c)
+{
+  return unless_broken (v, disk_read_chunk (v->copy, offset, c));
+}
+
+int
+disk_view_extent (struct disk_view *v, uint64_t offset, uint64_t limit,
+                  uint64_t *length, uint32_t *flags)
+{
+  return unless_broken (v, disk_extent (v->copy, offset, limit, length,
+                                        flags));
+}
+
+/* A caller that waits for a client in fn, or keeps the string, fails. */
+void
+disk_list_views (const struct disk *d,
+                 void (*fn) (const struct disk_view_state *, void *opaque),
+                 void *opaque)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE ((pthread_mutex_t *) &d->lock);
+  for (size_t i = 0; i < d->nr_views; ++i) {
+    const struct disk_view *v = d->views[i];
+    char name[sizeof v->name];
+
+    if (v->ended)
+      continue;
+    strcpy (name, v->name);
+    fn (&(const struct disk_view_state) {
+          .name = name,
+          .clients = v->holders,
+          .broken = v->broken ? "it was broken" : NULL,
+        }, opaque);
+    memset (name, 'x', sizeof name - 1);
+  }
 }
 
 struct disk_offer *

@@ -34,6 +34,20 @@ struct disk_offer {
 
 #define FAKE_MAX_BITMAPS 4096
 
+/* A view: what it shows is a disk by itself, which has the hook and the
+ * numbers of calls of its readers.
+ */
+struct disk_view {
+  char name[64];
+  struct disk *copy;
+  struct disk_offer bitmap;     /* as it was, the only one of its list */
+  atomic_ulong references, holders;
+  atomic_bool broken;           /* reads of it fail */
+  bool ended;                   /* it is not found any more */
+};
+
+#define FAKE_MAX_VIEWS 64
+
 struct disk {
   uint64_t size;
   bool readonly;
@@ -44,6 +58,8 @@ struct disk {
   uint8_t *depths;              /* the same, or NULL: all 1 */
   struct disk_offer *bitmaps;   /* FAKE_MAX_BITMAPS */
   size_t nr_bitmaps;            /* under lock, as is what is offered */
+  struct disk_view *views[FAKE_MAX_VIEWS]; /* also those that have ended */
+  size_t nr_views;              /* the same */
 
   /* Called before each operation, with no lock held.  It may sleep, and
    * what it returns, if not 0, is the operation's errno.  It may be set
@@ -67,7 +83,7 @@ struct disk {
 
 extern struct disk *fake_disk_new (uint64_t size);
 
-/* Nothing refers to a bitmap any more. */
+/* Nothing refers to a bitmap or a view any more. */
 extern void fake_disk_free (struct disk *);
 
 /* Add a bitmap of which all granules are clean; and remove it, so that what
@@ -76,6 +92,15 @@ extern void fake_disk_free (struct disk *);
 extern void fake_disk_add_bitmap (struct disk *, const char *name,
                                   uint64_t granularity);
 extern void fake_disk_remove_bitmap (struct disk *, const char *name);
+
+/* Begin a view of the disk and of this bitmap as they are, and end or break
+ * it.  Then its readers get EIO, and if it has ended, those of its bitmap,
+ * too.  All of them also while the disk is served.
+ */
+extern struct disk_view *fake_disk_begin_view (struct disk *,
+                                               const char *bitmap);
+extern void fake_disk_end_view (struct disk *, struct disk_view *);
+extern void fake_disk_break_view (struct disk_view *);
 
 /* Hooks.  One gate a program: operations op at offset wait at it from
  * gate_close, which makes it the disk's hook, to gate_open.
