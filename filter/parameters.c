@@ -423,12 +423,20 @@ take_string (char **string, const char *key, const char *value)
 static int
 take_exportname (struct parameters *p, const char *key, const char *value)
 {
-  if (strncmp (value, EXPORT_DELTA_PREFIX,
-               strlen (EXPORT_DELTA_PREFIX)) == 0) {
-    report_error ("%s: names that begin with " EXPORT_DELTA_PREFIX
-                  " are reserved for delta exports: %s", key, value);
-    return -1;
-  }
+  static const struct {
+    const char *prefix, *exports;
+  } reserved[] = {
+    { EXPORT_DELTA_PREFIX, "delta exports" },
+    { EXPORT_VIEW_PREFIX, "views of the disk for backups" },
+  };
+
+  for (size_t i = 0; i < sizeof reserved / sizeof reserved[0]; ++i)
+    if (strncmp (value, reserved[i].prefix,
+                 strlen (reserved[i].prefix)) == 0) {
+      report_error ("%s: names that begin with %s are reserved for %s: %s",
+                    key, reserved[i].prefix, reserved[i].exports, value);
+      return -1;
+    }
   return take_string (&p->exportname, key, value);
 }
 

@@ -131,6 +131,8 @@ refused 'description.*4096' --filter="$FILTER" file disk.qcow2 \
         dirty-bitmap-description="${long}y"
 refused 'exportname.*delta:' --filter="$FILTER" file disk.qcow2 \
         dirty-bitmap-exportname=delta:b
+refused 'exportname.*backup:' --filter="$FILTER" file disk.qcow2 \
+        dirty-bitmap-exportname=backup:b
 for bytes in '\x80' '\xc3' '\xc0\x80' 'a\xe9' '\xed\xa0\x80' '\xf4\x90\x80\x80'
 do
   for parameter in exportname description; do

@@ -6,10 +6,10 @@
 #ifndef DIRTY_BITMAP_NBD_CONTENTS_H
 #define DIRTY_BITMAP_NBD_CONTENTS_H
 
-/* What an export shows: the disk, or a delta.
+/* What an export shows: the disk, a view, or a delta.
  *
- * These do for an export what disk_read, disk_read_chunk and disk_extent do
- * for the disk (disk.h), and fail as those do.
+ * These do for an export what disk_read, disk_read_chunk, disk_extent and
+ * disk_cache do for the disk (disk.h), and fail as those do.
  *
  * nbd/ uses this, and so do the callbacks of nbdkit's own server.
  */
@@ -27,5 +27,9 @@ extern int contents_read_chunk (struct disk *, const struct export *,
 extern int contents_extent (struct disk *, const struct export *,
                             uint64_t offset, uint64_t limit,
                             uint64_t *length, uint32_t *flags);
+
+/* A view has no cache that could be filled: nothing is done. */
+extern int contents_cache (struct disk *, const struct export *,
+                           uint64_t count, uint64_t offset);
 
 #endif /* DIRTY_BITMAP_NBD_CONTENTS_H */

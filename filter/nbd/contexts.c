@@ -9,9 +9,10 @@
  * The names and ids are qemu-nbd's (base:allocation is 0,
  * qemu:allocation-depth is 1, the bitmaps begin at 2), and so is what the
  * queries match, except that qemu-nbd offers qemu:allocation-depth only
- * when told to.  A delta export has base:allocation only.  LIST takes
- * "base:", "qemu:" and "qemu:dirty-bitmap:" as prefixes, SET exact names
- * only; what we do not know matches nothing, without an error.
+ * when told to.  A delta export has base:allocation only.  A view has
+ * base:allocation and its own bitmap.  LIST takes "base:", "qemu:" and
+ * "qemu:dirty-bitmap:" as prefixes, SET exact names only; what we do not know
+ * matches nothing, without an error.
  *
  * Queries are taken one at a time, and what they match is noted in a
  * set of ids.  So a client may send any number of them, and the replies
@@ -20,6 +21,11 @@
  * The set of bitmaps may change at any time.  An option is served from one
  * list of them throughout.  What SET selects the session refers to until its
  * end, by the ids that the client was told.
+ *
+ * Between SET and GO a backup may end and another one of the same bitmap
+ * begin.  Then the client opens another view than the one it asked about.  It
+ * gets no contexts there, since the old bitmap does not tell what has changed
+ * in the new view.
  */
 
 #include <config.h>
@@ -41,16 +47,18 @@
 
 /* A set of contexts, by their ids. */
 struct matches {
-  struct disk_offers *offers;   /* that there are while an option is served */
+  struct disk_offers *offers;   /* that there are while an option is served;
+                                   NULL: the export has none */
   uint8_t *bit;
   bool all_bitmaps;
-  bool only_base;               /* the export has no other */
+  bool has_depth;               /* the export has qemu:allocation-depth */
 };
 
 static size_t
 nr_contexts (const struct matches *m)
 {
-  return CONTEXT_FIRST_BITMAP + disk_offers_nr (m->offers);
+  return CONTEXT_FIRST_BITMAP +
+    (m->offers == NULL ? 0 : disk_offers_nr (m->offers));
 }
 
 static void
@@ -62,11 +70,15 @@ matches_free (struct matches *m)
 
 #define CLEANUP_MATCHES_FREE __attribute__ ((cleanup (matches_free)))
 
-/* The empty set, of what is offered now. */
+/* The empty set, of what the export has now. */
 static int
-matches_init (struct matches *m, const struct disk *disk)
+matches_init (struct matches *m, const struct disk *disk,
+              const struct export *export)
 {
-  *m = (struct matches) { .offers = disk_offers_get (disk) };
+  *m = (struct matches) {
+    .offers = export_offers (disk, export),
+    .has_depth = export_is_disk (export),
+  };
   m->bit = calloc (nr_contexts (m) / 8 + 1, 1);
   return m->bit == NULL ? -1 : 0;
 }
@@ -80,7 +92,7 @@ match (struct matches *m, size_t id)
 static bool
 matched (const struct matches *m, size_t id)
 {
-  if (m->only_base && id != CONTEXT_BASE_ALLOCATION)
+  if (id == CONTEXT_ALLOCATION_DEPTH && !m->has_depth)
     return false;
   return (m->bit[id / 8] & 1 << id % 8) != 0 ||
     (id >= CONTEXT_FIRST_BITMAP && m->all_bitmaps);
@@ -105,7 +117,8 @@ match_query (const char *query, bool list, struct matches *m)
     const char *name = query + strlen (DIRTY_BITMAP);
     size_t i;
 
-    if (disk_offers_find (m->offers, name, strlen (name), &i))
+    if (m->offers != NULL &&
+        disk_offers_find (m->offers, name, strlen (name), &i))
       match (m, CONTEXT_FIRST_BITMAP + i);
   }
 }
@@ -134,18 +147,19 @@ read_query (struct option *o, char *query, bool list, struct matches *m)
   return 0;
 }
 
-/* The export whose contexts it is about.  Returns as read_queries. */
+/* The export whose contexts it is about, which the caller puts.  Returns as
+ * read_queries.
+ */
 static int
 read_export (struct option *o, char *name, uint32_t *length,
-             struct matches *m)
+             struct export *export, struct matches *m)
 {
-  CLEANUP_EXPORT_PUT struct export export = { .delta = NULL };
   int r = option_export_name (o, name, length);
 
   if (r == 0)
-    r = option_find_export (o, name, *length, &export);
+    r = option_find_export (o, name, *length, export);
   if (r == 0)
-    m->only_base = export.delta != NULL;
+    r = matches_init (m, o->worker->service->disk, export);
   return r;
 }
 
@@ -223,12 +237,13 @@ contexts_list (struct option *o)
 {
   CLEANUP_FREE char *name = malloc (NBD_MAX_STRING);
   CLEANUP_MATCHES_FREE struct matches m = { .bit = NULL };
+  CLEANUP_EXPORT_PUT struct export export = { .delta = NULL };
   uint32_t length;
   int r;
 
-  if (name == NULL || matches_init (&m, o->worker->service->disk) == -1)
+  if (name == NULL)
     return -1;
-  r = read_export (o, name, &length, &m);
+  r = read_export (o, name, &length, &export, &m);
   if (r == 0)
     r = read_queries (o, true, &m);
   if (r != 0)
@@ -289,13 +304,12 @@ contexts_set (struct option *o, struct selection *selection)
                          "neither structured replies nor extended headers "
                          "are negotiated");
   contexts_drop (session);
+  contexts_forget (selection);
+  selection->export_name = malloc (NBD_MAX_STRING);
   if (selection->export_name == NULL)
-    selection->export_name = malloc (NBD_MAX_STRING);
-  if (selection->export_name == NULL ||
-      matches_init (&m, o->worker->service->disk) == -1)
     return -1;
   r = read_export (o, selection->export_name,
-                   &selection->export_name_length, &m);
+                   &selection->export_name_length, &selection->export, &m);
   if (r == 0)
     r = read_queries (o, false, &m);
   if (r != 0)
@@ -305,13 +319,24 @@ contexts_set (struct option *o, struct selection *selection)
   return reply_contexts (o, &m, false);
 }
 
+void
+contexts_forget (struct selection *selection)
+{
+  free (selection->export_name);
+  export_put (&selection->export);
+  *selection = (struct selection) { .export_name = NULL };
+}
+
+/* A view has a bitmap of its own, so its name is not enough. */
 bool
 contexts_selected (const struct session *session,
                    const struct selection *selection,
+                   const struct export *export,
                    const char *name, uint32_t length)
 {
   return session->nr_contexts > 0 && length == selection->export_name_length &&
-    memcmp (name, selection->export_name, length) == 0;
+    memcmp (name, selection->export_name, length) == 0 &&
+    export->view == selection->export.view;
 }
 
 struct disk_offer *
@@ -344,7 +369,7 @@ void
 contexts_bind (struct session *session, const struct selection *selection,
                const char *name, uint32_t length)
 {
-  if (!contexts_selected (session, selection, name, length))
+  if (!contexts_selected (session, selection, &session->export, name, length))
     contexts_drop (session);
   export_hold (&session->export);
   each_bitmap (session, disk_bitmap_hold);

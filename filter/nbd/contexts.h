@@ -17,7 +17,11 @@
 struct selection {
   char *export_name;            /* NULL if nothing is selected */
   uint32_t export_name_length;
+  struct export export;         /* that had this name then, with a reference */
 };
+
+/* Free what it has.  It is as before the first SET_META_CONTEXT. */
+extern void contexts_forget (struct selection *);
 
 /* LIST_META_CONTEXT and SET_META_CONTEXT.  0, or -1 if the connection
  * ends.
@@ -28,14 +32,15 @@ extern int contexts_set (struct option *, struct selection *);
 /* Select nothing.  Nothing is held. */
 extern void contexts_drop (struct session *);
 
-/* Are contexts selected, and for this export? */
+/* Are contexts selected, and for this export of this name? */
 extern bool contexts_selected (const struct session *,
                                const struct selection *,
+                               const struct export *,
                                const char *name, uint32_t length);
 
-/* The client opens this export: drop what was selected for another one, and
- * hold the bitmaps that it has from now on, before it learns that it has
- * them.
+/* The client opens the session's export by this name: drop what was selected
+ * for another one, and hold the export and the bitmaps that it has from now
+ * on, before it learns that it has them.
  */
 extern void contexts_bind (struct session *, const struct selection *,
                            const char *name, uint32_t length);

@@ -9,10 +9,16 @@
 /* What the names of exports stand for.
  *
  * The disk has the name that it was given, and no other, not even the
- * empty one; or every name, if it was given none.  delta:BITMAP is the
- * disk as one bitmap has it (disk_delta_read), read-only, for each bitmap
- * that clients are offered.  These names are never the disk's.  A client
- * that knows one can open it, whether a list of the exports has it or not.
+ * empty one; or every name, if it was given none.  Besides it there are,
+ * read-only,
+ *
+ * - delta:BITMAP for each bitmap that clients are offered: the disk as the
+ *   bitmap has it (disk_delta_read);
+ * - backup:BITMAP for each view: the disk as it was when a backup of the
+ *   bitmap began (disk_view_read).
+ *
+ * These names are never the disk's.  A client that knows one can open it,
+ * whether a list of the exports has it or not.
  *
  * nbd/ uses this, and so do the callbacks of nbdkit's own server.
  */
@@ -22,12 +28,16 @@
 
 struct disk;
 struct disk_offer;
+struct disk_offers;
+struct disk_view;
 
 #define EXPORT_DELTA_PREFIX "delta:"
+#define EXPORT_VIEW_PREFIX "backup:"
 
+/* What an export shows, with a reference; or nothing: the disk itself. */
 struct export {
-  struct disk_offer *delta;     /* the bitmap of a delta, with a reference;
-                                   NULL: the disk itself */
+  struct disk_offer *delta;     /* the bitmap of a delta, or NULL */
+  struct disk_view *view;       /* or NULL */
 };
 
 struct export_options {
@@ -58,8 +68,14 @@ extern void export_release (const struct export *);
 static inline bool
 export_is_disk (const struct export *e)
 {
-  return e->delta == NULL;
+  return e->delta == NULL && e->view == NULL;
 }
+
+/* The bitmaps whose contexts the export has now: a reference, for
+ * disk_offers_put.  NULL if it never has any.
+ */
+extern struct disk_offers *export_offers (const struct disk *,
+                                          const struct export *);
 
 /* The description of an export: a string to be freed, or NULL if there is
  * none.  -1 if there is no memory.
@@ -67,9 +83,10 @@ export_is_disk (const struct export *e)
 extern int export_describe (const struct export_options *,
                             const struct export *, char **description);
 
-/* Call fn for each export of a list, the disk first.  Clients take a list of
- * 10000 (libnbd's limit, and nbdkit's).  If there are more, the deltas are
- * left out.  Stops if fn returns -1, and returns that.
+/* Call fn for each export of a list: the disk, the views, the deltas.  Clients
+ * take a list of 10000 (libnbd's limit, and nbdkit's).  If there are more, the
+ * deltas are left out, and if there are still too many, the views.  Stops if
+ * fn returns -1, and returns that.
  */
 extern int exports_list (const struct disk *, const struct export_options *,
                          int (*fn) (void *opaque, const char *name,

@@ -133,8 +133,7 @@ forget_negotiated (struct session *session, struct selection *selection)
   session->structured = false;
   session->extended = false;
   contexts_drop (session);
-  free (selection->export_name);
-  selection->export_name = NULL;
+  contexts_forget (selection);
 }
 
 static int
@@ -290,7 +289,7 @@ opt_info_or_go (struct option *o, struct selection *selection)
 
   /* INFO tells what may yet be had. */
   selects = o->option == NBD_OPT_INFO ||
-    contexts_selected (w->session, selection, name, length);
+    contexts_selected (w->session, selection, &export, name, length);
   if (o->option == NBD_OPT_GO) {
     w->session->export = export_get (&export);
     trace_export (w->session, name, length);
@@ -407,6 +406,6 @@ handshake (struct worker *w)
   }
   if (r == 0)
     socket_ending (&w->stream->socket, "too many options", 0);
-  free (selection.export_name);
+  contexts_forget (&selection);
   return r == 1 ? 0 : -1;
 }

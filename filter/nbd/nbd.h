@@ -9,7 +9,8 @@
 /* An NBD server over a disk: fixed newstyle, TLS, structured replies, and
  * the metadata contexts base:allocation, qemu:allocation-depth and
  * qemu:dirty-bitmap:NAME.  Besides the disk there is an export
- * delta:BITMAP for each bitmap, which has base:allocation only.
+ * delta:BITMAP for each bitmap, which has base:allocation only, and an export
+ * backup:BITMAP for each view, which has that and the context of its bitmap.
  *
  * It serves listening sockets that it is given and owns from then on.
  * Nothing that a client sends ends more than its own connection.

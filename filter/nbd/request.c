@@ -34,6 +34,7 @@
 #include "common/clock.h"
 #include "disk/disk.h"
 #include "nbd/connection.h"
+#include "nbd/contents.h"
 #include "nbd/contexts.h"
 #include "nbd/extents.h"
 #include "nbd/output.h"
@@ -198,16 +199,17 @@ execute_block_status (struct worker *w)
 
 /* A piece of a request that may be about any length. */
 static int
-execute_piece (struct disk *disk, const struct request *r,
-               uint64_t count, uint64_t offset)
+execute_piece (struct worker *w, uint64_t count, uint64_t offset)
 {
+  struct disk *disk = w->service->disk;
+  const struct request *r = &w->request;
   const bool fua = (r->flags & NBD_CMD_FLAG_FUA) != 0;
 
   switch (r->type) {
   case NBD_CMD_TRIM:
     return disk_trim (disk, count, offset, fua);
   case NBD_CMD_CACHE:
-    return disk_cache (disk, count, offset);
+    return contents_cache (disk, &w->session->export, count, offset);
   default:
     return disk_zero (disk, count, offset,
                       (r->flags & NBD_CMD_FLAG_NO_HOLE) != 0,
@@ -222,7 +224,7 @@ execute_piece (struct disk *disk, const struct request *r,
  * them is told to one that follows it, not to one that came before.
  */
 static int
-execute_in_pieces (struct worker *w, struct disk *disk)
+execute_in_pieces (struct worker *w)
 {
   const struct request *r = &w->request;
   uint64_t offset = r->offset, left = r->length;
@@ -234,7 +236,7 @@ execute_in_pieces (struct worker *w, struct disk *disk)
       errno = ESHUTDOWN;
       return -1;
     }
-    if (execute_piece (disk, r, n, offset) == -1)
+    if (execute_piece (w, n, offset) == -1)
       return -1;
     offset += n;
     left -= n;
@@ -281,7 +283,7 @@ execute (struct worker *w)
   case NBD_CMD_BLOCK_STATUS:
     return execute_block_status (w);
   default:
-    return execute_in_pieces (w, disk);
+    return execute_in_pieces (w);
   }
 }
 

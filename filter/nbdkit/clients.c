@@ -479,13 +479,14 @@ static int
 cache_disk (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
             uint32_t flags, int *err)
 {
+  const struct connection *c = handle;
   const uint64_t began = stats_begin (gate.stats);
   struct disk *disk = enter (err);
 
-  (void) next; (void) handle; (void) flags;
+  (void) next; (void) flags;
   if (disk == NULL)
     return -1;
-  return leave_request (disk_cache (disk, count, offset), err,
+  return leave_request (contents_cache (disk, &c->export, count, offset), err,
                         began, STATS_CACHE, count);
 }
 

@@ -77,6 +77,7 @@ make_disk (void)
     d->bitmaps[0].dirty[i] = i % 7 < 3;
   for (size_t i = 0; i < DISK_SIZE / 4096; ++i)
     d->bitmaps[2].dirty[i] = i % 100 == 99;
+  fake_disk_begin_view (d, "monday");
   return d;
 }
 

@@ -4,7 +4,8 @@
  */
 
 /* The names of exports, what an unknown one gets, and what is served
- * under delta:BITMAP.
+ * under delta:BITMAP.  What is served under backup:BITMAP is in
+ * test-nbd-views.c.
  */
 
 #include <config.h>
@@ -90,6 +91,17 @@ setup_many (void **state)
   f.list_deltas = true;
   exports_list_max = 10000;
   fixture_start (&f, false);
+  return 0;
+}
+
+/* Both bitmaps have a view. */
+static int
+setup_views (void **state)
+{
+  (void) state;
+  setup_named ("disk", true);
+  fake_disk_begin_view (f.disk, "mon");
+  fake_disk_begin_view (f.disk, "monday");
   return 0;
 }
 
@@ -317,6 +329,103 @@ test_list_limit (void **state)
   exports_list_max = 2;
   check_list (LIST (""), LIST ("a fake disk"));
   check_known ("delta:mon", MON, true);
+}
+
+#define VIEW_OF_MONDAY "the disk as it was when the backup of the dirty " \
+    "bitmap monday began"
+#define VIEW_OF_MON "the disk as it was when the backup of the dirty " \
+    "bitmap mon began"
+
+static void
+check_unknown_views (void)
+{
+  check_unknown ("backup:");
+  check_unknown ("backup:m");
+  check_unknown ("backup:mond");
+  check_unknown ("backup:mondays");
+  check_unknown ("backup:Monday");
+  check_no_export_name (greeted (), "backup:monday", sizeof "backup:monday");
+}
+
+/* There is a view while its backup is under way, and its name is never the
+ * disk's.
+ */
+static void
+test_view_names (void **state)
+{
+  struct disk_view *view;
+
+  (void) state;
+  check_unknown ("backup:monday");
+  view = fake_disk_begin_view (f.disk, "monday");
+  check_list (LIST ("", "backup:monday", "delta:monday", "delta:mon"),
+              LIST ("a fake disk", VIEW_OF_MONDAY, MONDAY, MON));
+  check_known ("", "a fake disk", false);
+  check_known ("backup", "a fake disk", false);
+  check_known ("Backup:monday", "a fake disk", false);
+  check_known (" backup:monday", "a fake disk", false);
+  check_known ("backup:monday", VIEW_OF_MONDAY, true);
+  check_unknown ("backup:mon"); /* a bitmap without a backup */
+  check_unknown_views ();
+
+  fake_disk_break_view (view);
+  check_list (LIST ("", "backup:monday", "delta:monday", "delta:mon"),
+              LIST ("a fake disk", VIEW_OF_MONDAY, MONDAY, MON));
+  check_known ("backup:monday", VIEW_OF_MONDAY, true);
+  fake_disk_end_view (f.disk, view);
+  check_list (LIST ("", "delta:monday", "delta:mon"),
+              LIST ("a fake disk", MONDAY, MON));
+  check_unknown ("backup:monday");
+
+  /* The bitmap is removed, and the view stays. */
+  fake_disk_begin_view (f.disk, "monday");
+  fake_disk_remove_bitmap (f.disk, "monday");
+  check_known ("backup:monday", VIEW_OF_MONDAY, true);
+  check_unknown ("delta:monday");
+}
+
+static void
+test_view_beside_one_name (void **state)
+{
+  (void) state;
+  check_list (LIST ("disk", "backup:mon", "backup:monday", "delta:monday",
+                    "delta:mon"),
+              LIST ("a fake disk", VIEW_OF_MON, VIEW_OF_MONDAY, MONDAY, MON));
+  check_known ("disk", "a fake disk", false);
+  check_known ("backup:mon", VIEW_OF_MON, true);
+  check_known ("backup:monday", VIEW_OF_MONDAY, true);
+  check_unknown ("");
+  check_unknown ("backup");
+  check_unknown_views ();
+}
+
+/* Views are listed also where deltas are not. */
+static void
+test_views_listed (void **state)
+{
+  (void) state;
+  fake_disk_begin_view (f.disk, "monday");
+  check_list (LIST ("", "backup:monday"),
+              LIST ("a fake disk", VIEW_OF_MONDAY));
+  exports_list_max = 1;
+  check_list (LIST (""), LIST ("a fake disk"));
+}
+
+/* First the deltas are left out. */
+static void
+test_views_list_limit (void **state)
+{
+  (void) state;
+  exports_list_max = 5;
+  check_list (LIST ("disk", "backup:mon", "backup:monday", "delta:monday",
+                    "delta:mon"),
+              LIST ("a fake disk", VIEW_OF_MON, VIEW_OF_MONDAY, MONDAY, MON));
+  for (exports_list_max = 4; exports_list_max >= 3; --exports_list_max)
+    check_list (LIST ("disk", "backup:mon", "backup:monday"),
+                LIST ("a fake disk", VIEW_OF_MON, VIEW_OF_MONDAY));
+  for (; exports_list_max >= 1; --exports_list_max)
+    check_list (LIST ("disk"), LIST ("a fake disk"));
+  check_known ("backup:mon", VIEW_OF_MON, true);
 }
 
 /* An option that has many replies, and is no error.  Returns how many. */
@@ -675,12 +784,19 @@ main (void)
 {
 #define ANY(name) cmocka_unit_test_setup_teardown (name, setup_any, teardown)
 #define NAMED(name) cmocka_unit_test_setup_teardown (name, setup_disk, teardown)
+#define VIEWS(name) \
+  cmocka_unit_test_setup_teardown (name, setup_views, teardown)
   const struct CMUnitTest tests[] = {
     ANY (test_any_name),
     NAMED (test_one_name),
     cmocka_unit_test_setup_teardown (test_empty_name, setup_empty, teardown),
     ANY (test_list_limit),
     cmocka_unit_test_setup_teardown (test_unlisted, setup_unlisted, teardown),
+    ANY (test_view_names),
+    VIEWS (test_view_beside_one_name),
+    cmocka_unit_test_setup_teardown (test_views_listed, setup_unlisted,
+                                     teardown),
+    VIEWS (test_views_list_limit),
     cmocka_unit_test_setup_teardown (test_list_and_ask, setup_many, teardown),
     ANY (test_options_bound),
     ANY (test_delta_contexts),
