@@ -156,8 +156,9 @@ def refused():
     harness.create("disk.qcow2", SIZE, "b", "off")
     harness.run("qemu-img", "bitmap", "--disable", "disk.qcow2", "off")
     server, q = start()
-    refuse(q, "A frozen view of the disk is not supported: give \"view\": "
-           "false, and read the disk itself", "backup-begin", bitmap="b")
+    refuse(q, "Parameter 'fail-after' is about the clients of a view, and "
+           "there is none with \"view\": false", "backup-begin", bitmap="b",
+           view=False, **{"fail-after": 60})
     refuse(q, "Bitmap 'off' is disabled and does not record", "backup-begin",
            bitmap="off", view=False)
     refuse(q, "There is no backup of bitmap 'b'", "backup-end", bitmap="b",

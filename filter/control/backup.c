@@ -27,11 +27,15 @@
 #define GATE_DEFAULT_MS 2000
 #define GATE_MAX_MS 10000
 
+/* A week, in seconds. */
+#define FAIL_AFTER_MAX 604800
+
 const struct argument backup_begin_arguments[] = {
   { "bitmap", .type = ARGUMENT_STRING },
   { "create", ARGUMENT_BOOL, .is_optional = true },
   { "granularity", ARGUMENT_UINT32, .is_optional = true },
   { "view", ARGUMENT_BOOL, .is_optional = true },
+  { "fail-after", ARGUMENT_UINT32, .is_optional = true },
   { .name = NULL },
 };
 
@@ -83,6 +87,33 @@ dirty_bytes (const struct call *call, const char *name)
   return l.dirty_bytes;
 }
 
+static bool
+has_view (const json_t *arguments)
+{
+  return !json_is_false (json_object_get (arguments, "view"));
+}
+
+/* With a view, "export" comes first. */
+static json_t *
+begun (const struct call *call, const char *name, const char *action)
+{
+  json_t *result = json_object ();
+  json_t *more =
+    json_pack ("{s:o,s:s,s:I,s:I}", "context", qmp_context (name),
+               "action", action, "dirty", dirty_bytes (call, name), "size",
+               (json_int_t) disk_size (call->control->options.disk));
+
+  if (more == NULL ||
+      (has_view (call->arguments) &&
+       json_object_set_new (result, "export", views_export (name)) == -1) ||
+      json_object_update (result, more) == -1) {
+    json_decref (result);
+    result = NULL;
+  }
+  json_decref (more);
+  return result;
+}
+
 json_t *
 command_backup_begin (struct call *call)
 {
@@ -99,11 +130,7 @@ command_backup_begin (struct call *call)
   if (result == NULL)
     return NULL;
   json_decref (result);
-  return json_pack ("{s:o,s:s,s:I,s:I}",
-                    "context", qmp_context (name),
-                    "action", actions[change.done],
-                    "dirty", dirty_bytes (call, name), "size",
-                    (json_int_t) disk_size (call->control->options.disk));
+  return begun (call, name, actions[change.done]);
 }
 
 json_t *
@@ -131,34 +158,54 @@ check_gate (struct call *call)
   return -1;
 }
 
+static int
+check_fail_after (struct call *call, const json_t *fail_after, bool view)
+{
+  const json_int_t seconds = json_integer_value (fail_after);
+
+  if (fail_after == NULL)
+    return 0;
+  if (!view)
+    call_fail (call, GENERIC_ERROR, "Parameter 'fail-after' is about the "
+               "clients of a view, and there is none with \"view\": false");
+  else if (seconds < 1 || seconds > FAIL_AFTER_MAX)
+    call_fail (call, GENERIC_ERROR, "Parameter 'fail-after' expects a number "
+               "of seconds from 1 to %d", FAIL_AFTER_MAX);
+  else
+    return 0;
+  return -1;
+}
+
 int
 backup_read_begin (struct call *call, const json_t *arguments,
-                   struct disk_action *a)
+                   struct disk_action *a, struct watch **views)
 {
   const json_t *create = json_object_get (arguments, "create");
   const json_t *granularity = json_object_get (arguments, "granularity");
+  const json_t *fail_after = json_object_get (arguments, "fail-after");
 
-  if (!json_is_false (json_object_get (arguments, "view"))) {
-    call_fail (call, GENERIC_ERROR, "A frozen view of the disk is not "
-               "supported: give \"view\": false, and read the disk itself");
-    return -1;
-  }
-  if (check_gate (call) == -1)
+  a->view = has_view (arguments);
+  if (check_fail_after (call, fail_after, a->view) == -1 ||
+      check_gate (call) == -1)
     return -1;
   a->name = json_string_value (json_object_get (arguments, "bitmap"));
   a->create = !json_is_false (create);
   a->has_granularity = granularity != NULL;
   a->granularity = json_integer_value (granularity);
-  return 0;
+  if (!a->view ||
+      views_note (views, a->name, json_integer_value (fail_after)) == 0)
+    return 0;
+  call_fail (call, GENERIC_ERROR, "Out of memory");
+  return -1;
 }
 
 void
 backup_read_end (const json_t *arguments, struct disk_action *a)
 {
-  const bool success = json_is_true (json_object_get (arguments, "success"));
-
   a->name = json_string_value (json_object_get (arguments, "bitmap"));
-  a->clear = success && !json_is_false (json_object_get (arguments, "clear"));
+  a->success = json_is_true (json_object_get (arguments, "success"));
+  a->clear = a->success &&
+    !json_is_false (json_object_get (arguments, "clear"));
 }
 
 static void
@@ -177,9 +224,13 @@ command_backup_list (struct call *call)
 {
   json_t *list = json_array ();
 
-  if (list != NULL)
-    disk_list_bitmaps (call->control->options.disk, add_backup, list);
-  return list;
+  if (list == NULL)
+    return NULL;
+  disk_list_bitmaps (call->control->options.disk, add_backup, list);
+  if (views_add_to_backups (call->control, list) == 0)
+    return list;
+  json_decref (list);
+  return NULL;
 }
 
 json_t *

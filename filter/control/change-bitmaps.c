@@ -76,6 +76,7 @@ change_begin (struct change *change, size_t max)
   /* One more is for the action that fails. */
   change->actions = calloc (max + 1, sizeof *change->actions);
   change->nr = 0;
+  change->views = NULL;
   return change->actions == NULL ? -1 : 0;
 }
 
@@ -188,7 +189,7 @@ change_append (struct call *call, struct change *change, const char *name,
   else if ((type == DISK_BITMAP_ADD &&
             read_add (call, arguments, a) == -1) ||
            (type == DISK_BACKUP_BEGIN &&
-            backup_read_begin (call, arguments, a) == -1))
+            backup_read_begin (call, arguments, a, &change->views) == -1))
     return -1;
   if (type == DISK_BITMAP_ADD || type == DISK_BACKUP_BEGIN ||
       type == DISK_BACKUP_END) {
@@ -220,13 +221,22 @@ ask_disk (struct call *call, const struct change *change,
   return r;
 }
 
+/* The events about views that a change begins or ends come before the reply,
+ * as QEMU's do.
+ */
 static json_t *
-carry_out (struct call *call, const struct change *change)
+carry_out (struct call *call, struct change *change)
 {
   struct report_hold hold;
 
-  if (change->nr == 0 || ask_disk (call, change, &hold) == 0)
+  if (change->nr == 0)
     return json_object ();
+  views_look (call->control);
+  if (ask_disk (call, change, &hold) == 0) {
+    views_watch (call->control, &change->views);
+    views_look (call->control);
+    return json_object ();
+  }
   return call_fail (call, GENERIC_ERROR, "%s",
                     hold.any ? hold.text : strerror (errno));
 }
@@ -255,6 +265,7 @@ change_end (struct call *call, struct change *change)
     result = carry_out (call, change);
   else
     find_first_error (call, change);
+  views_forget (&change->views);
   change->done = change->actions[0].done;
   for (size_t i = 0; i < change->nr; ++i)
     free ((void *) change->actions[i].sources);

@@ -18,6 +18,7 @@
  *   backup.c          backups and the gate
  *   change-bitmaps.c  the block-dirty-bitmap commands
  *   transaction.c     transaction
+ *   views.c           views of backups, as the thread watches them
  *
  * All of it is run by the thread, but for the functions of control.h.
  * control->lock is the only lock, protects what says so, and no other is
@@ -52,8 +53,11 @@ struct client {
 
   char *output;                 /* not sent yet: from the first to */
   size_t sent, nr_output, max_output; /* the second */
+  size_t event_bytes;           /* of events, since there was nothing */
   bool is_broken;               /* to be disconnected */
 };
+
+struct watch;                   /* a view (views.c) */
 
 enum control_gate {
   GATE_OPEN,
@@ -69,6 +73,8 @@ struct control {
   enum control_gate gate;
   struct client *gate_client;   /* which has closed it, */
   int64_t gate_until_ms;        /* until then, in now_ms */
+  struct watch *views;          /* that exist, and when the disk was asked */
+  int64_t views_seen_ms;        /* for them, in now_ms */
   bool quit_asked;              /* by the command, */
   bool quit_told;               /* and options.quit was called */
   pthread_t thread;
@@ -148,6 +154,12 @@ extern int arguments_check_object (struct call *, const struct argument *,
 extern int arguments_check_string (struct call *, const json_t *value,
                                    const char *where);
 
+/* socket.c: send an event to each client that has negotiated.  data is a new
+ * reference, or NULL if memory is short.
+ */
+extern void control_send_event (struct control *, const char *name,
+                                json_t *data);
+
 /* qmp.c */
 
 /* The reply to what a client sent: a new reference, or NULL if memory is
@@ -183,6 +195,7 @@ extern json_t *command_query_stats (struct call *);
 struct change {
   struct disk_action *actions;
   size_t nr;
+  struct watch *views;          /* of backups that begin */
   enum bitmap_backup_action done; /* by the first action, after change_end */
 };
 
@@ -219,9 +232,11 @@ extern const struct argument backup_begin_arguments[];
 extern const struct argument backup_end_arguments[];
 extern const struct argument gate_close_arguments[];
 
-/* Read the arguments of the first two.  -1 after call_fail. */
+/* Read the arguments of the first two.  -1 after call_fail.  If the backup is
+ * to have a view, it is noted in a list (views_note).
+ */
 extern int backup_read_begin (struct call *, const json_t *arguments,
-                              struct disk_action *);
+                              struct disk_action *, struct watch **);
 extern void backup_read_end (const json_t *arguments, struct disk_action *);
 
 /* Open the gate if its time is over or its client is gone.  Returns how many
@@ -235,5 +250,32 @@ extern void backup_gate_expire (struct control *);
 /* transaction.c */
 extern json_t *command_transaction (struct call *);
 extern const struct argument transaction_arguments[];
+
+/* views.c */
+
+/* Note a view that is to be, for views_watch or views_forget.  fail_after is
+ * in seconds, or 0: the backup may be without clients for any time.  -1 if
+ * memory is short.
+ */
+extern int views_note (struct watch **list, const char *name,
+                       uint32_t fail_after);
+extern void views_forget (struct watch **list);
+
+/* These views exist from now on. */
+extern void views_watch (struct control *, struct watch **list);
+
+/* Tell clients which views have broken or ended since the last time. */
+extern void views_look (struct control *);
+
+/* Do that if it is time, and end a backup of which no client has had the view
+ * open for too long.  Returns as backup_gate_turn.
+ */
+extern int views_turn (struct control *);
+
+/* The name of a view's export. */
+extern json_t *views_export (const char *name);
+
+/* Add the views to the result of backup-list.  -1 if memory is short. */
+extern int views_add_to_backups (struct control *, json_t *list);
 
 #endif /* DIRTY_BITMAP_CONTROL_INTERNAL_H */

@@ -12,7 +12,8 @@
  * executed, so that none keeps the others from theirs.  A client that has not
  * received its replies is neither read nor served until it has received most
  * of them: what it can make this process hold is one command, one part of the
- * input, and one reply more than OUTPUT_BYTES.
+ * input, and one reply more than OUTPUT_BYTES.  Events come all the same, so a
+ * client is disconnected when it has EVENT_BYTES of them to receive.
  *
  * A client that has shut down its sending side gets the replies to all that it
  * sent before; then it is disconnected.  If it vanishes, what it sent is
@@ -43,6 +44,9 @@
 
 /* A client that has so much to receive is served no further. */
 #define OUTPUT_BYTES 65536
+
+/* A client that has so much of events to receive is disconnected. */
+#define EVENT_BYTES 65536
 
 /* How long to wait when there are no descriptors for another client. */
 #define ACCEPT_PAUSE_MS 100
@@ -81,7 +85,7 @@ flush_output (struct client *c)
       c->is_broken = true;
   }
   /* The memory of a long reply is given back. */
-  c->sent = c->nr_output = 0;
+  c->sent = c->nr_output = c->event_bytes = 0;
   if (c->max_output > OUTPUT_BYTES) {
     free (c->output);
     c->output = NULL;
@@ -120,12 +124,22 @@ put_message (struct client *c, json_t *message)
 }
 
 static void
-put_event (struct control *control, const char *name, json_t *data)
+put_event (struct client *c, const char *name, json_t *data)
+{
+  const size_t before = pending (c);
+
+  put_message (c, data == NULL ? NULL : qmp_event (name, json_incref (data)));
+  c->event_bytes += pending (c) - before;
+  if (c->event_bytes > EVENT_BYTES)
+    c->is_broken = true;
+}
+
+void
+control_send_event (struct control *control, const char *name, json_t *data)
 {
   for (unsigned i = 0; i < MAX_CLIENTS; ++i)
     if (control->clients[i].fd != -1 && control->clients[i].is_negotiated)
-      put_message (&control->clients[i],
-                   qmp_event (name, json_incref (data)));
+      put_event (&control->clients[i], name, data);
   json_decref (data);
 }
 
@@ -286,16 +300,22 @@ fill_pollfds (const struct control *control, struct pollfd *fds)
     (struct pollfd) { .fd = control->listen_fd, .events = POLLIN };
 }
 
+/* The shorter of two times, of which -1 is any. */
+static int
+sooner (int a, int b)
+{
+  return a == -1 || (b != -1 && b < a) ? b : a;
+}
+
 /* One turn of all clients. */
 static void
 take_turn (struct control *control, bool *can_accept)
 {
   struct pollfd fds[NR_POLLED];
   int timeout = *can_accept ? -1 : ACCEPT_PAUSE_MS;
-  const int gate_ms = backup_gate_turn (control);
 
-  if (gate_ms != -1 && (timeout == -1 || gate_ms < timeout))
-    timeout = gate_ms;
+  timeout = sooner (timeout, backup_gate_turn (control));
+  timeout = sooner (timeout, views_turn (control));
   for (unsigned i = 0; i < MAX_CLIENTS; ++i)
     if (is_ready (control, &control->clients[i]))
       timeout = 0;
@@ -343,10 +363,10 @@ finish (struct control *control)
     control->has_ended = true;
     pthread_cond_broadcast (&control->ended);
   }
-  put_event (control, "SHUTDOWN",
-             json_pack ("{s:b,s:s}", "guest", 0, "reason",
-                        control->quit_asked ? "host-qmp-quit"
-                                            : "host-signal"));
+  control_send_event (control, "SHUTDOWN",
+                      json_pack ("{s:b,s:s}", "guest", 0, "reason",
+                                 control->quit_asked ? "host-qmp-quit"
+                                                     : "host-signal"));
   flush_all (control);
   for (unsigned i = 0; i < MAX_CLIENTS; ++i)
     disconnect (&control->clients[i]);
@@ -461,6 +481,7 @@ control_free (struct control *control)
     return;
   close (control->listen_fd);
   close (control->wake_fd);
+  views_forget (&control->views);
   pthread_mutex_destroy (&control->lock);
   pthread_cond_destroy (&control->ended);
   free (control);

@@ -16,6 +16,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -60,6 +61,7 @@ make_disk (void)
   };
   const struct disk_options options = {
     .cache_size = 1 << 20, .keep = true, .load_all = true,
+    .scratch = P_tmpdir, .scratch_max = 1 << 20, .view_memory = 1 << 20,
   };
   struct crafted crafted = { .cluster_size = 0 };
   struct container *c;
@@ -181,8 +183,9 @@ check_output (const struct output *out)
     FUZZ_CHECK ((json_object_get (message, "QMP") != NULL) == (i == 0),
                 "the greeting is not the first line");
     FUZZ_CHECK ((json_object_get (message, "return") != NULL) +
-                (json_object_get (message, "error") != NULL) == (i > 0),
-                "neither result nor error, or both");
+                (json_object_get (message, "error") != NULL) +
+                (json_object_get (message, "event") != NULL) == (i > 0),
+                "neither result nor error nor event, or several");
     json_decref (message);
     p = newline + 1;
   }
@@ -270,7 +273,7 @@ static const char *const words[] = {
   "{\"type\":\"abort\",\"data\":{}},", "\"type\":\"", "\"data\":{",
   "\"properties\":{\"completion-mode\":\"individual\"},",
   "backup-begin", "backup-end", "backup-list", "gate-close", "gate-open",
-  "\"bitmap\":\"monday\",", "\"view\":false,", "\"success\":true,",
+  "\"bitmap\":\"monday\",", "\"view\":false,", "\"fail-after\":9,", "\"success\":true,",
   "\"clear\":false,", "\"create\":true,", "\"timeout\":1,",
   "null", "-1e9", "\"", "'", "\\'", "\\u0000", "\\ud83d\\ude00", "{", "}", "[",
   "]", ",", ":", " ", "\x1b", "\xff", "\xc3\xa9", "[[[[[[[[", "]]]]]]]]",

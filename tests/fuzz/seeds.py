@@ -438,7 +438,7 @@ def save(folder, target, name, data):
         f.write(data)
 
 
-COMMANDS = ('query-block', 'query-block-exports', 'query-commands',
+COMMANDS = ('backup-list', 'query-block', 'query-block-exports', 'query-commands',
             'query-name', 'query-named-block-nodes', 'query-stats',
             'query-status', 'query-version', 'quit', 'nosuch')
 
@@ -477,6 +477,27 @@ def change_seeds():
         bitmaps=['monday', {'node': 'x', 'name': 'a'}, 5])
 
 
+def backup_seeds():
+    """Backups, with views and without."""
+    look = execute('backup-list') + execute('query-block-exports')
+    begin = [{'type': 'backup-begin', 'data': {'bitmap': b, **more}}
+             for b, more in (('monday', {}), ('a', {'fail-after': 9}),
+                             ('r', {'view': False}))]
+    ends = [execute('backup-end', bitmap=a['data']['bitmap'], success=success,
+                    **more)
+            for a, success, more in zip(begin, (True, False, True),
+                                        ({}, {}, {'clear': False}))]
+    yield 'backups', b''.join(execute(a['type'], **a['data']) for a in begin
+                              ) + look + b''.join(ends) + look
+    yield 'group', execute('gate-close', timeout=50) + execute(
+        'transaction', actions=begin) + execute('gate-open') + ends[0]
+    yield 'views', (execute('backup-begin', bitmap='monday') + ends[0]) * 9
+    yield 'fail-after', b''.join(
+        execute('backup-begin', bitmap='monday', **more)
+        for more in ({'fail-after': 0}, {'fail-after': 604801},
+                     {'fail-after': 9, 'view': False}, {'fail-after': 'x'}))
+
+
 def control_seeds():
     """What a client says after the greeting."""
     begin = b'{"execute":"qmp_capabilities"}\n'
@@ -492,6 +513,8 @@ def control_seeds():
                                   for c in COMMANDS)
     yield 'errors', begin + b'[]{}"a\'b"12 nul {"a":1,"a":2}]\x1b{"a":[1,-2.5e3'
     for name, data in change_seeds():
+        yield name, begin + data
+    for name, data in backup_seeds():
         yield name, begin + data
     yield 'deep', begin + b'{"a":' * 33 + b'1' + b'}' * 33
 
