@@ -87,6 +87,7 @@ static struct nbd_server *server;
 static struct control *control; /* or NULL: not requested */
 static struct listen_sockets control_sockets;
 static struct stats *stats;     /* or NULL: not requested */
+static char *default_scratch;   /* unless dirty-bitmap-scratch is given */
 static bool failed;             /* to write at shutdown */
 
 static void
@@ -207,6 +208,10 @@ get_disk_options (struct disk_options *o)
   o->expose = (const char *const *) parameters.expose.name;
   o->nr_expose = parameters.expose.nr;
   o->load_all = parameters.is_controlled;
+  o->scratch = parameters.scratch != NULL ? parameters.scratch
+    : default_scratch;
+  o->scratch_max = parameters.scratch_size;
+  o->view_memory = parameters.view_memory;
   if (chain != NULL)
     chain_give (chain, o);
 }
@@ -219,6 +224,37 @@ get_export_options (void)
     .description = parameters.description,
     .list_deltas = parameters.list_deltas,
   };
+}
+
+/* Where views keep what the image does not have any more: beside the image,
+ * where such an amount is most likely to fit, or else where the system has
+ * temporary files that need not fit into memory.
+ */
+static int
+choose_scratch (void)
+{
+  const char *dir = getenv ("TMPDIR");
+  char *slash;
+
+  if (!parameters.is_controlled || parameters.scratch != NULL)
+    return 0;
+  if (image_file.true_path != NULL && !image_file.is_block_device) {
+    default_scratch = strdup (image_file.true_path);
+    if (default_scratch != NULL) {
+      slash = strrchr (default_scratch, '/');
+      slash[slash == default_scratch] = '\0';
+    }
+  }
+  else {
+    if (dir != NULL)
+      default_scratch = realpath (dir, NULL);
+    if (default_scratch == NULL)
+      default_scratch = strdup ("/var/tmp");
+  }
+  if (default_scratch != NULL)
+    return 0;
+  nbdkit_error ("strdup: %m");
+  return -1;
 }
 
 /* Open the files that the image refers to. */
@@ -374,6 +410,7 @@ dirty_bitmap_get_ready (int model)
     return -1;
 
   if (image_file_open (&image_file, &command_line, is_readonly ()) == -1 ||
+      choose_scratch () == -1 ||
       check_image () == -1 || settings_check_locked (&settings) == -1)
     return -1;
   if ((parameters.stats != NULL || parameters.is_controlled) &&
@@ -649,6 +686,8 @@ dirty_bitmap_unload (void)
   nbd_tls_free (tls);
   stats_file_free ();
   stats_free (stats);
+  free (default_scratch);
+  default_scratch = NULL;
   parameters_free (&parameters);
   command_line_free (&command_line);
   report_sink = NULL;

@@ -42,6 +42,10 @@
 #define MIN_CACHE_SIZE ((int64_t) 1 << 20)
 #define MAX_CACHE_SIZE ((int64_t) 64 << 30)
 
+/* At least a few units of what is kept must fit. */
+#define MIN_SCRATCH_SIZE ((int64_t) 1 << 20)
+#define MIN_VIEW_MEMORY ((int64_t) 1 << 20)
+
 #define MAX_MEMORY ((int64_t) 1 << 40)
 #define MAX_SECONDS (24 * 60 * 60)
 
@@ -72,6 +76,10 @@ const char parameters_help[] =
   "dirty-bitmap-control=PATH      Unix socket for commands: QEMU's protocol QMP\n"
   "                               (see also nbdkit-dirty-bitmap-ctl).\n"
   "dirty-bitmap-node=NAME         Name of the disk in commands (default: disk).\n"
+  "dirty-bitmap-scratch=DIR       Folder where views of backups keep old data\n"
+  "                               (default: that of the image).\n"
+  "dirty-bitmap-scratch-size=SIZE How much a view may keep (default: no limit).\n"
+  "dirty-bitmap-view-memory=SIZE  Memory for a view (default: 256M).\n"
   "dirty-bitmap-max-connections=N Clients at once (default: 256).\n"
   "dirty-bitmap-max-requests=N    Requests of a client at once (default: 16).\n"
   "dirty-bitmap-max-memory=SIZE   Memory for all clients (default: 512M).\n"
@@ -141,31 +149,40 @@ take_expose (struct parameters *p, const char *key, const char *value)
   return take_name (&p->expose, key, value);
 }
 
-/* Keep the true path, as of now: the user did not allow what a symbolic link
- * points to later.
- */
-static int
-take_allow (struct parameters *p, const char *key, const char *value)
+/* The true path of a folder, to be freed.  NULL with the reason reported. */
+static char *
+true_folder (const char *key, const char *value)
 {
   struct stat statbuf;
   char *path;
 
   if (*value == '\0') {
     report_error ("%s: the name of a folder must not be empty", key);
-    return -1;
+    return NULL;
   }
   path = realpath (value, NULL);
   if (path == NULL || stat (path, &statbuf) == -1) {
     report_error ("%s: %s: %m", key, value);
     free (path);
-    return -1;
+    return NULL;
   }
   if (!S_ISDIR (statbuf.st_mode)) {
     report_error ("%s: %s: is not a folder", key, value);
     free (path);
-    return -1;
+    return NULL;
   }
-  return add_name (&p->allow, path);
+  return path;
+}
+
+/* Keep the true path, as of now: the user did not allow what a symbolic link
+ * points to later.
+ */
+static int
+take_allow (struct parameters *p, const char *key, const char *value)
+{
+  char *path = true_folder (key, value);
+
+  return path == NULL ? -1 : add_name (&p->allow, path);
 }
 
 static int
@@ -496,6 +513,51 @@ take_node (struct parameters *p, const char *key, const char *value)
 }
 
 static int
+take_scratch (struct parameters *p, const char *key, const char *value)
+{
+  if (p->scratch != NULL)
+    return repeated (key);
+  p->scratch = true_folder (key, value);
+  return p->scratch == NULL ? -1 : 1;
+}
+
+static int
+take_scratch_size (struct parameters *p, const char *key, const char *value)
+{
+  int64_t size;
+
+  if (p->scratch_size != 0)
+    return repeated (key);
+  size = parse_size (key, value);
+  if (size == -1)
+    return -1;
+  if (size < MIN_SCRATCH_SIZE) {
+    report_error ("%s: must be at least 1M: %s", key, value);
+    return -1;
+  }
+  p->scratch_size = size;
+  return 1;
+}
+
+static int
+take_view_memory (struct parameters *p, const char *key, const char *value)
+{
+  int64_t size;
+
+  if (p->view_memory != 0)
+    return repeated (key);
+  size = parse_size (key, value);
+  if (size == -1)
+    return -1;
+  if (size < MIN_VIEW_MEMORY || size > MAX_MEMORY) {
+    report_error ("%s: must be from 1M to 1T: %s", key, value);
+    return -1;
+  }
+  p->view_memory = size;
+  return 1;
+}
+
+static int
 take_stats (struct parameters *p, const char *key, const char *value)
 {
   if (p->stats != NULL)
@@ -558,10 +620,13 @@ parameters_take (struct parameters *p, const char *key, const char *value)
     { "dirty-bitmap-max-memory", take_max_memory },
     { "dirty-bitmap-max-requests", take_max_requests },
     { "dirty-bitmap-node", take_node },
+    { "dirty-bitmap-scratch", take_scratch },
+    { "dirty-bitmap-scratch-size", take_scratch_size },
     { "dirty-bitmap-server", take_server },
     { "dirty-bitmap-snapshot", take_snapshot },
     { "dirty-bitmap-stats", take_stats },
     { "dirty-bitmap-stats-interval", take_stats_interval },
+    { "dirty-bitmap-view-memory", take_view_memory },
   };
   size_t i;
 
@@ -587,6 +652,17 @@ given_limit (const struct parameters *p)
     : NULL;
 }
 
+/* The name of a parameter about the control socket, if one was given. */
+static const char *
+given_of_control (const struct parameters *p)
+{
+  return p->node != NULL ? "dirty-bitmap-node"
+    : p->scratch != NULL ? "dirty-bitmap-scratch"
+    : p->scratch_size != 0 ? "dirty-bitmap-scratch-size"
+    : p->view_memory != 0 ? "dirty-bitmap-view-memory"
+    : NULL;
+}
+
 int
 parameters_complete (struct parameters *p)
 {
@@ -604,8 +680,8 @@ parameters_complete (struct parameters *p)
     report_error ("dirty-bitmap-stats-interval: requires dirty-bitmap-stats");
     return -1;
   }
-  if (p->node != NULL && !p->is_controlled) {
-    report_error ("dirty-bitmap-node: requires dirty-bitmap-control");
+  if (!p->is_controlled && given_of_control (p)) {
+    report_error ("%s: requires dirty-bitmap-control", given_of_control (p));
     return -1;
   }
   if (p->server == SERVER_OFF && !p->listens && given_limit (p)) {
@@ -616,6 +692,8 @@ parameters_complete (struct parameters *p)
   }
   if (!p->cache_size_given)
     p->cache_size = PARAMETERS_DEFAULT_CACHE_SIZE;
+  if (p->view_memory == 0)
+    p->view_memory = PARAMETERS_DEFAULT_VIEW_MEMORY;
   if (!p->crash_given)
     p->keep = true;
   return 0;
@@ -642,6 +720,7 @@ parameters_free (struct parameters *p)
   free (p->description);
   free (p->stats);
   free (p->node);
+  free (p->scratch);
   listen_address_free (&p->listen);
   listen_address_free (&p->control);
   memset (p, 0, sizeof *p);

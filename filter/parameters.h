@@ -41,6 +41,9 @@ struct parameters {
   bool is_controlled;           /* dirty-bitmap-control */
   struct listen_address control;
   char *node;                   /* dirty-bitmap-node, or NULL */
+  char *scratch;                /* dirty-bitmap-scratch, true path, or NULL */
+  uint64_t scratch_size;        /* dirty-bitmap-scratch-size, or 0 */
+  uint64_t view_memory;         /* dirty-bitmap-view-memory */
 
   /* dirty-bitmap-max-connections and others; 0: not given. */
   struct nbd_limits limits;
@@ -50,6 +53,7 @@ struct parameters {
 };
 
 #define PARAMETERS_DEFAULT_CACHE_SIZE ((uint64_t) 40 << 20)
+#define PARAMETERS_DEFAULT_VIEW_MEMORY ((uint64_t) 256 << 20)
 
 /* Take a parameter.  1 if it belongs to this filter, 0 if not, or -1 with
  * the reason reported.

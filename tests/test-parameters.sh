@@ -70,6 +70,19 @@ no 'expose.*empty|name' dirty-bitmap-expose=
 for dir in "" nosuch disk.qcow2; do
   no allow-path dirty-bitmap-allow-path="$dir"
 done
+for dir in "" nosuch disk.qcow2; do
+  no scratch dirty-bitmap-control=c dirty-bitmap-scratch="$dir"
+done
+for size in 0 -1 x "" 1023k 99999999999999999999; do
+  no scratch-size dirty-bitmap-control=c dirty-bitmap-scratch-size="$size"
+  no view-memory dirty-bitmap-control=c dirty-bitmap-view-memory="$size"
+done
+for parameter in dirty-bitmap-scratch=. dirty-bitmap-scratch-size=1M \
+                 dirty-bitmap-view-memory=1M; do
+  no "${parameter%=*}.*dirty-bitmap-control" "$parameter"
+  no "${parameter%=*}.*once" dirty-bitmap-control=c "$parameter" "$parameter"
+done
+[ ! -e c ] || fail "a socket was left behind"
 no dirty-bitmap-nonsense dirty-bitmap-nonsense=1
 same "the file" "$before" "$(checksum disk.qcow2)"
 

@@ -257,6 +257,56 @@ test_allowed_folders (void **state)
   assert_int_equal (rmdir (dir), 0);
 }
 
+/* Where views keep what they need, and how much. */
+static void
+test_views (void **state)
+{
+  static const struct {
+    const char *key, *value;
+  } control_needed[] = {
+    { "dirty-bitmap-node", "disk" },
+    { "dirty-bitmap-scratch", "/" },
+    { "dirty-bitmap-scratch-size", "1M" },
+    { "dirty-bitmap-view-memory", "1M" },
+  };
+  struct parameters p = { .granularity = 0 };
+
+  (void) state;
+  for (size_t i = 0; i < sizeof control_needed / sizeof control_needed[0];
+       ++i) {
+    nr_reports = 0;
+    assert_int_equal (parameters_take (&p, control_needed[i].key,
+                                       control_needed[i].value), 1);
+    assert_int_equal (parameters_complete (&p), -1);
+    assert_int_equal (nr_reports, 1);
+    assert_non_null (strstr (last_report, control_needed[i].key));
+    assert_non_null (strstr (last_report, "dirty-bitmap-control"));
+    parameters_free (&p);
+  }
+
+  nr_reports = 0;
+  assert_int_equal (parameters_take (&p, "dirty-bitmap-control", "/c"), 1);
+  assert_int_equal (parameters_complete (&p), 0);
+  assert_null (p.scratch);
+  assert_int_equal (p.scratch_size, 0);
+  assert_int_equal (p.view_memory, PARAMETERS_DEFAULT_VIEW_MEMORY);
+  parameters_free (&p);
+
+  assert_int_equal (chdir ("/"), 0);
+  assert_int_equal (parameters_take (&p, "dirty-bitmap-control", "/c"), 1);
+  assert_int_equal (parameters_take (&p, "dirty-bitmap-scratch", "tmp/.."), 1);
+  assert_int_equal (parameters_take (&p, "dirty-bitmap-scratch-size", "7G"),
+                    1);
+  assert_int_equal (parameters_take (&p, "dirty-bitmap-view-memory", "2M"),
+                    1);
+  assert_int_equal (parameters_complete (&p), 0);
+  assert_string_equal (p.scratch, "/");
+  assert_int_equal (p.scratch_size, (uint64_t) 7 << 30);
+  assert_int_equal (p.view_memory, 2 << 20);
+  parameters_free (&p);
+  assert_int_equal (nr_reports, 0);
+}
+
 static void
 test_bad_parameters (void **state)
 {
@@ -285,6 +335,16 @@ test_bad_parameters (void **state)
     { "dirty-bitmap-cache-size", "" },
     { "dirty-bitmap-cache-size", "1048575" },
     { "dirty-bitmap-cache-size", "65G" },
+    { "dirty-bitmap-scratch", "" },
+    { "dirty-bitmap-scratch", "/nonexistent/folder" },
+    { "dirty-bitmap-scratch", "/dev/null" },
+    { "dirty-bitmap-scratch-size", "" },
+    { "dirty-bitmap-scratch-size", "0" },
+    { "dirty-bitmap-scratch-size", "1048575" },
+    { "dirty-bitmap-scratch-size", "16E" },
+    { "dirty-bitmap-view-memory", "" },
+    { "dirty-bitmap-view-memory", "1023k" },
+    { "dirty-bitmap-view-memory", "2T" },
     { "dirty-bitmap-crash", "" },
     { "dirty-bitmap-crash", "on" },
     { "dirty-bitmap-delta", "" },
@@ -310,6 +370,10 @@ test_bad_parameters (void **state)
     { "dirty-bitmap-snapshot", "s" },
     { "dirty-bitmap-crash", "keep" },
     { "dirty-bitmap-delta", "off" },
+    { "dirty-bitmap-node", "disk" },
+    { "dirty-bitmap-scratch", "/" },
+    { "dirty-bitmap-scratch-size", "1M" },
+    { "dirty-bitmap-view-memory", "1M" },
   };
   struct parameters p = { .granularity = 0 };
   char name[1025];
@@ -368,6 +432,7 @@ main (void)
     TEST (test_listen_unix),
     TEST (test_good_parameters),
     TEST (test_allowed_folders),
+    TEST (test_views),
     TEST (test_bad_parameters),
     TEST (test_contradiction),
   };
