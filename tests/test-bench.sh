@@ -117,3 +117,12 @@ fi
 bench --from kept > again
 cmp measured again || fail "what was kept is not what was measured"
 [ -z "$(find "$d" -name 'side-by-side.*')" ] || fail "images were left"
+
+# What views cost.
+"${PYTHON:-python3}" -B "$top/bench/views" --load "$built/load" \
+  --filter "$FILTER" --dir . --rounds 1 --writes 500 --seconds 0.3 > views ||
+  fail "bench/views failed"
+for row in '^| a view, each write the first' '^| a backup with a view begins' \
+           '^backup-begin, 16 TiB, 100000 dirty granules'; do
+  grep -q "$row" views || { cat views; fail "no figures: $row"; }
+done
