@@ -47,6 +47,9 @@ class Figures:
         names = self.measured.get((run, row, side))
         return min(len(f) for f, _ in names.values()) if names else 0
 
+    def sides(self):
+        return list(dict.fromkeys(side for _, _, side in self.measured))
+
     def filesystems(self):
         return list(dict.fromkeys(c["filesystem"]
                                   for c in self.runs.values()))

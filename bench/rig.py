@@ -222,6 +222,8 @@ class Rig:
             scale /= got["extents"] / 1e3
         else:
             figure = 1 / per_op
+            if row.unit == "MiB/s":
+                figure *= row.mib
         unit = "µs/op" if row.per == "op" else "ns/extent"
         return {"": (figure, row.unit),
                 "server CPU": (got["server_cpu"] * scale, unit),

@@ -155,9 +155,9 @@ def nbdkit(at, *args):
     return ["nbdkit", "-f", "-U", at.sock, *tls, *args]
 
 
-def the_filter(*parameters):
-    return lambda o, at: nbdkit(at, "--filter=" + o.filter, "file",
-                                at.image, *parameters)
+def the_filter(*parameters, build=None):
+    return lambda o, at: nbdkit(at, "--filter=" + (build or o.filter),
+                                "file", at.image, *parameters)
 
 
 # The L2 tables of the image of 1 TiB, all of them.
@@ -190,6 +190,11 @@ SIDES = {
     "bare": Side("a bare responder without a disk", None,
                  lambda o, at: [o.echo, at.sock, str(at.size)], "bare"),
 }
+
+def add_build(name, path):
+    """Another build of the filter takes part, under this name."""
+    SIDES[name] = Side(name, "nbdkit", the_filter(build=path), "build")
+
 
 # What --peers may name besides.
 GROUPS = {

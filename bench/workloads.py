@@ -17,14 +17,14 @@ class Row:
     unit is per second, or "s" for a time, where less is better.  load
     are the load program's options.  pin: client and server share a CPU.
     plain: its peers may be servers without a format (raw, bare).  reads:
-    it changes nothing.
+    it changes nothing.  mib: of one request, where the unit is MiB/s.
     """
 
     def __init__(self, title, image, unit, *load, pin=False, per="op",
-                 plain=False, reads=False, tls=False):
+                 plain=False, reads=False, tls=False, mib=1):
         self.title, self.image, self.unit, self.load = title, image, unit, load
         self.pin, self.per, self.plain = pin, per, plain
-        self.reads, self.tls = reads, tls
+        self.reads, self.tls, self.mib = reads, tls, mib
 
 
 def rw(title, workload, depth, connections=1, pin=False, image="full",
@@ -35,10 +35,10 @@ def rw(title, workload, depth, connections=1, pin=False, image="full",
                **more)
 
 
-def seq(title, workload, **more):
+def seq(title, workload, mib=1, **more):
     return Row(title, "full", "MiB/s", "--workload=" + workload, "--depth=8",
-               "--block=%d" % MIB, plain=True, reads=workload == "seqread",
-               **more)
+               "--block=%d" % (mib * MIB), plain=True,
+               reads=workload == "seqread", mib=mib, **more)
 
 
 def alloc(title, depth, count):
@@ -78,8 +78,11 @@ ROWS = {
     "mixed16": rw("mixed 70/30 4 KiB, depth 16", "randmixed", 16),
     "flush1": rw("write and flush pairs 4 KiB, depth 1, one CPU",
                  "writeflush", 1, pin=True),
+    "flush16": rw("write and flush pairs 4 KiB, depth 16", "writeflush", 16),
     "seqread": seq("sequential read 1 MiB, depth 8", "seqread"),
     "seqwrite": seq("sequential write 1 MiB, depth 8", "seqwrite"),
+    "seqread4m": seq("sequential read 4 MiB, depth 8", "seqread", 4),
+    "seqwrite4m": seq("sequential write 4 MiB, depth 8", "seqwrite", 4),
     "tls-read16": rw("random read 4 KiB, depth 16, TLS", "randread", 16,
                      tls=True),
     "tls-write16": rw("random write 4 KiB, depth 16, TLS", "randwrite", 16,

@@ -4,7 +4,7 @@
 # Copyright the nbdkit-dirty-bitmap-filter authors
 
 # The bench: it holds figures against the bars rightly, keeps what it
-# measured, and measures at all.
+# measured, and measures at all, its peers or another build of the filter.
 
 . "${srcdir:-.}/lib/functions.sh"
 requires "${PYTHON:-python3}" qemu-img
@@ -44,6 +44,7 @@ rate("a", "tmpfs", "read16", "qemu", 5, 100, 10.0)
 rate("a", "tmpfs", "read16", "io_uring", 5, 180, 10.0)
 rate("a", "tmpfs", "read16", "unsafe", 5, 170, 10.0)
 rate("a", "tmpfs", "read16", "raw", 5, 250, 3.0)
+rate("a", "tmpfs", "read16", "build", 5, 700, 6.0)
 rate("b", "tmpfs", "read16", "filter", 4, 10, 3.0)
 rate("b", "tmpfs", "read16", "qemu", 4, 100, 10.0)
 rate("b", "tmpfs", "marking", "filter", 5, 96, 3.0)
@@ -87,6 +88,11 @@ expect "$title: server CPU" raw 1.00 missed
 [ "$(grep -c '^| .*| \(met\|missed\) |$' judged)" = 10 ] ||
   { cat judged; fail "other rows were judged too"; }
 
+# Another build is as many times as good as its figures are better.
+grep -qxF "| random read 4 KiB, depth 16 | 2.00 (2.00..2.00) |" judged &&
+  grep -qxF "| random read 4 KiB, depth 16: server CPU | 0.50 (0.50..0.50) |" \
+       judged || { cat judged; fail "not so: another build"; }
+
 status=0
 bench --strict --from figures > judged || status=$?
 [ $status = 1 ] || fail "--strict: $status"
@@ -116,6 +122,19 @@ if type qemu-nbd >/dev/null 2>&1; then
 fi
 bench --from kept > again
 cmp measured again || fail "what was kept is not what was measured"
+
+# Another build takes turns with the filter, and no peer.
+bench --filter="$FILTER" --other="twin=$FILTER" --load="$built/load" \
+      --dir="$d" --size=8388608 --rounds=1 --seconds=0.02 \
+      --json=twins flush16 seqwrite4m > measured 2> log ||
+  { cat log measured; fail "the bench failed with another build"; }
+[ "$(grep -c '^| .* | [0-9.]* ([0-9.]*) |$' measured)" = 4 ] ||
+  { cat measured; fail "no figures of the other build"; }
+! grep '^Against' measured || fail "there were peers, too"
+bench --from twins > again
+cmp measured again || fail "what was kept of the other build is lost"
+! bench --filter="$FILTER" --other="qemu=$FILTER" --load="$built/load" \
+  2> log || fail "a build may be called as a peer is"
 [ -z "$(find "$d" -name 'side-by-side.*')" ] || fail "images were left"
 
 # What views cost.
