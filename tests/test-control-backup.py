@@ -266,6 +266,15 @@ class Counter(threading.Thread):
                 h.pwrite(self.n.to_bytes(512, "big"), 0)
 
 
+def view_counter(server):
+    h = nbd.NBD()
+    h.set_export_name("backup:b")
+    h.connect_unix(server.socket)
+    value = int.from_bytes(h.pread(512, 0), "big")
+    h.shutdown()
+    return value
+
+
 def gate():
     controls = [os.path.join(harness.tmp, "c%d.sock" % i) for i in (1, 2)]
     for i in 1, 2:
@@ -280,7 +289,7 @@ def gate():
         for q in qs:
             assert q.ask("gate-close", timeout=10000) == {}
         for q in qs:
-            begin(q, "b")
+            q.ask("backup-begin", bitmap="b")
         values = []
         for server in servers:
             h = server.connect()
@@ -293,6 +302,8 @@ def gate():
         for q in qs:
             assert q.ask("gate-open") == {}
         until(lambda: counter.n > n + 1, "the counter")
+        # The views are of one moment, however late they are read.
+        assert values == [view_counter(server) for server in servers]
         for q in qs:
             assert end(q, "b", True)["dirty"] == GRANULE
 
