@@ -66,7 +66,7 @@ bench --judge --from figures > judged
 # Title, ratio, verdict.
 expect ()
 {
-  grep -F "| $1 | $2 | $3 (" judged | grep -q "| $4 |\$" ||
+  grep -F "| $1 | $2 | $3 (" judged | finds "| $4 |\$" ||
     { cat judged; fail "not so: $*"; }
 }
 title='random read 4 KiB, depth 16'

@@ -44,7 +44,7 @@ for spec in 512::4096 64k::65536 2M::65536 64k:512:512 64k:2M:2097152; do
   stop_server
   check_image disk.qcow2
   same "QEMU's, $spec" "8388608 $granularity" "$(qemu_dirty disk.qcow2 b)"
-  qemu-img info disk.qcow2 | grep -q "granularity: $granularity"
+  qemu-img info disk.qcow2 | finds "granularity: $granularity"
 done
 
 # What cannot be made, and what does not record.

@@ -35,11 +35,11 @@ grep -q '/man1/nbdkit-dirty-bitmap-ctl\.1$' installed ||
 
 # What is installed works.
 so=$(find "$d/root" -name nbdkit-dirty-bitmap-filter.so)
-nbdkit --filter="$so" null --help | grep -q dirty-bitmap= ||
+nbdkit --filter="$so" null --help | finds dirty-bitmap= ||
   fail "the installed filter does not load"
 
 ctl=$(find "$d/root" -name nbdkit-dirty-bitmap-ctl)
-"$ctl" --help | grep -q KEY=VALUE || fail "the installed program does not run"
+"$ctl" --help | finds KEY=VALUE || fail "the installed program does not run"
 
 for folder in filter tools; do
   make -C "$build/$folder" uninstall DESTDIR="$d/root" > out 2>&1 ||

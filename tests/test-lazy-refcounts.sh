@@ -13,7 +13,7 @@ requires qemu-io
 # incompatible features: bit 0 is the mark.
 is_dirty ()
 {
-  qemu-img info -U --output=json "$1" | grep -q '"dirty-flag": true'
+  qemu-img info -U --output=json "$1" | finds '"dirty-flag": true'
 }
 
 # create OPTIONS: disk.qcow2, with compressed clusters in it.

@@ -100,7 +100,7 @@ wait_until process_ended "$(cat daemon.pid)"
 # --- Those that nbdkit has had since 1.34 or later.
 has ()
 {
-  nbdkit --long-options | grep -qx -e "$1"
+  nbdkit --long-options | finds -x -e "$1"
 }
 accepted ()
 {

@@ -85,7 +85,7 @@ try "" --filter="$FILTER" --filter=limit file disk.qcow2 limit=5
 why limit
 try "" --filter="$FILTER" --filter=ip file disk.qcow2 allow=all
 why ip
-if nbdkit --dump-config | grep -q '^tls=yes'; then
+if nbdkit --dump-config | finds '^tls=yes'; then
   try keys.psk --tls=require --tls-psk=keys.psk --filter="$FILTER" \
       file disk.qcow2 dirty-bitmap-server=off
 fi

@@ -54,6 +54,13 @@ cleanup ()
 trap cleanup EXIT
 trap 'exit 1' INT TERM HUP
 
+# COMMAND | finds PATTERN: as grep -q, but it reads to the end.  Otherwise the
+# command may be ended by SIGPIPE, which is an error of the pipe.
+finds ()
+{
+  grep "$@" > /dev/null
+}
+
 fail ()
 {
   echo "$(basename "$0"): $*"
