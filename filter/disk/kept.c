@@ -239,6 +239,16 @@ kept_keep (struct kept *k, uint64_t offset, uint64_t count,
   return 0;
 }
 
+bool
+kept_has (const struct kept *k, uint64_t offset, uint64_t count)
+{
+  for (uint64_t unit = offset / UNIT_BYTES;
+       unit * UNIT_BYTES < offset + count; ++unit)
+    if (get_state (k, unit) == KEPT_NOT)
+      return false;
+  return true;
+}
+
 /* The units behind this one that have no block: all of a block at once. */
 static uint64_t
 next_unit (const struct kept *k, uint64_t unit)

@@ -22,6 +22,7 @@
 
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -64,6 +65,9 @@ extern void kept_close (struct kept *);
  */
 extern int kept_keep (struct kept *, uint64_t offset, uint64_t count,
                       kept_read_fn, void *opaque);
+
+/* Are all units of [offset, offset + count) kept? */
+extern bool kept_has (const struct kept *, uint64_t offset, uint64_t count);
 
 /* The state of the unit at offset, and *length: up to where, at most limit,
  * the bytes have that state.  What the thread that kept a unit has done

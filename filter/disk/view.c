@@ -239,9 +239,12 @@ keep (struct disk *d, struct disk_view *v, uint64_t offset, uint64_t count)
 void
 views_keep_all (struct disk *d, uint64_t offset, uint64_t count)
 {
-  for (size_t i = 0; i < d->views.nr && count > 0; ++i)
-    if (!is_broken (d->views.view[i]))
-      keep (d, d->views.view[i], offset, count);
+  for (size_t i = 0; i < d->views.nr && count > 0; ++i) {
+    struct disk_view *v = d->views.view[i];
+
+    if (!is_broken (v) && !kept_has (&v->kept, offset, count))
+      keep (d, v, offset, count);
+  }
 }
 
 struct disk_view *
