@@ -46,7 +46,8 @@ class Pair:
     def __init__(self):
         self.server = Server("ours.qcow2", "dirty-bitmap-control=" + ours_sock)
         self.daemon = StorageDaemon("theirs.qcow2", theirs_sock)
-        self.ours, self.theirs = Qmp(ours_sock), Qmp(theirs_sock)
+        self.ours, self.theirs = (
+            Qmp(ours_sock), Qmp(theirs_sock, is_qemu=True))
         theirs = self.theirs
         self.version = theirs.ask("query-version")["qemu"]["major"]
         theirs.ask("nbd-server-start", addr={

@@ -155,7 +155,8 @@ def both(readonly):
     server = Server("ours.qcow2", "dirty-bitmap-control=" + ours_sock,
                     options=["-r"] if readonly else [])
     daemon = StorageDaemon("theirs.qcow2", theirs_sock, readonly)
-    ours, theirs = (Qmp(s, negotiate=False) for s in (ours_sock, theirs_sock))
+    ours = Qmp(ours_sock, negotiate=False)
+    theirs = Qmp(theirs_sock, negotiate=False, is_qemu=True)
     assert set(ours.greeting["QMP"]) == set(theirs.greeting["QMP"])
     assert set(ours.greeting["QMP"]["version"]) == \
         set(theirs.greeting["QMP"]["version"])

@@ -17,9 +17,11 @@ CTL = os.path.join(os.environ.get("abs_top_builddir", ".."), "tools",
 
 
 class Qmp:
-    """A connection.  It has sent nothing yet, unless negotiate is true."""
+    """A connection.  It has sent nothing yet, unless negotiate is true.
 
-    def __init__(self, path, negotiate=True):
+    QEMU may greet a client twice that connects while QEMU starts."""
+
+    def __init__(self, path, negotiate=True, is_qemu=False):
         deadline = time.monotonic() + harness.PATIENCE
         while True:
             self.socket = socket.socket(socket.AF_UNIX)
@@ -33,6 +35,7 @@ class Qmp:
                 time.sleep(0.01)
         self.buffer = b""
         self.events = []
+        self.is_qemu = is_qemu
         self.greeting = self.message()
         if negotiate:
             assert self.ask("qmp_capabilities") == {}
@@ -62,6 +65,8 @@ class Qmp:
         """The next message that is no event."""
         while True:
             message = self.message()
+            if self.is_qemu and message is not None and "QMP" in message:
+                continue
             if message is None or "event" not in message:
                 return message
             self.events.append(message)
