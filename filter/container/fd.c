@@ -21,6 +21,49 @@
 #define GROW_MIN_STEP ((uint64_t) 16 << 20)
 #define GROW_MAX_STEP ((uint64_t) 1 << 30)
 
+ssize_t
+fd_pread (int fd, void *buf, size_t count, uint64_t offset)
+{
+  size_t done = 0;
+
+  while (done < count) {
+    const ssize_t n = pread (fd, (char *) buf + done, count - done,
+                             offset + done);
+
+    if (n == -1 && errno == EINTR)
+      continue;
+    if (n == -1)
+      return -1;
+    if (n == 0)
+      break;
+    done += n;
+  }
+  return done;
+}
+
+int
+fd_pwrite (int fd, const void *buf, size_t count, uint64_t offset)
+{
+  const char *p = buf;
+
+  while (count > 0) {
+    const ssize_t n = pwrite (fd, p, count, offset);
+
+    if (n == -1 && errno == EINTR)
+      continue;
+    if (n == -1)
+      return -1;
+    if (n == 0) {
+      errno = EIO;
+      return -1;
+    }
+    p += n;
+    offset += n;
+    count -= n;
+  }
+  return 0;
+}
+
 /* The descriptor's file offset is not used, so lseek may move it in any
  * thread.
  */

@@ -8,12 +8,20 @@
 
 /* Operations on the descriptor of the image's file, for both ways of serving
  * it: through the descriptor (file.c), or through a plugin that opens the
- * file again (next.c).  All return 0, or -1 with errno.
+ * file again (next.c).  Those that read and write are for any file.  All return
+ * 0, or -1 with errno.
  */
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <sys/stat.h>
+
+/* Read up to count bytes, or to the end of the file: how many, or -1. */
+extern ssize_t fd_pread (int fd, void *buf, size_t count, uint64_t offset);
+
+/* Write all count bytes. */
+extern int fd_pwrite (int fd, const void *buf, size_t count, uint64_t offset);
 
 /* As the operation extent.  If the file system cannot tell, the range is
  * data.

@@ -55,23 +55,13 @@ struct file {
 static int
 file_pread (struct container *c, void *buf, size_t count, uint64_t offset)
 {
-  struct file *f = (struct file *) c;
-  char *p = buf;
-  ssize_t r;
+  const ssize_t n = fd_pread (((struct file *) c)->fd, buf, count, offset);
 
-  while (count > 0) {
-    r = pread (f->fd, p, count, offset);
-    if (r == -1 && errno == EINTR)
-      continue;
-    if (r == -1)
-      return -1;
-    if (r == 0) {
-      errno = EIO;
-      return -1;
-    }
-    p += r;
-    offset += r;
-    count -= r;
+  if (n == -1)
+    return -1;
+  if ((size_t) n < count) {
+    errno = EIO;
+    return -1;
   }
   return 0;
 }
@@ -118,25 +108,7 @@ static int
 file_pwrite (struct container *c, const void *buf, size_t count,
              uint64_t offset)
 {
-  struct file *f = (struct file *) c;
-  const char *p = buf;
-  ssize_t r;
-
-  while (count > 0) {
-    r = pwrite (f->fd, p, count, offset);
-    if (r == -1 && errno == EINTR)
-      continue;
-    if (r == -1)
-      return -1;
-    if (r == 0) {
-      errno = EIO;
-      return -1;
-    }
-    p += r;
-    offset += r;
-    count -= r;
-  }
-  return 0;
+  return fd_pwrite (((struct file *) c)->fd, buf, count, offset);
 }
 
 static int

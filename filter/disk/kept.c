@@ -27,6 +27,7 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/report.h"
+#include "container/fd.h"
 #include "disk/kept.h"
 #include "qcow2/qcow2.h"
 
@@ -164,20 +165,10 @@ write_scratch (struct kept *k, const uint8_t *buf, size_t count,
     errno = ENOSPC;
     return -1;
   }
-  while (count > 0) {
-    const ssize_t n = pwrite (k->fd, buf, count, offset);
-
-    if (n == -1 && errno == EINTR)
-      continue;
-    if (n == -1) {
-      report_error ("cannot write to the scratch file: %m");
-      return -1;
-    }
-    buf += n;
-    count -= n;
-    offset += n;
-  }
-  return 0;
+  if (fd_pwrite (k->fd, buf, count, offset) == 0)
+    return 0;
+  report_error ("cannot write to the scratch file: %m");
+  return -1;
 }
 
 /* Copy a unit to the scratch file, with its lock held. */
@@ -276,26 +267,15 @@ kept_run (const struct kept *k, uint64_t offset, uint64_t limit,
 int
 kept_read (const struct kept *k, void *buf, size_t count, uint64_t offset)
 {
-  uint8_t *p = buf;
+  const ssize_t n = fd_pread (k->fd, buf, count, offset);
 
-  while (count > 0) {
-    const ssize_t n = pread (k->fd, p, count, offset);
-
-    if (n == -1 && errno == EINTR)
-      continue;
-    if (n == -1) {
-      report_error ("cannot read the scratch file: %m");
-      return -1;
-    }
-    /* The file ends where the last data do. */
-    if (n == 0) {
-      memset (p, 0, count);
-      return 0;
-    }
-    p += n;
-    count -= n;
-    offset += n;
+  if (n == -1) {
+    report_error ("cannot read the scratch file: %m");
+    return -1;
   }
+  /* The file ends where the last data do. */
+  if ((size_t) n < count)
+    memset ((uint8_t *) buf + n, 0, count - n);
   return 0;
 }
 
