@@ -14,10 +14,8 @@
 
 #include <config.h>
 
-#include <stdio.h>
 #include <string.h>
 
-#include "common/cleanup.h"
 #include "common/clock.h"
 #include "common/report.h"
 #include "control/internal.h"
@@ -54,13 +52,7 @@ const struct argument gate_close_arguments[] = {
 static json_t *
 qmp_context (const char *name)
 {
-  CLEANUP_FREE char *context = NULL;
-
-  if (asprintf (&context, "qemu:dirty-bitmap:%s", name) == -1) {
-    context = NULL;
-    return NULL;
-  }
-  return qmp_string (context);
+  return qmp_string_of ("qemu:dirty-bitmap:", name);
 }
 
 /* A bitmap, and what the disk says of it. */
@@ -114,6 +106,18 @@ begun (const struct call *call, const char *name, const char *action)
   return result;
 }
 
+/* The name of the bitmap, once the command's change was made, or NULL. */
+static const char *
+run_for_bitmap (struct call *call, struct change *change)
+{
+  json_t *result = change_run (call, change);
+
+  if (result == NULL)
+    return NULL;
+  json_decref (result);
+  return json_string_value (json_object_get (call->arguments, "bitmap"));
+}
+
 json_t *
 command_backup_begin (struct call *call)
 {
@@ -122,29 +126,20 @@ command_backup_begin (struct call *call)
     [BITMAP_BACKUP_CREATED] = "created",
     [BITMAP_BACKUP_RECREATED] = "recreated",
   };
-  const char *name =
-    json_string_value (json_object_get (call->arguments, "bitmap"));
   struct change change;
-  json_t *result = change_run (call, &change);
+  const char *name = run_for_bitmap (call, &change);
 
-  if (result == NULL)
-    return NULL;
-  json_decref (result);
-  return begun (call, name, actions[change.done]);
+  return name == NULL ? NULL : begun (call, name, actions[change.done]);
 }
 
 json_t *
 command_backup_end (struct call *call)
 {
-  const char *name =
-    json_string_value (json_object_get (call->arguments, "bitmap"));
   struct change change;
-  json_t *result = change_run (call, &change);
+  const char *name = run_for_bitmap (call, &change);
 
-  if (result == NULL)
-    return NULL;
-  json_decref (result);
-  return json_pack ("{s:I}", "dirty", dirty_bytes (call, name));
+  return name == NULL ? NULL
+    : json_pack ("{s:I}", "dirty", dirty_bytes (call, name));
 }
 
 /* The moment of several disks is lost: nothing may begin as if it were not. */

@@ -176,6 +176,9 @@ extern json_t *qmp_event (const char *name, json_t *data);
  */
 extern json_t *qmp_string (const char *);
 
+/* The same of a name with a prefix. */
+extern json_t *qmp_string_of (const char *prefix, const char *name);
+
 /* commands.c */
 extern const struct command control_commands[];
 extern const struct command *command_find (const char *name, size_t length);

@@ -23,6 +23,18 @@
 #include "control/internal.h"
 
 json_t *
+qmp_string_of (const char *prefix, const char *name)
+{
+  CLEANUP_FREE char *text = NULL;
+
+  if (asprintf (&text, "%s%s", prefix, name) == -1) {
+    text = NULL;
+    return NULL;
+  }
+  return qmp_string (text);
+}
+
+json_t *
 qmp_string (const char *text)
 {
   const unsigned char *p = (const unsigned char *) text;

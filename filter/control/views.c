@@ -23,7 +23,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "common/cleanup.h"
 #include "common/clock.h"
 #include "common/report.h"
 #include "control/internal.h"
@@ -49,13 +48,7 @@ struct watch {
 json_t *
 views_export (const char *name)
 {
-  CLEANUP_FREE char *export = NULL;
-
-  if (asprintf (&export, EXPORT_VIEW_PREFIX "%s", name) == -1) {
-    export = NULL;
-    return NULL;
-  }
-  return qmp_string (export);
+  return qmp_string_of (EXPORT_VIEW_PREFIX, name);
 }
 
 int
