@@ -10,7 +10,13 @@
 
 #include "common/bytes.h"
 #include "disk/chunk.h"
-#include "qcow2/qcow2.h"
+#include "disk/disk.h"
+
+int
+chunk_read_disk (void *disk, uint64_t offset, struct qcow2_chunk *c)
+{
+  return disk_read_chunk (disk, offset, c);
+}
 
 void
 chunk_begin (struct qcow2_chunk *c)
@@ -48,9 +54,7 @@ chunk_add_zeroes (struct qcow2_chunk *c, uint64_t length)
 
 int
 chunk_add_read (struct qcow2_chunk *c, uint64_t length,
-                int (*read_fn) (void *opaque, uint64_t offset,
-                                struct qcow2_chunk *),
-                void *opaque, uint64_t offset)
+                chunk_read_fn read_fn, void *opaque, uint64_t offset)
 {
   const uint64_t done = c->length;
   struct qcow2_chunk piece = {

@@ -26,13 +26,19 @@ extern uint64_t chunk_limit (const struct qcow2_chunk *);
  */
 extern bool chunk_add_zeroes (struct qcow2_chunk *, uint64_t length);
 
-/* Add `length` bytes, or what read_fn returns of them: it reads a chunk as
- * disk_read_chunk does, but the piece may be any shorter.  1 if the chunk is
- * complete, 0 if not, -1 if read_fn fails.
+/* It reads a chunk as disk_read_chunk does. */
+typedef int (*chunk_read_fn) (void *opaque, uint64_t offset,
+                              struct qcow2_chunk *);
+
+/* disk_read_chunk of a struct disk. */
+extern int chunk_read_disk (void *disk, uint64_t offset,
+                            struct qcow2_chunk *);
+
+/* Add `length` bytes, or what read_fn returns of them, which may be any
+ * shorter.  1 if the chunk is complete, 0 if not, -1 if read_fn fails.
  */
 extern int chunk_add_read (struct qcow2_chunk *, uint64_t length,
-                           int (*read_fn) (void *opaque, uint64_t offset,
-                                           struct qcow2_chunk *),
-                           void *opaque, uint64_t offset);
+                           chunk_read_fn read_fn, void *opaque,
+                           uint64_t offset);
 
 #endif /* DIRTY_BITMAP_DISK_CHUNK_H */

@@ -54,12 +54,6 @@ disk_delta_read (struct disk *d, const struct disk_offer *bitmap, void *buf,
   return 0;
 }
 
-static int
-read_disk (void *opaque, uint64_t offset, struct qcow2_chunk *c)
-{
-  return disk_read_chunk (opaque, offset, c);
-}
-
 int
 disk_delta_read_chunk (struct disk *d, const struct disk_offer *bitmap,
                        uint64_t offset, struct qcow2_chunk *c)
@@ -79,7 +73,7 @@ disk_delta_read_chunk (struct disk *d, const struct disk_offer *bitmap,
 
     if (n == 0)
       return -1;
-    complete = dirty ? chunk_add_read (c, n, read_disk, d, at)
+    complete = dirty ? chunk_add_read (c, n, chunk_read_disk, d, at)
       : chunk_add_zeroes (c, n);
   }
   return complete == -1 ? -1 : 0;

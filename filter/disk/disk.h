@@ -36,6 +36,9 @@ struct disk_backing {
   const char *path;             /* for messages */
 };
 
+/* Bytes of memory that a view may take, unless the options say so. */
+#define DISK_DEFAULT_VIEW_MEMORY ((uint64_t) 256 << 20)
+
 struct disk_options {
   bool readonly;                /* nothing is written, not even in_use */
   const char *snapshot;         /* serve this snapshot (an ID, or else a
@@ -331,7 +334,8 @@ disk_delta_flags (bool dirty)
  *
  * Reads of a view fail with EIO, reported, once the backup has ended, or the
  * view is broken: what it has to show could not be kept.  A change of the
- * disk never fails because of a view, and never waits for one who reads it.
+ * disk never fails because of a view, and never waits for a client that reads
+ * it.
  *
  * These functions are called from any thread at any time.  A view and all
  * that can be asked of it exist as long as the caller has a reference, but

@@ -173,7 +173,7 @@ write_scratch (struct kept *k, const uint8_t *buf, size_t count,
 
 /* Copy a unit to the scratch file, with its lock held. */
 static int
-copy_unit (struct kept *k, uint64_t unit, uint8_t *buf, kept_read_fn read_fn,
+copy_unit (struct kept *k, uint64_t unit, uint8_t *buf, chunk_read_fn read_fn,
            void *opaque)
 {
   const uint64_t end = min_u64 ((unit + 1) * UNIT_BYTES, k->size);
@@ -199,7 +199,7 @@ copy_unit (struct kept *k, uint64_t unit, uint8_t *buf, kept_read_fn read_fn,
 }
 
 static int
-keep_unit (struct kept *k, uint64_t unit, uint8_t *buf, kept_read_fn read_fn,
+keep_unit (struct kept *k, uint64_t unit, uint8_t *buf, chunk_read_fn read_fn,
            void *opaque)
 {
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&k->locks[unit % KEPT_LOCKS]);
@@ -210,7 +210,7 @@ keep_unit (struct kept *k, uint64_t unit, uint8_t *buf, kept_read_fn read_fn,
 
 int
 kept_keep (struct kept *k, uint64_t offset, uint64_t count,
-           kept_read_fn read_fn, void *opaque)
+           chunk_read_fn read_fn, void *opaque)
 {
   CLEANUP_FREE uint8_t *buf = NULL;
 

@@ -26,7 +26,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-struct qcow2_chunk;
+#include "disk/chunk.h"
 
 #define UNIT_BYTES 65536
 #define KEPT_LOCKS 64
@@ -50,21 +50,17 @@ struct kept {
   pthread_mutex_t locks[KEPT_LOCKS];
 };
 
-/* How a unit is read from the disk (disk_read_chunk). */
-typedef int (*kept_read_fn) (void *opaque, uint64_t offset,
-                             struct qcow2_chunk *);
-
 /* folder: where the scratch file is made. */
 extern int kept_open (struct kept *, const char *folder, uint64_t size,
                       uint64_t max_bytes, uint64_t max_memory);
 extern void kept_close (struct kept *);
 
 /* Keep all units that have a byte of [offset, offset + count) and are not
- * kept yet.  The calling thread is one of those that change the disk; any
- * number of them may do this at once.
+ * kept yet; the function reads the disk.  The calling thread is one of those
+ * that change the disk; any number of them may do this at once.
  */
 extern int kept_keep (struct kept *, uint64_t offset, uint64_t count,
-                      kept_read_fn, void *opaque);
+                      chunk_read_fn, void *opaque);
 
 /* Are all units of [offset, offset + count) kept? */
 extern bool kept_has (const struct kept *, uint64_t offset, uint64_t count);

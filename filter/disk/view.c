@@ -33,8 +33,6 @@
 #include "disk/kept.h"
 #include "qcow2/bitmap-directory.h"
 
-#define DEFAULT_MEMORY (UINT64_C (256) << 20)
-
 struct disk_view {
   struct disk *disk;
   char *name;
@@ -93,7 +91,7 @@ view_new (struct disk *d, const char *name)
   if (kept_open (&v->kept, d->view_options.scratch, d->size,
                  d->view_options.scratch_max,
                  d->view_options.memory != 0 ? d->view_options.memory
-                 : DEFAULT_MEMORY) == -1 || v->name == NULL) {
+                 : DISK_DEFAULT_VIEW_MEMORY) == -1 || v->name == NULL) {
     const int err = errno;
 
     disk_view_put (v);
@@ -215,12 +213,6 @@ break_view (struct disk_view *v, const char *why)
                   "be ended as failed: %s", v->name, why);
 }
 
-static int
-read_disk (void *opaque, uint64_t offset, struct qcow2_chunk *c)
-{
-  return disk_read_chunk (opaque, offset, c);
-}
-
 static void
 keep (struct disk *d, struct disk_view *v, uint64_t offset, uint64_t count)
 {
@@ -228,7 +220,7 @@ keep (struct disk *d, struct disk_view *v, uint64_t offset, uint64_t count)
   int r, err;
 
   report_hold_begin (&hold);
-  r = kept_keep (&v->kept, offset, count, read_disk, d);
+  r = kept_keep (&v->kept, offset, count, chunk_read_disk, d);
   err = errno;
   report_hold_end (&hold);
   if (r == -1)
