@@ -251,23 +251,34 @@ take_granularity (struct parameters *p, const char *key, const char *value)
   return 1;
 }
 
+/* A size from min to max, unless it was given already. */
+static int
+take_size (const char *key, const char *value, bool given, int64_t min,
+           int64_t max, const char *bounds, uint64_t *size)
+{
+  int64_t n;
+
+  if (given)
+    return repeated (key);
+  n = parse_size (key, value);
+  if (n == -1)
+    return -1;
+  if (n < min || n > max) {
+    report_error ("%s: must be %s: %s", key, bounds, value);
+    return -1;
+  }
+  *size = n;
+  return 1;
+}
+
 static int
 take_cache_size (struct parameters *p, const char *key, const char *value)
 {
-  int64_t size;
+  const int r = take_size (key, value, p->cache_size_given, MIN_CACHE_SIZE,
+                           MAX_CACHE_SIZE, "from 1M to 64G", &p->cache_size);
 
-  if (p->cache_size_given)
-    return repeated (key);
-  size = parse_size (key, value);
-  if (size == -1)
-    return -1;
-  if (size < MIN_CACHE_SIZE || size > MAX_CACHE_SIZE) {
-    report_error ("%s: must be from 1M to 64G: %s", key, value);
-    return -1;
-  }
-  p->cache_size = size;
-  p->cache_size_given = true;
-  return 1;
+  p->cache_size_given |= r == 1;
+  return r;
 }
 
 /* A number from min to max, unless it was given already. */
@@ -326,19 +337,8 @@ take_idle_timeout (struct parameters *p, const char *key, const char *value)
 static int
 take_max_memory (struct parameters *p, const char *key, const char *value)
 {
-  int64_t size;
-
-  if (p->limits.memory != 0)
-    return repeated (key);
-  size = parse_size (key, value);
-  if (size == -1)
-    return -1;
-  if (size < (int64_t) NBD_MIN_MEMORY || size > MAX_MEMORY) {
-    report_error ("%s: must be from 128M to 1T: %s", key, value);
-    return -1;
-  }
-  p->limits.memory = size;
-  return 1;
+  return take_size (key, value, p->limits.memory != 0, NBD_MIN_MEMORY,
+                    MAX_MEMORY, "from 128M to 1T", &p->limits.memory);
 }
 
 static int
@@ -524,37 +524,15 @@ take_scratch (struct parameters *p, const char *key, const char *value)
 static int
 take_scratch_size (struct parameters *p, const char *key, const char *value)
 {
-  int64_t size;
-
-  if (p->scratch_size != 0)
-    return repeated (key);
-  size = parse_size (key, value);
-  if (size == -1)
-    return -1;
-  if (size < MIN_SCRATCH_SIZE) {
-    report_error ("%s: must be at least 1M: %s", key, value);
-    return -1;
-  }
-  p->scratch_size = size;
-  return 1;
+  return take_size (key, value, p->scratch_size != 0, MIN_SCRATCH_SIZE,
+                    INT64_MAX, "at least 1M", &p->scratch_size);
 }
 
 static int
 take_view_memory (struct parameters *p, const char *key, const char *value)
 {
-  int64_t size;
-
-  if (p->view_memory != 0)
-    return repeated (key);
-  size = parse_size (key, value);
-  if (size == -1)
-    return -1;
-  if (size < MIN_VIEW_MEMORY || size > MAX_MEMORY) {
-    report_error ("%s: must be from 1M to 1T: %s", key, value);
-    return -1;
-  }
-  p->view_memory = size;
-  return 1;
+  return take_size (key, value, p->view_memory != 0, MIN_VIEW_MEMORY,
+                    MAX_MEMORY, "from 1M to 1T", &p->view_memory);
 }
 
 static int

@@ -12,6 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "disk/disk.h"
 #include "nbd/nbd.h"
 #include "nbdkit/listen.h"
 
@@ -53,7 +54,7 @@ struct parameters {
 };
 
 #define PARAMETERS_DEFAULT_CACHE_SIZE ((uint64_t) 40 << 20)
-#define PARAMETERS_DEFAULT_VIEW_MEMORY ((uint64_t) 256 << 20)
+#define PARAMETERS_DEFAULT_VIEW_MEMORY DISK_DEFAULT_VIEW_MEMORY
 
 /* Take a parameter.  1 if it belongs to this filter, 0 if not, or -1 with
  * the reason reported.
