@@ -51,6 +51,10 @@ container_init (struct container *c, const struct container_ops *ops,
   atomic_init (&c->size, size);
   atomic_init (&c->failed_flushes, 0);
   c->readonly = readonly;
+  c->abilities = (struct container_abilities) {
+    .zero = true, .zero_fast = true, .trim = true, .cache = true,
+    .flush = true,
+  };
   pthread_mutex_init (&c->grow_lock, NULL);
   pthread_mutex_init (&c->flush_lock, NULL);
   blocks_init (c);
@@ -160,6 +164,51 @@ container_zero (struct container *c, uint64_t count, uint64_t offset,
                   : blocks_zero (c, count, offset, punch));
 }
 
+/* The whole blocks of a range: how many bytes. */
+static uint64_t
+whole_blocks (const struct container *c, uint64_t count, uint64_t *offset)
+{
+  const uint64_t first = round_up (*offset, c->block_bytes);
+  const uint64_t end = round_down (*offset + count, c->block_bytes);
+
+  *offset = first;
+  return first < end ? end - first : 0;
+}
+
+int
+container_zero_fast (struct container *c, uint64_t count, uint64_t offset,
+                     bool punch)
+{
+  uint64_t first = offset;
+  int r;
+
+  if (c->readonly) {
+    errno = EROFS;
+    return -1;
+  }
+  count = clip (c, count, offset);
+  if (count == 0)
+    return 0;
+  if (c->ops->zero_fast == NULL || whole_blocks (c, count, &first) != count)
+    return 1;
+  r = c->ops->zero_fast (c, count, offset, punch);
+  return r == 1 ? 1 : changed (c, r);
+}
+
+int
+container_trim (struct container *c, uint64_t count, uint64_t offset)
+{
+  if (c->readonly) {
+    errno = EROFS;
+    return -1;
+  }
+  count = whole_blocks (c, clip (c, count, offset), &offset);
+  if (count == 0)
+    return 0;
+  return changed (c, c->ops->trim != NULL ? c->ops->trim (c, count, offset)
+                  : c->ops->zero (c, count, offset, true));
+}
+
 int
 container_cache (struct container *c, uint64_t count, uint64_t offset)
 {
@@ -171,15 +220,15 @@ container_cache (struct container *c, uint64_t count, uint64_t offset)
 
 int
 container_extent (struct container *c, uint64_t offset, uint64_t count,
-                  uint64_t *length, bool *hole)
+                  uint64_t *length, unsigned *flags)
 {
   const uint64_t inside = clip (c, count, offset);
 
-  *hole = inside == 0;
+  *flags = inside == 0 ? CONTAINER_HOLE | CONTAINER_ZERO : 0;
   *length = inside == 0 ? count : inside;
   if (inside == 0 || c->ops->extent == NULL)
     return 0;
-  return c->ops->extent (c, offset, inside, length, hole);
+  return c->ops->extent (c, offset, inside, length, flags);
 }
 
 int

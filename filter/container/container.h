@@ -56,6 +56,17 @@ struct container_ops {
   int (*zero) (struct container *, uint64_t count, uint64_t offset,
                bool punch);
 
+  /* The same, if that is faster than to write zeroes.  1 if it is not, and
+   * nothing was changed.  NULL if it never is.
+   */
+  int (*zero_fast) (struct container *, uint64_t count, uint64_t offset,
+                    bool punch);
+
+  /* The range is not needed any more, and may read as anything.  NULL if
+   * that is the same as to punch it.
+   */
+  int (*trim) (struct container *, uint64_t count, uint64_t offset);
+
   /* Bring the range into the cache of the storage.  May do nothing. */
   int (*cache) (struct container *, uint64_t count, uint64_t offset);
 
@@ -64,12 +75,12 @@ struct container_ops {
    */
   int (*flush) (struct container *);
 
-  /* Is the range from offset on a hole, which reads as zeroes, or data?
-   * *length says how far the answer holds, at least 1 and at most count.
-   * NULL if all is data.
+  /* What is known of the range from offset on (CONTAINER_HOLE, and
+   * CONTAINER_ZERO; 0 for data).  *length says how far the answer holds, at
+   * least 1 and at most count.  NULL if all is data.
    */
   int (*extent) (struct container *, uint64_t offset, uint64_t count,
-                 uint64_t *length, bool *hole);
+                 uint64_t *length, unsigned *flags);
 
   /* The bytes of storage that the container takes, which may be fewer than
    * its size.  -1 with ENOTSUP, or NULL, if that cannot be known.
@@ -90,6 +101,24 @@ struct container_ops {
   void (*close) (struct container *);
 };
 
+/* Flags of an extent, with NBD's values: it has no storage; it reads as
+ * zeroes.
+ */
+enum {
+  CONTAINER_HOLE = 1,
+  CONTAINER_ZERO = 2,
+};
+
+/* What the storage can do, for those who let others ask for it.  Whoever asks
+ * for more than that gets the same result at another price: zeroes are
+ * written, a flush makes nothing durable, the rest has no effect.
+ */
+struct container_abilities {
+  bool zero, zero_fast, trim, cache, flush;
+  bool is_rotational;
+  uint32_t preferred_bytes;     /* of a request, or 0 */
+};
+
 /* A counter that has a cache line to itself. */
 struct container_counter {
   _Atomic uint64_t count;
@@ -101,6 +130,7 @@ struct container {
   const struct container_ops *ops;
   _Atomic uint64_t size;        /* bytes; only grows, until truncate */
   bool readonly;
+  struct container_abilities abilities; /* constant once it is open */
   tally grown_bytes;            /* in all; changed under grow_lock */
   pthread_mutex_t grow_lock;    /* protects growth, taken last of all */
 
@@ -123,7 +153,9 @@ struct container {
   struct blocks_range *blocks_under_way;
 };
 
-/* Called by the implementations' open functions. */
+/* Called by the implementations' open functions.  The abilities are all that
+ * a file has.
+ */
 extern void container_init (struct container *, const struct container_ops *,
                             uint64_t size, bool readonly);
 
@@ -152,12 +184,22 @@ extern int container_pwrite_durable (struct container *, const void *buf,
  */
 extern int container_zero (struct container *, uint64_t count, uint64_t offset,
                            bool punch);
+
+/* As the operations above.  zero_fast returns 1, too, if the range is not of
+ * whole blocks.  trim leaves parts of blocks as they are.
+ */
+extern int container_zero_fast (struct container *, uint64_t count,
+                                uint64_t offset, bool punch);
+extern int container_trim (struct container *, uint64_t count,
+                           uint64_t offset);
+
 extern int container_cache (struct container *, uint64_t count,
                             uint64_t offset);
 
 /* As the operation above.  The part beyond the end is a hole. */
 extern int container_extent (struct container *, uint64_t offset,
-                             uint64_t count, uint64_t *length, bool *hole);
+                             uint64_t count, uint64_t *length,
+                             unsigned *flags);
 
 /* As the operation above, of the same name. */
 extern int container_allocated (struct container *, uint64_t *bytes);
@@ -187,6 +229,9 @@ extern void container_close (struct container *);
 extern struct container *container_open_file (int fd);
 extern struct container *container_open_file_writable (int fd);
 extern struct container *container_open_file_image (int fd);
+
+/* A disk: it can be written, and its size never changes. */
+extern struct container *container_open_file_disk (int fd);
 
 /* In memory, growing up to limit bytes (then ENOSPC), sparse.  A hook, if
  * set, is called before each operation that changes or flushes.  It fails

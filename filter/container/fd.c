@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "common/bytes.h"
+#include "container/container.h"
 #include "container/fd.h"
 
 #define GROW_ALIGN ((uint64_t) 64 << 10)
@@ -69,23 +70,24 @@ fd_pwrite (int fd, const void *buf, size_t count, uint64_t offset)
  */
 void
 fd_extent (int fd, uint64_t offset, uint64_t count, uint64_t *length,
-           bool *hole)
+           unsigned *flags)
 {
+  const unsigned hole = CONTAINER_HOLE | CONTAINER_ZERO;
   const off_t data = lseek (fd, offset, SEEK_DATA);
   off_t end;
 
-  *hole = false;
+  *flags = 0;
   *length = count;
   if (data == -1) {
     /* No data up to the end, unless the file was cut. */
     if (errno == ENXIO) {
       end = lseek (fd, 0, SEEK_END);
-      *hole = end != -1 && (uint64_t) end >= offset + count;
+      *flags = end != -1 && (uint64_t) end >= offset + count ? hole : 0;
     }
     return;
   }
   if ((uint64_t) data > offset) {
-    *hole = true;
+    *flags = hole;
     *length = min_u64 (count, data - offset);
     return;
   }

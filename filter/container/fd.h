@@ -27,7 +27,7 @@ extern int fd_pwrite (int fd, const void *buf, size_t count, uint64_t offset);
  * data.
  */
 extern void fd_extent (int fd, uint64_t offset, uint64_t count,
-                       uint64_t *length, bool *hole);
+                       uint64_t *length, unsigned *flags);
 
 /* The bytes that the file system has allocated for the file.  ENOTSUP if
  * that cannot be known, as for a block device.

@@ -6,8 +6,8 @@
 /* How this works
  *
  * A container over a file descriptor, of a file or a block device.  It
- * serves backing files, data files, and the image itself where the plugin
- * would only do the same (image/image-file.c).  The descriptor stays that
+ * serves backing files, data files, and where the plugin would only do the
+ * same (image/image-file.c) the image itself, or a disk beside its bitmaps.  The descriptor stays that
  * of the opened file, whatever happens to the file's name.
  *
  * The size of a read-only container is the size at the time of opening; a
@@ -175,9 +175,10 @@ punch_and_allocate (struct file *f, uint64_t count, uint64_t offset)
     : try_fallocate (f, 0, count, offset, &f->cannot_allocate);
 }
 
-/* The range is aligned. */
+/* The range is aligned.  1 if only zeroes can be written. */
 static int
-zero_aligned (struct file *f, uint64_t count, uint64_t offset, bool punch)
+zero_without_writing (struct file *f, uint64_t count, uint64_t offset,
+                      bool punch)
 {
   int r = 1;
 
@@ -189,6 +190,14 @@ zero_aligned (struct file *f, uint64_t count, uint64_t offset, bool punch)
                        &f->cannot_zero);
   if (r == 1 && !f->is_block_device)
     r = punch_and_allocate (f, count, offset);
+  return r;
+}
+
+static int
+zero_aligned (struct file *f, uint64_t count, uint64_t offset, bool punch)
+{
+  const int r = zero_without_writing (f, count, offset, punch);
+
   return r == 1 ? write_zeroes (&f->c, count, offset) : r;
 }
 
@@ -205,6 +214,17 @@ file_zero (struct container *c, uint64_t count, uint64_t offset, bool punch)
       write_zeroes (c, offset + count - end, end) == -1)
     return -1;
   return zero_aligned (f, end - first, first, punch);
+}
+
+static int
+file_zero_fast (struct container *c, uint64_t count, uint64_t offset,
+                bool punch)
+{
+  struct file *f = (struct file *) c;
+
+  if (offset % f->zero_alignment != 0 || count % f->zero_alignment != 0)
+    return 1;
+  return zero_without_writing (f, count, offset, punch);
 }
 
 static int
@@ -229,9 +249,9 @@ file_flush (struct container *c)
 
 static int
 file_extent (struct container *c, uint64_t offset, uint64_t count,
-             uint64_t *length, bool *hole)
+             uint64_t *length, unsigned *flags)
 {
-  fd_extent (((struct file *) c)->fd, offset, count, length, hole);
+  fd_extent (((struct file *) c)->fd, offset, count, length, flags);
   return 0;
 }
 
@@ -311,6 +331,7 @@ static const struct container_ops file_ops = {
   .pwrite = file_pwrite,
   .pwrite_durable = file_pwrite_durable,
   .zero = file_zero,
+  .zero_fast = file_zero_fast,
   .cache = file_cache,
   .flush = file_flush,
   .extent = file_extent,
@@ -321,7 +342,7 @@ static const struct container_ops file_ops = {
 };
 
 static struct container *
-open_file (int fd, bool readonly, bool is_image)
+open_file (int fd, bool readonly, bool is_image, bool writes_durably)
 {
   struct file *f;
   struct stat statbuf;
@@ -337,7 +358,7 @@ open_file (int fd, bool readonly, bool is_image)
     return NULL;
   container_init (&f->c, &file_ops, size, readonly);
   f->fd = fd;
-  f->durable_fd = is_image ? fd_reopen (fd) : -1;
+  f->durable_fd = writes_durably ? fd_reopen (fd) : -1;
   f->is_block_device = S_ISBLK (statbuf.st_mode);
   f->is_image = is_image;
   f->original_size = size;
@@ -348,17 +369,23 @@ open_file (int fd, bool readonly, bool is_image)
 struct container *
 container_open_file (int fd)
 {
-  return open_file (fd, true, false);
+  return open_file (fd, true, false, false);
 }
 
 struct container *
 container_open_file_writable (int fd)
 {
-  return open_file (fd, false, false);
+  return open_file (fd, false, false, false);
 }
 
 struct container *
 container_open_file_image (int fd)
 {
-  return open_file (fd, false, true);
+  return open_file (fd, false, true, true);
+}
+
+struct container *
+container_open_file_disk (int fd)
+{
+  return open_file (fd, false, false, true);
 }

@@ -65,6 +65,7 @@ struct next {
   struct stat file;             /* as it was when we were opened */
   const char *path;
   bool same_bytes;
+  bool is_disk;
 
   bool can_grow;
   const char *cannot_grow;      /* the reason, or NULL */
@@ -250,6 +251,48 @@ next_zero (struct container *c, uint64_t count, uint64_t offset, bool punch)
   return done == -1 ? -1 : 0;
 }
 
+/* The next three use the current view outside a section: a disk has only one.
+ *
+ * If the plugin refuses after a part is done, that has changed no more than
+ * the client asked for.
+ */
+static int
+next_zero_fast (struct container *c, uint64_t count, uint64_t offset,
+                bool punch)
+{
+  struct view *v = current_view ((struct next *) c);
+  int r = 0;
+
+  if (!v->can_zero_fast)
+    return 1;
+  while (count > 0 && r == 0) {
+    const uint32_t len = min_u64 (count, v->max_zero_bytes);
+
+    r = view_zero_fast (v, len, offset, punch);
+    offset += len;
+    count -= len;
+  }
+  return r;
+}
+
+static int
+next_trim (struct container *c, uint64_t count, uint64_t offset)
+{
+  struct view *v = current_view ((struct next *) c);
+
+  return v->can_trim ? view_trim (v, count, offset) : 0;
+}
+
+static int
+next_pwrite_durable (struct container *c, const void *buf, size_t count,
+                     uint64_t offset)
+{
+  struct next *n = (struct next *) c;
+  struct view *v = current_view (n);
+
+  return n->is_disk && v->can_fua ? view_pwrite_durable (v, buf, count, offset) : 1;
+}
+
 static int
 next_cache (struct container *c, uint64_t count, uint64_t offset)
 {
@@ -266,20 +309,40 @@ next_cache (struct container *c, uint64_t count, uint64_t offset)
   return r;
 }
 
+/* The extents of a disk are the plugin's.  Blocks that the request covers in
+ * part are data.
+ */
+static int
+disk_extent (struct next *n, uint64_t offset, uint64_t count,
+             uint64_t *length, unsigned *flags)
+{
+  const uint32_t block = n->c.block_bytes;
+  const uint64_t first = round_up (offset, block);
+  struct view *v = current_view (n);
+
+  if (first > offset || count < block) {
+    *length = min_u64 (count, first > offset ? first - offset : count);
+    return 0;
+  }
+  return view_extent (v, offset, round_down (count, block), length, flags);
+}
+
 /* Where the bytes are the file's, so are the holes. */
 static int
 next_extent (struct container *c, uint64_t offset, uint64_t count,
-             uint64_t *length, bool *hole)
+             uint64_t *length, unsigned *flags)
 {
   struct next *n = (struct next *) c;
   const struct use u = begin_use (n);
-  const bool can = u.view->can_extents && n->same_bytes;
+  const bool can = u.view->can_extents;
 
   end_use (n, &u);
   *length = count;
-  *hole = false;
-  if (can)
-    fd_extent (n->fd, offset, count, length, hole);
+  *flags = 0;
+  if (can && n->is_disk)
+    return disk_extent (n, offset, count, length, flags);
+  if (can && n->same_bytes)
+    fd_extent (n->fd, offset, count, length, flags);
   return 0;
 }
 
@@ -492,7 +555,10 @@ next_close (struct container *c)
 static const struct container_ops next_ops = {
   .pread = next_pread,
   .pwrite = next_pwrite,
+  .pwrite_durable = next_pwrite_durable,
   .zero = next_zero,
+  .zero_fast = next_zero_fast,
+  .trim = next_trim,
   .cache = next_cache,
   .flush = next_flush,
   .extent = next_extent,
@@ -517,8 +583,10 @@ new_next (const struct container_next_options *options)
   n->serialize = options->serialize;
   n->fd = options->fd;
   n->path = options->path;
-  n->same_bytes = options->fd != -1 && options->same_bytes;
-  n->cannot_grow = "no file is known";
+  n->same_bytes = options->fd != -1 && options->same_bytes &&
+    !options->is_disk;
+  n->is_disk = options->is_disk;
+  n->cannot_grow = options->is_disk ? "it is a disk" : "no file is known";
   atomic_init (&n->zero_alignment, 1);
   if (n->fd == -1)
     return n;
@@ -637,6 +705,11 @@ container_open_next (const struct container_next_options *options)
   v->serial_lock = n->serialize ? &n->serial_lock : NULL;
   container_init (&n->c, &next_ops, n->original_size, readonly);
   n->c.block_bytes = v->block_bytes;
+  n->c.abilities = (struct container_abilities) {
+    .zero = v->can_zero, .zero_fast = v->can_zero_fast,
+    .trim = v->can_trim, .cache = v->can_cache, .flush = v->can_flush,
+    .is_rotational = v->is_rotational, .preferred_bytes = v->preferred_bytes,
+  };
   grace_init (&n->users);
   pthread_mutex_init (&n->serial_lock, NULL);
   atomic_init (&n->view, v);
@@ -655,5 +728,5 @@ container_next_set_growth (struct container *c, const char *why_not)
 bool
 container_next_is_rotational (struct container *c)
 {
-  return current_view ((struct next *) c)->is_rotational;
+  return c->abilities.is_rotational;
 }

@@ -34,6 +34,11 @@ struct container_next_options {
    * whole block.
    */
   bool same_bytes;
+
+  /* The plugin's bytes are the guest's disk: it has just the plugin's size,
+   * can do what the plugin can (container_abilities), and has its extents.
+   */
+  bool is_disk;
 };
 
 /* Open a context of the plugin that all connections share.  The container is

@@ -41,14 +41,14 @@ ask_for_flags (struct view *v)
   const int write = next->can_write (next);
   const int flush = write == -1 ? -1 : next->can_flush (next);
   const int rotational = flush == -1 ? -1 : next->is_rotational (next);
-  int zero, cache, extents;
+  int trim, zero, zero_fast, cache, extents, fua;
 
   if (rotational == -1 ||
-      next->can_trim (next) == -1 ||
+      (trim = next->can_trim (next)) == -1 ||
       (zero = next->can_zero (next)) == -1 ||
-      next->can_fast_zero (next) == -1 ||
+      (zero_fast = next->can_fast_zero (next)) == -1 ||
       (extents = next->can_extents (next)) == -1 ||
-      next->can_fua (next) == -1 ||
+      (fua = next->can_fua (next)) == -1 ||
       next->can_multi_conn (next) == -1 ||
       (cache = next->can_cache (next)) == -1)
     return -1;
@@ -57,6 +57,9 @@ ask_for_flags (struct view *v)
   v->can_flush = flush;
   v->is_rotational = rotational;
   v->can_zero = zero != NBDKIT_ZERO_NONE;
+  v->can_zero_fast = v->can_zero && zero_fast;
+  v->can_trim = trim;
+  v->can_fua = fua == NBDKIT_FUA_NATIVE;
   v->can_cache = cache == NBDKIT_CACHE_NATIVE;
   v->can_extents = extents;
   return 0;
@@ -90,6 +93,7 @@ prime_view (struct view *v)
   v->plugin_size = size;
   v->size = round_down (size, minimum);
   v->block_bytes = minimum;
+  v->preferred_bytes = preferred;
   v->max_data_bytes = round_down (min_u64 (maximum, MAX_DATA_BYTES), minimum);
   v->max_zero_bytes = maximum == UINT32_MAX ? MAX_ZERO_BYTES
     : v->max_data_bytes;
@@ -201,8 +205,9 @@ view_pread (struct view *v, void *buf, uint64_t count, uint64_t offset)
   return 0;
 }
 
-int
-view_pwrite (struct view *v, const void *buf, uint64_t count, uint64_t offset)
+static int
+pwrite_with_flags (struct view *v, const void *buf, uint64_t count,
+                   uint64_t offset, uint32_t flags)
 {
   const char *p = buf;
 
@@ -211,7 +216,7 @@ view_pwrite (struct view *v, const void *buf, uint64_t count, uint64_t offset)
     int r, err = 0;
 
     begin_call (v);
-    r = v->next->pwrite (v->next, p, len, offset, 0, &err);
+    r = v->next->pwrite (v->next, p, len, offset, flags, &err);
     if (end_call (v, r, err) == -1)
       return -1;
     p += len;
@@ -222,14 +227,89 @@ view_pwrite (struct view *v, const void *buf, uint64_t count, uint64_t offset)
 }
 
 int
-view_zero (struct view *v, uint32_t count, uint64_t offset, bool punch)
+view_pwrite (struct view *v, const void *buf, uint64_t count, uint64_t offset)
 {
-  const uint32_t flags = punch ? NBDKIT_FLAG_MAY_TRIM : 0;
+  return pwrite_with_flags (v, buf, count, offset, 0);
+}
+
+int
+view_pwrite_durable (struct view *v, const void *buf, uint64_t count,
+                     uint64_t offset)
+{
+  return pwrite_with_flags (v, buf, count, offset, NBDKIT_FLAG_FUA);
+}
+
+static int
+zero_with_flags (struct view *v, uint32_t count, uint64_t offset,
+                 uint32_t flags)
+{
   int r, err = 0;
 
   begin_call (v);
   r = v->next->zero (v->next, count, offset, flags, &err);
   return end_call (v, r, err);
+}
+
+int
+view_zero (struct view *v, uint32_t count, uint64_t offset, bool punch)
+{
+  return zero_with_flags (v, count, offset,
+                          punch ? NBDKIT_FLAG_MAY_TRIM : 0);
+}
+
+int
+view_zero_fast (struct view *v, uint32_t count, uint64_t offset, bool punch)
+{
+  const int r = zero_with_flags (v, count, offset, NBDKIT_FLAG_FAST_ZERO |
+                                 (punch ? NBDKIT_FLAG_MAY_TRIM : 0));
+
+  return r == -1 && (errno == ENOTSUP || errno == EOPNOTSUPP) ? 1 : r;
+}
+
+int
+view_trim (struct view *v, uint64_t count, uint64_t offset)
+{
+  while (count > 0) {
+    const uint32_t len = min_u64 (count, v->max_zero_bytes);
+    int r, err = 0;
+
+    begin_call (v);
+    r = v->next->trim (v->next, len, offset, 0, &err);
+    if (end_call (v, r, err) == -1)
+      return -1;
+    offset += len;
+    count -= len;
+  }
+  return 0;
+}
+
+/* nbdkit has the extents of a plugin in a list, and merges neighbours. */
+int
+view_extent (struct view *v, uint64_t offset, uint64_t count,
+             uint64_t *length, unsigned *flags)
+{
+  const uint32_t len = min_u64 (count, v->max_zero_bytes);
+  struct nbdkit_extents *extents = nbdkit_extents_new (offset, offset + len);
+  int r, err = 0;
+
+  if (extents == NULL) {
+    errno = ENOMEM;
+    return -1;
+  }
+  begin_call (v);
+  r = v->next->extents (v->next, len, offset, NBDKIT_FLAG_REQ_ONE, extents,
+                        &err);
+  r = end_call (v, r, err);
+  *length = len;
+  *flags = 0;
+  if (r == 0 && nbdkit_extents_count (extents) > 0) {
+    const struct nbdkit_extent e = nbdkit_get_extent (extents, 0);
+
+    *length = min_u64 (e.length, len);
+    *flags = e.type;
+  }
+  nbdkit_extents_free (extents);
+  return r;
 }
 
 int

@@ -28,11 +28,15 @@ struct view {
   struct view *older;           /* in a list of replaced views */
   uint32_t max_data_bytes;
   uint32_t max_zero_bytes;
+  uint32_t preferred_bytes;     /* of a request, or 0 */
   bool can_write;
   bool can_flush;
   bool can_zero;
+  bool can_zero_fast;
+  bool can_trim;
   bool can_cache;
   bool can_extents;
+  bool can_fua;                 /* by itself, not by a flush */
   bool is_rotational;
 };
 
@@ -53,6 +57,10 @@ extern void view_close_all (struct view *);
 /* The calls.  The caller makes sure that the view can do what is asked
  * (can_zero and so on) and has the range, which is of whole blocks and, for
  * zeroes, no longer than max_zero_bytes.  0, or -1 with errno.
+ *
+ * view_zero_fast returns 1 if the plugin refused because it would not be fast.
+ * view_extent is about the range from offset on: *flags are NBD's, and
+ * *length, which is at most count, says how far they hold.
  */
 extern int view_pread (struct view *, void *buf, uint64_t count,
                        uint64_t offset);
@@ -60,6 +68,13 @@ extern int view_pwrite (struct view *, const void *buf, uint64_t count,
                         uint64_t offset);
 extern int view_zero (struct view *, uint32_t count, uint64_t offset,
                       bool punch);
+extern int view_pwrite_durable (struct view *, const void *buf,
+                                uint64_t count, uint64_t offset);
+extern int view_zero_fast (struct view *, uint32_t count, uint64_t offset,
+                           bool punch);
+extern int view_trim (struct view *, uint64_t count, uint64_t offset);
+extern int view_extent (struct view *, uint64_t offset, uint64_t count,
+                        uint64_t *length, unsigned *flags);
 extern int view_cache (struct view *, uint64_t count, uint64_t offset);
 extern int view_flush (struct view *);
 

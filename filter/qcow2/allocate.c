@@ -450,7 +450,7 @@ end_of_data (struct qcow2 *q, uint64_t from, uint64_t to, uint64_t *end)
 {
   CLEANUP_FREE uint8_t *bytes = malloc (65536);
   uint64_t looked_at = 0, length;
-  bool hole;
+  unsigned flags;
 
   if (bytes == NULL) {
     report_error ("malloc: %m");
@@ -459,11 +459,11 @@ end_of_data (struct qcow2 *q, uint64_t from, uint64_t to, uint64_t *end)
   *end = from;
   for (; from < to; from += length) {
     if (container_extent (q->container, from, to - from, &length,
-                          &hole) == -1) {
+                          &flags) == -1) {
       report_error ("cannot tell where the data in the image end: %m");
       return -1;
     }
-    if (hole)
+    if (flags & CONTAINER_ZERO)
       continue;
     length = min_u64 (length, 65536);
     if ((looked_at += length) > MAX_LOOKED_AT) {

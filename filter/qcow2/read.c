@@ -278,19 +278,19 @@ preallocated_extent (struct qcow2 *q, uint64_t offset, uint64_t limit,
 {
   const grace_ticket ticket = grace_enter (&q->requests);
   struct mapping m;
-  bool hole = false;
+  unsigned flags = 0;
   int r = mapping_lookup (q, offset, limit - offset, &m);
 
   if (r == 0) {
     *length = m.length;
     if (m.kind == MAPPING_DATA) {
-      r = container_extent (q->data, m.host, m.length, length, &hole);
+      r = container_extent (q->data, m.host, m.length, length, &flags);
       if (r == -1)
         report_error ("cannot tell what is data at host offset %#" PRIx64
                       ": %m", m.host);
     }
     /* A run that has changed since the look-up is still reported as data. */
-    *type = hole ? QCOW2_EXTENT_ZERO : QCOW2_EXTENT_DATA;
+    *type = flags & CONTAINER_ZERO ? QCOW2_EXTENT_ZERO : QCOW2_EXTENT_DATA;
   }
   grace_leave (&q->requests, ticket);
   return r;
@@ -300,15 +300,16 @@ static int
 raw_extent (struct qcow2 *q, uint64_t offset, uint64_t count,
             uint64_t *length, enum qcow2_extent_type *type)
 {
-  bool hole;
+  unsigned flags;
 
-  if (container_extent (q->backing.raw, offset, count, length, &hole) == -1) {
+  if (container_extent (q->backing.raw, offset, count, length,
+                        &flags) == -1) {
     report_error ("cannot tell what is data at offset %#" PRIx64 " of the "
                   "backing file: %m", offset);
     return -1;
   }
   /* Report them as explicit zeroes, since the backing file has them. */
-  *type = hole ? QCOW2_EXTENT_ZERO : QCOW2_EXTENT_DATA;
+  *type = flags & CONTAINER_ZERO ? QCOW2_EXTENT_ZERO : QCOW2_EXTENT_DATA;
   return 0;
 }
 

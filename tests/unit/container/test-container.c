@@ -794,40 +794,40 @@ test_file_extent (void **state)
   FILE *fp = tmpfile ();
   struct container *c;
   uint64_t length;
-  bool hole;
+  unsigned flags;
 
   (void) state;
   c = container_open_file_writable (fileno (fp));
   fill (c, 4 * MiB, MiB, 1);
   assert_int_equal (container_reserve (c, 16 * MiB), 0);
-  assert_int_equal (container_extent (c, 0, 16 * MiB, &length, &hole), 0);
-  if (!hole) {
+  assert_int_equal (container_extent (c, 0, 16 * MiB, &length, &flags), 0);
+  if (flags == 0) {
     print_message ("no holes in %s\n", P_tmpdir);
     skip ();
   }
   assert_int_equal (length, 4 * MiB);
-  assert_int_equal (container_extent (c, 5, 100, &length, &hole), 0);
-  assert_true (hole);
+  assert_int_equal (container_extent (c, 5, 100, &length, &flags), 0);
+  assert_int_equal (flags, CONTAINER_HOLE | CONTAINER_ZERO);
   assert_int_equal (length, 100);
-  assert_int_equal (container_extent (c, 4 * MiB + 9, 8 * MiB, &length, &hole),
+  assert_int_equal (container_extent (c, 4 * MiB + 9, 8 * MiB, &length, &flags),
                     0);
-  assert_false (hole);
+  assert_int_equal (flags, 0);
   assert_int_equal (length, MiB - 9);
-  assert_int_equal (container_extent (c, 5 * MiB, 8 * MiB, &length, &hole), 0);
-  assert_true (hole);
+  assert_int_equal (container_extent (c, 5 * MiB, 8 * MiB, &length, &flags), 0);
+  assert_int_equal (flags, CONTAINER_HOLE | CONTAINER_ZERO);
   assert_int_equal (length, 8 * MiB);
-  assert_int_equal (container_extent (c, 6 * MiB, 99 * MiB, &length, &hole),
+  assert_int_equal (container_extent (c, 6 * MiB, 99 * MiB, &length, &flags),
                     0);
-  assert_true (hole);
+  assert_int_equal (flags, CONTAINER_HOLE | CONTAINER_ZERO);
   assert_int_equal (length, 10 * MiB);
-  assert_int_equal (container_extent (c, 16 * MiB, 9, &length, &hole), 0);
-  assert_true (hole);
+  assert_int_equal (container_extent (c, 16 * MiB, 9, &length, &flags), 0);
+  assert_int_equal (flags, CONTAINER_HOLE | CONTAINER_ZERO);
   assert_int_equal (length, 9);
 
   /* Cut by somebody: what cannot be read is not a hole. */
   assert_int_equal (ftruncate (fileno (fp), 4 * MiB), 0);
-  assert_int_equal (container_extent (c, 5 * MiB, 8 * MiB, &length, &hole), 0);
-  assert_false (hole);
+  assert_int_equal (container_extent (c, 5 * MiB, 8 * MiB, &length, &flags), 0);
+  assert_int_equal (flags, 0);
   container_close (c);
   fclose (fp);
 }
