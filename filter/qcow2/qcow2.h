@@ -67,6 +67,12 @@ struct qcow2_options {
   const char *snapshot;
 };
 
+/* Make an image in an empty container, for a disk of size bytes (rounded up to
+ * 512) that reads as zeroes: version 3, clusters of 64 KiB, and durable on
+ * return.  EFBIG if the disk is too large.
+ */
+extern int qcow2_create (struct container *, uint64_t size);
+
 /* Open an image: check every field of the header, and load the L1 and
  * refcount tables.  Nothing is written, unless the image is marked dirty and
  * opened for writing: then its refcounts are repaired, or the image is
