@@ -456,14 +456,11 @@ open_disk (nbdkit_backend *backend)
   const struct export_options exports = get_export_options ();
   struct disk_options options;
   struct container *container;
-  bool is_rotational;
 
   container = image_file.is_direct ? image_file_container (&image_file)
     : open_plugin (backend);
   if (container == NULL)
     return -1;
-  is_rotational = !image_file.is_direct &&
-    container_next_is_rotational (container);
   if (chain == NULL && open_chain (container, container->readonly) == -1) {
     container_close (container);
     return -1;
@@ -476,7 +473,7 @@ open_disk (nbdkit_backend *backend)
     container_close (container);
     return -1;
   }
-  clients_start (disk, &exports, is_rotational);
+  clients_start (disk, &exports);
   if (filter_stack_may_quit (&command_line))
     clients_store_when_left (stop_store);
   return 0;

@@ -724,9 +724,3 @@ container_next_set_growth (struct container *c, const char *why_not)
   n->can_grow = why_not == NULL;
   n->cannot_grow = why_not;
 }
-
-bool
-container_next_is_rotational (struct container *c)
-{
-  return c->abilities.is_rotational;
-}

@@ -56,7 +56,4 @@ container_open_next (const struct container_next_options *);
 extern void container_next_set_growth (struct container *,
                                        const char *why_not);
 
-/* Does the plugin report a rotating disk? */
-extern bool container_next_is_rotational (struct container *);
-
 #endif /* DIRTY_BITMAP_NEXT_H */

@@ -74,9 +74,21 @@ format_specific (const struct qcow2_description *d)
   return json_pack ("{s:s,s:o}", "type", "qcow2", "data", data);
 }
 
+/* Of a disk that is beside its image: as QEMU's raw driver. */
+static json_t *
+raw_image (const struct control_options *o)
+{
+  return json_pack ("{s:o,s:s,s:I,s:b}",
+                    "filename", qmp_string (o->image), "format", "raw",
+                    "virtual-size", (json_int_t) disk_size (o->disk),
+                    "dirty-flag", 0);
+}
+
 static json_t *
 image (const struct control_options *o, const struct qcow2_description *d)
 {
+  if (disk_is_beside (o->disk))
+    return raw_image (o);
   return json_pack ("{s:o,s:s,s:I,s:I,s:b,s:o}",
                     "filename", qmp_string (o->image), "format", "qcow2",
                     "virtual-size", (json_int_t) disk_size (o->disk),
@@ -96,7 +108,8 @@ make_node (const struct control_options *o)
   node =
     json_pack ("{s:s,s:s,s:o,s:b,s:b,s:i,s:s,s:o,s:i,"
                "s:i,s:i,s:i,s:i,s:i,s:i,s:{s:b,s:b,s:b}}",
-               "node-name", o->node, "drv", "qcow2",
+               "node-name", o->node,
+               "drv", disk_is_beside (o->disk) ? "raw" : "qcow2",
                "file", qmp_string (o->image),
                "ro", disk_is_readonly (o->disk), "encrypted", 0,
                "backing_file_depth", (int) d.nr_backing,

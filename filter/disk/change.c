@@ -31,6 +31,7 @@
 #include "bitmap/change.h"
 #include "common/report.h"
 #include "disk/change.h"
+#include "disk/data.h"
 #include "disk/flush.h"
 #include "disk/internal.h"
 #include "qcow2/order.h"
@@ -177,7 +178,8 @@ carry_out (struct run *r)
   struct bitmap_change *c = r->c;
   struct disk_offers *offers;
 
-  if (!in_ram && image_flush_locked (d->qcow2, d->bitmaps) == -1)
+  if (!in_ram && (data_flush (d) == -1 ||
+                  image_flush_locked (d->qcow2, d->bitmaps) == -1))
     return -1;
   if (bitmap_change_prepare (c) == -1 || prepare_views (r) == -1)
     return -1;

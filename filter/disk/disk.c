@@ -27,6 +27,7 @@
 #include "common/names.h"
 #include "common/report.h"
 #include "container/container.h"
+#include "disk/data.h"
 #include "disk/flush.h"
 #include "disk/internal.h"
 #include "qcow2/order.h"
@@ -105,6 +106,89 @@ open_sets (struct disk *d, const struct disk_options *o, bool check_only)
   return check_expose (d, o);
 }
 
+/* A disk beside the image: the cheapest size of a write, unless its storage
+ * prefers a larger one.
+ */
+#define MIN_PREFERRED_BYTES 4096
+
+static int
+invalid_beside (void)
+{
+  errno = EINVAL;
+  return -1;
+}
+
+/* Has the image clusters of its own? */
+static int
+has_data (struct qcow2 *q, bool *any)
+{
+  const uint64_t size = qcow2_size (q);
+  uint64_t length;
+  unsigned depth = 0;
+
+  for (uint64_t at = 0; at < size && depth == 0; at += length)
+    if (qcow2_extent (q, at, size, &length, NULL, &depth) == -1)
+      return -1;
+  *any = depth != 0;
+  return 0;
+}
+
+/* An image that has only bitmaps, of a disk beside it. */
+static int
+check_bitmaps_only (const struct disk *d)
+{
+  bool any;
+
+  if (qcow2_version (d->qcow2) < 3) {
+    report_error ("the image beside the disk is of version 2, which can have "
+                  "no bitmaps");
+    return invalid_beside ();
+  }
+  if (has_data (d->qcow2, &any) == -1)
+    return -1;
+  if (!any)
+    return 0;
+  report_error ("the image beside the disk has data of its own");
+  return invalid_beside ();
+}
+
+/* The sizes of images are multiples of 512 bytes. */
+static int
+set_size (struct disk *d, const struct disk_options *o)
+{
+  const uint64_t size = qcow2_size (d->qcow2);
+
+  d->size = size;
+  if (o->beside == NULL)
+    return 0;
+  d->size = container_size (o->beside);
+  if (round_up (d->size, 512) == size)
+    return 0;
+  report_error ("the disk has %" PRIu64 " bytes, but the image beside it was "
+                "made for %" PRIu64, d->size, size);
+  return invalid_beside ();
+}
+
+static int
+open_beside (struct disk *d, const struct disk_options *o)
+{
+  const struct container_abilities *a;
+
+  if ((!o->beside_is_data_file && check_bitmaps_only (d) == -1) ||
+      set_size (d, o) == -1)
+    return -1;
+  if (o->beside_is_data_file || o->beside == NULL)
+    return 0;
+  d->beside = o->beside;
+  a = &d->beside->abilities;
+  d->abilities = (struct disk_abilities) {
+    .zero = a->zero, .zero_fast = a->zero_fast, .trim = a->trim,
+    .cache = a->cache, .flush = a->flush,
+    .is_rotational = a->is_rotational,
+  };
+  return 0;
+}
+
 static int
 open_parts (struct disk *d, struct container *c,
             const struct disk_options *options, bool check_only)
@@ -115,7 +199,8 @@ open_parts (struct disk *d, struct container *c,
     .cache_size = options->cache_size,
     .snapshot = options->snapshot,
     .backing = options->below,
-    .data_file = options->data_file,
+    .data_file = options->beside_is_data_file ? options->beside
+      : options->data_file,
   };
 
   offers_init (&d->offers);
@@ -123,6 +208,12 @@ open_parts (struct disk *d, struct container *c,
   if (d->qcow2 == NULL)
     return -1;
   d->size = qcow2_size (d->qcow2);
+  d->abilities = (struct disk_abilities) {
+    .zero = true, .zero_fast = true, .trim = true, .cache = true,
+    .flush = true, .is_rotational = c->abilities.is_rotational,
+  };
+  if (options->is_beside && open_beside (d, options) == -1)
+    return -1;
   if (open_sets (d, options, check_only) == -1)
     return -1;
   return check_only ? 0
@@ -190,8 +281,8 @@ disk_open (struct container *c, const struct disk_options *options)
 static int
 fail_lost (void)
 {
-  report_error ("an earlier flush of the image failed: what was written "
-                "before it may be lost");
+  report_error ("an earlier flush failed: what was written before it may be "
+                "lost");
   errno = EIO;
   return -1;
 }
@@ -223,7 +314,9 @@ disk_stop (struct disk *d)
   if (qcow2_is_readonly (d->qcow2))
     return 0;
   disk_tidy (d, true);
-  int r = bitmap_set_settle_doubt (d->bitmaps);
+  int r = data_flush (d);
+  if (bitmap_set_settle_doubt (d->bitmaps) == -1)
+    r = -1;
   if (image_stop (d->qcow2, d->bitmaps) == -1)
     r = -1;
   if (bitmap_set_give_back_reserved (d->bitmaps) &&
@@ -231,7 +324,7 @@ disk_stop (struct disk *d)
     r = -1;
   /* This reports which bitmaps could not be stored. */
   const bool stored = bitmap_set_all_stored (d->bitmaps);
-  const unsigned long lost = qcow2_lost (d->qcow2);
+  const unsigned long lost = data_lost (d);
   const bool is_told = atomic_exchange (&d->told, lost) == lost;
 
   if (r == -1 || !stored)
@@ -263,10 +356,24 @@ disk_is_readonly (const struct disk *d)
   return qcow2_is_readonly (d->qcow2);
 }
 
+bool
+disk_is_beside (const struct disk *d)
+{
+  return d->beside != NULL;
+}
+
+struct disk_abilities
+disk_can (const struct disk *d)
+{
+  return d->abilities;
+}
+
 uint32_t
 disk_preferred_block_size (const struct disk *d)
 {
-  return qcow2_cluster_size (d->qcow2);
+  if (d->beside == NULL)
+    return qcow2_cluster_size (d->qcow2);
+  return max_u64 (d->beside->abilities.preferred_bytes, MIN_PREFERRED_BYTES);
 }
 
 void
@@ -292,7 +399,7 @@ disk_read (struct disk *d, void *buf, uint32_t count, uint64_t offset)
 {
   if (check_range (d, count, offset) == -1)
     return -1;
-  return qcow2_read (d->qcow2, buf, count, offset);
+  return data_read (d, buf, count, offset);
 }
 
 int
@@ -300,7 +407,7 @@ disk_read_chunk (struct disk *d, uint64_t offset, struct qcow2_chunk *c)
 {
   if (check_range (d, c->limit, offset) == -1)
     return -1;
-  return qcow2_read_chunk (d->qcow2, offset, c);
+  return data_read_chunk (d, offset, c);
 }
 
 /* May the range be changed? */
@@ -319,11 +426,19 @@ check_change (const struct disk *d, uint64_t count, uint64_t offset)
 static int
 begin_change (struct disk *d, uint64_t count, uint64_t offset)
 {
-  if (count > 0 && ORDER (MARK_BEFORE_CHANGE) &&
-      bitmap_set_mark (d->bitmaps, offset, count) == -1)
+  if (data_begin_change (d) == -1 ||
+      (count > 0 && ORDER (MARK_BEFORE_CHANGE) &&
+       bitmap_set_mark (d->bitmaps, offset, count) == -1))
     return -1;
   views_keep (d, &d->views, offset, count);
   return 0;
+}
+
+/* A flush after a change with FUA, of what the data depend on. */
+static int
+flush_change (struct disk *d)
+{
+  return d->beside != NULL ? data_flush (d) : disk_sync (d);
 }
 
 /* If a barrier has failed since `lost` was read, before the change, the
@@ -335,15 +450,16 @@ end_change (struct disk *d, int r, bool fua, unsigned long lost)
 {
   if (r == -1 || !fua || !ORDER (FUA_BEFORE_RETURN))
     return r;
-  if (disk_sync (d) == -1)
+  if (flush_change (d) == -1)
     return -1;
-  return qcow2_lost (d->qcow2) == lost ? 0 : fail_lost ();
+  return data_lost (d) == lost ? 0 : fail_lost ();
 }
 
 int
 disk_write (struct disk *d, const void *buf, uint32_t count, uint64_t offset,
             bool fua)
 {
+  bool is_durable = fua && ORDER (FUA_BEFORE_RETURN);
   grace_ticket ticket;
   unsigned long lost;
   int r;
@@ -352,11 +468,11 @@ disk_write (struct disk *d, const void *buf, uint32_t count, uint64_t offset,
     return -1;
   ticket = disk_gate_enter (&d->gate);
   r = begin_change (d, count, offset);
-  lost = qcow2_lost (d->qcow2);
+  lost = data_lost (d);
   if (r == 0)
-    r = qcow2_write (d->qcow2, buf, count, offset);
+    r = data_write (d, buf, count, offset, &is_durable);
   disk_gate_leave (&d->gate, ticket);
-  return end_change (d, r, fua, lost);
+  return end_change (d, r, fua && !is_durable, lost);
 }
 
 /* Zeroes and trims pass the gate in parts, since one may be of any length:
@@ -377,8 +493,8 @@ zero_part (struct disk *d, uint64_t count, uint64_t offset,
   int r = begin_change (d, count, offset);
 
   if (r == 0)
-    r = z->is_trim ? qcow2_trim (d->qcow2, count, offset)
-      : qcow2_zero (d->qcow2, count, offset, z->flags);
+    r = z->is_trim ? data_trim (d, count, offset)
+      : data_zero (d, count, offset, z->flags);
   disk_gate_leave (&d->gate, ticket);
   return r;
 }
@@ -394,7 +510,7 @@ zero_in_parts (struct disk *d, uint64_t count, uint64_t offset,
 
   if (check_change (d, count, offset) == -1)
     return -1;
-  lost = qcow2_lost (d->qcow2);
+  lost = data_lost (d);
   while (count > 0 && r == 0) {
     const uint64_t n = is_whole ? count
       : min_u64 (count, PART_BYTES - offset % PART_BYTES);
@@ -425,23 +541,41 @@ disk_trim (struct disk *d, uint64_t count, uint64_t offset, bool fua)
   return zero_in_parts (d, count, offset, &z, fua);
 }
 
+/* Flush both with fn.  If the data are beside the image, it is reported as a
+ * matter of its own that the bitmaps could not be stored.
+ */
+static int
+sync_with (struct disk *d, int (*fn) (struct qcow2 *, struct bitmap_set *))
+{
+  struct report_hold hold;
+  int r;
+
+  if (d->beside == NULL)
+    r = fn (d->qcow2, d->bitmaps);
+  else {
+    report_hold_begin (&hold);
+    r = fn (d->qcow2, d->bitmaps);
+    report_hold_end (&hold);
+    if (r == -1)
+      report_limited_error ("the bitmaps could not be stored: %s",
+                            hold.any ? hold.text : "no reason");
+    r = data_flush (d);
+  }
+  bitmap_set_tell_unstored (d->bitmaps);
+  return r;
+}
+
 int
 disk_sync (struct disk *d)
 {
-  const int r = image_flush (d->qcow2, d->bitmaps);
-
-  bitmap_set_tell_unstored (d->bitmaps);
-  return r;
+  return sync_with (d, image_flush);
 }
 
 int
 disk_settle (struct disk *d)
 {
   disk_tidy (d, true);
-  const int r = image_settle (d->qcow2, d->bitmaps);
-
-  bitmap_set_tell_unstored (d->bitmaps);
-  return r;
+  return sync_with (d, image_settle);
 }
 
 void
@@ -473,7 +607,7 @@ disk_flush (struct disk *d, struct disk_client *client)
 {
   const unsigned long told = atomic_load (&client->told);
   const int r = disk_sync (d), err = errno;
-  const unsigned long lost = qcow2_lost (d->qcow2);
+  const unsigned long lost = data_lost (d);
 
   if (r == 0 && lost == told)
     return 0;
@@ -488,52 +622,32 @@ disk_cache (struct disk *d, uint64_t count, uint64_t offset)
 {
   if (check_range (d, count, offset) == -1)
     return -1;
-  return qcow2_cache (d->qcow2, count, offset);
+  return data_cache (d, count, offset);
 }
 
 static int
-get_extent (struct disk *d, uint64_t offset, uint64_t limit,
-            uint64_t *length, enum qcow2_extent_type *type, unsigned *depth)
+check_extent (const struct disk *d, uint64_t offset, uint64_t limit)
 {
-  if (limit <= offset || check_range (d, limit - offset, offset) == -1) {
-    errno = EINVAL;
-    return -1;
-  }
-  return qcow2_extent (d->qcow2, offset, limit, length, type, depth);
+  if (limit > offset && check_range (d, limit - offset, offset) == 0)
+    return 0;
+  errno = EINVAL;
+  return -1;
 }
 
 int
 disk_extent (struct disk *d, uint64_t offset, uint64_t limit,
              uint64_t *length, uint32_t *flags)
 {
-  enum qcow2_extent_type type;
-  unsigned depth;
-
-  if (get_extent (d, offset, limit, length, &type, &depth) == -1)
-    return -1;
-  switch (type) {
-  case QCOW2_EXTENT_ZERO:
-    *flags = DISK_EXTENT_ZERO;
-    break;
-  case QCOW2_EXTENT_UNALLOCATED:
-    *flags = DISK_EXTENT_HOLE | DISK_EXTENT_ZERO;
-    break;
-  default:
-    *flags = 0;
-  }
-  return 0;
+  return check_extent (d, offset, limit) == -1 ? -1
+    : data_extent (d, offset, limit, length, flags);
 }
 
 int
 disk_extent_depth (struct disk *d, uint64_t offset, uint64_t limit,
                    uint64_t *length, uint32_t *depth)
 {
-  unsigned n;
-
-  if (get_extent (d, offset, limit, length, NULL, &n) == -1)
-    return -1;
-  *depth = n;
-  return 0;
+  return check_extent (d, offset, limit) == -1 ? -1
+    : data_extent_depth (d, offset, limit, length, depth);
 }
 
 void

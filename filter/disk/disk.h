@@ -73,6 +73,14 @@ struct disk_options {
   struct container *data_file;
   const struct disk_backing *backing;
   size_t nr_backing;
+
+  /* The guest's disk is not in the image, which has only the bitmaps, but in
+   * another container.  That is the caller's and outlives the disk.  It may
+   * be the image's raw external data file, by whose tables it is then
+   * changed.  For disk_check it may be NULL: its size is not known yet.
+   */
+  bool is_beside, beside_is_data_file;
+  struct container *beside;
 };
 
 /* Check that the image can be served with these options, without
@@ -102,7 +110,17 @@ extern bool disk_is_readonly (const struct disk *);
 /* What is to be said of the image. */
 extern void disk_describe (const struct disk *, struct qcow2_description *);
 
-/* The size of a cluster in bytes: the cheapest size of a write. */
+/* Is the guest's disk beside the image (and not its data file)? */
+extern bool disk_is_beside (const struct disk *);
+
+/* What clients may be offered. */
+struct disk_abilities {
+  bool zero, zero_fast, trim, cache, flush;
+  bool is_rotational;
+};
+extern struct disk_abilities disk_can (const struct disk *);
+
+/* The cheapest size of a write in bytes: that of a cluster. */
 extern uint32_t disk_preferred_block_size (const struct disk *);
 
 extern int disk_read (struct disk *, void *buf, uint32_t count,

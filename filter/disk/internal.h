@@ -9,6 +9,7 @@
 /* What the files of disk/ share.
  *
  *   disk.c      open and close; requests; lists of bitmaps
+ *   data.c      the guest's data: in the image, or beside it
  *   delta.c     the disk as seen through one bitmap
  *   offers.c    the bitmaps that clients are offered
  *   view.c      the disk as it was when a backup began
@@ -40,6 +41,9 @@ struct disk {
                                    the gate */
   struct container *container;
   struct qcow2 *qcow2;
+  struct container *beside;     /* the guest's disk, if the image has only its
+                                   bitmaps; else NULL.  The caller's */
+  struct disk_abilities abilities;
   struct bitmap_set *bitmaps;   /* the image's, sets[0] */
   struct bitmap_set **sets;     /* and those of its backing files */
   uint64_t *sizes;              /* how much of the disk each set covers */

@@ -65,15 +65,20 @@ preferred_block_size (struct disk *disk)
 }
 
 static uint16_t
-transmission_flags (bool readonly)
+transmission_flags (const struct disk *disk, bool readonly)
 {
-  uint16_t flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_SEND_FLUSH |
-    NBD_FLAG_SEND_FUA | NBD_FLAG_CAN_MULTI_CONN | NBD_FLAG_SEND_CACHE;
+  const struct disk_abilities can = disk_can (disk);
+  uint16_t flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_CAN_MULTI_CONN |
+    (can.flush ? NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA : 0) |
+    (can.cache ? NBD_FLAG_SEND_CACHE : 0) |
+    (can.is_rotational ? NBD_FLAG_ROTATIONAL : 0);
 
   if (readonly)
     return flags | NBD_FLAG_READ_ONLY;
-  return flags | NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES |
-    NBD_FLAG_SEND_FAST_ZERO;
+  return flags |
+    (can.trim ? NBD_FLAG_SEND_TRIM : 0) |
+    (can.zero ? NBD_FLAG_SEND_WRITE_ZEROES : 0) |
+    (can.zero_fast ? NBD_FLAG_SEND_FAST_ZERO : 0);
 }
 
 static int
@@ -110,7 +115,7 @@ fill_service (struct service *s, struct disk *disk,
   s->size = disk_size (disk);
   s->preferred_block_size = preferred_block_size (disk);
   s->readonly = options->readonly || disk_is_readonly (disk);
-  s->eflags = transmission_flags (s->readonly);
+  s->eflags = transmission_flags (disk, s->readonly);
   s->tls = options->tls;
   s->limits = options->limits;
   complete_limits (&s->limits);

@@ -51,7 +51,6 @@
 static struct {
   struct disk *disk;
   struct export_options exports;
-  bool is_rotational;
   struct stats *stats;          /* or NULL */
   void (*store) (void);         /* called when a client disconnects, or NULL */
   atomic_bool closed;           /* the gate */
@@ -98,12 +97,10 @@ leave_request (int r, int *err, uint64_t began, enum stats_command command,
 }
 
 void
-clients_start (struct disk *disk, const struct export_options *exports,
-               bool is_rotational)
+clients_start (struct disk *disk, const struct export_options *exports)
 {
   gate.disk = disk;
   gate.exports = *exports;
-  gate.is_rotational = is_rotational;
   atomic_store (&gate.closed, false);
 }
 
@@ -299,32 +296,68 @@ yes (nbdkit_next *next, void *handle)
   return 1;
 }
 
+/* What the disk can do; nothing once the gate is closed. */
+static struct disk_abilities
+abilities (void)
+{
+  struct disk_abilities can = { 0 };
+  int err;
+  struct disk *disk = enter (&err);
+
+  if (disk != NULL) {
+    can = disk_can (disk);
+    leave (0, &err);
+  }
+  return can;
+}
+
+static int
+can_flush (nbdkit_next *next, void *handle)
+{
+  (void) next; (void) handle;
+  return abilities ().flush;
+}
+
 static int
 is_rotational (nbdkit_next *next, void *handle)
 {
   (void) next; (void) handle;
-  return gate.is_rotational;
+  return abilities ().is_rotational;
+}
+
+static int
+can_trim (nbdkit_next *next, void *handle)
+{
+  (void) next; (void) handle;
+  return abilities ().trim;
 }
 
 static int
 can_zero (nbdkit_next *next, void *handle)
 {
   (void) next; (void) handle;
-  return NBDKIT_ZERO_NATIVE;
+  return abilities ().zero ? NBDKIT_ZERO_NATIVE : NBDKIT_ZERO_NONE;
+}
+
+static int
+can_fast_zero (nbdkit_next *next, void *handle)
+{
+  (void) next; (void) handle;
+  return abilities ().zero_fast;
 }
 
 static int
 can_fua (nbdkit_next *next, void *handle)
 {
   (void) next; (void) handle;
-  return NBDKIT_FUA_NATIVE;
+  return abilities ().flush ? NBDKIT_FUA_NATIVE : NBDKIT_FUA_NONE;
 }
 
 static int
 can_cache (nbdkit_next *next, void *handle)
 {
   (void) next; (void) handle;
-  return NBDKIT_CACHE_NATIVE;
+  return abilities ().cache ? NBDKIT_CACHE_NATIVE : NBDKIT_CACHE_NONE;
 }
 
 /* Read, in calls of such a size that all requests under way together ask for
@@ -504,11 +537,11 @@ clients_set_callbacks (struct nbdkit_filter *f)
   f->export_description = export_description;
   f->block_size = block_size;
   f->can_write = can_write;
-  f->can_flush = yes;
+  f->can_flush = can_flush;
   f->is_rotational = is_rotational;
-  f->can_trim = yes;
+  f->can_trim = can_trim;
   f->can_zero = can_zero;
-  f->can_fast_zero = yes;
+  f->can_fast_zero = can_fast_zero;
   f->can_extents = yes;
   f->can_fua = can_fua;
   f->can_multi_conn = yes;

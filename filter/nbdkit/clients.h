@@ -23,8 +23,7 @@ extern void clients_count (struct stats *);
 /* From now on answer requests from the disk.  The strings of the options
  * outlive the clients.
  */
-extern void clients_start (struct disk *, const struct export_options *,
-                           bool is_rotational);
+extern void clients_start (struct disk *, const struct export_options *);
 
 /* Call store when a client disconnects, before the filters above learn of
  * it.

@@ -26,3 +26,9 @@ is_time_up (const struct qcow2 *q)
 {
   return now_ns () >= atomic_load (&q->hurry.at);
 }
+
+int
+qcow2_goes_on (const struct qcow2 *q)
+{
+  return request_goes_on (q);
+}

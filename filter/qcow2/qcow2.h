@@ -193,6 +193,9 @@ extern int qcow2_extent (struct qcow2 *, uint64_t offset, uint64_t limit,
  */
 extern void qcow2_hurry (struct qcow2 *, unsigned grace_ms);
 
+/* May a long request still go on?  -1 with errno ESHUTDOWN if not. */
+extern int qcow2_goes_on (const struct qcow2 *);
+
 /* Flush the image alone, without the bitmaps that bitmap/ keeps in it;
  * disk/flush.c flushes both.  If another flush began after this one was
  * called, and succeeded, this one succeeds, too.

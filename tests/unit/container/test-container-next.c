@@ -122,7 +122,7 @@ test_requests (void **state)
   (void) state;
   assert_non_null (c);
   assert_int_equal (container_size (c), MiB);
-  assert_true (container_next_is_rotational (c));
+  assert_true (c->abilities.is_rotational);
   memset (expected, 5, sizeof expected);
   assert_int_equal (container_pwrite (c, expected, 1000, MiB - 1000), 0);
   assert_int_equal (container_pread (c, buf, 1000, MiB - 1000), 0);
