@@ -13,7 +13,7 @@
  *              nbdkit/plugin-parameters.c)
  * get_ready    all checks are made here, where the user sees an error and
  *              nbdkit exits with it: the image and the files that it refers
- *              to are locked and checked, keys and certificates loaded, the
+ *              to are locked and checked (storage.c), keys and certificates loaded, the
  *              listening address bound, and it is decided which server
  *              answers the clients
  * after_fork   the plugin is opened, unless its file is used directly, and
@@ -46,12 +46,8 @@
 #include "common/cleanup.h"
 #include "common/meter.h"
 #include "common/report.h"
-#include "container/container.h"
-#include "container/next.h"
 #include "control/control.h"
 #include "disk/disk.h"
-#include "image/chain.h"
-#include "image/image-file.h"
 #include "nbd/nbd.h"
 #include "nbdkit/clients.h"
 #include "nbdkit/command-line.h"
@@ -67,6 +63,7 @@
 #include "settings.h"
 #include "stats/stats-file.h"
 #include "stats/stats.h"
+#include "storage.h"
 
 /* How long the client of nbdkit -s may take to receive its last replies. */
 #define SINGLE_GRACE_MS 300
@@ -76,18 +73,16 @@ static struct parameters parameters;
 static struct plugin_parameters plugin_parameters;
 static struct command_line command_line;
 static bool has_command_line;
-static struct image_file image_file = { .fd = -1 };
+static struct storage storage = STORAGE_INITIAL;
 static struct listen_sockets listen_sockets;
 static bool stands_in;
 static int thread_model;
-static struct chain *chain;     /* what the image refers to */
 static struct disk *disk;
 static struct nbd_tls *tls;     /* or NULL: none */
 static struct nbd_server *server;
 static struct control *control; /* or NULL: not requested */
 static struct listen_sockets control_sockets;
 static struct stats *stats;     /* or NULL: not requested */
-static char *default_scratch;   /* unless dirty-bitmap-scratch is given */
 static bool failed;             /* to write at shutdown */
 
 static void
@@ -166,7 +161,7 @@ dirty_bitmap_config (nbdkit_next_config *next, nbdkit_backend *nxdata,
   if (prepare_plugin (next, nxdata) == -1)
     return -1;
   plugin_parameters_note (&plugin_parameters, key, value);
-  if (image_file_remember (&image_file, key, value) == -1)
+  if (image_file_remember (&storage.file, key, value) == -1)
     return -1;
   return next (nxdata, key, value);
 }
@@ -188,34 +183,6 @@ dirty_bitmap_config_complete (nbdkit_next_config_complete *next,
   return next (nxdata);
 }
 
-static bool
-is_readonly (void)
-{
-  return command_line.readonly || parameters.snapshot != NULL;
-}
-
-static void
-get_disk_options (struct disk_options *o)
-{
-  memset (o, 0, sizeof *o);
-  o->readonly = is_readonly ();
-  o->snapshot = parameters.snapshot;
-  o->keep = parameters.keep;
-  o->cache_size = parameters.cache_size;
-  o->granularity = parameters.granularity;
-  o->require = (const char *const *) parameters.require.name;
-  o->nr_require = parameters.require.nr;
-  o->expose = (const char *const *) parameters.expose.name;
-  o->nr_expose = parameters.expose.nr;
-  o->load_all = parameters.is_controlled;
-  o->scratch = parameters.scratch != NULL ? parameters.scratch
-    : default_scratch;
-  o->scratch_max = parameters.scratch_size;
-  o->view_memory = parameters.view_memory;
-  if (chain != NULL)
-    chain_give (chain, o);
-}
-
 static struct export_options
 get_export_options (void)
 {
@@ -224,82 +191,6 @@ get_export_options (void)
     .description = parameters.description,
     .list_deltas = parameters.list_deltas,
   };
-}
-
-/* Where views keep what the image does not have any more: beside the image,
- * where such an amount is most likely to fit, or else where the system has
- * temporary files that need not fit into memory.
- */
-static int
-choose_scratch (void)
-{
-  const char *dir = getenv ("TMPDIR");
-  char *slash;
-
-  if (!parameters.is_controlled || parameters.scratch != NULL)
-    return 0;
-  if (image_file.true_path != NULL && !image_file.is_block_device) {
-    default_scratch = strdup (image_file.true_path);
-    if (default_scratch != NULL) {
-      slash = strrchr (default_scratch, '/');
-      slash[slash == default_scratch] = '\0';
-    }
-  }
-  else {
-    if (dir != NULL)
-      default_scratch = realpath (dir, NULL);
-    if (default_scratch == NULL)
-      default_scratch = strdup ("/var/tmp");
-  }
-  if (default_scratch != NULL)
-    return 0;
-  nbdkit_error ("strdup: %m");
-  return -1;
-}
-
-/* Open the files that the image refers to. */
-static int
-open_chain (struct container *image, bool readonly)
-{
-  const struct chain_options options = {
-    .readonly = readonly,
-    .holds_writes = filter_stack_holds_writes (&command_line),
-    .path = image_file.path,
-    .fd = image_file.fd,
-    .allowed = (const char *const *) parameters.allow.name,
-    .nr_allowed = parameters.allow.nr,
-    .cache_size = parameters.cache_size,
-  };
-
-  chain = chain_open (image, &options);
-  return chain == NULL ? -1 : 0;
-}
-
-/* If the bytes that will be served are the file's: check that they can be
- * served.
- */
-static int
-check_image (void)
-{
-  struct disk_options options;
-  struct container *image;
-  int r;
-
-  if (image_file.differs != NULL)
-    return 0;
-  image = container_open_file (image_file.fd);
-  if (image == NULL) {
-    nbdkit_error ("%s: %m", image_file.path);
-    return -1;
-  }
-  r = open_chain (image, image_file.readonly);
-  if (r == 0) {
-    get_disk_options (&options);
-    options.readonly = image_file.readonly;
-    r = disk_check (image, &options);
-  }
-  container_close (image);
-  return r;
 }
 
 /* nbdkit's own server will answer, although the user did not choose that. */
@@ -391,7 +282,7 @@ dirty_bitmap_get_ready (int model)
   const struct settings settings = {
     .parameters = &parameters,
     .command_line = &command_line,
-    .image_path = image_file.path,
+    .image_path = storage.file.path,
   };
 
   thread_model = model;
@@ -409,9 +300,10 @@ dirty_bitmap_get_ready (int model)
       tls_options_load (&command_line.tls, &tls) == -1)
     return -1;
 
-  if (image_file_open (&image_file, &command_line, is_readonly ()) == -1 ||
-      choose_scratch () == -1 ||
-      check_image () == -1 || settings_check_locked (&settings) == -1)
+  storage.parameters = &parameters;
+  storage.command_line = &command_line;
+  if (storage_prepare (&storage) == -1 ||
+      settings_check_locked (&settings) == -1)
     return -1;
   if ((parameters.stats != NULL || parameters.is_controlled) &&
       prepare_stats () == -1)
@@ -428,51 +320,15 @@ dirty_bitmap_get_ready (int model)
   return 0;
 }
 
-/* Open the plugin. */
-static struct container *
-open_plugin (nbdkit_backend *backend)
-{
-  const struct container_next_options options = {
-    .backend = backend,
-    .readonly = is_readonly (),
-    .serialize = thread_model < NBDKIT_THREAD_MODEL_PARALLEL,
-    .fd = image_file.fd,
-    .path = image_file.true_path,
-    .same_bytes = image_file.differs == NULL,
-  };
-  struct container *c = container_open_next (&options);
-
-  if (c != NULL && image_file_attach (&image_file, c) == -1) {
-    container_close (c);
-    return NULL;
-  }
-  return c;
-}
-
-/* Open the container of the disk, and the disk. */
 static int
 open_disk (nbdkit_backend *backend)
 {
   const struct export_options exports = get_export_options ();
-  struct disk_options options;
-  struct container *container;
 
-  container = image_file.is_direct ? image_file_container (&image_file)
-    : open_plugin (backend);
-  if (container == NULL)
+  disk = storage_open (&storage, backend,
+                       thread_model < NBDKIT_THREAD_MODEL_PARALLEL);
+  if (disk == NULL)
     return -1;
-  if (chain == NULL && open_chain (container, container->readonly) == -1) {
-    container_close (container);
-    return -1;
-  }
-
-  get_disk_options (&options);
-  options.readonly = options.readonly || container->readonly;
-  disk = disk_open (container, &options);
-  if (disk == NULL) {
-    container_close (container);
-    return -1;
-  }
   clients_start (disk, &exports);
   if (filter_stack_may_quit (&command_line))
     clients_store_when_left (stop_store);
@@ -528,13 +384,6 @@ start_server (void)
   return 0;
 }
 
-static const char *
-image_name (void)
-{
-  return image_file.path != NULL ? image_file.path
-    : command_line.plugin != NULL ? command_line.plugin : "";
-}
-
 static int
 start_control (void)
 {
@@ -543,7 +392,7 @@ start_control (void)
     .stats = stats,
     .exports = get_export_options (),
     .node = parameters.node != NULL ? parameters.node : CONTROL_DEFAULT_NODE,
-    .image = image_name (),
+    .image = storage_name (&storage),
     .quit = stop_ask,
   };
   const int fd = control_sockets.fd[0];
@@ -667,24 +516,20 @@ dirty_bitmap_cleanup (nbdkit_backend *backend)
   stats_file_stop ();
   disk_close (disk);
   disk = NULL;
-  chain_close (chain);
-  chain = NULL;
+  storage_close_disk (&storage, !failed);
   report_limits_end ();
 }
 
 static void
 dirty_bitmap_unload (void)
 {
-  chain_close (chain);          /* if get_ready failed */
-  image_file_close (&image_file);
+  storage_free (&storage);
   listen_close (&listen_sockets);
   listen_close (&control_sockets);
   sockets_free ();
   nbd_tls_free (tls);
   stats_file_free ();
   stats_free (stats);
-  free (default_scratch);
-  default_scratch = NULL;
   parameters_free (&parameters);
   command_line_free (&command_line);
   report_sink = NULL;

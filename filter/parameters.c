@@ -66,6 +66,8 @@ const char parameters_help[] =
   "dirty-bitmap-crash=keep|mark   Bitmaps stay complete in a crash, or are\n"
   "                               marked (default: keep).\n"
   "dirty-bitmap-delta=on|off      List the exports delta:BITMAP (default: off).\n"
+  "dirty-bitmap-image=FILE        The plugin serves the disk itself. This qcow2\n"
+  "                               image has its bitmaps (created if absent).\n"
   "dirty-bitmap-snapshot=NAME_OR_ID\n"
   "                               Serve this internal snapshot, read-only.\n"
   "dirty-bitmap-cache-size=SIZE   Memory for the image's tables (default: 40M).\n"
@@ -378,10 +380,34 @@ take_either (const char *key, const char *value, const char *yes,
   return 1;
 }
 
+/* The path of a file that need not exist, made absolute. */
+static int
+take_file (char **path, const char *key, const char *value)
+{
+  if (*path != NULL)
+    return repeated (key);
+  if (*value == '\0') {
+    report_error ("%s: the name of a file must not be empty", key);
+    return -1;
+  }
+  *path = used_paths_absolute (value);
+  if (*path == NULL) {
+    report_error ("%s: %s: %m", key, value);
+    return -1;
+  }
+  return 1;
+}
+
 static int
 take_crash (struct parameters *p, const char *key, const char *value)
 {
   return take_either (key, value, "keep", "mark", &p->keep, &p->crash_given);
+}
+
+static int
+take_image (struct parameters *p, const char *key, const char *value)
+{
+  return take_file (&p->image, key, value);
 }
 
 static int
@@ -538,18 +564,7 @@ take_view_memory (struct parameters *p, const char *key, const char *value)
 static int
 take_stats (struct parameters *p, const char *key, const char *value)
 {
-  if (p->stats != NULL)
-    return repeated (key);
-  if (*value == '\0') {
-    report_error ("%s: the name of a file must not be empty", key);
-    return -1;
-  }
-  p->stats = used_paths_absolute (value);
-  if (p->stats == NULL) {
-    report_error ("%s: %s: %m", key, value);
-    return -1;
-  }
-  return 1;
+  return take_file (&p->stats, key, value);
 }
 
 static int
@@ -593,6 +608,7 @@ parameters_take (struct parameters *p, const char *key, const char *value)
     { "dirty-bitmap-granularity", take_granularity },
     { "dirty-bitmap-handshake-timeout", take_handshake_timeout },
     { "dirty-bitmap-idle-timeout", take_idle_timeout },
+    { "dirty-bitmap-image", take_image },
     { "dirty-bitmap-listen", take_listen },
     { "dirty-bitmap-max-connections", take_max_connections },
     { "dirty-bitmap-max-memory", take_max_memory },
@@ -650,6 +666,12 @@ parameters_complete (struct parameters *p)
                   p->require.nr != 0 ? "dirty-bitmap" : "dirty-bitmap-expose");
     return -1;
   }
+  if (p->snapshot != NULL && p->image != NULL) {
+    report_error ("dirty-bitmap-image: cannot be used with "
+                  "dirty-bitmap-snapshot, which is of the image that the "
+                  "plugin serves");
+    return -1;
+  }
   if (p->granularity != 0 && p->require.nr == 0) {
     report_error ("dirty-bitmap-granularity: requires dirty-bitmap");
     return -1;
@@ -694,6 +716,7 @@ parameters_free (struct parameters *p)
   free_names (&p->expose);
   free_names (&p->allow);
   free (p->snapshot);
+  free (p->image);
   free (p->exportname);
   free (p->description);
   free (p->stats);

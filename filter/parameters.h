@@ -35,6 +35,7 @@ struct parameters {
   char *description;            /* dirty-bitmap-description, or NULL */
   bool list_deltas;             /* dirty-bitmap-delta */
   bool keep;                    /* dirty-bitmap-crash=keep, the default */
+  char *image;                  /* dirty-bitmap-image, absolute, or NULL */
   char *stats;                  /* dirty-bitmap-stats, absolute, or NULL */
   unsigned stats_interval;      /* dirty-bitmap-stats-interval, or 0 */
   bool listens;                 /* dirty-bitmap-listen */

@@ -35,7 +35,9 @@ check_paths (const struct settings *s)
 {
   const struct command_line *cl = s->command_line;
   const struct used_path paths[] = {
-    { "the image", filter_stack_is_file (cl) ? s->image_path : NULL },
+    { s->parameters->image != NULL ? "the disk" : "the image",
+      filter_stack_is_file (cl) ? s->image_path : NULL },
+    { "dirty-bitmap-image", s->parameters->image },
     { "-P", cl->pid_file },
     { "--log", cl->log_file },
     { "-U", cl->unix_path },

@@ -77,6 +77,7 @@ struct chain {
   size_t nr_images;
   struct disk_backing *backing; /* those images that are qcow2 */
   size_t nr_backing;
+  bool has_disk;                /* see chain_has_disk */
 };
 
 /* The image's name in messages. */
@@ -126,17 +127,23 @@ close_file (struct chain_file *f)
   free (f->path);
 }
 
+static struct reference_rules
+rules_of (const struct chain *chain)
+{
+  return (struct reference_rules) {
+    .own_folder = chain->own_folder,
+    .allowed = chain->options->allowed,
+    .nr_allowed = chain->options->nr_allowed,
+  };
+}
+
 /* Open the file at path.  f owns it, whatever this returns. */
 static int
 open_file (const struct chain *chain, const struct chain_image *of,
            char *path, const char *role, bool writable,
            struct chain_file *f)
 {
-  const struct reference_rules rules = {
-    .own_folder = chain->own_folder,
-    .allowed = chain->options->allowed,
-    .nr_allowed = chain->options->nr_allowed,
-  };
+  const struct reference_rules rules = rules_of (chain);
   struct stat statbuf;
   CLEANUP_CLOSE int place = reference_find (&rules, of->file.path, path, role,
                                             &statbuf);
@@ -193,6 +200,46 @@ find_own_folder (struct chain *chain)
   return 0;
 }
 
+/* The data file of an image beside a disk: its file. */
+static int
+compare_disk (struct chain *chain, const struct chain_image *image)
+{
+  const struct stat *disk = chain->options->disk;
+  CLEANUP_FREE char *path = NULL;
+  struct reference_rules rules;
+  struct stat statbuf;
+  CLEANUP_CLOSE int place = -1;
+
+  if (!image->references.data_file_raw) {
+    report_error ("%s: the image has an external data file that is not raw, "
+                  "so its disk cannot be served from there: serve the image "
+                  "itself", name_of (image));
+    return invalid (EINVAL);
+  }
+  path = reference_resolve (image->file.path, image->references.data_file_name,
+                            "data file", true);
+  if (path == NULL || find_own_folder (chain) == -1)
+    return -1;
+  if (disk == NULL) {
+    report_error ("%s: the image has the external data file '%s', and it "
+                  "cannot be known whether the disk is that file",
+                  name_of (image), path);
+    return invalid (EINVAL);
+  }
+  rules = rules_of (chain);
+  place = reference_find (&rules, image->file.path, path, "data file",
+                          &statbuf);
+  if (place == -1)
+    return -1;
+  if (!same_file (&statbuf, disk->st_dev, disk->st_ino)) {
+    report_error ("%s: the image has the external data file '%s', which is "
+                  "not the disk that is served", name_of (image), path);
+    return invalid (EINVAL);
+  }
+  chain->has_disk = true;
+  return 0;
+}
+
 /* Open the external data file of the image that was added last. */
 static int
 open_data_file (struct chain *chain)
@@ -210,6 +257,8 @@ open_data_file (struct chain *chain)
                   "does not name it", name_of (image));
     return invalid (EINVAL);
   }
+  if (is_top && chain->options->is_beside)
+    return compare_disk (chain, image);
   /* Otherwise there would be guest data that the image does not refer to, in
    * place of those that it does.
    */
@@ -369,6 +418,11 @@ follow (struct chain *chain, struct container *c)
       return -1;
     if (image->references.backing_name == NULL)
       return 0;
+    if (chain->options->is_beside) {
+      report_error ("%s: the image has a backing file, which an image beside "
+                    "a disk cannot have", name_of (image));
+      return invalid (EINVAL);
+    }
     if (open_backing_file (chain) == -1)
       return -1;
     c = chain->image[chain->nr_images - 1].file.container;
@@ -501,6 +555,12 @@ chain_close (struct chain *chain)
   free (chain->backing);
   free (chain->own_folder);
   free (chain);
+}
+
+bool
+chain_has_disk (const struct chain *chain)
+{
+  return chain->has_disk;
 }
 
 void

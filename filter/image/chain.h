@@ -13,6 +13,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/stat.h>
 
 struct chain;
 struct container;
@@ -33,6 +34,13 @@ struct chain_options {
   size_t nr_allowed;
 
   uint64_t cache_size;          /* of the image, bytes */
+
+  /* The image is that of dirty-bitmap-image.  Its data file, if it has one,
+   * is not opened: it has to be the disk's file, whose status this is, or
+   * NULL if it is not known.
+   */
+  bool is_beside;
+  const struct stat *disk;
 };
 
 /* Open and lock what the image in the container refers to.  Backing
@@ -48,5 +56,8 @@ extern void chain_close (struct chain *);
 
 /* Fill in what the disk has to know about the chain.  The chain keeps it. */
 extern void chain_give (const struct chain *, struct disk_options *);
+
+/* is_beside: is the disk's file the image's data file? */
+extern bool chain_has_disk (const struct chain *);
 
 #endif /* DIRTY_BITMAP_CHAIN_H */

@@ -148,6 +148,7 @@ struct container *
 image_file_container (struct image_file *f)
 {
   struct container *c = f->readonly ? container_open_file (f->fd)
+    : f->is_disk ? container_open_file_disk (f->fd)
     : container_open_file_image (f->fd);
 
   if (c == NULL) {
@@ -207,6 +208,8 @@ image_file_attach (struct image_file *f, struct container *c)
 {
   const char *why_not = f->differs;
 
+  if (f->is_disk)
+    return 0;
   if (why_not == NULL) {
     if (compare (f, c) == -1)
       return -1;

@@ -14,6 +14,8 @@ struct command_line;
 struct container;
 
 struct image_file {
+  bool is_disk;                 /* the file is the guest's disk, and no image:
+                                   its size never changes; set by the caller */
   char *path;                   /* absolute; after image_file_open, NULL if
                                    there is no such file */
   char *true_path;              /* the same with no symbolic links: the
