@@ -7,7 +7,8 @@
 was flushed reads back (I2), and a bitmap that is not marked in-use has
 every change (I3).  A disabled bitmap does not change at all (I4).  With
 dirty-bitmap-crash=keep no bitmap is ever marked, and none reports more than
-the statistics said that it would.
+the statistics said that it would.  The disk is in the image, or beside it
+(dirty-bitmap-image).
 
 POINTS=N kills more often; SEED=N replays (as far as time can be).
 """
@@ -119,7 +120,8 @@ def check_extra(server, handles, history, flush_often):
 
 
 def images():
-    """Images to start from, with some data and bits in them."""
+    """Images to start from, with some data and bits in them, and raw disks
+    that they are beside."""
     for cluster in (512, 4096, 65536):
         name = "base%d.qcow2" % cluster
         harness.create(name, SIZE, *RECORDING.items(), ("off", 4096),
@@ -127,20 +129,37 @@ def images():
         harness.run("qemu-io", "-f", "qcow2", "-c", "write -P 1 1M 3M",
                     "-c", "write -P 2 9000000 512", name)
         harness.run("qemu-img", "bitmap", "--disable", name, "off")
-        yield name, harness.contents(name), Image(name).bitmap("off").raw()
+        off = Image(name).bitmap("off").raw()
+        yield name, None, harness.contents(name), off
+    if harness.SERVER == "nbdkit":
+        name = "beside.qcow2"
+        harness.create(name, SIZE, *RECORDING.items(), ("off", 4096))
+        harness.run("qemu-img", "bitmap", "--disable", name, "off")
+        original = rnd.randbytes(3 << 20) + bytes(SIZE - (3 << 20))
+        with open("base.raw", "wb") as f:
+            f.write(original)
+        yield name, "disk.raw", original, Image(name).bitmap("off").raw()
+
+
+def serve(disk, *params):
+    if disk is None:
+        return Server("disk.qcow2", *params)
+    return Server(disk, "dirty-bitmap-image=disk.qcow2", *params)
 
 
 harness.requires("qemu-io")
 bases = list(images())
 clean = 0
 for point in range(POINTS):
-    base, original, off = bases[point % len(bases)]
+    base, disk, original, off = bases[point % len(bases)]
     shutil.copyfile(base, "disk.qcow2")
+    if disk is not None:
+        shutil.copyfile("base.raw", disk)
     history = History(original)
     keep = harness.SERVER == "nbdkit" and point // len(bases) % 2
     if os.path.exists("stats"):
         os.remove("stats")
-    server = Server("disk.qcow2", *(
+    server = serve(disk, *(
         ["dirty-bitmap-crash=" + ("keep" if keep else "mark"),
          "dirty-bitmap-stats=" + os.path.realpath("stats")]
         if harness.SERVER == "nbdkit" else []))
@@ -154,22 +173,23 @@ for point in range(POINTS):
         load(handles, history, flush_often, 60)
         killer.join()
     server.kill()
-    unmarked = history.verify("disk.qcow2", disabled=OFF)
+    unmarked = history.verify("disk.qcow2", disabled=OFF, disk=disk)
     clean += unmarked
     assert not keep or unmarked == len(RECORDING), "a kill cost a bitmap"
     if harness.SERVER != "nbdkit":
         continue
     assert Image("disk.qcow2").bitmap("off").raw() == off, "I4"
-    if point % 6 == 0:
+    if point % 5 == 0:
         # The image goes on: it is served, written and stopped cleanly.
-        before = harness.contents("disk.qcow2")
-        server = Server("disk.qcow2")
+        before = harness.disk_contents("disk.qcow2", disk)
+        server = serve(disk)
         h = server.connect()
         assert h.pread(SIZE, 0) == before
         h.pwrite(b"again" * 1000, 12345)
         h.shutdown()
         server.stop()
         harness.check("disk.qcow2")
-        assert harness.contents("disk.qcow2")[12345:17345] == b"again" * 1000
+        assert harness.disk_contents("disk.qcow2", disk)[12345:17345] == \
+            b"again" * 1000
 print("%d kills, %d of %d bitmaps survived unmarked" %
       (POINTS, clean, POINTS * len(RECORDING)))

@@ -152,20 +152,31 @@ check_bitmaps_only (const struct disk *d)
   return invalid_beside ();
 }
 
-/* The sizes of images are multiples of 512 bytes. */
+/* The sizes of images are multiples of 512 bytes.  QEMU makes data files of
+ * whole clusters, and the image says how much of that is the disk.
+ */
 static int
 set_size (struct disk *d, const struct disk_options *o)
 {
   const uint64_t size = qcow2_size (d->qcow2);
+  uint64_t beside;
+  bool fits;
 
   d->size = size;
   if (o->beside == NULL)
     return 0;
-  d->size = container_size (o->beside);
-  if (round_up (d->size, 512) == size)
+  beside = container_size (o->beside);
+  if (o->beside_is_data_file)
+    fits = beside >= size &&
+      beside <= round_up (size, qcow2_cluster_size (d->qcow2));
+  else {
+    fits = round_up (beside, 512) == size;
+    d->size = beside;
+  }
+  if (fits)
     return 0;
   report_error ("the disk has %" PRIu64 " bytes, but the image beside it was "
-                "made for %" PRIu64, d->size, size);
+                "made for %" PRIu64, beside, size);
   return invalid_beside ();
 }
 

@@ -120,17 +120,19 @@ sync_folder (const char *folder)
 }
 
 static int
-fill (int fd, uint64_t size)
+fill (int fd, const char *path, uint64_t size)
 {
   struct container *c = container_open_file_writable (fd);
   int r;
 
   if (c == NULL) {
-    report_error ("fstat: %m");
+    report_error ("dirty-bitmap-image: %s: %m", path);
     return -1;
   }
   r = qcow2_create (c, size);
   container_close (c);
+  if (r == -1)
+    report_error ("dirty-bitmap-image: %s: was not created", path);
   return r;
 }
 
@@ -139,7 +141,8 @@ static int
 complete (struct bitmaps_file *f, const char *folder, bool named,
           uint64_t size)
 {
-  if (image_lock (f->fd, f->path, false) == -1 || fill (f->fd, size) == -1)
+  if (image_lock (f->fd, f->path, false) == -1 ||
+      fill (f->fd, f->path, size) == -1)
     return -1;
   if ((named || give_name (f->fd, f->path) == 0) && fsync (f->fd) == 0 &&
       sync_folder (folder) == 0)

@@ -170,6 +170,14 @@ def contents(path):
     return data
 
 
+def disk_contents(image, disk=None):
+    """The guest's disk: in the image, or in a raw file beside it."""
+    if disk is None:
+        return contents(image)
+    with open(disk, "rb") as f:
+        return f.read()
+
+
 class Server:
     """A server on a Unix socket.
 

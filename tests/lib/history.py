@@ -80,10 +80,11 @@ class History:
         for sector, place in snapshot.items():
             self.durable[sector] = max(self.durable.get(sector, 0), place)
 
-    def verify(self, path, disabled=()):
-        """Check an image against I1, I2 and I3."""
+    def verify(self, path, disabled=(), disk=None):
+        """Check an image against I1, I2 and I3.  disk: the raw disk, if it
+        is beside the image."""
         harness.check(path, leaks=True)
-        data = harness.contents(path)
+        data = harness.disk_contents(path, disk)
         altered = set()
         for sector, past in self.past.items():
             got = data[sector * SECTOR:(sector + 1) * SECTOR]
