@@ -4,6 +4,7 @@
 
 """A folder with the images, and servers and clients over them."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -77,11 +78,24 @@ class Rig:
             image = "unmarked"
         return serving.SIDES[side].command(self.o, serving.Place(
             self.sock, self.path(image), self.raw, self.o.size,
-            self.make_keys() if tls else None))
+            self.make_keys() if tls else None, disk=image))
 
     def server(self, side, row):
         return serving.Server(self.command(side, row.image, row.tls),
                               self.sock, self.cpus_of(row))
+
+    @contextlib.contextmanager
+    def behind(self, row):
+        """The server whose disk the nbd plugin serves, on all CPUs."""
+        if row.image != "behind":
+            yield
+            return
+        sock = self.sock + ".behind"
+        with serving.Server(["qemu-nbd", "-t", "-e", "32", "-f", "raw", "-k",
+                             sock, self.raw], sock, self.cpus) as server:
+            server.connect().close()
+            yield
+            server.stop()
 
     def client(self, server, row, *args):
         """Load the server: what the load program printed."""
@@ -151,6 +165,20 @@ class Rig:
                         "--count=%d" % -(-self.o.size // MIB))
             server.stop()
 
+    def make_beside(self, image):
+        """A raw disk, and an image beside it in which all of it is dirty."""
+        path = self.path(image)
+        images.raw(self.raw, self.o.size)
+        images.qcow2(path, self.o.size)
+        place = serving.Place(self.sock, path, self.raw, self.o.size,
+                              disk="beside")
+        with serving.Server(serving.SIDES["filter"].command(self.o, place),
+                            self.sock, self.cpus) as server:
+            self.client(server, workloads.Row("", image, "s"),
+                        "--workload=seqwrite", "--block=%d" % MIB,
+                        "--count=%d" % -(-self.o.size // MIB))
+            server.stop()
+
     def make(self, image, raw=False):
         """Have the image, and for servers without a format a raw file."""
         if self.made != image:
@@ -168,6 +196,8 @@ class Rig:
         elif image == "marked":
             self.make_full("marked", MARKED)
             self.make_full("unmarked", [])
+        elif image in ("beside", "behind"):
+            self.make_beside(image)
         elif image == "clean":
             images.qcow2(path, self.o.size, "full")
         elif image == "sparse":
@@ -210,7 +240,7 @@ class Rig:
         self.settle(cold)
         if row.image == "huge":
             return self.measure_life(side, row)
-        with self.server(side, row) as server:
+        with self.behind(row), self.server(side, row) as server:
             got = self.client(server, row, "--seconds=%g" % seconds,
                               *row.load)
             server.stop()

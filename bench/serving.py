@@ -117,11 +117,26 @@ class Server:
 
 
 class Place:
-    """What a command line is made of: the files of one server."""
+    """What a command line is made of: the files of one server.  disk says
+    where the guest's data are: in the image, in the raw file beside it
+    ("beside"), or in that file behind another server ("behind")."""
 
-    def __init__(self, sock, image, raw, size, keys=None):
+    def __init__(self, sock, image, raw, size, keys=None, disk=None):
         self.sock, self.image, self.raw = sock, image, raw
-        self.size, self.keys = size, keys
+        self.size, self.keys, self.disk = size, keys, disk
+
+    @property
+    def behind(self):
+        return self.sock + ".behind"
+
+    def plugin(self):
+        """The plugin and its parameters, and the filter's for that."""
+        if self.disk == "beside":
+            return ["file", self.raw, "dirty-bitmap-image=" + self.image]
+        if self.disk == "behind":
+            return ["nbd", "socket=" + self.behind,
+                    "dirty-bitmap-image=" + self.image]
+        return ["file", self.image]
 
 
 class Side:
@@ -157,7 +172,7 @@ def nbdkit(at, *args):
 
 def the_filter(*parameters, build=None):
     return lambda o, at: nbdkit(at, "--filter=" + (build or o.filter),
-                                "file", at.image, *parameters)
+                                *at.plugin(), *parameters)
 
 
 # The L2 tables of the image of 1 TiB, all of them.
@@ -187,6 +202,9 @@ SIDES = {
                                     image_options=L2_CACHE), "best"),
     "raw": Side("nbdkit file, a raw copy", "nbdkit",
                 lambda o, at: nbdkit(at, "file", at.raw), "raw"),
+    "nbd": Side("nbdkit nbd, without the filter", "nbdkit",
+                lambda o, at: nbdkit(at, "nbd", "socket=" + at.behind),
+                "nbd"),
     "bare": Side("a bare responder without a disk", None,
                  lambda o, at: [o.echo, at.sock, str(at.size)], "bare"),
 }
@@ -200,4 +218,4 @@ def add_build(name, path):
 GROUPS = {
     "best": [s for s in SIDES if SIDES[s].group == "best" and s != "qemu"],
 }
-GROUPS["all"] = ["qemu", *GROUPS["best"], "raw", "bare", "mark"]
+GROUPS["all"] = ["qemu", *GROUPS["best"], "raw", "bare", "mark", "nbd"]

@@ -59,6 +59,14 @@ def clean_granules(title, workload, depth, count, *load, **more):
                  "--count=%d" % count, *load, **more)
 
 
+def below(image, title, key, **more):
+    """The row that ROWS has under this key, on a disk that is not in the
+    image."""
+    row = ROWS[key]
+    return Row(row.title + title, image, row.unit, *row.load, pin=row.pin,
+               reads=row.reads, mib=row.mib, **more)
+
+
 def walk(title, image, request, context=CONTEXT):
     return Row(title, image, "s", "--workload=map", "--request=%d" % request,
                "--context=" + context, per="extent", pin=True, reads=True)
@@ -128,6 +136,12 @@ ROWS = {
                    GIB, "base:allocation"),
     "life": Row("16 TiB image: start, stop, memory", "huge", "s"),
 }
+
+
+for _key in ("read1", "write1", "read16", "write16", "read16x4", "write16x4",
+             "seqread", "seqwrite"):
+    ROWS["beside-" + _key] = below("beside", ", raw disk", _key)
+    ROWS["behind-" + _key] = below("behind", ", over nbdkit nbd", _key)
 
 
 def figure_title(row, name):
