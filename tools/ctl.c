@@ -21,13 +21,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
-#include <sys/un.h>
-#include <unistd.h>
 
 #include <jansson.h>
 
 #include "ctl.h"
+#include "qmp-client.h"
 
 #define PROGRAM "nbdkit-dirty-bitmap-ctl"
 
@@ -187,105 +185,29 @@ add_argument (json_t *arguments, char *word)
     fail ("cannot use the argument '%s'", word);
 }
 
-/* The two directions of the connection. */
-struct server {
-  FILE *in, *out;
-};
-
-static struct server
-connect_to (const char *path)
-{
-  struct sockaddr_un sun = { .sun_family = AF_UNIX };
-  const int fd = socket (AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  struct server s;
-
-  if (strlen (path) >= sizeof sun.sun_path)
-    fail ("%s: the path is too long", path);
-  strcpy (sun.sun_path, path);
-  if (fd == -1 ||
-      connect (fd, (const struct sockaddr *) &sun, sizeof sun) == -1)
-    fail ("%s: %s", path, strerror (errno));
-  s = (struct server) { fdopen (fd, "r"), fdopen (dup (fd), "w") };
-  if (s.in == NULL || s.out == NULL)
-    fail ("%s", strerror (errno));
-  return s;
-}
-
-/* The next message that is not an event.  The server sends one a line. */
-static json_t *
-receive (const struct server *s)
-{
-  static char *line;
-  static size_t size;
-
-  for (;;) {
-    const ssize_t n = getline (&line, &size, s->in);
-    json_t *message;
-
-    if (n == -1)
-      fail ("the server closed the connection");
-    message = json_loadb (line, n, JSON_ALLOW_NUL, NULL);
-    if (!json_is_object (message))
-      fail ("the server does not speak QMP");
-    if (json_object_get (message, "event") == NULL)
-      return message;
-    json_decref (message);
-  }
-}
-
-/* Print the error of a reply, if it is one. */
+/* Print the reason of a failure, which may be the server's. */
+__attribute__ ((noreturn))
 static void
-check_reply (const json_t *reply)
+fail_with (const struct qmp_client *c)
 {
-  const json_t *error = json_object_get (reply, "error");
-  const char *text = json_string_value (json_object_get (error, "desc"));
-
-  if (error == NULL)
-    return;
   fprintf (stderr, PROGRAM ": ");
-  print_text (stderr, text != NULL ? text : "unknown error");
+  print_text (stderr, c->error != NULL ? c->error : "out of memory");
   fputc ('\n', stderr);
   exit (EXIT_FAILURE);
-}
-
-/* Send a command, and return its result. */
-static json_t *
-call (const struct server *s, const char *command, json_t *arguments)
-{
-  json_t *request = json_pack ("{s:s,s:O}", "execute", command,
-                               "arguments", arguments);
-  json_t *reply, *result;
-
-  if (request == NULL)
-    fail ("cannot use the command '%s'", command);
-  if (json_dumpf (request, s->out, JSON_ENSURE_ASCII) == -1 ||
-      putc ('\n', s->out) == EOF || fflush (s->out) == EOF)
-    fail ("sending: %s", strerror (errno));
-  json_decref (request);
-  reply = receive (s);
-  check_reply (reply);
-  result = json_incref (json_object_get (reply, "return"));
-  if (result == NULL)
-    fail ("the server does not speak QMP");
-  json_decref (reply);
-  return result;
 }
 
 static json_t *
 execute (const char *path, const char *command, json_t *arguments)
 {
-  const struct server s = connect_to (path);
-  json_t *greeting = receive (&s), *none = json_object (), *result;
+  struct qmp_client client;
+  json_t *result;
 
-  check_reply (greeting);       /* too many clients */
-  if (json_object_get (greeting, "QMP") == NULL)
-    fail ("the server does not speak QMP");
-  json_decref (call (&s, "qmp_capabilities", none));
-  result = call (&s, command, arguments);
-  json_decref (none);
-  json_decref (greeting);
-  fclose (s.out);
-  fclose (s.in);
+  if (qmp_client_open (&client, path) == -1)
+    fail_with (&client);
+  result = qmp_client_call (&client, command, arguments);
+  if (result == NULL)
+    fail_with (&client);
+  qmp_client_close (&client);
   return result;
 }
 
