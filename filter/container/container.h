@@ -9,7 +9,8 @@
 /* The bytes of the image: what qcow2/ reads and writes.
  *
  * One table of operations, one file an implementation:
- *   next.c     over nbdkit's plugin (the only file here that knows nbdkit)
+ *   next.c     over nbdkit's plugin, of which context.c opens contexts (the
+ *              only two files here that know nbdkit)
  *   file.c     over a file descriptor: the image where its file is used
  *              directly, backing files, data files
  *   memory.c   in memory, for tests

@@ -5,33 +5,33 @@
 
 /* How this works
  *
- * One context of the plugin, a "view", serves all clients (view.c).
+ * One context of the plugin serves all clients (context.c).
  *
- * - The size of a view never changes, and nbdkit aborts the server on a
+ * - The size of a context never changes, and nbdkit aborts the server on a
  *   request beyond it.  To grow, the file is extended behind the plugin's
- *   back and a new view is opened, which sees the new size.  A request loads
- *   the container's size first (the door does, with acquire order) and the
- *   view second; the view is published before the size; so the view of a
- *   request always covers the range that the door let through, except for
- *   the tail, below.
- * - Requests may still be inside an old view.  It is closed after a grace
+ *   back and a new context is opened, which sees the new size.  A request
+ *   loads the container's size first (the door does, with acquire order) and
+ *   the context second; the context is published before the size; so the
+ *   context of a request always covers the range that the door let through,
+ *   except for the tail, below.
+ * - Requests may still be inside an old context.  It is closed after a grace
  *   period (common/grace.h), by the next flush or growth that finds it
  *   ended.  If the container cannot grow, requests enter no section.
  *
  * The plugin opens its file by name, and by then the name may lead to
- * another file.  So before a view is used, it is checked that the plugin
+ * another file.  So before a context is used, it is checked that the plugin
  * opened a descriptor of the very file that was checked and locked.  If it
- * did not, the view is closed, and nothing was read from it or written to
+ * did not, the context is closed, and nothing was read from it or written to
  * it.
  *
- * The tail is the end of the container that a view does not reach.  If
+ * The tail is the end of the container that a context does not reach.  If
  * requests must be of whole blocks (a plugin's minimum block size, or
  * nbdkit's blocksize filter), the last bytes may not fill a block.  They are
  * read once, at the start, and kept in memory.  A write to them extends the
- * file first, so that the next view reaches them.
+ * file first, so that the next context reaches them.
  *
  * A request takes no other lock, unless the thread model is less than
- * parallel (view.c).
+ * parallel (context.c).
  */
 
 #include <config.h>
@@ -51,13 +51,13 @@
 #include "common/grace.h"
 #include "common/report.h"
 #include "container/container.h"
+#include "container/context.h"
 #include "container/fd.h"
 #include "container/next.h"
-#include "container/view.h"
 
 struct next {
   struct container c;
-  struct grace users;           /* of views, if the container can grow */
+  struct grace users;           /* of contexts, if the container can grow */
   nbdkit_backend *backend;
   bool serialize;
 
@@ -83,12 +83,12 @@ struct next {
   _Atomic uint32_t zero_alignment;
 
   /* Changed under grow_lock, or before other threads know the container. */
-  struct view *_Atomic view;
+  struct plugin_context *_Atomic context;
 
-  /* Replaced views, under grow_lock: those that are closed when a grace
+  /* Replaced contexts, under grow_lock: those that are closed when a grace
    * period ends, and those that were replaced after it began.
    */
-  struct view *leaving, *replaced;
+  struct plugin_context *leaving, *replaced;
   grace_period period;
 
   /* Held around each call of the plugin if serialize.  It is taken last: the
@@ -99,15 +99,15 @@ struct next {
 
 static const char zeroes[1 << 20];
 
-static struct view *
-current_view (struct next *n)
+static struct plugin_context *
+current_context (struct next *n)
 {
-  return atomic_load_explicit (&n->view, memory_order_acquire);
+  return atomic_load_explicit (&n->context, memory_order_acquire);
 }
 
-/* A view while a request uses it. */
+/* A context while a request uses it. */
 struct use {
-  struct view *view;
+  struct plugin_context *context;
   grace_ticket ticket;
 };
 
@@ -118,7 +118,7 @@ begin_use (struct next *n)
 
   if (n->can_grow)
     u.ticket = grace_enter (&n->users);
-  u.view = current_view (n);
+  u.context = current_context (n);
   return u;
 }
 
@@ -129,7 +129,7 @@ end_use (struct next *n, const struct use *u)
     grace_leave (&n->users, u->ticket);
 }
 
-/* Read bytes beyond the view. */
+/* Read bytes beyond the context. */
 static void
 read_tail (const struct next *n, char *buf, uint64_t count, uint64_t offset)
 {
@@ -147,9 +147,9 @@ next_pread (struct container *c, void *buf, size_t count, uint64_t offset)
 {
   struct next *n = (struct next *) c;
   const struct use u = begin_use (n);
-  const uint64_t inside = offset >= u.view->size ? 0
-    : min_u64 (count, u.view->size - offset);
-  const int r = view_pread (u.view, buf, inside, offset);
+  const uint64_t inside = offset >= u.context->size ? 0
+    : min_u64 (count, u.context->size - offset);
+  const int r = context_pread (u.context, buf, inside, offset);
 
   end_use (n, &u);
   if (r == 0 && inside < count)
@@ -159,13 +159,13 @@ next_pread (struct container *c, void *buf, size_t count, uint64_t offset)
 
 static int grow_over_tail (struct next *n, uint64_t end);
 
-/* Use a view that reaches as far as end. */
+/* Use a context that reaches as far as end. */
 static int
 begin_change (struct next *n, uint64_t end, struct use *u)
 {
   for (;;) {
     *u = begin_use (n);
-    if (end <= u->view->size)
+    if (end <= u->context->size)
       return 0;
     end_use (n, u);
     if (grow_over_tail (n, end) == -1)
@@ -183,7 +183,7 @@ next_pwrite (struct container *c, const void *buf, size_t count,
 
   if (begin_change (n, offset + count, &u) == -1)
     return -1;
-  r = view_pwrite (u.view, buf, count, offset);
+  r = context_pwrite (u.context, buf, count, offset);
   end_use (n, &u);
   return r;
 }
@@ -195,7 +195,7 @@ static void
 raise_zero_alignment (struct next *n, uint32_t tried)
 {
   const uint32_t next = tried < 4096 ? 4096
-    : tried < VIEW_MAX_BLOCK_BYTES ? VIEW_MAX_BLOCK_BYTES : 0;
+    : tried < CONTEXT_MAX_BLOCK_BYTES ? CONTEXT_MAX_BLOCK_BYTES : 0;
 
   report_debug ("the storage cannot make zeroes that are aligned to %u bytes",
                 tried);
@@ -206,24 +206,25 @@ raise_zero_alignment (struct next *n, uint32_t tried)
  * the caller must try again, or -1.
  */
 static int64_t
-zero_some (struct next *n, struct view *v, uint64_t count, uint64_t offset,
-           bool punch)
+zero_some (struct next *n, struct plugin_context *ctx, uint64_t count,
+           uint64_t offset, bool punch)
 {
   const uint32_t alignment =
-    v->can_zero ? atomic_load_explicit (&n->zero_alignment,
+    ctx->can_zero ? atomic_load_explicit (&n->zero_alignment,
                                         memory_order_relaxed) : 0;
   uint32_t len = 0;
 
   if (alignment != 0 && offset % alignment == 0)
-    len = round_down (min_u64 (count, v->max_zero_bytes), alignment);
+    len = round_down (min_u64 (count, ctx->max_zero_bytes), alignment);
   if (len == 0) {
     len = min_u64 (count, sizeof zeroes);
     if (alignment > 1)
       len = min_u64 (len, alignment - offset % alignment);
-    return view_pwrite (v, zeroes, len, offset) == -1 ? -1 : (int64_t) len;
+    return context_pwrite (ctx, zeroes, len, offset) == -1 ? -1
+      : (int64_t) len;
   }
 
-  if (view_zero (v, len, offset, punch) == 0)
+  if (context_zero (ctx, len, offset, punch) == 0)
     return len;
   if (errno != EINVAL && errno != EOPNOTSUPP)
     return -1;
@@ -241,7 +242,7 @@ next_zero (struct container *c, uint64_t count, uint64_t offset, bool punch)
   if (begin_change (n, offset + count, &u) == -1)
     return -1;
   while (count > 0 && done != -1) {
-    done = zero_some (n, u.view, count, offset, punch);
+    done = zero_some (n, u.context, count, offset, punch);
     if (done > 0) {
       offset += done;
       count -= done;
@@ -251,7 +252,8 @@ next_zero (struct container *c, uint64_t count, uint64_t offset, bool punch)
   return done == -1 ? -1 : 0;
 }
 
-/* The next three use the current view outside a section: a disk has only one.
+/* The next three use the current context outside a section: a disk has only
+ * one.
  *
  * If the plugin refuses after a part is done, that has changed no more than
  * the client asked for.
@@ -260,15 +262,15 @@ static int
 next_zero_fast (struct container *c, uint64_t count, uint64_t offset,
                 bool punch)
 {
-  struct view *v = current_view ((struct next *) c);
+  struct plugin_context *ctx = current_context ((struct next *) c);
   int r = 0;
 
-  if (!v->can_zero_fast)
+  if (!ctx->can_zero_fast)
     return 1;
   while (count > 0 && r == 0) {
-    const uint32_t len = min_u64 (count, v->max_zero_bytes);
+    const uint32_t len = min_u64 (count, ctx->max_zero_bytes);
 
-    r = view_zero_fast (v, len, offset, punch);
+    r = context_zero_fast (ctx, len, offset, punch);
     offset += len;
     count -= len;
   }
@@ -278,9 +280,9 @@ next_zero_fast (struct container *c, uint64_t count, uint64_t offset,
 static int
 next_trim (struct container *c, uint64_t count, uint64_t offset)
 {
-  struct view *v = current_view ((struct next *) c);
+  struct plugin_context *ctx = current_context ((struct next *) c);
 
-  return v->can_trim ? view_trim (v, count, offset) : 0;
+  return ctx->can_trim ? context_trim (ctx, count, offset) : 0;
 }
 
 static int
@@ -288,9 +290,10 @@ next_pwrite_durable (struct container *c, const void *buf, size_t count,
                      uint64_t offset)
 {
   struct next *n = (struct next *) c;
-  struct view *v = current_view (n);
+  struct plugin_context *ctx = current_context (n);
 
-  return n->is_disk && v->can_fua ? view_pwrite_durable (v, buf, count, offset) : 1;
+  return n->is_disk && ctx->can_fua
+    ? context_pwrite_durable (ctx, buf, count, offset) : 1;
 }
 
 static int
@@ -300,11 +303,11 @@ next_cache (struct container *c, uint64_t count, uint64_t offset)
   const struct use u = begin_use (n);
   const uint64_t first = round_down (offset, c->block_bytes);
   const uint64_t end = min_u64 (round_up (offset + count, c->block_bytes),
-                                u.view->size);
+                                u.context->size);
   int r = 0;
 
-  if (u.view->can_cache && first < end)
-    r = view_cache (u.view, end - first, first);
+  if (u.context->can_cache && first < end)
+    r = context_cache (u.context, end - first, first);
   end_use (n, &u);
   return r;
 }
@@ -318,13 +321,14 @@ disk_extent (struct next *n, uint64_t offset, uint64_t count,
 {
   const uint32_t block = n->c.block_bytes;
   const uint64_t first = round_up (offset, block);
-  struct view *v = current_view (n);
+  struct plugin_context *ctx = current_context (n);
 
   if (first > offset || count < block) {
     *length = min_u64 (count, first > offset ? first - offset : count);
     return 0;
   }
-  return view_extent (v, offset, round_down (count, block), length, flags);
+  return context_extent (ctx, offset, round_down (count, block), length,
+                         flags);
 }
 
 /* Where the bytes are the file's, so are the holes. */
@@ -334,7 +338,7 @@ next_extent (struct container *c, uint64_t offset, uint64_t count,
 {
   struct next *n = (struct next *) c;
   const struct use u = begin_use (n);
-  const bool can = u.view->can_extents;
+  const bool can = u.context->can_extents;
 
   end_use (n, &u);
   *length = count;
@@ -357,7 +361,7 @@ next_allocated (struct container *c, uint64_t *bytes)
   return -1;
 }
 
-/* Held while a view is opened or closed: no other thread may be inside the
+/* Held while a context is opened or closed: no other thread may be inside the
  * plugin then, if the plugin is not made for that.
  */
 static void
@@ -374,13 +378,13 @@ unlock_serial (struct next *n)
     pthread_mutex_unlock (&n->serial_lock);
 }
 
-/* With grow_lock held: close the views that no request can be using. */
+/* With grow_lock held: close the contexts that no request can be using. */
 static void
-close_unused_views (struct next *n)
+close_unused_contexts (struct next *n)
 {
   if (n->leaving != NULL && grace_ended (&n->users, n->period)) {
     lock_serial (n);
-    view_close_all (n->leaving);
+    context_close_all (n->leaving);
     unlock_serial (n);
     n->leaving = NULL;
   }
@@ -397,12 +401,12 @@ next_flush (struct container *c)
   struct next *n = (struct next *) c;
   const struct use u = begin_use (n);
   /* If the plugin cannot flush, the user was warned at the start. */
-  const int r = u.view->can_flush ? view_flush (u.view) : 0;
+  const int r = u.context->can_flush ? context_flush (u.context) : 0;
   const int err = errno;
 
   end_use (n, &u);
   if (n->can_grow && pthread_mutex_trylock (&c->grow_lock) == 0) {
-    close_unused_views (n);
+    close_unused_contexts (n);
     pthread_mutex_unlock (&c->grow_lock);
   }
   errno = err;
@@ -428,36 +432,36 @@ cannot_grow (const char *why)
   return -1;
 }
 
-/* Open a view of the extended file.  NULL with errno if the plugin does not
+/* Open a context of the extended file.  NULL with errno if the plugin does not
  * show at least size bytes, of this file, writable.
  */
-static struct view *
-open_larger_view (struct next *n, uint64_t size)
+static struct plugin_context *
+open_larger_context (struct next *n, uint64_t size)
 {
   bool is_ours = true;
-  struct view *v;
+  struct plugin_context *ctx;
   int err;
 
   lock_serial (n);
-  v = view_open_of_file (n->backend, false, &n->file, &is_ours);
-  err = v == NULL ? EIO : ENOSPC;
-  if (v != NULL && !is_ours) {
+  ctx = context_open_of_file (n->backend, false, &n->file, &is_ours);
+  err = ctx == NULL ? EIO : ENOSPC;
+  if (ctx != NULL && !is_ours) {
     cannot_grow (n->has_moved);
-    view_close (v);
-    v = NULL;
+    context_close (ctx);
+    ctx = NULL;
   }
-  else if (v != NULL && (v->size < size || !v->can_write ||
-                         v->block_bytes > n->c.block_bytes)) {
+  else if (ctx != NULL && (ctx->size < size || !ctx->can_write ||
+                           ctx->block_bytes > n->c.block_bytes)) {
     n->cannot_grow = "the plugin does not see that its file was extended";
     cannot_grow (n->cannot_grow);
-    view_close (v);
-    v = NULL;
+    context_close (ctx);
+    ctx = NULL;
   }
   unlock_serial (n);
-  if (v != NULL)
-    v->serial_lock = n->serialize ? &n->serial_lock : NULL;
+  if (ctx != NULL)
+    ctx->serial_lock = n->serialize ? &n->serial_lock : NULL;
   errno = err;
-  return v;
+  return ctx;
 }
 
 static int
@@ -465,18 +469,18 @@ next_grow (struct container *c, uint64_t size)
 {
   struct next *n = (struct next *) c;
   struct stat statbuf;
-  struct view *v;
+  struct plugin_context *ctx;
 
   if (n->cannot_grow != NULL)
     return cannot_grow (n->cannot_grow);
   if (!is_in_place (n))
     return cannot_grow (n->has_moved);
-  close_unused_views (n);
+  close_unused_contexts (n);
   if (fstat (n->fd, &statbuf) == -1 || fd_extend (n->fd, size) == -1)
     return -1;
 
-  v = open_larger_view (n, size);
-  if (v == NULL) {
+  ctx = open_larger_context (n, size);
+  if (ctx == NULL) {
     const int err = errno;
 
     if (ftruncate (n->fd, statbuf.st_size) == -1)
@@ -486,14 +490,14 @@ next_grow (struct container *c, uint64_t size)
   }
 
   report_debug ("extended the image's file from %" PRIu64 " to %" PRIu64
-                " bytes", container_size (c), v->size);
-  struct view *old = current_view (n);
+                " bytes", container_size (c), ctx->size);
+  struct plugin_context *old = current_context (n);
 
-  atomic_store_explicit (&n->view, v, memory_order_release);
-  atomic_store_explicit (&c->size, v->size, memory_order_release);
+  atomic_store_explicit (&n->context, ctx, memory_order_release);
+  atomic_store_explicit (&c->size, ctx->size, memory_order_release);
   old->older = n->replaced;
   n->replaced = old;
-  close_unused_views (n);
+  close_unused_contexts (n);
   return 0;
 }
 
@@ -506,11 +510,11 @@ grow_over_tail (struct next *n, uint64_t end)
   struct container *c = &n->c;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->grow_lock);
-  if (end <= current_view (n)->size)
+  if (end <= current_context (n)->size)
     return 0;                   /* Another thread was faster. */
 
   const uint64_t before = container_size (c);
-  const int r = next_grow (c, round_up (end, VIEW_MAX_BLOCK_BYTES));
+  const int r = next_grow (c, round_up (end, CONTEXT_MAX_BLOCK_BYTES));
 
   tally_add (&c->grown_bytes, container_size (c) - before);
   return r;
@@ -544,9 +548,9 @@ next_close (struct container *c)
 {
   struct next *n = (struct next *) c;
 
-  view_close (current_view (n));
-  view_close_all (n->leaving);
-  view_close_all (n->replaced);
+  context_close (current_context (n));
+  context_close_all (n->leaving);
+  context_close_all (n->replaced);
   pthread_mutex_destroy (&n->serial_lock);
   grace_free (&n->users);
   free_next (n);
@@ -605,50 +609,51 @@ new_next (const struct container_next_options *options)
 }
 
 /* A filter may open the plugin later, when this cannot check the file. */
-static struct view *
-open_first_view (struct next *n, bool readonly)
+static struct plugin_context *
+open_first_context (struct next *n, bool readonly)
 {
   bool is_ours = true;
-  struct view *v = n->fd == -1 ? view_open (n->backend, readonly)
-    : view_open_of_file (n->backend, readonly, &n->file, &is_ours);
+  struct plugin_context *ctx = n->fd == -1
+    ? context_open (n->backend, readonly)
+    : context_open_of_file (n->backend, readonly, &n->file, &is_ours);
 
-  if (v == NULL || is_ours || is_in_place (n))
-    return v;
+  if (ctx == NULL || is_ours || is_in_place (n))
+    return ctx;
   report_error ("%s: the plugin did not open the file that was checked and "
                 "locked: it was renamed or replaced while nbdkit started",
                 n->path);
-  view_close (v);
+  context_close (ctx);
   return NULL;
 }
 
-/* The size of the file, if the view shows the file up to its last whole
- * block, for blocks of some size.  Else the size of the view.
+/* The size of the file, if the context shows the file up to its last whole
+ * block, for blocks of some size.  Else the size of the context.
  */
 static uint64_t
-size_with_tail (const struct next *n, const struct view *v)
+size_with_tail (const struct next *n, const struct plugin_context *ctx)
 {
   const off_t file_size = n->same_bytes ? lseek (n->fd, 0, SEEK_END) : -1;
 
   if (file_size == -1)
-    return v->plugin_size;
-  for (uint32_t block = 1; block <= VIEW_MAX_BLOCK_BYTES; block *= 2)
-    if (v->plugin_size == round_down (file_size, block))
+    return ctx->plugin_size;
+  for (uint32_t block = 1; block <= CONTEXT_MAX_BLOCK_BYTES; block *= 2)
+    if (ctx->plugin_size == round_down (file_size, block))
       return file_size;
-  return v->plugin_size;
+  return ctx->plugin_size;
 }
 
 static int
-read_first_tail (struct next *n, struct view *v)
+read_first_tail (struct next *n, struct plugin_context *ctx)
 {
   struct container *file;
   int r;
 
   if (!n->same_bytes) {
-    r = view_pread (v, n->tail, n->tail_bytes, n->tail_offset);
+    r = context_pread (ctx, n->tail, n->tail_bytes, n->tail_offset);
     if (r == -1)
       report_error ("the plugin below takes only requests of whole blocks of "
                     "%u bytes, so its last %u bytes cannot be read",
-                    v->block_bytes, n->tail_bytes);
+                    ctx->block_bytes, n->tail_bytes);
     return r;
   }
   file = container_open_file (n->fd);
@@ -661,11 +666,11 @@ read_first_tail (struct next *n, struct view *v)
 }
 
 static int
-find_tail (struct next *n, struct view *v)
+find_tail (struct next *n, struct plugin_context *ctx)
 {
-  n->original_size = size_with_tail (n, v);
-  n->tail_offset = v->size;
-  n->tail_bytes = n->original_size - v->size;
+  n->original_size = size_with_tail (n, ctx);
+  n->tail_offset = ctx->size;
+  n->tail_bytes = n->original_size - ctx->size;
   if (n->tail_bytes == 0)
     return 0;
   report_debug ("the last %u bytes are not a whole block of the plugin's",
@@ -675,44 +680,45 @@ find_tail (struct next *n, struct view *v)
     report_error ("malloc: %m");
     return -1;
   }
-  return read_first_tail (n, v);
+  return read_first_tail (n, ctx);
 }
 
 struct container *
 container_open_next (const struct container_next_options *options)
 {
   struct next *n = new_next (options);
-  struct view *v;
+  struct plugin_context *ctx;
   bool readonly = options->readonly;
 
   if (n == NULL)
     return NULL;
-  v = open_first_view (n, readonly);
-  if (v == NULL || find_tail (n, v) == -1) {
-    view_close_all (v);
+  ctx = open_first_context (n, readonly);
+  if (ctx == NULL || find_tail (n, ctx) == -1) {
+    context_close_all (ctx);
     free_next (n);
     return NULL;
   }
-  if (!readonly && !v->can_write) {
+  if (!readonly && !ctx->can_write) {
     report_warning ("the storage below is read-only, "
                     "so the disk is served read-only");
     readonly = true;
   }
-  if (!readonly && !v->can_flush)
+  if (!readonly && !ctx->can_flush)
     report_warning ("the storage below cannot flush: "
                     "a crash may lose what clients write");
 
-  v->serial_lock = n->serialize ? &n->serial_lock : NULL;
+  ctx->serial_lock = n->serialize ? &n->serial_lock : NULL;
   container_init (&n->c, &next_ops, n->original_size, readonly);
-  n->c.block_bytes = v->block_bytes;
+  n->c.block_bytes = ctx->block_bytes;
   n->c.abilities = (struct container_abilities) {
-    .zero = v->can_zero, .zero_fast = v->can_zero_fast,
-    .trim = v->can_trim, .cache = v->can_cache, .flush = v->can_flush,
-    .is_rotational = v->is_rotational, .preferred_bytes = v->preferred_bytes,
+    .zero = ctx->can_zero, .zero_fast = ctx->can_zero_fast,
+    .trim = ctx->can_trim, .cache = ctx->can_cache, .flush = ctx->can_flush,
+    .is_rotational = ctx->is_rotational,
+    .preferred_bytes = ctx->preferred_bytes,
   };
   grace_init (&n->users);
   pthread_mutex_init (&n->serial_lock, NULL);
-  atomic_init (&n->view, v);
+  atomic_init (&n->context, ctx);
   return &n->c;
 }
 

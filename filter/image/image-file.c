@@ -8,7 +8,7 @@
  * Only the file plugin's file= is taken to be the image.  We open it once,
  * at the start, and lock it as QEMU does.  What happens to its name later
  * does not affect this descriptor.  But the plugin opens the file by name,
- * and again for each view (container/next.c).
+ * and again for each context (container/next.c).
  *
  * So if there is no filter between, and the plugin has no options that would
  * be ignored, the plugin is not used at all: it would do with its own

@@ -20,7 +20,7 @@
 
 #include <cmocka.h>
 
-#include "container/view.c"
+#include "container/context.c"
 #include "container/next.c"
 #include "fake-nbdkit.h"
 
@@ -199,7 +199,7 @@ test_chunks (void **state)
   fake.maximum = UINT32_MAX;
   fake.largest_data = 0;
   c = open_fake (false, false);
-  assert_int_equal (current_view ((struct next *) c)->max_data_bytes,
+  assert_int_equal (current_context ((struct next *) c)->max_data_bytes,
                     64 * MiB);
   container_close (c);
   free (buf);
@@ -325,9 +325,9 @@ test_growth (void **state)
   assert_int_equal (nr_reports, 0);
 }
 
-/* Views that no request is inside of any more are closed. */
+/* Contexts that no request is inside of any more are closed. */
 static void
-test_old_views (void **state)
+test_old_contexts (void **state)
 {
   for (int serial = 0; serial <= 1; ++serial) {
     struct container *c = open_file (false, serial);
@@ -360,7 +360,7 @@ read_one (void *opaque)
 
 /* But not one that a request is inside of. */
 static void
-test_view_in_use (void **state)
+test_context_in_use (void **state)
 {
   struct container *c = open_file (false, false);
   const struct timespec moment = { .tv_nsec = 100000 };
@@ -851,8 +851,8 @@ main (void)
     TEST (test_readonly),
     TEST (test_refused),
     TEST (test_growth),
-    TEST (test_old_views),
-    TEST (test_view_in_use),
+    TEST (test_old_contexts),
+    TEST (test_context_in_use),
     TEST (test_name_has_moved),
     TEST (test_plugin_opens_another_file),
     TEST (test_cannot_grow),
