@@ -150,7 +150,7 @@ struct bitmap {
   struct ahead ahead;           /* empty unless the set keeps */
   bool fell_back;               /* it is not SYNCED, though the set keeps;
                                    under state_lock */
-  atomic_bool returns;          /* it is IN_USE, and marks write bits ahead all
+  atomic_bool returning;        /* it is IN_USE, and marks write bits ahead all
                                    the same, so that a flush can close it */
   atomic_uint nr_entries_wanted; /* a flush shall write flagged pieces, though
                                    the bitmap is not IN_USE */

@@ -29,10 +29,11 @@
  * (bitmap_options).
  *
  * If that fails, for one bitmap or all, its units are not ahead.  The mark
- * goes on as without all this, and makes the bitmap IN_USE (mark.c).  It is
- * kept again once a flush has stored it.  If a flush has written its bits, but
- * could not close it because of new ones, it "returns": marks write bits ahead
- * for it, too, so that there are no new ones when the next flush closes it.
+ * goes on as without all this, and makes the bitmap IN_USE (mark.c).  Its
+ * bits are written ahead again once a flush has stored it.  A flush may have
+ * written its bits, and find that marks have set new ones meanwhile.  Then it
+ * cannot close the bitmap, which is `returning` from then on: marks write its
+ * bits ahead, though it is IN_USE.  So the next flush finds no new ones.
  *
  * Units that were of no use for a while are tidied.  They cease to be ahead.
  * After a grace period RAM has the bits of all marks that relied on them,
@@ -179,7 +180,7 @@ want_region (struct bitmap_set *set, uint64_t offset, uint64_t count)
       .last = ahead_last (&b->ahead, from, to - from),
     };
 
-    if ((atomic_load (&b->state) == IN_USE && !atomic_load (&b->returns)) ||
+    if ((atomic_load (&b->state) == IN_USE && !atomic_load (&b->returning)) ||
         bitmap_has_all (b, offset, count) ||
         bitmap_is_ahead (b, offset, count))
       continue;
@@ -324,7 +325,7 @@ write_round (struct bitmap_set *set, struct keep_want *wants, size_t nr)
     ahead_end (&w->bitmap->ahead, w->first, w->last, r == 0 && !w->failed);
     tally_add (&set->regions_marked, r == 0 && !w->failed);
     if (r == -1 || w->failed)
-      atomic_store (&w->bitmap->returns, false);
+      atomic_store (&w->bitmap->returning, false);
     failed |= w->failed;
   }
   return r == 0 && !failed ? 0 : -1;

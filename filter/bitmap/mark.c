@@ -138,9 +138,9 @@ set_lacking (struct bitmap *const *bitmaps, size_t nr, uint64_t offset,
       set_bits (bitmaps[i], offset, count);
 }
 
-/* Set the bits in all bitmaps.  If one of them is neither IN_USE nor ahead,
- * set none and return false.  The same if it is IN_USE and returns, if
- * prefer_ahead.
+/* Set the bits in all bitmaps.  Set none, and return false, if a bitmap that
+ * lacks one is neither IN_USE nor ahead.  With prefer_ahead, a bitmap that is
+ * returning counts as not IN_USE.
  */
 static bool
 mark_in_section (struct bitmap_set *set, uint64_t offset, uint64_t count,
@@ -152,7 +152,7 @@ mark_in_section (struct bitmap_set *set, uint64_t offset, uint64_t count,
   for (size_t i = 0; i < set->nr_recording && all; ++i) {
     const struct bitmap *b = set->recording[i];
 
-    all = prefer_ahead && atomic_load (&b->returns)
+    all = prefer_ahead && atomic_load (&b->returning)
       ? is_in_image (b, offset, count) : may_set_bits (b, offset, count);
   }
   if (all) {
@@ -165,9 +165,10 @@ mark_in_section (struct bitmap_set *set, uint64_t offset, uint64_t count,
 }
 
 /* Make every bitmap IN_USE that lacks a bit of the range and is not ahead.
- * state_lock is held.  So a bitmap that is neither gets no bits meanwhile.
- * It may come to be ahead, and then stays so: if that is after its flags were
- * written, it is DOUBTFUL, which does no harm.
+ * state_lock is held.  So no mark of another thread sets bits of a bitmap that
+ * is neither IN_USE nor ahead.  A round may make its units ahead meanwhile, and
+ * then they stay so, since tidying takes the lock, too.  If its flags were
+ * written by then, the bitmap stays DOUBTFUL, which does no harm.
  */
 static int
 make_in_use (struct bitmap_set *set, uint64_t offset, uint64_t count)

@@ -496,7 +496,7 @@ end_flush (struct bitmap_set *set, bool success)
     }
     b->cleared = false;
     b->settling = false;
-    atomic_store (&b->returns, set->keeps && success && !set->left_out &&
+    atomic_store (&b->returning, set->keeps && success && !set->left_out &&
                   atomic_load (&b->state) == IN_USE);
   }
   set->phase = SYNC_IDLE;
