@@ -207,11 +207,14 @@ reply_context (struct option *o, const struct matches *m, size_t context,
   size_t length;
 
   if (context < CONTEXT_FIRST_BITMAP) {
+    assert (context == CONTEXT_BASE_ALLOCATION ||
+            context == CONTEXT_ALLOCATION_DEPTH);
     name = context == CONTEXT_BASE_ALLOCATION ? BASE_ALLOCATION
                                               : ALLOCATION_DEPTH;
     return option_reply2 (o, NBD_REP_META_CONTEXT, &id, sizeof id,
                           name, strlen (name));
   }
+  assert (m->offers != NULL);
   name = disk_bitmap_name (disk_offers_at (m->offers,
                                            context - CONTEXT_FIRST_BITMAP));
   length = strlen (DIRTY_BITMAP) + strlen (name);

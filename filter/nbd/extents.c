@@ -32,6 +32,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
 
@@ -366,6 +367,7 @@ extents_build (struct worker *w, uint32_t id, const struct disk_offer *bitmap,
     b.safe = DEPTH_LOCAL;
     return build_allocation (&b, w, depth_extent, offset, limit, req_one);
   default:
+    assert (id >= CONTEXT_FIRST_BITMAP && bitmap != NULL);
     b.granularity = disk_bitmap_granularity (bitmap);
     b.safe = STATE_DIRTY;
     return build_bitmap (&b, bitmap, offset, limit, req_one);
