@@ -3,26 +3,27 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* nbdkit's callbacks for the life of the filter.
  *
- * nbdkit's callbacks for the life of the filter, in the order in which
- * nbdkit calls them:
+ * How this works
+ *
+ * In the order in which nbdkit calls them:
  *
  * config       parameters; those of the plugin that concern us are
  *              remembered as they pass by (image/image-file.c,
  *              nbdkit/plugin-parameters.c)
  * get_ready    all checks are made here, where the user sees an error and
  *              nbdkit exits with it: the image and the files that it refers
- *              to are locked and checked (storage.c), keys and certificates loaded, the
- *              listening address bound, and it is decided which server
- *              answers the clients
+ *              to are locked and checked (storage.c), keys and certificates
+ *              loaded, the listening address bound, and it is decided which
+ *              server answers the clients
  * after_fork   the plugin is opened, unless its file is used directly, and
  *              the disk.  Either our server stands in for nbdkit's
  *              (nbdkit/sockets.c, and nbdkit/single.c for nbdkit -s), or
  *              nbdkit's own server answers (nbdkit/clients.c).  The control
- *              socket is served (control/).  A thread
- *              waits for what ends nbdkit, and then stops the servers, and
- *              writes what is in RAM (nbdkit/stop.c)
+ *              socket is served (control/).  A thread waits for what ends
+ *              nbdkit, and then stops the servers, and writes what is in RAM
+ *              (nbdkit/stop.c)
  * cleanup      waits for that thread, and closes the image
  * unload       if something could not be written, the process ends with
  *              an exit code that says so: cleanup has no other way, and

@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* The parameters of the filter.
+ *
+ * How this works
  *
  * One function takes each parameter; a table lists them.  Every check of a
  * value that does not need the image is made here, and its message names the

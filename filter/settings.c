@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* The parameters and nbdkit's command line, taken together.
+ *
+ * How this works
  *
  * Each file must have one use only.  nbdkit writes to the files of -P and
  * --log before it calls after_fork, whatever they contain: get_ready is the

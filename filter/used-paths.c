@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* Does a file have two uses?
+ *
+ * How this works
  *
  * nbdkit overwrites the file that -P names with its process ID, and that
  * file may be the image.  Two paths name one file if they are equal after

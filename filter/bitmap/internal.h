@@ -35,7 +35,8 @@
  *   CLOSING  as IN_USE, for a moment within a flush, while no bits may be
  *            set
  *
- * One that is in RAM alone is IN_USE for ever, and nothing else is true of it.
+ * A bitmap that is in RAM alone is IN_USE for ever.  The image has nothing of
+ * it, so what the states say of the image does not apply.
  *
  * (A) A bit is set in RAM only in a section of the set's grace in which
  *     IN_USE was read, or that its unit is ahead: then the image has the bit
@@ -47,10 +48,10 @@
  *
  * From these follow I3, and that a set bit need only be read.  By (A) the
  * image had the bit durably, and keep.c never takes a bit from it that RAM
- * has; or the bit was set while in_use was durable.  If in_use has been cleared since,
- * it was by (B): the grace period waited for the section, so the piece had
- * been flagged.  No flag remained, so the piece had been taken after the bit
- * was set, and taken pieces are durable.
+ * has; or the bit was set while in_use was durable.  If in_use has been
+ * cleared since, it was by (B): the grace period waited for the section, so
+ * the piece had been flagged.  No flag remained, so the piece had been taken
+ * after the bit was set, and taken pieces are durable.
  *
  * Locks: state_lock and reserve_lock of the set.  No thread ever holds both.
  * keep_lock is taken with no other lock held, and none is taken inside it.
@@ -60,9 +61,9 @@
  * locks inside, but never the flush lock: only disk/flush.c, qcow2_flush and
  * qcow2_stop take that, and their callers hold no lock of ours.  A thread that
  * leads a round (keep.c) is such a caller.  A change (change.h) is made with
- * the flush lock held and keep_busy set, while no mark is under way.  A section
- * never waits for anything, so a thread that waits for a grace period may hold any lock.  A
- * section may be entered with state_lock held.
+ * the flush lock held and keep_busy set, while no mark is under way.  A
+ * section never waits for anything, so a thread that waits for a grace period
+ * may hold any lock.  A section may be entered with state_lock held.
  */
 
 #include <pthread.h>

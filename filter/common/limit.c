@@ -3,6 +3,8 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
+/* How many messages of one kind are shown within a period. */
+
 #include <config.h>
 
 #include "common/cleanup.h"

@@ -3,6 +3,8 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
+/* Counters for the statistics, and their clock. */
+
 #include <config.h>
 
 #include "common/clock.h"

@@ -6,6 +6,8 @@
 #ifndef DIRTY_BITMAP_NAMES_H
 #define DIRTY_BITMAP_NAMES_H
 
+/* Lists of names. */
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <string.h>

@@ -3,6 +3,10 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
+/* Errors, warnings and debug messages: where they go, which are held back, and
+ * how many of one kind are shown.
+ */
+
 #include <config.h>
 
 #include <errno.h>

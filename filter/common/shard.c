@@ -3,6 +3,8 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
+/* The part of a shared counter that a thread adds to. */
+
 #include <config.h>
 
 #include <stdatomic.h>

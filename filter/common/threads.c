@@ -3,6 +3,8 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
+/* Starting threads, and conditions that wait by the monotonic clock. */
+
 #include <config.h>
 
 #include <errno.h>

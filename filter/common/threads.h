@@ -6,6 +6,8 @@
 #ifndef DIRTY_BITMAP_THREADS_H
 #define DIRTY_BITMAP_THREADS_H
 
+/* Threads, and conditions with a timeout. */
+
 #include <pthread.h>
 
 /* Start a thread with all signals blocked, since signals are for nbdkit's

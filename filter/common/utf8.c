@@ -3,6 +3,8 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
+/* Is it valid UTF-8? */
+
 #include <config.h>
 
 #include <stddef.h>

@@ -6,6 +6,8 @@
 #ifndef DIRTY_BITMAP_UTF8_H
 #define DIRTY_BITMAP_UTF8_H
 
+/* Checking UTF-8. */
+
 /* The length of the first character of s, which is not empty, or 0 if that
  * is not valid UTF-8 (RFC 3629): no overlong encoding, no surrogate, nothing
  * above U+10FFFF.  The NUL at the end is no continuation byte.

@@ -3,6 +3,8 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
+/* Arrays that grow. */
+
 #include <config.h>
 
 #include <errno.h>

@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* Requests of any range, over storage that takes only whole blocks.
+ *
+ * How this works
  *
  * Some storage takes only whole blocks: multiples of the minimum block size,
  * which NBD servers and some plugins have.  The qcow2 format and the guest

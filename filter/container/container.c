@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* The door of the room: what all implementations of a container share.
+ *
+ * How this works
  *
  * This is the door to every implementation of a container.  It handles for
  * all of them the end of the container and needless barriers.

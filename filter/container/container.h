@@ -110,9 +110,11 @@ enum {
   CONTAINER_ZERO = 2,
 };
 
-/* What the storage can do, for those who let others ask for it.  Whoever asks
- * for more than that gets the same result at another price: zeroes are
- * written, a flush makes nothing durable, the rest has no effect.
+/* What the storage can do, for a caller that tells its own clients.  Every
+ * function may be called all the same.  Where the storage cannot zero, zeroes
+ * are written, and container_zero_fast returns 1.  Where it cannot trim or
+ * cache, nothing happens.  Where it cannot flush, container_flush succeeds and
+ * makes nothing durable.
  */
 struct container_abilities {
   bool zero, zero_fast, trim, cache, flush;
@@ -221,17 +223,24 @@ extern int container_reserve (struct container *, uint64_t end);
 extern int container_truncate (struct container *, uint64_t size);
 extern void container_close (struct container *);
 
-/* A container over fd, of a file or a block device.  fd stays the caller's.
- * The first opens it read-only.  The second can be written, grows to exactly
- * the size that is needed, and is never cut.  The third is the image itself,
- * which grows in large steps and can be cut to its original size.  NULL with
- * errno.
+/* Containers over fd, of a file or a block device.  fd stays the caller's.
+ * NULL with errno.
+ *
+ * container_open_file opens it read-only.
  */
 extern struct container *container_open_file (int fd);
+
+/* It can be written, grows to exactly the size that is needed, and is never
+ * cut.
+ */
 extern struct container *container_open_file_writable (int fd);
+
+/* It is the image itself: it can be written, grows in large steps, and can be
+ * cut to its original size.
+ */
 extern struct container *container_open_file_image (int fd);
 
-/* A disk: it can be written, and its size never changes. */
+/* It is a disk: it can be written, and its size never changes. */
 extern struct container *container_open_file_disk (int fd);
 
 /* In memory, growing up to limit bytes (then ENOSPC), sparse.  A hook, if

@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* A context of nbdkit's plugin that belongs to no connection.
+ *
+ * How this works
  *
  * nbdkit lets a filter open a context of the plugin that belongs to no
  * connection.  nbdkit remembers the context's first answers (its size, what

@@ -3,6 +3,8 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
+/* Operations on the descriptor of a file or a block device. */
+
 #include <config.h>
 
 #include <dirent.h>

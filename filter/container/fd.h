@@ -8,8 +8,8 @@
 
 /* Operations on the descriptor of the image's file, for both ways of serving
  * it: through the descriptor (file.c), or through a plugin that opens the
- * file again (next.c).  Those that read and write are for any file.  All return
- * 0, or -1 with errno.
+ * file again (next.c).  Those that read and write are for any file.  All
+ * return 0, or -1 with errno.
  */
 
 #include <stdbool.h>

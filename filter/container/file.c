@@ -3,12 +3,14 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* A container over a file descriptor, of a file or a block device.
  *
- * A container over a file descriptor, of a file or a block device.  It
- * serves backing files, data files, and where the plugin would only do the
- * same (image/image-file.c) the image itself, or a disk beside its bitmaps.  The descriptor stays that
- * of the opened file, whatever happens to the file's name.
+ * How this works
+ *
+ * It serves backing files and data files.  Where the plugin would only do the
+ * same (image/image-file.c), it also serves the image itself, or a disk beside
+ * its bitmaps.  The descriptor stays that of the opened file, whatever happens
+ * to the file's name.
  *
  * The size of a read-only container is the size at the time of opening; a
  * file that is cut later gives EIO.  The door refuses every change.

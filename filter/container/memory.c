@@ -3,12 +3,14 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* A container in memory, for tests.
  *
- * A container in memory, for tests.  It is sparse: a page is allocated by
- * the first write into it and freed by punching it as a whole, and pages
- * hang in leaves of a two-level table, so that a large and mostly empty
- * image costs next to nothing.  A missing page reads as zeroes.
+ * How this works
+ *
+ * It is sparse: a page is allocated by the first write into it and freed by
+ * punching it as a whole, and pages hang in leaves of a two-level table, so
+ * that a large and mostly empty image costs next to nothing.  A missing page
+ * reads as zeroes.
  *
  * A hook sees every operation that changes or flushes before it happens, and
  * may fail it.  A failed operation has changed nothing.

@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* A container over nbdkit's plugin.
+ *
+ * How this works
  *
  * One context of the plugin serves all clients (context.c).
  *

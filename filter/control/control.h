@@ -11,17 +11,21 @@
  *
  * One thread serves all its clients, and executes their commands, one at a
  * time.  A command that takes long makes the other clients of this socket
- * wait, and nothing else: clients of the disk have other threads.  Only while
- * bitmaps are changed do changes and flushes of the disk wait, too
- * (disk/change.h).
+ * wait.  Clients of the disk have other threads, and wait in two cases only:
+ *
+ * - while bitmaps are changed, changes and flushes of the disk wait
+ *   (disk/change.h);
+ * - while a client of this socket has closed the gate, changes of the disk
+ *   wait.  The gate opens by itself when that client is gone, and after 10
+ *   seconds at most.
  *
  * The stop of nbdkit does not wait for clients, only for a command that is
  * being executed, as it waits for requests.  control_begin_stop returns at
  * once, and no command begins after it.  One under way ends in the same way as
  * a request does: it is inside the disk, where long work ends early
  * (disk_hurry), and if the storage hangs, the stop is patient with it as it is
- * with a request (control_wait, nbdkit/stop.c).  So a command may
- * wait for the disk, but for nothing that a client does.
+ * with a request (control_wait, nbdkit/stop.c).  So a command may wait for the
+ * disk, but for nothing that a client does.
  */
 
 #include <stdbool.h>

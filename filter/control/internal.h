@@ -47,14 +47,19 @@ struct client {
   bool is_negotiated;           /* qmp_capabilities has succeeded */
 
   struct json_stream stream;
-  char input[INPUT_BYTES];      /* received, and not in the stream yet: from */
-  size_t taken, received;       /* the first to the second */
-  bool has_ended;               /* it sends no more */
 
-  char *output;                 /* not sent yet: from the first to */
-  size_t sent, nr_output, max_output; /* the second */
-  size_t event_bytes;           /* of events, since there was nothing */
-  bool is_broken;               /* to be disconnected */
+  /* input[taken, received) was received and is not in the stream yet. */
+  char input[INPUT_BYTES];
+  size_t taken, received;
+  bool has_ended;               /* the client sends no more */
+
+  /* output[sent, nr_output) is not sent yet.  There is room for max_output
+   * bytes.
+   */
+  char *output;
+  size_t sent, nr_output, max_output;
+  size_t event_bytes;           /* of events in it, since it was last empty */
+  bool is_broken;               /* the client is to be disconnected */
 };
 
 struct watch;                   /* a view (views.c) */
@@ -71,12 +76,13 @@ struct control {
   int wake_fd;                  /* an eventfd, for control_begin_stop */
   struct client clients[MAX_CLIENTS];
   enum control_gate gate;
-  struct client *gate_client;   /* which has closed it, */
-  int64_t gate_until_ms;        /* until then, in now_ms */
-  struct watch *views;          /* that exist, and when the disk was asked */
-  int64_t views_seen_ms;        /* for them, in now_ms */
-  bool quit_asked;              /* by the command, */
-  bool quit_told;               /* and options.quit was called */
+  struct client *gate_client;   /* that has closed the gate */
+  int64_t gate_until_ms;        /* until when it may be closed, in now_ms */
+  struct watch *views;          /* that exist */
+  int64_t views_seen_ms;        /* when the disk was last asked for them, in
+                                   now_ms */
+  bool quit_asked;              /* a client has sent the command quit */
+  bool quit_told;               /* options.quit was called */
   pthread_t thread;
   bool started;                 /* for the functions of control.h alone */
 

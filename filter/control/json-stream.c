@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* From the bytes that a client of the control socket sends to JSON values.
+ *
+ * How this works
  *
  * The stream is scanned byte by byte for where a value ends: strings are
  * recognised, and brackets counted.  The text of a value is then jansson's to

@@ -3,6 +3,8 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
+/* Putting a chunk together from several pieces. */
+
 #include <config.h>
 
 #include <stddef.h>

@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* Where the guest's data are: in the image, or in a disk beside it.
+ *
+ * How this works
  *
  * Usually the image has both the guest's data and the bitmaps.  With a disk
  * beside the image, the image has the bitmaps alone.  The two are storages

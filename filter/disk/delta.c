@@ -6,9 +6,10 @@
 /* The disk as seen through one bitmap: dirty bytes are the disk's data, and
  * clean bytes read as zeroes.
  *
- * The disk may be written meanwhile.  Bits are set before the data are
- * changed (disk.c), and they are not cleared: where a bitmap is, reads by
- * earlier offers fail (offers.h).  So:
+ * The disk may be written meanwhile.  A bit is set before the data are changed
+ * (disk.c).  No bit is cleared while a client reads: a command that clears
+ * bits cuts the offer of the bitmap, and reads by that offer fail (offers.h).
+ * So:
  *
  * - A write that was acknowledged before a read of the delta began has
  *   its bits set, and the read returns it.

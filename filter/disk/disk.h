@@ -10,7 +10,8 @@
  *
  * disk/ puts the image (qcow2/) and its bitmaps (bitmap/) together: a change
  * is marked in every recording bitmap before it is made, and a flush makes
- * both durable.  Above it are nbd/ and filter.c, which share the disk.
+ * both durable.  Above it are nbd/, control/, stats/, nbdkit/ and filter.c,
+ * which share the disk.
  *
  * All request functions may be called from any thread at any time.  They
  * return 0, or -1 with errno set and the reason reported.  Offsets and
@@ -153,12 +154,12 @@ struct disk_client {
 };
 extern void disk_client_begin (struct disk *, struct disk_client *);
 
-/* A client's flush.  It also fails if a flush below has failed, for
- * whichever client, and no failed flush of this client began since: what the
- * client wrote until then may be lost, though it reads back.  The client has
- * to write again everything it wrote since its last successful flush.
- * (Linux reports such an error to fsync in this way, once for each open
- * file.)
+/* A client's flush.  It also fails if a flush of the storage has failed,
+ * whichever client asked for that, and this client has not been told yet.
+ * What the client wrote before then may be lost, though it reads back.  The
+ * client has to write again everything it wrote since its last successful
+ * flush.  (Linux reports such an error to fsync in this way, once for each
+ * open file.)
  *
  * FUA covers its own request only, as in the protocol: a request with FUA
  * fails if its own data may be lost.  Such a failure leaves the rest to be
@@ -303,8 +304,9 @@ struct disk_bitmap_state {
   uint64_t granularity, dirty_bytes;
   bool is_enabled, is_inconsistent, is_in_use;
   bool is_persistent;           /* false: in RAM alone */
-  bool has_backup;              /* a backup of it is under way, and so much */
-  uint64_t since_bytes;         /* is dirty since it began */
+  bool has_backup;              /* a backup of the bitmap is under way */
+  uint64_t since_bytes;         /* what is dirty since that backup began, or
+                                   0 if there is none */
 };
 extern void disk_list_bitmaps (const struct disk *,
                                void (*fn) (const struct disk_bitmap_state *,

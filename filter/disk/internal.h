@@ -19,8 +19,22 @@
  *   change.c    changing the set of bitmaps
  *   flush.c     the order of writes of the image and its bitmaps
  *
- * Locks: the gate, which is closed with no lock held; lists_lock; and that of
- * offers.h, which is taken last of all.
+ * Locks, in the order in which they are taken.  Those of the rooms below have
+ * their places among them.
+ *
+ *   the gate (gate.h)     a change of the disk is in a section of it.  It is
+ *                         closed with no lock held
+ *   bitmap_set_pause      a change of the set of bitmaps pauses tidying.  A
+ *                         mark takes the locks of bitmap/, and holds none of
+ *                         them when it has ended
+ *   kept.locks            for a unit of a view.  One is held while the unit
+ *                         is read from the image, which takes locks of qcow2/
+ *   the flush lock        qcow2's (qcow2/steps.h).  The steps of a flush take
+ *                         the locks of bitmap/ inside it
+ *   lists_lock            the lists of bitmaps and views
+ *   disk_view.lock        why a view is broken.  No lock is taken inside it
+ *   offers.lock           the current list of offers.  No lock is taken
+ *                         inside it
  */
 
 #include <pthread.h>

@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* The file of dirty-bitmap-image: an image that has only the bitmaps.
+ *
+ * How this works
  *
  * The user names the file, so it may be anywhere.  It is opened once, and
  * locked as QEMU locks an image.

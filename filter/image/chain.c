@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* The files that the image refers to: its backing files and data files.
+ *
+ * How this works
  *
  * From the image downward, this follows the names in the headers, opens and
  * locks each file, and determines its format.  Then it opens the images,

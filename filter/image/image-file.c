@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* The file that the plugin serves, if we can know it.
+ *
+ * How this works
  *
  * Only the file plugin's file= is taken to be the image.  We open it once,
  * at the start, and lock it as QEMU does.  What happens to its name later

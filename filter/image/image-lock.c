@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* Locking an image as QEMU does.
+ *
+ * How this works
  *
  * QEMU's programs agree on which processes may use an image by open file
  * description locks on single bytes of the file (which need not exist).

@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* Opening a file that an image names, if the image may lead there.
+ *
+ * How this works
  *
  * The names are untrusted.  Their author must not be able to read, write, or
  * even open files that do not belong to the image:

@@ -3,6 +3,8 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
+/* Messages about what clients do wrong, a few of them a minute. */
+
 #include <config.h>
 
 #include <stdarg.h>

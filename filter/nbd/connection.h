@@ -44,11 +44,14 @@ struct connection {
   uint64_t moved;
   bool holds_memory;
 
-  /* The holder of the role counts. */
+  /* Changed by the holder of the role alone.  bytes has the sum of the lengths
+   * of the valid requests NBD_CMD_READ and NBD_CMD_WRITE.  They count whether
+   * they succeed or not, but for a WRITE that fails while it is received.
+   */
   uint64_t nr_requests;
-  uint64_t bytes[2];            /* of NBD_CMD_READ, of NBD_CMD_WRITE */
-  bool out_of_step;             /* where the next request begins is not
-                                   known, so there is none */
+  uint64_t bytes[2];
+  bool out_of_step;             /* it is not known where the next request
+                                   begins, so none is received */
 
   struct team team;
 };

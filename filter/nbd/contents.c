@@ -3,6 +3,10 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
+/* What an export shows: each function asks the view, the bitmap of the delta,
+ * or the disk itself.
+ */
+
 #include <config.h>
 
 #include "disk/disk.h"

@@ -50,8 +50,8 @@ extern void contexts_bind (struct session *, const struct selection *,
  */
 extern void contexts_release (struct session *);
 
-/* The bitmap of a context that the session has, or NULL if it is none of a
- * bitmap's.  The reference is the session's.
+/* The bitmap of a context that the session has, or NULL if the context is not
+ * a bitmap's.  The reference is the session's.
  */
 extern struct disk_offer *contexts_bitmap (const struct session *,
                                            uint32_t id);

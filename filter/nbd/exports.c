@@ -3,6 +3,10 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
+/* The names of exports: what each stands for, its description, and the list of
+ * them.
+ */
+
 #include <config.h>
 
 #include <stdio.h>

@@ -6,6 +6,8 @@
 #ifndef DIRTY_BITMAP_NBD_EXTENTS_H
 #define DIRTY_BITMAP_NBD_EXTENTS_H
 
+/* The extents of one metadata context, for a reply to BLOCK_STATUS. */
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>

@@ -6,6 +6,8 @@
 #ifndef DIRTY_BITMAP_NBD_HANDSHAKE_H
 #define DIRTY_BITMAP_NBD_HANDSHAKE_H
 
+/* The handshake: the options of a client, until it chooses an export. */
+
 #include "nbd/worker.h"
 
 /* Negotiate until transmission begins.  -1 if it never does. */

@@ -6,6 +6,8 @@
 #ifndef DIRTY_BITMAP_NBD_REQUEST_H
 #define DIRTY_BITMAP_NBD_REQUEST_H
 
+/* The transmission phase: one request after another. */
+
 #include "nbd/worker.h"
 
 /* Receive, execute and answer one request.  -1 if there are no more. */

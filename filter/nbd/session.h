@@ -16,9 +16,10 @@
 
 #include "nbd/exports.h"
 
-/* The ids of contexts.  A bitmap's id is this and its place on the list that
- * there was when it was selected (disk_offers_at).  The session keeps it,
- * whatever lists come later.
+/* The ids of contexts.  The id of a bitmap is CONTEXT_FIRST_BITMAP plus its
+ * place on the list of offers (disk_offers_at) that was current when the
+ * client selected it.  The bitmap has this id until the session ends, even if
+ * another list becomes current.
  */
 #define CONTEXT_BASE_ALLOCATION 0
 #define CONTEXT_ALLOCATION_DEPTH 1
@@ -29,10 +30,12 @@ struct session {
   bool structured;              /* replies are structured or extended */
   bool extended;                /* headers, both ways */
   uint32_t *contexts;           /* the ids that are selected, ascending */
-  struct disk_offer **offers;   /* of each, a reference to its bitmap, or
-                                   NULL for those of allocation */
-  size_t nr_contexts;
-  bool is_holding;              /* the export, and those bitmaps (disk.h) */
+  struct disk_offer **offers;   /* for each of these ids: a reference to the
+                                   bitmap, or NULL if the context is not a
+                                   bitmap's */
+  size_t nr_contexts;           /* the length of both arrays */
+  bool is_holding;              /* the session holds the export, and these
+                                   bitmaps (disk_bitmap_hold) */
   char export_name[64];         /* made printable, and cut */
 };
 

@@ -19,17 +19,20 @@
 /* This thread is the worker's. */
 extern void trace_thread (struct worker *);
 
-/* The export that the client has chosen; its transmission phase begins;
- * it has ended.
- */
+/* The client has chosen the export of this name. */
 extern void trace_export (struct session *,
                           const char *name, uint32_t length);
+
+/* The handshake has succeeded, and transmission begins. */
 extern void trace_opened (struct connection *);
+
+/* The connection has ended, in the handshake or later. */
 extern void trace_closed (struct connection *);
 
-/* A request: its header is here, and it has the next number. */
+/* Show the header of a request, as a debug message. */
 extern void trace_show_header (struct worker *);
 
+/* The header of a request was received.  The request gets the next number. */
 static inline void
 trace_header (struct worker *w)
 {
@@ -39,8 +42,10 @@ trace_header (struct worker *w)
     trace_show_header (w);
 }
 
-/* It is here whole, and was refused with an errno, or 0 if not.  This and
- * the one above are for the holder of the role.
+/* The request was received whole.  err is 0 if it is to be carried out, or the
+ * errno with which it is answered at once: it was refused, or it is a WRITE of
+ * which a part has failed.  The holder of the role calls this function and
+ * trace_header.
  */
 static inline void
 trace_begin (struct worker *w, int err)
@@ -54,9 +59,10 @@ trace_begin (struct worker *w, int err)
   w->spent = 0;
 }
 
-/* It is done, except for sending the reply. */
+/* Count the request in the statistics. */
 extern void trace_count (struct worker *);
 
+/* The request is done, except for sending the reply. */
 static inline void
 trace_end (struct worker *w)
 {
@@ -65,7 +71,9 @@ trace_end (struct worker *w)
   w->id.request = 0;
 }
 
-/* It says that there will be no others, and is none itself. */
+/* The request is NBD_CMD_DISC: the client sends no more requests.  It is not
+ * counted as one itself.
+ */
 extern void trace_disconnect (struct worker *);
 
 #endif /* DIRTY_BITMAP_NBD_TRACE_H */

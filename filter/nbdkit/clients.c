@@ -3,7 +3,10 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* The clients of nbdkit's own server: its callbacks for connections and
+ * requests.
+ *
+ * How this works
  *
  * If nbdkit's own server answers the clients, these are its callbacks.  All
  * connections share one disk, and the plugin below was opened once for all

@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* What nbdkit was told on its command line.
+ *
+ * How this works
  *
  * nbdkit tells a filter about -r only when a client connects, and never
  * about TLS, the handshake, -s and the other filters.  We have to know

@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* What nbdkit's other filters and its plugin mean for this filter.
+ *
+ * How this works
  *
  * A list of nbdkit's filters, those of 1.32 to 1.48, with the answers to six
  * questions about each.

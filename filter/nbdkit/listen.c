@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* Listening sockets of our own, for NBD and for control.
+ *
+ * How this works
  *
  * The sockets are bound in get_ready: the user still sees the error if an
  * address is in use, and the process still has the user ID and the directory

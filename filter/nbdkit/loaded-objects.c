@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* The plugin and the filters, by what nbdkit has loaded.
+ *
+ * How this works
  *
  * nbdkit loads the plugin first, and then the filters from the innermost to
  * the outermost.  The dynamic linker keeps its list of objects in the order

@@ -6,6 +6,10 @@
 #ifndef DIRTY_BITMAP_LOADED_OBJECTS_H
 #define DIRTY_BITMAP_LOADED_OBJECTS_H
 
+/* The plugin and the filters, by what nbdkit has loaded.  For a command line
+ * whose meaning is not certain.
+ */
+
 struct command_line;
 
 /* Get the filters and the plugin from the objects that nbdkit has loaded,

@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* Plugins that cannot be opened before there is a client.
+ *
+ * How this works
  *
  * Some plugins choose what they serve by the export name of the client.
  * This filter opens the plugin before there is a client.  nbdkit before 1.44

@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* The signals that end nbdkit, sent to a thread of ours.
+ *
+ * How this works
  *
  * nbdkit installs one handler for TERM, INT, QUIT and HUP before it calls
  * after_fork.  The handler sets a flag, and from then on every

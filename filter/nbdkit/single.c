@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* The client of nbdkit -s, on standard input and output.
+ *
+ * How this works
  *
  * With -s, nbdkit moves standard input and output away after get_ready.
  * Later, on its main thread, it calls preconnect and then talks to the

@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* nbdkit's listening sockets, found and taken over.
+ *
+ * How this works
  *
  * nbdkit binds its sockets between get_ready and after_fork and begins to
  * accept after after_fork.  In after_fork its listening sockets are

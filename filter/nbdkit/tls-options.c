@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* Keys and certificates, by nbdkit's options of TLS.
+ *
+ * How this works
  *
  * The rules are those of nbdkit-tls(1), so that both servers behave alike:
  *

@@ -16,24 +16,34 @@
 
 struct qcow2;
 
-/* Without rc.lock.  Allocate at least one and at most nr
- * contiguous clusters: *got of them, *zeroed if they read as zeroes.
+/* Without rc.lock: allocate at least one and at most nr contiguous clusters,
+ * *got of them.  *zeroed says whether they read as zeroes.
  */
 extern int allocate_clusters (struct qcow2 *, enum qcow2_class, uint64_t nr,
                               uint64_t *host_offset, uint64_t *got,
                               bool *zeroed);
+
 /* Undo an allocation.  Nothing ever referred to the clusters. */
 extern void allocate_undo (struct qcow2 *, uint64_t host_offset, uint64_t nr);
-/* With rc.lock held.  Make a refcount block in a cluster that nothing
- * uses.  Make the refcount table larger, with an entry for block_index, in a
- * place from cluster on, where every cluster with no refcount is free.
+
+/* With rc.lock held: make the refcount block block_index, in a cluster that
+ * nothing uses.
  */
 extern int allocate_block_at (struct qcow2 *, uint64_t block_index,
                               uint64_t cluster);
+
+/* With rc.lock held: make the refcount table larger, so that it has an entry
+ * for block_index.  Its new place is found from `cluster` on, where every
+ * cluster with no refcount is free.
+ */
 extern int allocate_larger_table (struct qcow2 *, uint64_t block_index,
                                   uint64_t cluster);
-/* Give back the clusters of an abandoned table, if possible. */
+
+/* Without rc.lock: give back the clusters of an abandoned table, if
+ * possible.
+ */
 extern void allocate_forget_abandoned (struct qcow2 *);
+
 /* Where the container may be cut, in bytes: the end of the last cluster in
  * use, or of anything else that must not be lost.
  */

@@ -59,12 +59,13 @@ extern int qcow2_flush_barrier (struct qcow2 *);
 extern void qcow2_flush_end (struct qcow2 *, bool success,
                              bool with_bitmaps);
 
-/* Without the lock.  Are there clusters that a flush may free?  And flush
- * the image alone and free them: a failure is not reported as an error,
- * since the caller that needs the space reports it.  Outside sections, with
- * no range lock held.
- */
+/* Without the lock: are there clusters that a flush may free? */
 extern bool qcow2_can_reclaim (struct qcow2 *);
+
+/* Without the lock, outside sections, and with no range lock held: flush the
+ * image alone, and free these clusters.  A failure is not reported as an
+ * error, since the caller that needs the space reports it.
+ */
 extern int qcow2_reclaim_quietly (struct qcow2 *);
 
 /* Without the lock: would the next flush have nothing to free, and no

@@ -3,6 +3,8 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
+/* A histogram of durations: what its buckets say. */
+
 #include <config.h>
 
 #include "stats/histogram.h"

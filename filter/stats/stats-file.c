@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* How this works
+/* The file of statistics: when it is written, and how.
+ *
+ * How this works
  *
  * A thread sleeps until an eventfd is written to or the interval is over,
  * and writes the file.  A reader never sees half of it, since it is written

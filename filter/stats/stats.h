@@ -43,8 +43,9 @@ extern void stats_free (struct stats *);
 extern void stats_count_request (struct stats *, uint64_t began,
                                  enum stats_command, uint64_t bytes, int err);
 
-/* A request was received whole.  Pass the result to stats_end, less the
- * nanoseconds that the request took before, while it was received.
+/* A request was received whole.  Returns the time for stats_end, in
+ * nanoseconds (meter_clock).  If parts of the request were executed while it
+ * was received, the caller subtracts the time that this took.
  */
 static inline uint64_t
 stats_begin (const struct stats *s)
