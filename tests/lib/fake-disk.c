@@ -176,6 +176,23 @@ disk_preferred_block_size (const struct disk *d)
   return d->block_size;
 }
 
+bool
+disk_is_beside (const struct disk *d)
+{
+  (void) d;
+  return false;
+}
+
+struct disk_abilities
+disk_can (const struct disk *d)
+{
+  (void) d;
+  return (struct disk_abilities) {
+    .zero = true, .zero_fast = true, .trim = true, .cache = true,
+    .flush = true,
+  };
+}
+
 /* What every operation begins and ends with. */
 static int
 begin (struct disk *d, enum fake_op op, uint64_t offset, uint64_t count)
