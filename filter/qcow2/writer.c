@@ -495,6 +495,10 @@ qcow2_writer_finish (struct qcow2_writer *w)
   struct refcounts r;
   uint64_t l1_host = 0;
 
+  /* The rest of the last run for compressed data is not needed. */
+  if (w->packed_end == w->end)
+    w->end = round_up (w->packed, w->cluster_size);
+
   return write_mapping (w, &l1_host) == -1 ||
     write_refcounts (w, &r) == -1 ||
     flush (w) == -1 ||

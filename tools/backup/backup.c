@@ -1,0 +1,563 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* How a backup is made.
+ *
+ * With a control socket: begin, copy from the view, store the point, and only
+ * then end as a success.  So at any kill the bitmap has all that the last
+ * point in the list lacks, and perhaps some that it has.  The bitmap is the
+ * repository's own, so that no other program ends a backup of it.
+ *
+ * Without one, the bitmap is read where the disk is, and the user has to make
+ * it begin anew.  If the user does not, the next point has more than it needs.
+ *
+ * An increment is made only if there is a point that it can lie over: of the
+ * same disk as far as can be known, and of the same bitmap.  Otherwise all is
+ * copied, and the reason is told.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <jansson.h>
+
+#include "backup/commands.h"
+#include "backup/copy.h"
+#include "backup/progress.h"
+#include "backup/prune.h"
+#include "backup/repository.h"
+#include "backup/source.h"
+#include "common/bytes.h"
+#include "common/cleanup.h"
+#include "common/report.h"
+#include "container/container.h"
+#include "qcow2/writer.h"
+#include "qmp-client.h"
+
+/* If we die, the server ends the backup after so many seconds. */
+#define FAIL_AFTER 60
+
+#define MIN_CLUSTER_BITS 12
+#define MAX_CLUSTER_BITS 16
+
+struct backup {
+  const struct settings *settings;
+  const char *uri;
+  struct repository repository;
+
+  struct qmp_client control;
+  bool has_begun;               /* backup-begin, and no backup-end yet */
+
+  struct source source;
+  bool is_open;
+  char *bitmap;                 /* its name, or NULL: there is none */
+  char *export;                 /* of the view, or NULL */
+  char reason[256];             /* why all is copied; "" if that is no news */
+  bool is_full;
+};
+
+/* Tell the user, unless that is not wanted. */
+__attribute__ ((format (printf, 2, 3)))
+static void
+tell (const struct backup *b, const char *fmt, ...)
+{
+  va_list args;
+
+  if (b->settings->quiet)
+    return;
+  fprintf (stderr, PROGRAM ": ");
+  va_start (args, fmt);
+  vfprintf (stderr, fmt, args);
+  va_end (args);
+  fputc ('\n', stderr);
+}
+
+/* The last point, or NULL. */
+static const struct point *
+last_point (const struct backup *b)
+{
+  const struct repository *r = &b->repository;
+
+  return r->nr_points == 0 ? NULL : &r->points[r->nr_points - 1];
+}
+
+static void
+copy_all_since (struct backup *b, const char *reason)
+{
+  b->is_full = true;
+  snprintf (b->reason, sizeof b->reason, "%s", reason);
+}
+
+/* Can an increment by this bitmap lie over the last point?  The size of the
+ * disk is known.
+ */
+static void
+decide (struct backup *b)
+{
+  const struct point *last = last_point (b);
+  const char *bitmap = b->repository.bitmap;
+  char reason[256];
+
+  if (last == NULL)
+    copy_all_since (b, "");
+  else if (b->is_full)
+    return;
+  else if (last->disk_bytes != b->source.size) {
+    snprintf (reason, sizeof reason, "the disk had %" PRIu64 " bytes at the "
+              "last point, and has %" PRIu64 " now", last->disk_bytes,
+              b->source.size);
+    copy_all_since (b, reason);
+  }
+  else if (bitmap == NULL || strcmp (bitmap, b->bitmap) != 0) {
+    snprintf (reason, sizeof reason, "the last point was made with %s%.150s",
+              bitmap != NULL ? "the bitmap " : "no bitmap",
+              bitmap != NULL ? bitmap : "");
+    copy_all_since (b, reason);
+  }
+}
+
+static int
+open_source (struct backup *b)
+{
+  char *context = NULL;
+  struct source_options o = {
+    .uri = b->uri, .export = b->export,
+    .contexts = (const char *const *) &context,
+    .nr_contexts = b->bitmap != NULL,
+    .max_connections = SOURCE_MAX_CONNECTIONS,
+  };
+  int r;
+
+  if (b->bitmap != NULL &&
+      asprintf (&context, SOURCE_BITMAP_PREFIX "%s", b->bitmap) == -1) {
+    report_error ("asprintf: %m");
+    return -1;
+  }
+  r = source_open (&b->source, &o);
+  b->is_open = r == 0;
+  free (context);
+  return r;
+}
+
+/* With a control socket. */
+
+static json_t *
+call (struct backup *b, const char *command, json_t *arguments)
+{
+  json_t *result = arguments == NULL ? NULL
+    : qmp_client_call (&b->control, command, arguments);
+
+  json_decref (arguments);
+  if (result == NULL)
+    report_error ("%s: %s", command, b->control.error != NULL
+                  ? b->control.error : "out of memory");
+  return result;
+}
+
+/* backup-end.  Its failure is reported. */
+static int
+end_backup (struct backup *b, bool success)
+{
+  json_t *result = call (b, "backup-end", json_pack ("{s:s,s:b}", "bitmap",
+                                                     b->bitmap, "success",
+                                                     success));
+
+  b->has_begun = false;
+  json_decref (result);
+  return result == NULL ? -1 : 0;
+}
+
+/* End a backup of our bitmap that an earlier run has begun.  The repository is
+ * locked, so no other run of ours is making it.
+ */
+static int
+end_earlier_backup (struct backup *b)
+{
+  json_t *list = call (b, "backup-list", json_object ()), *item;
+  size_t i;
+  int r = 0;
+
+  if (list == NULL)
+    return -1;
+  json_array_foreach (list, i, item) {
+    const char *name = json_string_value (json_object_get (item, "bitmap"));
+
+    if (name == NULL || strcmp (name, b->bitmap) != 0)
+      continue;
+    tell (b, "an earlier backup was not ended: it is ended as failed");
+    r = end_backup (b, false);
+    break;
+  }
+  json_decref (list);
+  return r;
+}
+
+/* The bitmap that is ours, unless the user names one. */
+static int
+name_bitmap (struct backup *b)
+{
+  const struct repository *r = &b->repository;
+  int n;
+
+  if (b->settings->bitmap != NULL)
+    n = asprintf (&b->bitmap, "%s", b->settings->bitmap);
+  else if (r->bitmap != NULL)
+    n = asprintf (&b->bitmap, "%s", r->bitmap);
+  else
+    n = asprintf (&b->bitmap, "backup-%s", r->id);
+  if (n != -1)
+    return 0;
+  b->bitmap = NULL;
+  report_error ("asprintf: %m");
+  return -1;
+}
+
+static int
+take_begun (struct backup *b, const json_t *begun)
+{
+  const char *action = json_string_value (json_object_get (begun, "action"));
+  const char *export = json_string_value (json_object_get (begun, "export"));
+
+  if (action == NULL || export == NULL) {
+    report_error ("backup-begin: the answer is not understood");
+    return -1;
+  }
+  b->export = strdup (export);
+  if (b->export == NULL) {
+    report_error ("strdup: %m");
+    return -1;
+  }
+  if (strcmp (action, "created") == 0)
+    copy_all_since (b, "the disk did not have the repository's bitmap");
+  else if (strcmp (action, "recreated") == 0)
+    copy_all_since (b, "the repository's bitmap was inconsistent");
+  return 0;
+}
+
+static int
+begin_with_control (struct backup *b)
+{
+  json_t *begun;
+  int r;
+
+  if (name_bitmap (b) == -1)
+    return -1;
+  if (qmp_client_open (&b->control, b->settings->control) == -1) {
+    report_error ("%s: %s", b->settings->control, b->control.error != NULL
+                  ? b->control.error : "out of memory");
+    return -1;
+  }
+  if (end_earlier_backup (b) == -1)
+    return -1;
+  begun = call (b, "backup-begin", json_pack ("{s:s,s:i}", "bitmap", b->bitmap,
+                                              "fail-after", FAIL_AFTER));
+  if (begun == NULL)
+    return -1;
+  b->has_begun = true;
+  r = take_begun (b, begun);
+  json_decref (begun);
+  return r;
+}
+
+/* Without one. */
+
+static int
+choose_bitmap (struct backup *b, const struct source_names *names)
+{
+  const char *wanted = b->settings->bitmap != NULL ? b->settings->bitmap
+    : b->repository.bitmap;
+  const char *name = NULL;
+
+  for (size_t i = 0; i < names->nr; ++i)
+    if (wanted == NULL ? names->nr == 1 : strcmp (names->name[i], wanted) == 0)
+      name = names->name[i];
+  if (name == NULL && wanted == NULL && names->nr > 1) {
+    report_error ("the server offers several bitmaps: choose one with "
+                  "--bitmap=NAME");
+    return -1;
+  }
+  if (name == NULL && b->settings->bitmap != NULL &&
+      b->repository.nr_points == 0) {
+    report_error ("the server does not offer the bitmap %s", wanted);
+    return -1;
+  }
+  if (name != NULL) {
+    b->bitmap = strdup (name);
+    if (b->bitmap != NULL)
+      return 0;
+    report_error ("strdup: %m");
+    return -1;
+  }
+  if (wanted != NULL)
+    copy_all_since (b, "the server does not offer the repository's bitmap: "
+                    "it is missing, or inconsistent");
+  else
+    copy_all_since (b, "the server offers no bitmap");
+  return 0;
+}
+
+static int
+begin_without_control (struct backup *b)
+{
+  struct source_names names;
+  int r;
+
+  if (source_list_bitmaps (b->uri, &names) == -1)
+    return -1;
+  r = choose_bitmap (b, &names);
+  source_free_names (&names);
+  if (r == 0)
+    tell (b, "the disk must not be written while it is copied: without "
+          "--control there is no view of one moment");
+  return r;
+}
+
+/* What the user has to do for the next increment. */
+static void
+tell_next (const struct backup *b)
+{
+  if (b->settings->control != NULL)
+    return;
+  if (b->bitmap == NULL)
+    tell (b, "for an increment next time, add a bitmap before the disk is "
+          "written again, when the image is not in use:\n"
+          "    qemu-img bitmap --add IMAGE backup-%s", b->repository.id);
+  else
+    tell (b, "let the bitmap begin anew before the disk is written again, "
+          "when the image is not in use:\n"
+          "    qemu-img bitmap --clear IMAGE %s", b->bitmap);
+}
+
+/* The clusters of an increment are as small as the bitmap's granules seem to
+ * be, within limits, so that little is copied besides.
+ */
+static unsigned
+choose_cluster_bits (const struct backup *b, const struct runs *dirty)
+{
+  uint64_t edges = UINT64_C (1) << MAX_CLUSTER_BITS;
+  unsigned bits = MAX_CLUSTER_BITS;
+
+  for (size_t i = 0; dirty != NULL && i < dirty->nr; ++i)
+    if (dirty->run[i].end != b->source.size)
+      edges |= dirty->run[i].end;
+  while (bits > MIN_CLUSTER_BITS && edges % (UINT64_C (1) << bits) != 0)
+    bits--;
+  /* The L1 table has to be of at most 32 MiB. */
+  while (bits < MAX_CLUSTER_BITS &&
+         b->source.size >> (2 * bits - 3) >= UINT64_C (1) << 22)
+    bits++;
+  return bits;
+}
+
+/* Ask the server what there is to copy. */
+static int
+make_plan (struct backup *b, struct plan *plan, unsigned *cluster_bits)
+{
+  struct runs allocation = { 0 }, dirty = { 0 };
+  CLEANUP_FREE char *context = NULL;
+  int r = b->source.has_allocation
+    ? source_runs (&b->source, SOURCE_ALLOCATION, &allocation)
+    : runs_of_all (&allocation, b->source.size, 0);
+
+  if (r == 0 && !b->is_full) {
+    if (asprintf (&context, SOURCE_BITMAP_PREFIX "%s", b->bitmap) == -1) {
+      context = NULL;
+      report_error ("asprintf: %m");
+      r = -1;
+    }
+    else
+      r = source_runs (&b->source, context, &dirty);
+  }
+  if (r == 0) {
+    *cluster_bits = choose_cluster_bits (b, b->is_full ? NULL : &dirty);
+    r = plan_make (plan, b->source.size, 1U << *cluster_bits, &allocation,
+                   b->is_full ? NULL : &dirty);
+  }
+  runs_free (&allocation);
+  runs_free (&dirty);
+  return r;
+}
+
+static int
+sink_data (void *opaque, const void *buf, uint64_t count, uint64_t offset)
+{
+  return qcow2_writer_data (opaque, buf, count, offset);
+}
+
+static int
+sink_zero (void *opaque, uint64_t count, uint64_t offset)
+{
+  return qcow2_writer_zero (opaque, count, offset);
+}
+
+static int
+copy_by_plan (struct backup *b, const struct plan *plan, uint32_t unit,
+              struct qcow2_writer *w)
+{
+  const struct copy_sink sink = {
+    .opaque = w, .unit = unit, .data = sink_data, .zero = sink_zero,
+  };
+  struct progress progress;
+  int r;
+
+  progress_begin (&progress, "copied", plan->data_bytes, b->settings->quiet);
+  r = copy_plan (&b->source, plan, &sink, &progress);
+  if (r == 0)
+    r = qcow2_writer_finish (w);
+  progress_end (&progress, r == 0);
+  return r;
+}
+
+static int
+write_image (struct backup *b, const struct plan *plan, unsigned cluster_bits,
+             int fd, const struct point *below)
+{
+  const struct qcow2_writer_options o = {
+    .size = b->source.size, .cluster_bits = cluster_bits,
+    .backing_name = b->is_full ? NULL : below->file,
+    .backing_format = b->is_full ? NULL : "qcow2",
+    .compress = b->settings->compress,
+  };
+  struct container *c = container_open_file_writable (fd);
+  struct qcow2_writer *w;
+  int r;
+
+  if (c == NULL) {
+    report_error ("fstat: %m");
+    return -1;
+  }
+  w = qcow2_writer_new (c, &o);
+  r = w == NULL ? -1 : copy_by_plan (b, plan, 1U << cluster_bits, w);
+  qcow2_writer_free (w);
+  container_close (c);
+  return r;
+}
+
+/* Fill the file of the new point, which is the last one in the list. */
+static int
+fill_point (struct backup *b, struct point *p, int fd)
+{
+  struct plan plan;
+  unsigned cluster_bits = MAX_CLUSTER_BITS;
+  int r;
+
+  if (make_plan (b, &plan, &cluster_bits) == -1)
+    return -1;
+  p->copied_bytes = plan.data_bytes;
+  r = write_image (b, &plan, cluster_bits, fd, p - 1);
+  plan_free (&plan);
+  return r == -1 ? -1 : checksum_of (fd, p->file, &p->sum);
+}
+
+/* Make the file of the new point, and put it into the list. */
+static int
+store_point (struct backup *b, struct point *p)
+{
+  struct repository *r = &b->repository;
+  CLEANUP_CLOSE int fd = repository_new_file (r, p);
+
+  if (fd == -1)
+    return -1;
+  if (fill_point (b, p, fd) == -1) {
+    repository_remove_new (r, p);
+    return -1;
+  }
+  if (repository_name_file (r, p) == -1)
+    return -1;
+  if (b->bitmap != NULL && repository_set_bitmap (r, b->bitmap) == -1)
+    return -1;
+  return repository_save (r);
+}
+
+static int
+add_point (struct backup *b)
+{
+  struct repository *r = &b->repository;
+  struct point *p;
+
+  decide (b);
+  if (b->is_full && b->reason[0] != '\0')
+    tell (b, "all of the disk is copied: %s", b->reason);
+  p = repository_add (r);
+  if (p == NULL)
+    return -1;
+  p->is_full = b->is_full;
+  p->disk_bytes = b->source.size;
+  repository_time_now (p->time);
+  return store_point (b, p);
+}
+
+static void
+print_result (const struct backup *b)
+{
+  const struct point *p = last_point (b);
+  char copied[PROGRESS_SIZE_CHARS], stored[PROGRESS_SIZE_CHARS];
+  json_t *result;
+
+  if (!b->settings->json) {
+    tell (b, "point %u, %s: %s of the disk, stored in %s", p->number,
+          p->is_full ? "full" : "an increment",
+          progress_size (copied, p->copied_bytes),
+          progress_size (stored, p->sum.bytes));
+    return;
+  }
+  result = json_pack ("{s:i,s:s,s:s,s:I,s:I,s:I,s:s*,s:s*}", "number",
+                      (int) p->number, "file", p->file, "type",
+                      p->is_full ? "full" : "increment",
+                      "disk-bytes", (json_int_t) p->disk_bytes,
+                      "copied-bytes", (json_int_t) p->copied_bytes,
+                      "bytes", (json_int_t) p->sum.bytes, "bitmap", b->bitmap,
+                      "reason", b->reason[0] != '\0' ? b->reason : NULL);
+  json_dumpf (result, stdout, JSON_INDENT (2) | JSON_ENSURE_ASCII);
+  putchar ('\n');
+  json_decref (result);
+}
+
+static int
+make_backup (struct backup *b)
+{
+  if (prune_complete (&b->repository, true) == -1 ||
+      (b->settings->control != NULL ? begin_with_control (b)
+       : begin_without_control (b)) == -1 ||
+      open_source (b) == -1 || add_point (b) == -1)
+    return -1;
+  if (b->has_begun && end_backup (b, true) == -1) {
+    report_error ("the point is stored, but the bitmap has not lost what it "
+                  "has: the next one will copy that again");
+    return -1;
+  }
+  return 0;
+}
+
+int
+command_backup (const struct settings *settings, const char *uri,
+                const char *path)
+{
+  struct backup b = { .settings = settings, .uri = uri };
+  int r;
+
+  if (repository_open (&b.repository, path, REPOSITORY_CREATE) == -1)
+    return -1;
+  r = make_backup (&b);
+  if (b.is_open)
+    source_close (&b.source);
+  if (b.has_begun)
+    end_backup (&b, false);
+  if (r == 0) {
+    print_result (&b);
+    tell_next (&b);
+  }
+  qmp_client_close (&b.control);
+  repository_close (&b.repository);
+  free (b.bitmap);
+  free (b.export);
+  return r;
+}

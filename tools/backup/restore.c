@@ -1,0 +1,483 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* --restore: the disk of a point, to a new file or to an NBD export.
+ *
+ * The checksums of all files that are needed are compared first.  A file gets
+ * its name when it is whole; with --force it takes the place of another.
+ */
+
+#include <config.h>
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <libnbd.h>
+
+#include "backup/commands.h"
+#include "backup/copy.h"
+#include "backup/progress.h"
+#include "backup/prune.h"
+#include "backup/repository.h"
+#include "backup/restore.h"
+#include "backup/stack.h"
+#include "common/bytes.h"
+#include "common/cleanup.h"
+#include "common/report.h"
+#include "container/container.h"
+#include "container/fd.h"
+#include "qcow2/qcow2.h"
+#include "qcow2/writer.h"
+
+#define PIECE_BYTES ((uint64_t) 2 << 20)
+#define UNIT_BYTES (UINT32_C (1) << 16)
+
+int
+restore_disk (const struct stack *s, uint64_t size,
+              const struct copy_sink *sink, struct progress *progress)
+{
+  CLEANUP_FREE uint8_t *buf = malloc (PIECE_BYTES);
+  int r = buf == NULL ? -1 : 0;
+
+  if (buf == NULL)
+    report_error ("malloc: %m");
+  for (uint64_t at = 0; at < size && r == 0; ) {
+    const uint64_t count = min_u64 (PIECE_BYTES, size - at);
+    uint64_t length = 0;
+    enum qcow2_extent_type type;
+    unsigned depth;
+
+    if (is_interrupted)
+      return -1;
+    /* Holes and zeroes are not read. */
+    r = qcow2_extent (s->top, at, at + count, &length, &type, &depth);
+    if (r == 0 && type != QCOW2_EXTENT_DATA && length == count)
+      r = sink->zero (sink->opaque, count, at);
+    else if (r == 0 && qcow2_read (s->top, buf, count, at) == -1)
+      r = -1;
+    else if (r == 0)
+      r = copy_to_sink (sink, buf, count, at);
+    at += count;
+    progress->done = at;
+    progress_tell (progress);
+  }
+  return r;
+}
+
+/* A raw file: it is new, and reads as zeroes. */
+static int
+raw_data (void *opaque, const void *buf, uint64_t count, uint64_t offset)
+{
+  if (fd_pwrite (*(const int *) opaque, buf, count, offset) == 0)
+    return 0;
+  report_error ("cannot write: %m");
+  return -1;
+}
+
+static int
+no_zero (void *opaque, uint64_t count, uint64_t offset)
+{
+  (void) opaque;
+  (void) count;
+  (void) offset;
+  return 0;
+}
+
+static int
+restore_to_raw (const struct stack *s, uint64_t size, int fd,
+                struct progress *progress)
+{
+  const struct copy_sink sink = {
+    .opaque = &fd, .unit = UNIT_BYTES, .data = raw_data, .zero = no_zero,
+  };
+
+  if (ftruncate (fd, size) == -1) {
+    report_error ("ftruncate: %m");
+    return -1;
+  }
+  if (restore_disk (s, size, &sink, progress) == -1)
+    return -1;
+  if (fsync (fd) == 0)
+    return 0;
+  report_error ("fsync: %m");
+  return -1;
+}
+
+static int
+qcow2_data (void *opaque, const void *buf, uint64_t count, uint64_t offset)
+{
+  return qcow2_writer_data (opaque, buf, count, offset);
+}
+
+static int
+qcow2_nothing (void *opaque, uint64_t count, uint64_t offset)
+{
+  return qcow2_writer_zero (opaque, count, offset);
+}
+
+int
+restore_to_qcow2 (const struct stack *s, uint64_t size, int fd, bool compress,
+                  struct progress *progress)
+{
+  const struct qcow2_writer_options o = {
+    .size = size, .cluster_bits = 16, .compress = compress,
+  };
+  struct container *c = container_open_file_writable (fd);
+  struct qcow2_writer *w;
+  int r;
+
+  if (c == NULL) {
+    report_error ("fstat: %m");
+    return -1;
+  }
+  w = qcow2_writer_new (c, &o);
+  const struct copy_sink sink = {
+    .opaque = w, .unit = UNIT_BYTES, .data = qcow2_data,
+    .zero = qcow2_nothing,
+  };
+
+  r = w == NULL || restore_disk (s, size, &sink, progress) == -1 ||
+    qcow2_writer_finish (w) == -1 ? -1 : 0;
+  qcow2_writer_free (w);
+  container_close (c);
+  return r;
+}
+
+/* An NBD export. */
+
+#define NBD_DEPTH 16
+
+struct nbd_target {
+  struct nbd_handle *nbd;
+  uint64_t max_request;
+  bool can_zero;
+  int err;                      /* of a request that has failed, or 0 */
+};
+
+static int
+nbd_failed (void)
+{
+  report_error ("%s", nbd_get_error ());
+  return -1;
+}
+
+/* A write in flight, with its data. */
+struct write {
+  struct nbd_target *target;
+  void *data;
+};
+
+static int
+end_write (void *opaque, int *error)
+{
+  const struct write *w = opaque;
+
+  if (*error != 0)
+    w->target->err = *error;
+  return 1;
+}
+
+static void
+free_write (void *opaque)
+{
+  struct write *w = opaque;
+
+  free (w->data);
+  free (w);
+}
+
+/* Wait until fewer than max requests are in flight. */
+static int
+wait_for_writes (struct nbd_target *t, int max)
+{
+  while (nbd_aio_in_flight (t->nbd) >= max && t->err == 0)
+    if (nbd_poll (t->nbd, -1) == -1)
+      return nbd_failed ();
+  if (t->err == 0)
+    return 0;
+  report_error ("cannot write: %s", strerror (t->err));
+  return -1;
+}
+
+/* libnbd calls free_write when it needs the data no more, also if this
+ * fails.
+ */
+static int
+begin_write (struct nbd_target *t, const void *buf, uint64_t count,
+             uint64_t offset)
+{
+  void *copy = malloc (count);
+  struct write *w = malloc (sizeof *w);
+  nbd_completion_callback callback = {
+    .callback = end_write, .user_data = w, .free = free_write,
+  };
+
+  if (copy == NULL || w == NULL) {
+    report_error ("malloc: %m");
+    free (copy);
+    free (w);
+    return -1;
+  }
+  *w = (struct write) { t, memcpy (copy, buf, count) };
+  if (nbd_aio_pwrite (t->nbd, copy, count, offset, callback, 0) != -1)
+    return 0;
+  return nbd_failed ();
+}
+
+static int
+nbd_data (void *opaque, const void *buf, uint64_t count, uint64_t offset)
+{
+  struct nbd_target *t = opaque;
+  const uint8_t *p = buf;
+
+  while (count > 0) {
+    const uint64_t n = min_u64 (count, t->max_request);
+
+    if (wait_for_writes (t, NBD_DEPTH) == -1 ||
+        begin_write (t, p, n, offset) == -1)
+      return -1;
+    p += n;
+    offset += n;
+    count -= n;
+  }
+  return 0;
+}
+
+static int
+nbd_zeroes (void *opaque, uint64_t count, uint64_t offset)
+{
+  struct nbd_target *t = opaque;
+  CLEANUP_FREE uint8_t *zeroes = NULL;
+
+  if (t->can_zero)
+    return nbd_zero (t->nbd, count, offset, 0) == -1 ? nbd_failed () : 0;
+  zeroes = calloc (1, count);
+  if (zeroes == NULL) {
+    report_error ("calloc: %m");
+    return -1;
+  }
+  return nbd_data (t, zeroes, count, offset);
+}
+
+static int
+open_nbd (struct nbd_target *t, const char *uri, uint64_t size)
+{
+  int64_t max;
+
+  nbd_set_uri_allow_local_file (t->nbd, true);
+  if (nbd_connect_uri (t->nbd, uri) == -1)
+    return nbd_failed ();
+  if (nbd_is_read_only (t->nbd) == 1) {
+    report_error ("%s: the export is read-only", uri);
+    return -1;
+  }
+  if (nbd_get_size (t->nbd) != (int64_t) size) {
+    report_error ("%s: the export has %" PRIi64 " bytes, and the disk %"
+                  PRIu64, uri, nbd_get_size (t->nbd), size);
+    return -1;
+  }
+  max = nbd_get_block_size (t->nbd, LIBNBD_SIZE_MAXIMUM);
+  t->max_request = max > 0 ? min_u64 (max, PIECE_BYTES) : PIECE_BYTES;
+  t->can_zero = nbd_can_zero (t->nbd) == 1;
+  return 0;
+}
+
+static int
+restore_to_nbd (const struct stack *s, uint64_t size, const char *uri,
+                struct progress *progress)
+{
+  struct nbd_target t = { .nbd = nbd_create () };
+  const struct copy_sink sink = {
+    .opaque = &t, .unit = UNIT_BYTES, .data = nbd_data, .zero = nbd_zeroes,
+  };
+  int r;
+
+  if (t.nbd == NULL)
+    return nbd_failed ();
+  r = open_nbd (&t, uri, size);
+  if (r == 0)
+    r = restore_disk (s, size, &sink, progress);
+  if (r == 0)
+    r = wait_for_writes (&t, 1);
+  if (r == 0 && nbd_can_flush (t.nbd) == 1 && nbd_flush (t.nbd, 0) == -1)
+    r = nbd_failed ();
+  if (r == 0)
+    nbd_shutdown (t.nbd, 0);
+  nbd_close (t.nbd);
+  return r;
+}
+
+/* Files. */
+
+static bool
+has_ending (const char *name, const char *ending)
+{
+  const size_t length = strlen (name), n = strlen (ending);
+
+  return length > n && strcmp (name + length - n, ending) == 0;
+}
+
+static int
+choose_format (const struct settings *settings, const char *target,
+               bool *is_qcow2)
+{
+  const char *format = settings->format;
+
+  if (format == NULL)
+    format = has_ending (target, ".qcow2") ? "qcow2" : "raw";
+  *is_qcow2 = strcmp (format, "qcow2") == 0;
+  if (*is_qcow2 || strcmp (format, "raw") == 0)
+    return 0;
+  report_error ("--format must be qcow2 or raw: %s", format);
+  return -1;
+}
+
+/* Give the new file its name, in place of another only if that is wanted. */
+static int
+name_file (const struct settings *settings, const char *name,
+           const char *target)
+{
+  if ((settings->force ? rename (name, target)
+       : link (name, target)) == -1) {
+    report_error ("%s: %m", target);
+    return -1;
+  }
+  if (!settings->force)
+    unlink (name);
+  return 0;
+}
+
+static int
+restore_to_file (const struct settings *settings, const struct stack *s,
+                 uint64_t size, const char *target, struct progress *progress)
+{
+  CLEANUP_FREE char *name = NULL;
+  CLEANUP_CLOSE int fd = -1;
+  bool is_qcow2;
+  int r;
+
+  if (choose_format (settings, target, &is_qcow2) == -1)
+    return -1;
+  if (asprintf (&name, "%s.new-XXXXXX", target) == -1) {
+    name = NULL;
+    report_error ("asprintf: %m");
+    return -1;
+  }
+  fd = mkostemp (name, O_CLOEXEC);
+  if (fd == -1) {
+    report_error ("%s: %m", target);
+    return -1;
+  }
+  r = is_qcow2
+    ? restore_to_qcow2 (s, size, fd, settings->compress, progress)
+    : restore_to_raw (s, size, fd, progress);
+  if (r == 0)
+    r = name_file (settings, name, target);
+  if (r == -1)
+    unlink (name);
+  return r;
+}
+
+static bool
+is_uri (const char *target)
+{
+  return strncmp (target, "nbd", 3) == 0 && strstr (target, "://") != NULL;
+}
+
+static int
+check_target (const struct settings *settings, const char *target)
+{
+  struct stat statbuf;
+
+  if (is_uri (target) || settings->force || lstat (target, &statbuf) == -1)
+    return 0;
+  report_error ("%s: exists already; --force overwrites it", target);
+  return -1;
+}
+
+static int
+verify_files (const struct repository *r, size_t i)
+{
+  for (size_t n = stack_base (r, i); n <= i; ++n)
+    if (stack_verify_file (r, &r->points[n]) == -1)
+      return -1;
+  return 0;
+}
+
+static int
+restore_point (const struct settings *settings, const struct repository *r,
+               size_t i, const char *target)
+{
+  const uint64_t size = r->points[i].disk_bytes;
+  struct progress progress;
+  struct stack s;
+  int result;
+
+  if (verify_files (r, i) == -1 || stack_open (&s, r, i) == -1)
+    return -1;
+  progress_begin (&progress, "restored", size, settings->quiet);
+  result = is_uri (target) ? restore_to_nbd (&s, size, target, &progress)
+    : restore_to_file (settings, &s, size, target, &progress);
+  progress_end (&progress, result == 0);
+  stack_close (&s);
+  return result;
+}
+
+/* REPOSITORY@N, unless there is a folder of that name. */
+static int
+split_place (const char *place, char **path, unsigned *number)
+{
+  struct stat statbuf;
+  char *at;
+
+  *number = 0;
+  *path = strdup (place);
+  if (*path == NULL) {
+    report_error ("strdup: %m");
+    return -1;
+  }
+  at = strrchr (*path, '@');
+  if (at == NULL || stat (place, &statbuf) == 0)
+    return 0;
+  if (at[1] == '\0' || strspn (at + 1, "0123456789") != strlen (at + 1) ||
+      strlen (at + 1) > 6) {
+    report_error ("not the number of a point: %s", at + 1);
+    free (*path);
+    return -1;
+  }
+  *number = strtoul (at + 1, NULL, 10);
+  *at = '\0';
+  return 0;
+}
+
+int
+command_restore (const struct settings *settings, const char *place,
+                 const char *target)
+{
+  CLEANUP_FREE char *path = NULL;
+  struct repository r;
+  unsigned number;
+  size_t i;
+  int result;
+
+  if (split_place (place, &path, &number) == -1) {
+    path = NULL;
+    return -1;
+  }
+  if (check_target (settings, target) == -1 ||
+      repository_open (&r, path, REPOSITORY_READ) == -1)
+    return -1;
+  result = prune_complete (&r, false) == -1 ||
+    repository_find (&r, number, &i) == -1 ? -1
+    : restore_point (settings, &r, i, target);
+  repository_close (&r);
+  return result;
+}

@@ -1,0 +1,301 @@
+/* nbdkit-dirty-bitmap-filter
+ * SPDX-License-Identifier: BSD-3-Clause
+ * Copyright the nbdkit-dirty-bitmap-filter authors
+ */
+
+/* An NBD server, through libnbd. */
+
+#include <config.h>
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "backup/backup.h"
+#include "backup/source.h"
+#include "common/bytes.h"
+#include "common/report.h"
+
+/* The most that is asked of a context at once.  The protocol's lengths have
+ * 32 bits, and some servers refuse more than 2 GiB.
+ */
+#define STATUS_BYTES ((uint64_t) 1 << 30)
+
+/* What a server must take if it says nothing. */
+#define MAX_READ_BYTES ((uint64_t) 32 << 20)
+
+static int
+nbd_failed (void)
+{
+  report_error ("%s", nbd_get_error ());
+  errno = nbd_get_errno () != 0 ? nbd_get_errno () : EIO;
+  return -1;
+}
+
+/* Connect, and stop before an export is chosen. */
+static struct nbd_handle *
+begin_connection (const char *uri, const char *export)
+{
+  struct nbd_handle *nbd = nbd_create ();
+
+  if (nbd == NULL) {
+    nbd_failed ();
+    return NULL;
+  }
+  nbd_set_uri_allow_local_file (nbd, true);
+  if (nbd_set_opt_mode (nbd, true) == -1 || nbd_connect_uri (nbd, uri) == -1 ||
+      (export != NULL && nbd_set_export_name (nbd, export) == -1)) {
+    nbd_failed ();
+    nbd_close (nbd);
+    return NULL;
+  }
+  if (nbd_aio_is_negotiating (nbd) != 1) {
+    report_error ("%s: the server's protocol is too old", uri);
+    nbd_close (nbd);
+    return NULL;
+  }
+  return nbd;
+}
+
+static int
+choose_export (struct nbd_handle *nbd, const struct source_options *o)
+{
+  if (nbd_clear_meta_contexts (nbd) == -1 ||
+      nbd_add_meta_context (nbd, SOURCE_ALLOCATION) == -1)
+    return nbd_failed ();
+  for (size_t i = 0; i < o->nr_contexts; ++i)
+    if (nbd_add_meta_context (nbd, o->contexts[i]) == -1)
+      return nbd_failed ();
+  if (nbd_opt_go (nbd) == -1)
+    return nbd_failed ();
+  for (size_t i = 0; i < o->nr_contexts; ++i)
+    if (nbd_can_meta_context (nbd, o->contexts[i]) != 1) {
+      report_error ("%s: the server does not offer %s", o->uri,
+                    o->contexts[i]);
+      errno = ENOENT;
+      return -1;
+    }
+  return 0;
+}
+
+static struct nbd_handle *
+open_connection (const struct source_options *o)
+{
+  struct nbd_handle *nbd = begin_connection (o->uri, o->export);
+
+  if (nbd != NULL && choose_export (nbd, o) == -1) {
+    nbd_close (nbd);
+    return NULL;
+  }
+  return nbd;
+}
+
+static int
+ask_first (struct source *s)
+{
+  struct nbd_handle *nbd = s->nbd[0];
+  const int64_t size = nbd_get_size (nbd);
+  const int64_t max = nbd_get_block_size (nbd, LIBNBD_SIZE_MAXIMUM);
+
+  if (size == -1)
+    return nbd_failed ();
+  s->size = size;
+  s->max_request = max > 0 ? (uint64_t) max : MAX_READ_BYTES;
+  s->has_allocation = nbd_can_meta_context (nbd, SOURCE_ALLOCATION) == 1;
+  return 0;
+}
+
+int
+source_open (struct source *s, const struct source_options *o)
+{
+  memset (s, 0, sizeof *s);
+  s->nbd[0] = open_connection (o);
+  if (s->nbd[0] == NULL)
+    return -1;
+  s->nr_connections = 1;
+  if (ask_first (s) == -1) {
+    source_close (s);
+    return -1;
+  }
+  while (nbd_can_multi_conn (s->nbd[0]) == 1 &&
+         s->nr_connections < min_u64 (o->max_connections,
+                                      SOURCE_MAX_CONNECTIONS)) {
+    struct nbd_handle *nbd = open_connection (o);
+
+    if (nbd == NULL || nbd_get_size (nbd) != (int64_t) s->size) {
+      if (nbd != NULL)
+        report_error ("%s: the size of the disk has changed", o->uri);
+      nbd_close (nbd);
+      source_close (s);
+      return -1;
+    }
+    s->nbd[s->nr_connections++] = nbd;
+  }
+  return 0;
+}
+
+void
+source_close (struct source *s)
+{
+  for (unsigned i = 0; i < s->nr_connections; ++i) {
+    if (nbd_aio_is_ready (s->nbd[i]) == 1)
+      nbd_shutdown (s->nbd[i], 0);
+    nbd_close (s->nbd[i]);
+  }
+  memset (s, 0, sizeof *s);
+}
+
+static int
+keep_name (void *opaque, const char *name)
+{
+  struct source_names *names = opaque;
+  const size_t prefix = strlen (SOURCE_BITMAP_PREFIX);
+  char **larger;
+
+  if (strncmp (name, SOURCE_BITMAP_PREFIX, prefix) != 0)
+    return 0;
+  larger = reallocarray (names->name, names->nr + 1, sizeof *larger);
+  if (larger == NULL)
+    return -1;
+  names->name = larger;
+  names->name[names->nr] = strdup (name + prefix);
+  if (names->name[names->nr] == NULL)
+    return -1;
+  names->nr++;
+  return 0;
+}
+
+int
+source_list_bitmaps (const char *uri, struct source_names *names)
+{
+  struct nbd_handle *nbd = begin_connection (uri, NULL);
+  int r;
+
+  memset (names, 0, sizeof *names);
+  if (nbd == NULL)
+    return -1;
+  r = nbd_add_meta_context (nbd, SOURCE_BITMAP_PREFIX) == -1 ? -1
+    : nbd_opt_list_meta_context (nbd, (nbd_context_callback) {
+        .callback = keep_name, .user_data = names });
+  if (r == -1) {
+    nbd_failed ();
+    source_free_names (names);
+  }
+  else
+    nbd_opt_abort (nbd);
+  nbd_close (nbd);
+  return r == -1 ? -1 : 0;
+}
+
+void
+source_free_names (struct source_names *names)
+{
+  for (size_t i = 0; i < names->nr; ++i)
+    free (names->name[i]);
+  free (names->name);
+  memset (names, 0, sizeof *names);
+}
+
+static int
+add_run (struct runs *runs, uint64_t end, uint32_t flags)
+{
+  if (runs->nr > 0 && runs->run[runs->nr - 1].flags == flags) {
+    runs->run[runs->nr - 1].end = end;
+    return 0;
+  }
+  if (runs->nr == runs->max) {
+    const size_t max = runs->max * 2 + 256;
+    struct run *larger = reallocarray (runs->run, max, sizeof *larger);
+
+    if (larger == NULL) {
+      report_error ("realloc: %m");
+      return -1;
+    }
+    runs->run = larger;
+    runs->max = max;
+  }
+  runs->run[runs->nr++] = (struct run) { end, flags };
+  return 0;
+}
+
+/* A reply is being received. */
+struct reply {
+  const char *context;
+  struct runs *runs;
+  uint64_t at, limit;           /* the next byte, and the end of the disk */
+  bool failed;
+};
+
+static int
+take_extents (void *opaque, const char *context, uint64_t offset,
+              uint32_t *entries, size_t nr_entries, int *error)
+{
+  struct reply *r = opaque;
+
+  (void) error;
+  if (strcmp (context, r->context) != 0)
+    return 0;
+  if (offset != r->at)
+    r->failed = true;
+  for (size_t i = 0; !r->failed && i + 1 < nr_entries && r->at < r->limit;
+       i += 2) {
+    const uint64_t length = min_u64 (entries[i], r->limit - r->at);
+
+    if (length == 0)
+      continue;
+    r->at += length;
+    if (add_run (r->runs, r->at, entries[i + 1]) == -1)
+      r->failed = true;
+  }
+  return 0;
+}
+
+/* Ask for all of the disk, piece by piece.  A server may say less than it was
+ * asked, or more.
+ */
+int
+source_runs (struct source *s, const char *context, struct runs *runs)
+{
+  struct reply r = { .context = context, .runs = runs, .limit = s->size };
+
+  memset (runs, 0, sizeof *runs);
+  while (r.at < s->size) {
+    const uint64_t before = r.at;
+    const nbd_extent_callback callback = {
+      .callback = take_extents, .user_data = &r
+    };
+    int err = 0;
+
+    if (is_interrupted)
+      err = EINTR;
+    else if (nbd_block_status (s->nbd[0],
+                               min_u64 (STATUS_BYTES, s->size - r.at), r.at,
+                               callback, 0) == -1)
+      err = -nbd_failed ();
+    else if (r.failed || r.at == before) {
+      report_error ("the server does not say what %s is at offset %" PRIu64,
+                    context, before);
+      err = EIO;
+    }
+    if (err != 0) {
+      runs_free (runs);
+      return -1;
+    }
+  }
+  return 0;
+}
+
+int
+runs_of_all (struct runs *runs, uint64_t size, uint32_t flags)
+{
+  memset (runs, 0, sizeof *runs);
+  return size == 0 ? 0 : add_run (runs, size, flags);
+}
+
+void
+runs_free (struct runs *runs)
+{
+  free (runs->run);
+  memset (runs, 0, sizeof *runs);
+}
