@@ -19,16 +19,16 @@
  * - Growing is rare and is serialised by grow_lock.
  *
  * Needless barriers: each change is counted when it has ended, before its
- * caller knows, whether it succeeded or not (a failed change may be there in
- * part).  A flush notes the count, and then flushes.  If it succeeds, it has
- * covered at least as many changes as it noted.  So a flush that finds the
- * same count again has nothing to do.  The first flush is always made: other
- * processes may have written the file.  Flushes are serialised by
- * flush_lock.  The kernel reports an error once, so the next flush succeeds
- * whatever the previous one lost.  Failed flushes are counted before the
- * lock is released: a caller whose flush succeeded sees in the count whether
- * one failed before it.  Reads and writes take no lock here, unless an
- * implementation takes only whole blocks (blocks.c).
+ * caller knows, whether it succeeded or not (a failed change, or a refused
+ * fast zero, may be there in part).  A flush notes the count, and then
+ * flushes.  If it succeeds, it has covered at least as many changes as it
+ * noted.  So a flush that finds the same count again has nothing to do.  The
+ * first flush is always made: other processes may have written the file.
+ * Flushes are serialised by flush_lock.  The kernel reports an error once, so
+ * the next flush succeeds whatever the previous one lost.  Failed flushes are
+ * counted before the lock is released: a caller whose flush succeeded sees in
+ * the count whether one failed before it.  Reads and writes take no lock
+ * here, unless an implementation takes only whole blocks (blocks.c).
  */
 
 #include <config.h>
@@ -182,7 +182,6 @@ container_zero_fast (struct container *c, uint64_t count, uint64_t offset,
                      bool punch)
 {
   uint64_t first = offset;
-  int r;
 
   if (c->readonly) {
     errno = EROFS;

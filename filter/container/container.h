@@ -57,8 +57,8 @@ struct container_ops {
   int (*zero) (struct container *, uint64_t count, uint64_t offset,
                bool punch);
 
-  /* The same, if that is faster than to write zeroes.  1 if it is not, and
-   * nothing was changed.  NULL if it never is.
+  /* The same, if that is faster than to write zeroes.  1 if it is not: parts
+   * of the range may be zeroed then.  NULL if it never is.
    */
   int (*zero_fast) (struct container *, uint64_t count, uint64_t offset,
                     bool punch);
