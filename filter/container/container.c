@@ -192,8 +192,7 @@ container_zero_fast (struct container *c, uint64_t count, uint64_t offset,
     return 0;
   if (c->ops->zero_fast == NULL || whole_blocks (c, count, &first) != count)
     return 1;
-  r = c->ops->zero_fast (c, count, offset, punch);
-  return r == 1 ? 1 : changed (c, r);
+  return changed (c, c->ops->zero_fast (c, count, offset, punch));
 }
 
 int
@@ -203,7 +202,9 @@ container_trim (struct container *c, uint64_t count, uint64_t offset)
     errno = EROFS;
     return -1;
   }
-  count = whole_blocks (c, clip (c, count, offset), &offset);
+  count = clip (c, count, offset);
+  if (count > 0)                /* or rounding offset up may wrap */
+    count = whole_blocks (c, count, &offset);
   if (count == 0)
     return 0;
   return changed (c, c->ops->trim != NULL ? c->ops->trim (c, count, offset)
