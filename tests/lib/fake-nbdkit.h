@@ -16,19 +16,25 @@ static struct {
   int fd;
   int opens;                    /* contexts open this file, else that */
   uint32_t minimum, maximum;
-  int write, flush, zero, cache;
+  int write, flush, zero, cache, trim, fast_zero, extents, fua;
   bool stale_size;              /* new contexts see the size of the first */
   int64_t first_size;
   int err;                      /* requests fail with it */
   bool fail_open;
   uint32_t cut;                 /* sizes are multiples of it, if not 0 */
   uint32_t zero_block;          /* zeroes are aligned to it, or EINVAL */
+  unsigned nr_fast;             /* fast zeroes that succeed before one is */
+  int fast_err;                 /* refused with this, if not 0 */
+  struct nbdkit_extent extent[4]; /* one after the other; from the first of
+                                     no length on, all is data */
 
   unsigned nr_open, nr_opened, nr_finalized;
   atomic_uint largest_data, largest_zero;
-  uint32_t zero_flags;
+  atomic_uint largest_trim, largest_extents;
+  uint32_t zero_flags, pwrite_flags;
   atomic_uint nr_refused_zeroes;
-  atomic_uint nr_pwrites, nr_zeroes, nr_flushes, nr_caches;
+  atomic_uint nr_pwrites, nr_zeroes, nr_flushes, nr_caches, nr_trims;
+  atomic_uint nr_extents;
   atomic_int inside;
   atomic_bool hold_reads;       /* they wait inside */
   atomic_bool overlapped;
@@ -37,8 +43,12 @@ static struct {
 /* Which questions were asked, as nbdkit remembers it. */
 enum {
   PREPARED = 1, SIZE = 2, CAN_WRITE = 4, CAN_FLUSH = 8, CAN_ZERO = 16,
-  CAN_CACHE = 32,
+  CAN_CACHE = 32, CAN_TRIM = 64, CAN_FAST_ZERO = 128, CAN_EXTENTS = 256,
+  CAN_FUA = 512,
 };
+
+/* What a trim leaves: it may be anything. */
+#define TRIMMED 0xdd
 
 struct context {
   struct nbdkit_next_ops ops;   /* has to be the first */
@@ -126,6 +136,34 @@ fake_can_cache (nbdkit_next *next)
 }
 
 static int
+fake_can_trim (nbdkit_next *next)
+{
+  of (next)->asked |= CAN_TRIM;
+  return of (next)->readonly ? 0 : fake.trim;
+}
+
+static int
+fake_can_fast_zero (nbdkit_next *next)
+{
+  of (next)->asked |= CAN_FAST_ZERO;
+  return of (next)->readonly ? 0 : fake.fast_zero;
+}
+
+static int
+fake_can_extents (nbdkit_next *next)
+{
+  of (next)->asked |= CAN_EXTENTS;
+  return fake.extents;
+}
+
+static int
+fake_can_fua (nbdkit_next *next)
+{
+  of (next)->asked |= CAN_FUA;
+  return of (next)->readonly ? NBDKIT_FUA_NONE : fake.fua;
+}
+
+static int
 fake_other (nbdkit_next *next)
 {
   assert_true (of (next)->asked & PREPARED);
@@ -181,10 +219,13 @@ static int
 fake_pwrite (nbdkit_next *next, const void *buf, uint32_t count,
              uint64_t offset, uint32_t flags, int *err)
 {
-  assert_int_equal (flags, 0);
+  assert_false (flags & ~NBDKIT_FLAG_FUA);
+  if (flags & NBDKIT_FLAG_FUA)
+    assert_true (of (next)->asked & CAN_FUA && fake.fua != NBDKIT_FUA_NONE);
   if (begin_request (next, count, offset, SIZE | CAN_WRITE, err) == -1)
     return -1;
   fake.nr_pwrites++;
+  fake.pwrite_flags = flags;
   fake.largest_data = max_u64 (fake.largest_data, count);
   assert_int_equal (pwrite (of (next)->fd, buf, count, offset), count);
   return 0;
@@ -207,9 +248,17 @@ fake_zero (nbdkit_next *next, uint32_t count, uint64_t offset, uint32_t flags,
   static const char zero_bytes[65536];
 
   assert_int_not_equal (fake.zero, NBDKIT_ZERO_NONE);
+  assert_false (flags & ~(NBDKIT_FLAG_MAY_TRIM | NBDKIT_FLAG_FAST_ZERO));
+  if (flags & NBDKIT_FLAG_FAST_ZERO)
+    assert_true (of (next)->asked & CAN_FAST_ZERO && fake.fast_zero == 1);
   if (begin_request (next, count, offset, SIZE | CAN_WRITE | CAN_ZERO,
                      err) == -1)
     return -1;
+  if (flags & NBDKIT_FLAG_FAST_ZERO && fake.fast_err != 0 &&
+      fake.nr_fast-- == 0) {
+    *err = fake.fast_err;
+    return -1;
+  }
   if (fake.zero_block != 0 &&
       (offset % fake.zero_block != 0 || count % fake.zero_block != 0)) {
     fake.nr_refused_zeroes++;
@@ -226,6 +275,119 @@ fake_zero (nbdkit_next *next, uint32_t count, uint64_t offset, uint32_t flags,
     offset += n;
     count -= n;
   }
+  return 0;
+}
+
+static int
+fake_trim (nbdkit_next *next, uint32_t count, uint64_t offset, uint32_t flags,
+           int *err)
+{
+  char trimmed[4096];
+
+  assert_int_equal (flags, 0);
+  assert_int_equal (fake.trim, 1);
+  if (begin_request (next, count, offset, SIZE | CAN_WRITE | CAN_TRIM,
+                     err) == -1)
+    return -1;
+  fake.nr_trims++;
+  fake.largest_trim = max_u64 (fake.largest_trim, count);
+  memset (trimmed, TRIMMED, sizeof trimmed);
+  while (count > 0) {
+    const uint32_t n = min_u64 (count, sizeof trimmed);
+
+    assert_int_equal (pwrite (of (next)->fd, trimmed, n, offset), n);
+    offset += n;
+    count -= n;
+  }
+  return 0;
+}
+
+/* Lists of extents, as nbdkit has them: of a range, without gaps, and with
+ * neighbours of one type merged.
+ */
+struct nbdkit_extents {
+  uint64_t start, end;
+  struct nbdkit_extent extent[4];
+  size_t nr;
+};
+
+static unsigned nr_extents_lists; /* that are not freed yet */
+
+struct nbdkit_extents *
+nbdkit_extents_new (uint64_t start, uint64_t end)
+{
+  struct nbdkit_extents *e = calloc (1, sizeof *e);
+
+  assert_non_null (e);
+  assert_true (start < end && end <= INT64_MAX);
+  e->start = start;
+  e->end = end;
+  nr_extents_lists++;
+  return e;
+}
+
+void
+nbdkit_extents_free (struct nbdkit_extents *e)
+{
+  nr_extents_lists--;
+  free (e);
+}
+
+size_t
+nbdkit_extents_count (const struct nbdkit_extents *e)
+{
+  return e->nr;
+}
+
+struct nbdkit_extent
+nbdkit_get_extent (const struct nbdkit_extents *e, size_t i)
+{
+  assert_true (i < e->nr);
+  return e->extent[i];
+}
+
+/* Of the fake plugin's extents, what is in the list's range or after it:
+ * nbdkit leaves the last one as long as the plugin said.
+ */
+static void
+add_extents (struct nbdkit_extents *e)
+{
+  uint64_t at = 0;
+
+  for (size_t i = 0; at < e->end; ++i) {
+    struct nbdkit_extent x = i < 4 ? fake.extent[i]
+      : (struct nbdkit_extent) { 0 };
+
+    x.offset = at;
+    if (x.length == 0)
+      x = (struct nbdkit_extent) { .offset = at, .length = INT64_MAX - at };
+    at += x.length;
+    if (at <= e->start)
+      continue;
+    if (x.offset < e->start) {
+      x.length -= e->start - x.offset;
+      x.offset = e->start;
+    }
+    if (e->nr > 0 && e->extent[e->nr - 1].type == x.type)
+      e->extent[e->nr - 1].length += x.length;
+    else
+      e->extent[e->nr++] = x;
+  }
+  assert_true (e->nr > 0 && e->extent[0].offset == e->start);
+}
+
+static int
+fake_extents (nbdkit_next *next, uint32_t count, uint64_t offset,
+              uint32_t flags, struct nbdkit_extents *e, int *err)
+{
+  assert_int_equal (flags, NBDKIT_FLAG_REQ_ONE);
+  assert_int_equal (fake.extents, 1);
+  assert_true (e->start == offset && e->end == offset + count);
+  if (begin_request (next, count, offset, SIZE | CAN_EXTENTS, err) == -1)
+    return -1;
+  fake.nr_extents++;
+  fake.largest_extents = max_u64 (fake.largest_extents, count);
+  add_extents (e);
   return 0;
 }
 
@@ -262,17 +424,19 @@ nbdkit_next_context_open (nbdkit_backend *backend, int readonly,
     .can_write = fake_can_write,
     .can_flush = fake_can_flush,
     .is_rotational = fake_other,
-    .can_trim = fake_other,
+    .can_trim = fake_can_trim,
     .can_zero = fake_can_zero,
-    .can_fast_zero = fake_other,
-    .can_extents = fake_other,
-    .can_fua = fake_other,
+    .can_fast_zero = fake_can_fast_zero,
+    .can_extents = fake_can_extents,
+    .can_fua = fake_can_fua,
     .can_multi_conn = fake_other,
     .can_cache = fake_can_cache,
     .pread = fake_pread,
     .pwrite = fake_pwrite,
     .flush = fake_flush,
+    .trim = fake_trim,
     .zero = fake_zero,
+    .extents = fake_extents,
     .cache = fake_cache,
   };
   fake.nr_open++;

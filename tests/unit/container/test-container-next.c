@@ -56,6 +56,8 @@ setup (void **state)
   fake.write = fake.flush = 1;
   fake.zero = NBDKIT_ZERO_NATIVE;
   fake.cache = NBDKIT_CACHE_NATIVE;
+  fake.trim = fake.fast_zero = fake.extents = 1;
+  fake.fua = NBDKIT_FUA_NATIVE;
   fake.first_size = -1;
   nr_reports = 0;
   last_report[0] = '\0';
@@ -69,7 +71,7 @@ teardown (void **state)
   (void) state;
   close (fd);
   unlink (path);
-  return fake.nr_open == 0 ? 0 : -1;
+  return fake.nr_open == 0 && nr_extents_lists == 0 ? 0 : -1;
 }
 
 static struct container *
@@ -80,6 +82,22 @@ open_fake (bool readonly, bool one_at_a_time)
     .readonly = readonly,
     .serialize = one_at_a_time,
     .fd = -1,
+  };
+
+  return container_open_next (&options);
+}
+
+/* A plugin whose bytes are the guest's disk. */
+static struct container *
+open_disk (bool readonly)
+{
+  const struct container_next_options options = {
+    .backend = (nbdkit_backend *) &fake,
+    .readonly = readonly,
+    .fd = fd,
+    .path = path,
+    .same_bytes = true,
+    .is_disk = true,
   };
 
   return container_open_next (&options);
@@ -838,6 +856,396 @@ test_threads (void **state)
   }
 }
 
+/* The size of a disk is the plugin's, and stays so. */
+static void
+test_disk_size (void **state)
+{
+  static const struct { uint64_t size; uint32_t minimum, cut; } rows[] = {
+    { 0, 1, 0 }, { 1, 1, 0 }, { 511, 1, 0 }, { 513, 1, 0 }, { MiB - 1, 1, 0 },
+    { 3 * 4096, 4096, 0 }, { 3 * 4096 + 8, 1, 4096 },
+  };
+  struct container *c;
+
+  (void) state;
+  for (size_t i = 0; i < sizeof rows / sizeof rows[0]; ++i) {
+    const uint64_t size = rows[i].cut == 0 ? rows[i].size
+      : round_down (rows[i].size, rows[i].cut);
+
+    assert_int_equal (ftruncate (fd, rows[i].size), 0);
+    fake.minimum = rows[i].minimum;
+    fake.cut = rows[i].cut;
+    c = open_disk (false);
+    assert_non_null (c);
+    assert_int_equal (container_size (c), size);
+    if (size > 0) {
+      char byte = 0;
+
+      assert_int_equal (container_pwrite (c, "e", 1, size - 1), 0);
+      assert_int_equal (container_pread (c, &byte, 1, size - 1), 0);
+      assert_int_equal (byte, 'e');
+    }
+    nr_reports = 0;
+    errno = 0;
+    assert_int_equal (container_pwrite (c, "xx", 2, size - (size > 0)), -1);
+    assert_int_equal (errno, ENOSPC);
+    errno = 0;
+    assert_int_equal (container_reserve (c, size + 1), -1);
+    assert_int_equal (errno, ENOSPC);
+    assert_int_equal (nr_reports, 2);
+    assert_non_null (strstr (last_report, "it is a disk"));
+    assert_int_equal (container_truncate (c, 0), 0);
+    assert_int_equal (container_size (c), size);
+    assert_int_equal (file_size (), rows[i].size);
+    assert_int_equal (fake.nr_open, 1);
+    container_close (c);
+  }
+
+  /* A part of a block that cannot be read. */
+  nr_reports = 0;
+  fake.minimum = 4096;
+  fake.cut = 0;
+  assert_int_equal (ftruncate (fd, 3 * 4096 + 8), 0);
+  assert_null (open_disk (false));
+  assert_int_equal (nr_reports, 1);
+  assert_non_null (strstr (last_report, "its last 8 bytes"));
+}
+
+/* What a disk can do is what the plugin says it can. */
+static void
+test_disk_abilities (void **state)
+{
+  (void) state;
+  for (unsigned bits = 0; bits < 32; ++bits) {
+    struct container *c;
+    uint64_t bytes;
+
+    fake.zero = bits & 1 ? NBDKIT_ZERO_NATIVE : NBDKIT_ZERO_NONE;
+    fake.fast_zero = (bits & 2) != 0;
+    fake.trim = (bits & 4) != 0;
+    fake.flush = (bits & 8) != 0;
+    fake.cache = bits & 16 ? NBDKIT_CACHE_NATIVE : NBDKIT_CACHE_EMULATE;
+    c = open_disk (false);
+    assert_non_null (c);
+    assert_int_equal (c->abilities.zero, (bits & 1) != 0);
+    assert_int_equal (c->abilities.zero_fast, (bits & 3) == 3);
+    assert_int_equal (c->abilities.trim, (bits & 4) != 0);
+    assert_int_equal (c->abilities.flush, (bits & 8) != 0);
+    assert_int_equal (c->abilities.cache, (bits & 16) != 0);
+    assert_true (c->abilities.is_rotational);
+    assert_int_equal (c->abilities.preferred_bytes, 4096);
+
+    /* Whatever it cannot do may be asked for. */
+    assert_int_equal (container_zero (c, 100, 5, true), 0);
+    assert_int_equal (container_zero_fast (c, 100, 5, true),
+                      (bits & 3) == 3 ? 0 : 1);
+    assert_int_equal (container_trim (c, 100, 5), 0);
+    assert_int_equal (container_cache (c, 100, 5), 0);
+    assert_int_equal (container_flush (c), 0);
+    assert_int_equal (fake.nr_trims, (bits & 4) != 0);
+    errno = 0;
+    assert_int_equal (container_allocated (c, &bytes), -1);
+    assert_int_equal (errno, ENOTSUP);
+    container_close (c);
+    fake.nr_trims = 0;
+  }
+}
+
+static void
+test_disk_trim (void **state)
+{
+  struct container *c;
+  uint8_t *buf = malloc (4 * MiB);
+
+  (void) state;
+  fake.minimum = 4096;
+  fake.maximum = MiB;
+  assert_int_equal (ftruncate (fd, 4 * MiB), 0);
+  c = open_disk (false);
+
+  /* Whole blocks, in parts of at most the maximum. */
+  assert_int_equal (container_trim (c, 3 * MiB, 4095), 0);
+  assert_int_equal (fake.nr_trims, 3);
+  assert_int_equal (fake.largest_trim, MiB);
+  assert_int_equal (container_pread (c, buf, 4 * MiB, 0), 0);
+  for (unsigned i = 0; i < 4 * MiB; ++i)
+    assert_int_equal (buf[i], i < 4096 || i >= 3 * MiB ? 0 : TRIMMED);
+
+  /* No whole block; nothing beyond the end. */
+  fake.nr_trims = 0;
+  assert_int_equal (container_trim (c, 8190, 4097), 0);
+  assert_int_equal (container_trim (c, 4095, 0), 0);
+  assert_int_equal (container_trim (c, 4095, 4096), 0);
+  assert_int_equal (container_trim (c, 5 * MiB, 4 * MiB), 0);
+  assert_int_equal (container_trim (c, UINT64_MAX, UINT64_MAX), 0);
+  assert_int_equal (fake.nr_trims, 0);
+  assert_int_equal (container_trim (c, UINT64_MAX, 4 * MiB - 5000), 0);
+  assert_int_equal (fake.nr_trims, 1);
+  assert_int_equal (file_size (), 4 * MiB);
+
+  fake.err = EIO;
+  errno = 0;
+  assert_int_equal (container_trim (c, MiB, 0), -1);
+  assert_int_equal (errno, EIO);
+  fake.err = 0;
+  container_close (c);
+
+  /* No plugin that can: nothing happens. */
+  fake.trim = 0;
+  fake.nr_trims = fake.nr_zeroes = fake.nr_pwrites = 0;
+  c = open_disk (false);
+  assert_int_equal (container_trim (c, 4 * MiB, 0), 0);
+  assert_int_equal (fake.nr_trims + fake.nr_zeroes + fake.nr_pwrites, 0);
+  container_close (c);
+
+  c = open_disk (true);
+  errno = 0;
+  assert_int_equal (container_trim (c, 4096, 0), -1);
+  assert_int_equal (errno, EROFS);
+  errno = 0;
+  assert_int_equal (container_zero_fast (c, 4096, 0, true), -1);
+  assert_int_equal (errno, EROFS);
+  errno = 0;
+  assert_int_equal (container_pwrite_durable (c, "x", 1, 0), -1);
+  assert_int_equal (errno, EROFS);
+  container_close (c);
+  free (buf);
+}
+
+static void
+test_disk_zero_fast (void **state)
+{
+  static const struct { int err, result; } rows[] = {
+    { ENOTSUP, 1 }, { EOPNOTSUPP, 1 }, { EIO, -1 }, { ENOSPC, -1 },
+    { EINVAL, -1 },
+  };
+  struct container *c;
+  char buf[8192], expected[8192];
+
+  (void) state;
+  fake.minimum = 4096;
+  fake.maximum = MiB;
+  assert_int_equal (ftruncate (fd, 4 * MiB), 0);
+  c = open_disk (false);
+  memset (expected, 3, sizeof expected);
+  assert_int_equal (container_pwrite (c, expected, 8192, 0), 0);
+
+  for (int punch = 0; punch <= 1; ++punch) {
+    assert_int_equal (container_zero_fast (c, 4096, 4096, punch), 0);
+    assert_int_equal (fake.zero_flags, NBDKIT_FLAG_FAST_ZERO |
+                      (punch ? NBDKIT_FLAG_MAY_TRIM : 0));
+  }
+  memset (expected + 4096, 0, 4096);
+  assert_int_equal (container_pread (c, buf, 8192, 0), 0);
+  assert_memory_equal (buf, expected, 8192);
+
+  /* In parts, and up to the end. */
+  fake.nr_zeroes = fake.largest_zero = 0;
+  assert_int_equal (container_zero_fast (c, 3 * MiB, 4096, true), 0);
+  assert_int_equal (fake.nr_zeroes, 3);
+  assert_int_equal (fake.largest_zero, MiB);
+  assert_int_equal (container_zero_fast (c, UINT64_MAX, 3 * MiB, true), 0);
+  assert_int_equal (fake.nr_zeroes, 4);
+  assert_int_equal (container_zero_fast (c, 4096, 4 * MiB, true), 0);
+  assert_int_equal (fake.nr_zeroes, 4);
+
+  /* Parts of blocks are not asked for. */
+  assert_int_equal (container_zero_fast (c, 4096, 1, true), 1);
+  assert_int_equal (container_zero_fast (c, 4095, 0, true), 1);
+  assert_int_equal (container_zero_fast (c, 8192, 8191, true), 1);
+  assert_int_equal (fake.nr_zeroes, 4);
+  assert_int_equal (container_pread (c, buf, 8192, 0), 0);
+  assert_memory_equal (buf, expected, 8192);
+
+  for (size_t i = 0; i < sizeof rows / sizeof rows[0]; ++i) {
+    fake.fast_err = rows[i].err;
+    fake.nr_fast = 0;
+    errno = 0;
+    assert_int_equal (container_zero_fast (c, 4096, 0, true), rows[i].result);
+    if (rows[i].result == -1)
+      assert_int_equal (errno, rows[i].err);
+    assert_int_equal (container_pread (c, buf, 8192, 0), 0);
+    assert_memory_equal (buf, expected, 8192);
+  }
+  assert_int_equal (fake.nr_pwrites, 1);
+  container_close (c);
+
+  fake.fast_zero = 0;
+  fake.nr_zeroes = 0;
+  c = open_disk (false);
+  assert_int_equal (container_zero_fast (c, 4096, 0, true), 1);
+  assert_int_equal (fake.nr_zeroes, 0);
+  container_close (c);
+}
+
+/* A fast zero that is refused after a part of it was done is a change that a
+ * flush must not leave out.
+ */
+static void
+test_disk_zero_fast_in_part (void **state)
+{
+  struct container *c;
+  char buf[1] = { 0 };
+
+  (void) state;
+  fake.maximum = MiB;
+  assert_int_equal (ftruncate (fd, 4 * MiB), 0);
+  c = open_disk (false);
+  assert_int_equal (container_pwrite (c, "x", 1, 0), 0);
+  assert_int_equal (container_flush (c), 0);
+  assert_int_equal (fake.nr_flushes, 1);
+  fake.fast_err = ENOTSUP;
+  fake.nr_fast = 2;
+  assert_int_equal (container_zero_fast (c, 4 * MiB, 0, true), 1);
+  assert_int_equal (fake.nr_zeroes, 2);
+  assert_int_equal (container_pread (c, buf, 1, 0), 0);
+  assert_int_equal (buf[0], 0);
+  assert_int_equal (container_flush (c), 0);
+  assert_int_equal (fake.nr_flushes, 2);
+  container_close (c);
+}
+
+/* Durable by itself only if the plugin has FUA, not if nbdkit would flush. */
+static void
+test_disk_durable (void **state)
+{
+  static const int rows[] = {
+    NBDKIT_FUA_NONE, NBDKIT_FUA_EMULATE, NBDKIT_FUA_NATIVE,
+  };
+  struct container *c;
+  char *data = malloc (3 * MiB), byte;
+
+  (void) state;
+  memset (data, 'd', 3 * MiB);
+  fake.maximum = MiB;
+  assert_int_equal (ftruncate (fd, 4 * MiB), 0);
+  for (size_t i = 0; i < sizeof rows / sizeof rows[0]; ++i) {
+    const bool native = rows[i] == NBDKIT_FUA_NATIVE;
+
+    fake.fua = rows[i];
+    c = open_disk (false);
+    data[0] = '0' + i;
+    assert_int_equal (container_pwrite_durable (c, data, 10, 100), !native);
+    assert_int_equal (fake.pwrite_flags, native ? NBDKIT_FLAG_FUA : 0);
+    assert_int_equal (container_pread (c, &byte, 1, 100), 0);
+    assert_int_equal (byte, data[0]);
+    assert_int_equal (fake.nr_flushes, 0);
+
+    /* In parts, each of them durable. */
+    fake.nr_pwrites = 0;
+    assert_int_equal (container_pwrite_durable (c, data, 3 * MiB, 7),
+                      !native);
+    assert_int_equal (fake.nr_pwrites, 3);
+    assert_int_equal (fake.pwrite_flags, native ? NBDKIT_FLAG_FUA : 0);
+
+    fake.err = EIO;
+    errno = 0;
+    assert_int_equal (container_pwrite_durable (c, data, 10, 100), -1);
+    assert_int_equal (errno, EIO);
+    fake.err = 0;
+    assert_int_equal (container_pwrite_durable (c, "", 0, 100), 1);
+    errno = 0;
+    assert_int_equal (container_pwrite_durable (c, data, 2, 4 * MiB - 1), -1);
+    assert_int_equal (errno, ENOSPC);
+    container_close (c);
+  }
+
+  /* Parts of blocks have to be read first, and others wait meanwhile. */
+  fake.minimum = 4096;
+  c = open_disk (false);
+  assert_int_equal (container_pwrite_durable (c, data, 4096, 4096), 1);
+  assert_int_equal (container_pwrite_durable (c, data, 1, 100), 1);
+  assert_int_equal (fake.pwrite_flags, 0);
+  container_close (c);
+
+  /* An image's writes are made durable by its flushes alone. */
+  fake.minimum = 1;
+  c = open_file (false, false);
+  assert_int_equal (container_pwrite_durable (c, data, 10, 100), 1);
+  assert_int_equal (fake.pwrite_flags, 0);
+  container_close (c);
+  free (data);
+}
+
+#define assert_extent(c, at, count, l, f)                               \
+  do {                                                                  \
+    uint64_t length_ = 0;                                               \
+    unsigned flags_ = 99;                                               \
+                                                                        \
+    assert_int_equal (container_extent (c, at, count, &length_, &flags_), \
+                      0);                                               \
+    assert_int_equal (length_, l);                                      \
+    assert_int_equal (flags_, f);                                       \
+  } while (0)
+
+static void
+test_disk_extents (void **state)
+{
+  const unsigned none = CONTAINER_HOLE | CONTAINER_ZERO;
+  struct container *c;
+  uint64_t length;
+  unsigned flags;
+
+  (void) state;
+  fake.maximum = MiB;
+  fake.extent[0].length = 3 * MiB / 2;
+  fake.extent[1].length = 3 * MiB / 2;
+  fake.extent[1].type = NBDKIT_EXTENT_ZERO;
+  fake.extent[2].length = MiB;
+  fake.extent[2].type = NBDKIT_EXTENT_HOLE | NBDKIT_EXTENT_ZERO;
+  assert_int_equal (ftruncate (fd, 4 * MiB), 0);
+  c = open_disk (false);
+
+  /* The plugin's, clipped to what was asked for, and asked for by the
+   * maximum at once.
+   */
+  assert_extent (c, 0, 100, 100, 0);
+  assert_extent (c, 0, 4 * MiB, MiB, 0);
+  assert_int_equal (fake.largest_extents, MiB);
+  assert_extent (c, MiB, 3 * MiB, MiB / 2, 0);
+  assert_extent (c, 3 * MiB / 2, 1, 1, CONTAINER_ZERO);
+  assert_extent (c, 5 * MiB / 2, MiB, MiB / 2, CONTAINER_ZERO);
+  assert_extent (c, 3 * MiB, MiB, MiB, none);
+  assert_extent (c, 3 * MiB + 5, MiB, MiB - 5, none);
+  assert_extent (c, 4 * MiB - 1, 1, 1, none);
+  assert_extent (c, 4 * MiB, 7, 7, none);
+
+  fake.err = EIO;
+  errno = 0;
+  assert_int_equal (container_extent (c, 0, 100, &length, &flags), -1);
+  assert_int_equal (errno, EIO);
+  fake.err = 0;
+  container_close (c);
+
+  /* Blocks that the request covers in part are data. */
+  fake.minimum = 4096;
+  c = open_disk (false);
+  assert_extent (c, 3 * MiB, MiB, MiB, none);
+  assert_extent (c, 3 * MiB, 4095, 4095, 0);
+  assert_extent (c, 3 * MiB, 4097, 4096, none);
+  assert_extent (c, 3 * MiB + 4096, 1, 1, 0);
+  assert_extent (c, 3 * MiB + 1, MiB, 4095, 0);
+  assert_extent (c, 3 * MiB + 1, 10, 10, 0);
+  assert_extent (c, 3 * MiB + 4095, 4097, 1, 0);
+  container_close (c);
+  fake.minimum = 1;
+
+  /* For all of nbdkit's largest request, without a limit of the plugin's. */
+  fake.maximum = UINT32_MAX;
+  assert_int_equal (ftruncate (fd, 5000 * MiB), 0);
+  fake.extent[2].length = 4997 * MiB;
+  c = open_disk (true);
+  assert_extent (c, 3 * MiB, 4997 * MiB, 1024 * MiB, none);
+  container_close (c);
+
+  /* What is not known is data. */
+  fake.extents = 0;
+  fake.nr_extents = 0;
+  c = open_disk (false);
+  assert_extent (c, 3 * MiB, MiB, MiB, 0);
+  assert_int_equal (fake.nr_extents, 0);
+  container_close (c);
+}
+
 #define TEST(f) cmocka_unit_test_setup_teardown (f, setup, teardown)
 
 int
@@ -863,6 +1271,13 @@ main (void)
     TEST (test_blocks_without_file),
     TEST (test_zero_alignment),
     TEST (test_blocks_threads),
+    TEST (test_disk_size),
+    TEST (test_disk_abilities),
+    TEST (test_disk_trim),
+    TEST (test_disk_zero_fast),
+    TEST (test_disk_zero_fast_in_part),
+    TEST (test_disk_durable),
+    TEST (test_disk_extents),
     TEST (test_threads),
   };
 
