@@ -49,6 +49,7 @@ struct file {
   int durable_fd;               /* another of the same file, or -1 */
   bool is_block_device;
   bool is_image;                /* grows in steps, and is cut at the end */
+  bool is_disk;                 /* never grows */
   uint64_t original_size;       /* bytes, when it was opened */
   uint32_t zero_alignment;      /* bytes */
   atomic_bool cannot_punch, cannot_zero, cannot_allocate, cannot_dsync;
@@ -290,7 +291,7 @@ file_grow (struct container *c, uint64_t size)
   struct file *f = (struct file *) c;
   struct stat statbuf;
 
-  if (f->is_block_device) {
+  if (f->is_block_device || f->is_disk) {
     errno = ENOSPC;
     return -1;
   }
@@ -344,7 +345,7 @@ static const struct container_ops file_ops = {
 };
 
 static struct container *
-open_file (int fd, bool readonly, bool is_image, bool writes_durably)
+open_file (int fd, bool readonly, bool is_image, bool is_disk)
 {
   struct file *f;
   struct stat statbuf;
@@ -360,9 +361,10 @@ open_file (int fd, bool readonly, bool is_image, bool writes_durably)
     return NULL;
   container_init (&f->c, &file_ops, size, readonly);
   f->fd = fd;
-  f->durable_fd = writes_durably ? fd_reopen (fd) : -1;
+  f->durable_fd = is_image || is_disk ? fd_reopen (fd) : -1;
   f->is_block_device = S_ISBLK (statbuf.st_mode);
   f->is_image = is_image;
+  f->is_disk = is_disk;
   f->original_size = size;
   f->zero_alignment = f->is_block_device ? fd_zero_alignment (fd) : 1;
   return &f->c;
@@ -383,7 +385,7 @@ container_open_file_writable (int fd)
 struct container *
 container_open_file_image (int fd)
 {
-  return open_file (fd, false, true, true);
+  return open_file (fd, false, true, false);
 }
 
 struct container *
