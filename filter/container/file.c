@@ -230,6 +230,22 @@ file_zero_fast (struct container *c, uint64_t count, uint64_t offset,
   return zero_without_writing (f, count, offset, punch);
 }
 
+/* Only if the storage can do it: to write zeroes in its place would take space
+ * and time for nothing.
+ */
+static int
+file_trim (struct container *c, uint64_t count, uint64_t offset)
+{
+  struct file *f = (struct file *) c;
+  const uint64_t first = round_up (offset, f->zero_alignment);
+  const uint64_t end = round_down (offset + count, f->zero_alignment);
+
+  if (first >= end)
+    return 0;
+  return try_fallocate (f, FALLOC_FL_PUNCH_HOLE, end - first, first,
+                        &f->cannot_punch) == -1 ? -1 : 0;
+}
+
 static int
 file_cache (struct container *c, uint64_t count, uint64_t offset)
 {
@@ -335,6 +351,7 @@ static const struct container_ops file_ops = {
   .pwrite_durable = file_pwrite_durable,
   .zero = file_zero,
   .zero_fast = file_zero_fast,
+  .trim = file_trim,
   .cache = file_cache,
   .flush = file_flush,
   .extent = file_extent,
