@@ -227,7 +227,13 @@ file_zero_fast (struct container *c, uint64_t count, uint64_t offset,
 
   if (offset % f->zero_alignment != 0 || count % f->zero_alignment != 0)
     return 1;
-  return zero_without_writing (f, count, offset, punch);
+  if (!f->is_block_device)
+    return zero_without_writing (f, count, offset, punch);
+  /* The kernel writes zeroes if the device cannot make them, unless it is
+   * asked to punch a hole.
+   */
+  return !punch ? 1 : try_fallocate (f, FALLOC_FL_PUNCH_HOLE, count, offset,
+                                     &f->cannot_punch);
 }
 
 /* Only if the storage can do it: to write zeroes in its place would take space
