@@ -11,6 +11,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/falloc.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -584,11 +585,27 @@ test_file_writable (void **state)
  */
 static int fallocate_errno, nr_fallocate;
 
+/* Modes that a file system has not. */
+enum { NO_PUNCH = 1, NO_ZERO_RANGE = 2, NO_ALLOCATE = 4 };
+static unsigned lacks;
+
+static bool
+is_lacking (int mode)
+{
+  if (mode & FALLOC_FL_PUNCH_HOLE)
+    return lacks & NO_PUNCH;
+  return lacks & (mode & FALLOC_FL_ZERO_RANGE ? NO_ZERO_RANGE : NO_ALLOCATE);
+}
+
 int
 fallocate (int fd, int mode, off_t offset, off_t count)
 {
-  (void) offset; (void) count; (void) mode; (void) fd;
   nr_fallocate++;
+  assert_true (mode & FALLOC_FL_KEEP_SIZE);
+  if (is_lacking (mode)) {
+    errno = EOPNOTSUPP;
+    return -1;
+  }
   if (fallocate_errno != 0) {
     errno = fallocate_errno;
     return -1;
@@ -672,6 +689,317 @@ test_file_image (void **state)
   assert_int_equal (container_allocated (c, &bytes), -1);
   assert_int_equal (errno, ENOTSUP);
   container_close (c);
+}
+
+static off_t
+file_size (int fd)
+{
+  return lseek (fd, 0, SEEK_END);
+}
+
+/* A file without a name in a folder, or -1. */
+static int
+file_in (const char *folder)
+{
+  char path[100];
+  int fd;
+
+  snprintf (path, sizeof path, "%s/container.XXXXXX", folder);
+  fd = mkstemp (path);
+  if (fd != -1)
+    unlink (path);
+  return fd;
+}
+
+/* A disk: its size never changes. */
+static void
+test_file_disk (void **state)
+{
+  FILE *fp = tmpfile ();
+  const int fd = fileno (fp);
+  struct container *c;
+
+  (void) state;
+  for (unsigned size = 0; size <= MiB + 513; size += MiB + 513) {
+    assert_int_equal (ftruncate (fd, size), 0);
+    c = container_open_file_disk (fd);
+    assert_non_null (c);
+    assert_false (c->readonly);
+    assert_int_equal (container_size (c), size);
+    if (size > 0)
+      fill (c, 0, size, 7);
+    errno = 0;
+    assert_int_equal (container_pwrite (c, "x", 1, size), -1);
+    assert_int_equal (errno, ENOSPC);
+    errno = 0;
+    assert_int_equal (container_pwrite (c, "xx", 2, size - (size > 0)), -1);
+    assert_int_equal (errno, ENOSPC);
+    errno = 0;
+    assert_int_equal (container_pwrite_durable (c, "x", 1, size), -1);
+    assert_int_equal (errno, ENOSPC);
+    errno = 0;
+    assert_int_equal (container_reserve (c, size + 1), -1);
+    assert_int_equal (errno, ENOSPC);
+    if (size > 0)
+      assert_bytes (c, 0, size, 7);
+    assert_bytes (c, size, 100, 0);
+
+    /* Whatever else reaches beyond the end stays inside. */
+    assert_int_equal (container_zero (c, MiB, size / 2, false), 0);
+    assert_int_equal (container_zero_fast (c, MiB, size, false), 0);
+    assert_int_equal (container_trim (c, UINT64_MAX, size / 2), 0);
+    assert_int_equal (container_cache (c, MiB, size / 2), 0);
+    assert_int_equal (container_truncate (c, 0), 0);
+    assert_int_equal (container_flush (c), 0);
+    assert_bytes (c, size / 2, size - size / 2 + 1, 0);
+    assert_int_equal (container_size (c), size);
+    assert_int_equal (file_size (fd), size);
+    container_close (c);
+    assert_int_equal (file_size (fd), size);
+  }
+  fclose (fp);
+}
+
+/* Fast zeroes, with all that a file system may lack.  What it lacks it is
+ * asked for once.
+ */
+static int
+expected_fast (unsigned missing, bool punch)
+{
+  if (punch && !(missing & NO_PUNCH))
+    return 0;
+  if (!(missing & NO_ZERO_RANGE))
+    return 0;
+  return missing & (NO_PUNCH | NO_ALLOCATE) ? 1 : 0;
+}
+
+static void
+check_fast (struct container *c, unsigned really_lacks, bool punch)
+{
+  const bool may_punch = !(lacks & NO_PUNCH);
+  const int expected = expected_fast (lacks | really_lacks, punch);
+
+  fill (c, 0, 300000, 3);
+  for (unsigned i = 0; i < 3; ++i) {
+    uint8_t byte;
+
+    fill (c, 65536, 131072, 3);
+    nr_fallocate = 0;
+    assert_int_equal (container_zero_fast (c, 131072, 65536, punch), expected);
+    if (expected == 0)
+      assert_bytes (c, 65536, 131072, 0);
+    else {
+      /* As it was, or punched and then not allocated. */
+      assert_int_equal (container_pread (c, &byte, 1, 65536), 0);
+      assert_true (byte == 3 || (may_punch && i == 0));
+      assert_bytes (c, 65536, 131072, byte);
+      if (i > 0)
+        assert_int_equal (nr_fallocate, 0);
+    }
+    assert_bytes (c, 0, 65536, 3);
+    assert_bytes (c, 196608, 300000 - 196608, 3);
+  }
+}
+
+static void
+test_file_zero_fast (void **state)
+{
+  static const char *const folders[] = { "/var/tmp", "/dev/shm" };
+  static const int modes[] = {
+    FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, 0
+  };
+
+  (void) state;
+  for (size_t i = 0; i < sizeof folders / sizeof folders[0]; ++i) {
+    const int fd = file_in (folders[i]);
+    unsigned really = 0;
+
+    if (fd == -1) {
+      print_message ("no files in %s\n", folders[i]);
+      continue;
+    }
+    for (size_t m = 0; m < sizeof modes / sizeof modes[0]; ++m)
+      if (fallocate (fd, modes[m] | FALLOC_FL_KEEP_SIZE, 0, 65536) == -1)
+        really |= 1U << m;
+    for (lacks = 0; lacks < 8; ++lacks)
+      for (int punch = 0; punch <= 1; ++punch) {
+        struct container *c;
+
+        assert_int_equal (ftruncate (fd, 300000), 0);
+        c = container_open_file_disk (fd);
+        print_message ("%s lacks %u, and %u is said to, punch %d\n",
+                       folders[i], really, lacks, punch);
+        check_fast (c, really, punch);
+        assert_int_equal (container_size (c), 300000);
+        container_close (c);
+        assert_int_equal (file_size (fd), 300000);
+      }
+    lacks = 0;
+    close (fd);
+  }
+}
+
+/* A range that cannot be zeroed fast, and one that fails. */
+static void
+test_file_zero_fast_errors (void **state)
+{
+  static const struct { int err, result, again; } rows[] = {
+    { EINVAL, 1, 1 }, { EOPNOTSUPP, 1, 0 }, { ENOSYS, 1, 0 },
+    { ENODEV, 1, 0 }, { EIO, -1, 1 }, { ENOSPC, -1, 1 },
+  };
+  FILE *fp = tmpfile ();
+  struct container *c;
+
+  (void) state;
+  assert_int_equal (ftruncate (fileno (fp), MiB), 0);
+  for (size_t i = 0; i < sizeof rows / sizeof rows[0]; ++i)
+    for (int punch = 0; punch <= 1; ++punch) {
+      c = container_open_file_disk (fileno (fp));
+      fill (c, 0, MiB, 3);
+      fallocate_errno = rows[i].err;
+      errno = 0;
+      assert_int_equal (container_zero_fast (c, 8192, 4096, punch),
+                        rows[i].result);
+      if (rows[i].result == -1)
+        assert_int_equal (errno, rows[i].err);
+      nr_fallocate = 0;
+      assert_int_equal (container_zero_fast (c, 8192, 4096, punch),
+                        rows[i].result);
+      assert_int_equal (nr_fallocate != 0, rows[i].again);
+      assert_bytes (c, 0, MiB, 3);
+      fallocate_errno = 0;
+      container_close (c);
+    }
+
+  c = container_open_file (fileno (fp));
+  errno = 0;
+  assert_int_equal (container_zero_fast (c, 8192, 4096, true), -1);
+  assert_int_equal (errno, EROFS);
+  container_close (c);
+
+  /* Memory never can. */
+  c = container_open_memory (MiB);
+  fill (c, 0, 8192, 3);
+  assert_int_equal (container_zero_fast (c, 4096, 0, true), 1);
+  assert_bytes (c, 0, 8192, 3);
+  assert_int_equal (container_trim (c, 4096, 0), 0);
+  assert_bytes (c, 0, 4096, 0);
+  container_close (c);
+  fclose (fp);
+}
+
+static uint64_t
+allocated (struct container *c)
+{
+  uint64_t bytes;
+
+  assert_int_equal (container_allocated (c, &bytes), 0);
+  return bytes;
+}
+
+/* A trim gives space back, or does nothing: it never writes. */
+static void
+test_file_trim (void **state)
+{
+  FILE *fp = tmpfile ();
+  struct container *c;
+  uint64_t before;
+
+  (void) state;
+  assert_int_equal (ftruncate (fileno (fp), MiB), 0);
+  c = container_open_file_disk (fileno (fp));
+  fill (c, 0, MiB, 3);
+  assert_int_equal (container_flush (c), 0);
+  before = allocated (c);
+  assert_int_equal (container_trim (c, 3 * MiB / 4, 65536), 0);
+  assert_bytes (c, 0, 65536, 3);
+  assert_bytes (c, 65536, 3 * MiB / 4, 0);
+  assert_bytes (c, 65536 + 3 * MiB / 4, MiB / 4 - 65536, 3);
+  assert_true (allocated (c) <= before - MiB / 2);
+  assert_int_equal (container_trim (c, 0, 5), 0);
+  assert_int_equal (container_trim (c, 5, MiB), 0);
+
+  fallocate_errno = EIO;
+  errno = 0;
+  assert_int_equal (container_trim (c, 4096, 0), -1);
+  assert_int_equal (errno, EIO);
+  fallocate_errno = EINVAL;
+  assert_int_equal (container_trim (c, 4096, 0), 0);
+  fallocate_errno = 0;
+  assert_bytes (c, 0, 65536, 3);
+
+  before = allocated (c);
+  lacks = NO_PUNCH;
+  for (unsigned i = 0; i < 2; ++i) {
+    nr_fallocate = 0;
+    assert_int_equal (container_trim (c, MiB, 0), 0);
+    assert_int_equal (nr_fallocate, i == 0);
+  }
+  lacks = 0;
+  assert_bytes (c, 0, 65536, 3);
+  assert_int_equal (allocated (c), before);
+  container_close (c);
+  fclose (fp);
+}
+
+/* A block device is what fstat says: zeroes and trims are aligned, and fast
+ * only where the kernel does not write them.
+ */
+static bool is_block_device;
+
+int
+fstat (int fd, struct stat *statbuf)
+{
+  const int r = fstatat (fd, "", statbuf, AT_EMPTY_PATH);
+
+  if (r == 0 && is_block_device)
+    statbuf->st_mode = (statbuf->st_mode & ~S_IFMT) | S_IFBLK;
+  return r;
+}
+
+static void
+test_block_device (void **state)
+{
+  FILE *fp = tmpfile ();
+  struct container *c;
+
+  (void) state;
+  assert_int_equal (ftruncate (fileno (fp), MiB), 0);
+  is_block_device = true;
+  c = container_open_file_disk (fileno (fp));
+  is_block_device = false;
+  fill (c, 0, MiB, 3);
+
+  nr_fallocate = 0;
+  assert_int_equal (container_zero_fast (c, 4096, 4096, false), 1);
+  assert_int_equal (container_zero_fast (c, 4096, 100, true), 1);
+  assert_int_equal (container_zero_fast (c, 100, 4096, true), 1);
+  assert_int_equal (container_trim (c, 4095, 4096), 0);
+  assert_int_equal (container_trim (c, 8190, 1), 0);
+  assert_int_equal (nr_fallocate, 0);
+  assert_bytes (c, 0, MiB, 3);
+
+  assert_int_equal (container_zero_fast (c, 4096, 4096, true), 0);
+  assert_int_equal (container_trim (c, 10000, 8191), 0);
+  assert_int_equal (nr_fallocate, 2);
+  assert_bytes (c, 0, 4096, 3);
+  assert_bytes (c, 4096, 12288, 0);
+  assert_bytes (c, 16384, MiB - 16384, 3);
+
+  lacks = NO_PUNCH;
+  nr_fallocate = 0;
+  assert_int_equal (container_zero_fast (c, 4096, 0, true), 1);
+  assert_int_equal (container_zero_fast (c, 4096, 0, true), 1);
+  assert_int_equal (container_trim (c, 4096, 0), 0);
+  assert_int_equal (nr_fallocate, 1);
+  assert_bytes (c, 0, 4096, 3);
+  lacks = 0;
+
+  errno = 0;
+  assert_int_equal (container_pwrite (c, "x", 1, MiB), -1);
+  assert_int_equal (errno, ENOSPC);
+  container_close (c);
+  fclose (fp);
 }
 
 /* A flush that fails is counted, and the next one is tried. */
@@ -784,6 +1112,53 @@ test_file_durable (void **state)
   assert_int_equal (container_pwrite_durable (memory, "jjjj", 4, 0), 1);
   assert_bytes (memory, 0, 4, 'j');
   container_close (memory);
+  fclose (fp);
+}
+
+/* The same of a disk: inside it, at once, and by a descriptor of its own. */
+static void
+test_disk_durable (void **state)
+{
+  FILE *fp = tmpfile ();
+  struct container *c;
+
+  (void) state;
+  assert_int_equal (ftruncate (fileno (fp), 1000), 0);
+  c = container_open_file_disk (fileno (fp));
+  nr_pwritev2 = 0;
+  assert_int_equal (container_pwrite_durable (c, "abcd", 4, 996), 0);
+  assert_int_equal (nr_pwritev2, 1);
+  assert_int_equal (pwritev2_flags, RWF_DSYNC);
+  assert_int_not_equal (pwritev2_fd, fileno (fp));
+  assert_bytes (c, 996, 1, 'a');
+  assert_bytes (c, 999, 1, 'd');
+
+  errno = 0;
+  assert_int_equal (container_pwrite_durable (c, "abcd", 4, 997), -1);
+  assert_int_equal (errno, ENOSPC);
+  assert_int_equal (container_pwrite_durable (c, "", 0, 0), 1);
+  assert_int_equal (nr_pwritev2, 1);
+  assert_int_equal (file_size (fileno (fp)), 1000);
+  assert_bytes (c, 999, 1, 'd');
+
+  /* A write that may be there in part has to be flushed. */
+  assert_int_equal (container_flush (c), 0);
+  assert_int_equal (tally_get (&c->flushes), 1);
+  pwritev2_errno = EIO;
+  assert_int_equal (container_pwrite_durable (c, "ffff", 4, 0), -1);
+  assert_int_equal (errno, EIO);
+  pwritev2_errno = 0;
+  assert_int_equal (container_flush (c), 0);
+  assert_int_equal (tally_get (&c->flushes), 2);
+  container_close (c);
+
+  /* A kernel that does not know it: the write needs a flush. */
+  c = container_open_file_disk (fileno (fp));
+  pwritev2_errno = ENOSYS;
+  assert_int_equal (container_pwrite_durable (c, "gggg", 4, 0), 1);
+  pwritev2_errno = 0;
+  assert_bytes (c, 0, 4, 'g');
+  container_close (c);
   fclose (fp);
 }
 #endif
@@ -906,9 +1281,15 @@ main (void)
     cmocka_unit_test (test_file_writable),
     cmocka_unit_test (test_file_zero_fallback),
     cmocka_unit_test (test_file_image),
+    cmocka_unit_test (test_file_disk),
+    cmocka_unit_test (test_file_zero_fast),
+    cmocka_unit_test (test_file_zero_fast_errors),
+    cmocka_unit_test (test_file_trim),
+    cmocka_unit_test (test_block_device),
     cmocka_unit_test (test_file_flush_error),
 #ifdef RWF_DSYNC
     cmocka_unit_test (test_file_durable),
+    cmocka_unit_test (test_disk_durable),
 #endif
     cmocka_unit_test (test_file_extent),
     cmocka_unit_test (test_threads),
