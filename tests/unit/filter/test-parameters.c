@@ -353,6 +353,7 @@ test_bad_parameters (void **state)
     { "dirty-bitmap-exportname", "delta:b" },
     { "dirty-bitmap-exportname", "backup:b" },
     { "dirty-bitmap-exportname", "backup:" },
+    { "dirty-bitmap-image", "" },
     { "dirty-bitmap-snapshot", "" },
     { "dirty-bitmap-server", "" },
     { "dirty-bitmap-server", "yes" },
@@ -368,6 +369,7 @@ test_bad_parameters (void **state)
     { "dirty-bitmap-server", "auto" },
     { "dirty-bitmap-listen", "/s" },
     { "dirty-bitmap-snapshot", "s" },
+    { "dirty-bitmap-image", "/i" },
     { "dirty-bitmap-crash", "keep" },
     { "dirty-bitmap-delta", "off" },
     { "dirty-bitmap-node", "disk" },
@@ -403,11 +405,72 @@ test_bad_parameters (void **state)
   parameters_free (&p);
 }
 
-/* The bitmaps are the disk's, and so are the parameters that name them. */
+/* The image beside the disk: nbdkit may change folder later.  The image need
+ * not exist, but its folder has to.
+ */
+static void
+test_image (void **state)
+{
+  static const struct { const char *value, *path; } rows[] = {
+    { "b.qcow2", "b.qcow2" }, { "./b", "b" }, { "link", "file" },
+    { "link/", NULL }, { "no/b", NULL }, { "dangling", "dangling" },
+  };
+  struct parameters p = { .granularity = 0 };
+  char made[] = "/tmp/dirty-bitmap.XXXXXX", expected[4200], *dir;
+  FILE *fp;
+
+  (void) state;
+  assert_non_null (mkdtemp (made));
+  dir = realpath (made, NULL);
+  assert_int_equal (chdir (dir), 0);
+  fp = fopen ("file", "w");
+  assert_non_null (fp);
+  fclose (fp);
+  assert_int_equal (symlink ("file", "link"), 0);
+  assert_int_equal (symlink ("nothing", "dangling"), 0);
+
+  assert_int_equal (parameters_complete (&p), 0);
+  assert_null (p.image);
+  parameters_free (&p);
+  for (size_t i = 0; i < sizeof rows / sizeof rows[0]; ++i) {
+    const bool good = rows[i].path != NULL;
+
+    print_message ("%s\n", rows[i].value);
+    nr_reports = 0;
+    assert_int_equal (parameters_take (&p, "dirty-bitmap-image",
+                                       rows[i].value), good ? 1 : -1);
+    assert_int_equal (nr_reports, !good);
+    if (!good) {
+      assert_non_null (strstr (last_report, "dirty-bitmap-image"));
+      assert_non_null (strstr (last_report, rows[i].value));
+      continue;
+    }
+    assert_int_equal (parameters_take (&p, "dirty-bitmap", "b"), 1);
+    assert_int_equal (parameters_complete (&p), 0);
+    snprintf (expected, sizeof expected, "%s/%s", dir, rows[i].path);
+    assert_string_equal (p.image, expected);
+    assert_null (p.stats);
+    parameters_free (&p);
+    assert_null (p.image);
+  }
+
+  assert_int_equal (unlink ("file"), 0);
+  assert_int_equal (unlink ("link"), 0);
+  assert_int_equal (unlink ("dangling"), 0);
+  assert_int_equal (chdir ("/"), 0);
+  assert_int_equal (rmdir (dir), 0);
+  free (dir);
+}
+
+/* The bitmaps are the disk's, and so are the parameters that name them; and
+ * an image of bitmaps has no snapshots of the disk.
+ */
 static void
 test_contradiction (void **state)
 {
-  static const char *const keys[] = { "dirty-bitmap", "dirty-bitmap-expose" };
+  static const char *const keys[] = {
+    "dirty-bitmap", "dirty-bitmap-expose", "dirty-bitmap-image",
+  };
   struct parameters p = { .granularity = 0 };
 
   (void) state;
@@ -418,6 +481,7 @@ test_contradiction (void **state)
     assert_int_equal (parameters_complete (&p), -1);
     assert_int_equal (nr_reports, 1);
     assert_non_null (strstr (last_report, keys[i]));
+    assert_non_null (strstr (last_report, "dirty-bitmap-snapshot"));
     parameters_free (&p);
   }
 }
@@ -434,6 +498,7 @@ main (void)
     TEST (test_allowed_folders),
     TEST (test_views),
     TEST (test_bad_parameters),
+    TEST (test_image),
     TEST (test_contradiction),
   };
 
