@@ -138,17 +138,21 @@ fill (int fd, const char *path, uint64_t size)
   return r;
 }
 
-/* Fill the new file, and make it and its name durable. */
+/* Fill the new file, and make it and its name durable.  *named says, on
+ * error, too, whether it has its name.
+ */
 static int
-complete (struct bitmaps_file *f, const char *folder, bool named,
+complete (struct bitmaps_file *f, const char *folder, bool *named,
           uint64_t size)
 {
   if (image_lock (f->fd, f->path, false) == -1 ||
       fill (f->fd, f->path, size) == -1)
     return -1;
-  if ((named || give_name (f->fd, f->path) == 0) && fsync (f->fd) == 0 &&
-      sync_folder (folder) == 0)
-    return 0;
+  if (*named || give_name (f->fd, f->path) == 0) {
+    *named = true;
+    if (fsync (f->fd) == 0 && sync_folder (folder) == 0)
+      return 0;
+  }
   report_error ("dirty-bitmap-image: %s: cannot create: %m", f->path);
   return -1;
 }
@@ -168,9 +172,10 @@ bitmaps_file_create (struct bitmaps_file *f, uint64_t size)
     report_error ("dirty-bitmap-image: %s: cannot create: %m", f->path);
     return -1;
   }
-  if (complete (f, folder, named, size) == -1) {
+  if (complete (f, folder, &named, size) == -1) {
     if (named)
       unlink (f->path);
+    bitmaps_file_close (f);
     return -1;
   }
   report_debug ("%s: created, for a disk of %" PRIu64 " bytes", f->path, size);
