@@ -122,19 +122,23 @@ sync_folder (const char *folder)
 }
 
 static int
-fill (int fd, const char *path, uint64_t size)
+fill (const struct bitmaps_file *f, uint64_t size)
 {
-  struct container *c = container_open_file_writable (fd);
+  struct container *c = container_open_file_writable (f->fd);
+  struct report_hold hold;
   int r;
 
   if (c == NULL) {
-    report_error ("dirty-bitmap-image: %s: %m", path);
+    report_error ("dirty-bitmap-image: %s: %m", f->path);
     return -1;
   }
+  report_hold_begin (&hold);
   r = qcow2_create (c, size);
+  report_hold_end (&hold);
   container_close (c);
   if (r == -1)
-    report_error ("dirty-bitmap-image: %s: was not created", path);
+    report_error ("dirty-bitmap-image: %s: %s", f->path,
+                  hold.any ? hold.text : "cannot create");
   return r;
 }
 
@@ -145,8 +149,7 @@ static int
 complete (struct bitmaps_file *f, const char *folder, bool *named,
           uint64_t size)
 {
-  if (image_lock (f->fd, f->path, false) == -1 ||
-      fill (f->fd, f->path, size) == -1)
+  if (image_lock (f->fd, f->path, false) == -1 || fill (f, size) == -1)
     return -1;
   if (*named || give_name (f->fd, f->path) == 0) {
     *named = true;
