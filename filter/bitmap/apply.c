@@ -114,7 +114,11 @@ make_since (struct bitmap_set *set, const struct draft *d)
     .name = d->name, .shift = d->shift, .enabled = true, .in_ram = true,
   };
 
-  return make_bitmap (set, &since);
+  struct bitmap *b = make_bitmap (set, &since);
+
+  if (b != NULL)
+    b->lost = d->lost;
+  return b;
 }
 
 /* Make a copy of the draft's bitmap. */

@@ -16,6 +16,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <ctype.h>
 #include <errno.h>
 #include <stdlib.h>
@@ -428,6 +429,16 @@ bitmap_change_begin_backup (struct bitmap_change *c, const char *name,
   return 0;
 }
 
+void
+bitmap_change_set_lost (struct bitmap_change *c, const char *name,
+                        unsigned long lost)
+{
+  struct draft *d = draft_find (c, name);
+
+  assert (d->begins_backup);
+  d->lost = lost;
+}
+
 int
 bitmap_change_end_backup (struct bitmap_change *c, const char *name,
                           bool clear)
@@ -451,6 +462,15 @@ bitmap_change_end_backup (struct bitmap_change *c, const char *name,
   d->is_new = true;
   touch (c, d, true);
   return 0;
+}
+
+unsigned long
+bitmap_change_lost (const struct bitmap_change *c, const char *name)
+{
+  const struct draft *d = draft_find (c, name);
+
+  assert (d->ends_backup);
+  return d->original->since->lost;
 }
 
 bool

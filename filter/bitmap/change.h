@@ -96,6 +96,15 @@ extern int bitmap_change_begin_backup (struct bitmap_change *,
                                        uint64_t granularity, bool freeze,
                                        enum bitmap_backup_action *action);
 
+/* How many barriers had failed when a backup began.  The caller says it right
+ * after the action that begins the backup, and asks for it right after the
+ * action that ends it.
+ */
+extern void bitmap_change_set_lost (struct bitmap_change *, const char *name,
+                                    unsigned long lost);
+extern unsigned long bitmap_change_lost (const struct bitmap_change *,
+                                         const char *name);
+
 /* After prepare: a copy of the bitmap with the bits that it has now, which
  * nothing changes, if its backup begins and freeze was set.  The reference is
  * the change's.

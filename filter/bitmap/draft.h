@@ -31,6 +31,7 @@ struct draft {
   bool is_all_dirty;            /* it is added so */
   bool begins_backup, ends_backup;
   bool is_to_freeze;            /* the backup has a view */
+  unsigned long lost;           /* barriers, when the backup begins */
 
   /* It has the bits of all these. */
   struct content *content;

@@ -114,6 +114,8 @@ struct bitmap {
    * those that record.  Or NULL.
    */
   struct bitmap *since;
+  unsigned long lost;           /* of such a bitmap: barriers that had failed
+                                   when the backup began */
   bool stays;                   /* for apply.c: a change does not drop it */
   bool inconsistent;            /* found in use: no bits are loaded, not
                                    offered */

@@ -27,6 +27,7 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "bitmap/change.h"
 #include "common/report.h"
@@ -34,25 +35,60 @@
 #include "disk/data.h"
 #include "disk/flush.h"
 #include "disk/internal.h"
+#include "qcow2/bitmap-directory.h"
 #include "qcow2/order.h"
 #include "qcow2/steps.h"
 
 /* How long requests under way may take before a change gives up. */
 #define GATE_TIMEOUT_MS 10000
 
+/* What belongs to an action. */
+struct note {
+  struct disk_view *view;       /* made for a backup that begins, or NULL */
+  unsigned long lost;           /* data_lost when the backup began that ends */
+};
+
 /* A change under way. */
 struct run {
   struct disk *d;
   struct bitmap_change *c;
   struct disk_action *actions;
+  struct note *notes;           /* of the action of the same index */
   size_t nr_actions;
-  struct disk_view **views;     /* made for the action of the same index, or
-                                   NULL */
 };
 
+/* A barrier that fails while the gate is being closed counts, too: the client
+ * may have written before the backup began.
+ */
 static int
-note_action (struct bitmap_change *c, struct disk_action *a)
+note_begin (struct run *run, struct disk_action *a, struct note *note)
 {
+  if (bitmap_change_begin_backup (run->c, a->name, a->create,
+                                  a->has_granularity, a->granularity,
+                                  a->view, &a->done) == -1)
+    return -1;
+  bitmap_change_set_lost (run->c, a->name, data_lost (run->d));
+  if (!a->view)
+    return 0;
+  note->view = view_new (run->d, a->name);
+  return note->view == NULL ? -1 : 0;
+}
+
+static int
+note_end (struct bitmap_change *c, const struct disk_action *a,
+          struct note *note)
+{
+  if (bitmap_change_end_backup (c, a->name, a->clear) == -1)
+    return -1;
+  note->lost = bitmap_change_lost (c, a->name);
+  return 0;
+}
+
+static int
+note_action (struct run *run, struct disk_action *a, struct note *note)
+{
+  struct bitmap_change *c = run->c;
+
   switch (a->type) {
   case DISK_BITMAP_ADD:
     return bitmap_change_add (c, a->name,
@@ -71,11 +107,9 @@ note_action (struct bitmap_change *c, struct disk_action *a)
     return bitmap_change_merge (c, a->name, a->sources, a->nr_sources,
                                 a->force);
   case DISK_BACKUP_BEGIN:
-    return bitmap_change_begin_backup (c, a->name, a->create,
-                                       a->has_granularity, a->granularity,
-                                       a->view, &a->done);
+    return note_begin (run, a, note);
   case DISK_BACKUP_END:
-    return bitmap_change_end_backup (c, a->name, a->clear);
+    return note_end (c, a, note);
   }
   abort ();
 }
@@ -132,9 +166,28 @@ put_in_image (struct disk *d, struct bitmap_change *c)
   return bitmap_change_switch (c);
 }
 
-/* What can fail in beginning and ending views. */
+/* May a backup end so (I11)?  The data that it has read may not be those that
+ * the storage has, if a barrier has failed since it began.  Then its bitmap
+ * must keep the bits.
+ */
 static int
-prepare_views (struct run *r)
+check_end (const struct disk *d, const struct disk_action *a,
+           const struct note *note)
+{
+  if (a->success && view_check_whole (d, a->name) == -1)
+    return -1;
+  if (!a->clear || data_lost (d) == note->lost)
+    return 0;
+  report_error ("A flush has failed since the backup of bitmap '%s' began: "
+                "what it has copied may be lost on the disk",
+                bitmap_show_name (a->name, strlen (a->name)).text);
+  errno = EIO;
+  return -1;
+}
+
+/* What can fail in beginning and ending backups and their views. */
+static int
+prepare_backups (struct run *r)
 {
   int reserved;
 
@@ -146,11 +199,10 @@ prepare_views (struct run *r)
   for (size_t i = 0; i < r->nr_actions; ++i) {
     const struct disk_action *a = &r->actions[i];
 
-    if (a->type == DISK_BACKUP_END && a->success &&
-        view_check_whole (r->d, a->name) == -1)
+    if (a->type == DISK_BACKUP_END && check_end (r->d, a, &r->notes[i]) == -1)
       return -1;
-    if (r->views[i] != NULL &&
-        view_freeze (r->views[i],
+    if (r->notes[i].view != NULL &&
+        view_freeze (r->notes[i].view,
                      bitmap_change_frozen (r->c, a->name)) == -1)
       return -1;
   }
@@ -163,9 +215,9 @@ switch_views (struct run *r)
   for (size_t i = 0; i < r->nr_actions; ++i) {
     if (r->actions[i].type == DISK_BACKUP_END)
       view_end (r->d, r->actions[i].name);
-    if (r->views[i] != NULL)
-      view_add (r->views[i]);
-    r->views[i] = NULL;
+    if (r->notes[i].view != NULL)
+      view_add (r->notes[i].view);
+    r->notes[i].view = NULL;
   }
 }
 
@@ -181,7 +233,7 @@ carry_out (struct run *r)
   if (!in_ram && (data_flush (d) == -1 ||
                   image_flush_locked (d->qcow2, d->bitmaps) == -1))
     return -1;
-  if (bitmap_change_prepare (c) == -1 || prepare_views (r) == -1)
+  if (bitmap_change_prepare (c) == -1 || prepare_backups (r) == -1)
     return -1;
   offers = prepare_offers (d, c);
   if (offers == NULL)
@@ -250,15 +302,9 @@ change_paused (struct run *run)
 static int
 begin (struct run *run)
 {
-  for (size_t i = 0; i < run->nr_actions; ++i) {
-    struct disk_action *a = &run->actions[i];
-
-    if (note_action (run->c, a) == -1)
+  for (size_t i = 0; i < run->nr_actions; ++i)
+    if (note_action (run, &run->actions[i], &run->notes[i]) == -1)
       return -1;
-    if (a->type == DISK_BACKUP_BEGIN && a->view &&
-        (run->views[i] = view_new (run->d, a->name)) == NULL)
-      return -1;
-  }
   return 0;
 }
 
@@ -296,8 +342,8 @@ change (struct disk *d, const char *image, struct disk_action *actions,
 
   if (run.c == NULL)
     return -1;
-  run.views = calloc (nr_actions + 1, sizeof run.views[0]);
-  if (run.views == NULL) {
+  run.notes = calloc (nr_actions + 1, sizeof run.notes[0]);
+  if (run.notes == NULL) {
     report_error ("calloc: %m");
     bitmap_change_end (run.c);
     return -1;
@@ -305,8 +351,8 @@ change (struct disk *d, const char *image, struct disk_action *actions,
   r = change_with_views (&run);
   err = errno;
   for (size_t i = 0; i < nr_actions; ++i)
-    disk_view_put (run.views[i]);
-  free (run.views);
+    disk_view_put (run.notes[i].view);
+  free (run.notes);
   errno = err;
   return r;
 }

@@ -964,6 +964,84 @@ test_refused (void **state)
   close_world (&w);
 }
 
+static int
+change_one (struct world *w, struct disk_action *a)
+{
+  messages_clear ();
+  return disk_change_bitmaps (w->d, "disk", a, 1);
+}
+
+/* A barrier fails, and the next one succeeds: what was written before them
+ * may be lost, though it reads back.
+ */
+static void
+lose_barrier (struct world *w)
+{
+  write_block (w, 3);
+  recorder_fail (w->c, 0, false, false);
+  assert_int_equal (disk_sync (w->d), -1);
+  assert_int_equal (recorder_failures (w->c), 1);
+  recorder_stop_failing (w->c);
+  assert_int_equal (disk_sync (w->d), 0);
+  model_flush (&w->model);
+}
+
+/* Carry out an action, which succeeds. */
+static void
+act (struct world *w, struct disk_action *a)
+{
+  assert_int_equal (change_one (w, a), 0);
+  model_act (&w->model, a);
+  check_ram (w);
+}
+
+/* What a backup has copied may be lost on the disk: its bitmap keeps the
+ * bits (I11).
+ */
+static void
+test_lost_barrier (void **state)
+{
+  struct disk_action *const success =
+    BACKUP (END, .name = "a", .success = true, .clear = true);
+  struct disk_action *const ends[] = {
+    BACKUP (END, .name = "a"),
+    BACKUP (END, .name = "a", .success = true),
+  };
+
+  (void) state;
+  for (unsigned i = 0; i < 4; ++i) {
+    struct disk_action *const end = ends[i / 2];
+    struct world w;
+
+    open_world (&w, i % 2, 1);
+    write_block (&w, 3);
+    assert_int_equal (disk_sync (w.d), 0);
+    model_flush (&w.model);
+
+    act (&w, BACKUP (BEGIN, .name = "a", .view = i % 2));
+    lose_barrier (&w);
+    for (unsigned times = 0; times < 2; ++times) {
+      assert_int_equal (change_one (&w, success), -1);
+      assert_int_equal (errno, EIO);
+      assert_message ("A flush has failed since the backup of bitmap 'a'");
+      assert_int_equal (messages_errors (), 1);
+      check_ram (&w);
+      assert_image (&w, !w.keep);
+    }
+    act (&w, end);
+    assert_image (&w, !w.keep);
+
+    /* One that begins after the loss can succeed. */
+    act (&w, BACKUP (BEGIN, .name = "a"));
+    write_block (&w, 5);
+    act (&w, success);
+    disk_stop (w.d);            /* It reports the flush that failed. */
+    assert_image (&w, true);
+    image_check (w.c, 1);
+    close_world (&w);
+  }
+}
+
 #ifdef BROKEN_ORDER
 int broken_order = -1;
 
@@ -1021,6 +1099,7 @@ main (void)
     cmocka_unit_test (test_refused),
     cmocka_unit_test (test_random),
     cmocka_unit_test (test_errors),
+    cmocka_unit_test (test_lost_barrier),
     cmocka_unit_test (test_crash),
     cmocka_unit_test (test_threads),
   };
