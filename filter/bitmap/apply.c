@@ -74,15 +74,21 @@ make_bitmap (struct bitmap_set *set, const struct draft *d)
   return b;
 }
 
-/* What a bitmap needs to record, unless it had it before. */
+/* What a bitmap needs to record, unless it had it before.  The map of units
+ * ahead may be read at any time for a bitmap that clients are offered, so it
+ * gets that only when the lists change, too.
+ */
 static int
-prepare_to_record (struct bitmap_set *set, struct bitmap *b)
+prepare_to_record (struct bitmap_set *set, struct draft *d)
 {
+  struct bitmap *b = d->bitmap;
+
   if (b->in_ram)
     return 0;
   if (b->reserved == NULL && bitmap_reserve_init (b) == -1)
     return -1;
-  return set->keeps && b->ahead.ahead == NULL ? keep_init_bitmap (set, b) : 0;
+  return set->keeps && b->ahead.ahead == NULL
+    ? keep_init_ahead (set, &d->ahead, d->shift) : 0;
 }
 
 /* The same bound as when they are loaded: bitmaps that exceed it would not be
@@ -113,7 +119,6 @@ make_since (struct bitmap_set *set, const struct draft *d)
   const struct draft since = {
     .name = d->name, .shift = d->shift, .enabled = true, .in_ram = true,
   };
-
   struct bitmap *b = make_bitmap (set, &since);
 
   if (b != NULL)
@@ -147,7 +152,7 @@ prepare_draft (struct bitmap_change *c, struct draft *d)
   d->bitmap->stays = true;
   records = d->enabled && !set->readonly && !d->bitmap->inconsistent;
   exposed = !d->bitmap->inconsistent && bitmap_set_wants (set, d->name);
-  if (records && prepare_to_record (set, d->bitmap) == -1)
+  if (records && prepare_to_record (set, d) == -1)
     return -1;
   if (exposed)
     c->goes_on[c->lists.nr_exposed] = !d->is_new && !d->is_forced;
@@ -481,6 +486,10 @@ adopt_draft (struct bitmap_set *set, struct draft *d)
   }
   b->flags = (b->flags & ~BITMAP_FLAG_AUTO) |
     (d->enabled ? BITMAP_FLAG_AUTO : 0);
+  if (d->ahead.ahead != NULL) {
+    b->ahead = d->ahead;
+    d->ahead = (struct ahead) { 0 };
+  }
   if (d->ends_backup && !d->is_new) {
     bitmap_put (b->since);
     b->since = NULL;

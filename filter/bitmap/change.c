@@ -45,6 +45,7 @@ static void
 draft_free (struct draft *d)
 {
   bitmap_put (d->frozen);
+  ahead_free (&d->ahead);
   free (d->name);
   free (d->content);
 }

@@ -38,6 +38,7 @@ struct draft {
   size_t nr_content, max_content;
 
   struct bitmap *bitmap;        /* from prepare on: made, or the original */
+  struct ahead ahead;           /* made, if the bitmap needs it */
   struct bitmap *since;         /* made, if it begins a backup */
   struct bitmap *frozen;        /* a copy, if is_to_freeze */
 };

@@ -150,7 +150,8 @@ struct bitmap {
    */
   bool cleared;
 
-  struct ahead ahead;           /* empty unless the set keeps */
+  struct ahead ahead;           /* empty unless the set keeps; made when the
+                                   bitmap is first on such a list */
   bool fell_back;               /* it is not SYNCED, though the set keeps;
                                    under state_lock */
   atomic_bool returning;        /* it is IN_USE, and marks write bits ahead all
@@ -427,8 +428,9 @@ extern int keep_init (struct bitmap_set *,
                       int (*flush) (struct qcow2 *, struct bitmap_set *));
 extern void keep_free (struct bitmap_set *);
 
-/* For another bitmap of a set that keeps its bitmaps. */
-extern int keep_init_bitmap (struct bitmap_set *, struct bitmap *);
+/* For another bitmap of a set that keeps its bitmaps.  granularity is log2. */
+extern int keep_init_ahead (const struct bitmap_set *, struct ahead *,
+                            unsigned granularity);
 
 /* Make durable what was loaded, since bits that are set already are never
  * written again: a process that was killed may have written it a moment ago.

@@ -95,9 +95,10 @@ has_any_entry (const struct bitmap *b)
 }
 
 int
-keep_init_bitmap (struct bitmap_set *set, struct bitmap *b)
+keep_init_ahead (const struct bitmap_set *set, struct ahead *a,
+                 unsigned granularity)
 {
-  if (ahead_init (&b->ahead, set->geometry.disk_size_bytes, b->shift) == 0)
+  if (ahead_init (a, set->geometry.disk_size_bytes, granularity) == 0)
     return 0;
   report_error ("calloc: %m");
   return -1;
@@ -120,9 +121,11 @@ keep_init (struct bitmap_set *set,
   set->pace_began = now_ns ();
   set->next_round = 1;
   for (size_t i = 0; i < set->nr_recording; ++i) {
-    if (keep_init_bitmap (set, set->recording[i]) == -1)
+    struct bitmap *b = set->recording[i];
+
+    if (keep_init_ahead (set, &b->ahead, b->shift) == -1)
       return -1;
-    any |= has_any_entry (set->recording[i]);
+    any |= has_any_entry (b);
   }
   atomic_init (&set->loaded_is_durable, !any);
   set->keeps = true;

@@ -885,6 +885,65 @@ test_threads (void **state)
 }
 
 static void
+ignore_numbers (const struct disk_bitmap_numbers *n, void *opaque)
+{
+  (void) n;
+  (void) opaque;
+}
+
+struct reader {
+  struct disk *d;
+  sem_t started;
+  atomic_bool stop;
+};
+
+static void *
+read_all_the_time (void *opaque)
+{
+  struct reader *r = opaque;
+
+  do {
+    disk_each_bitmap (r->d, ignore_numbers, NULL);
+    sem_post (&r->started);
+  } while (!atomic_load (&r->stop));
+  return NULL;
+}
+
+/* A bitmap that clients are offered begins to record, while its numbers are
+ * read: they are of before that, or of after it.
+ */
+static void
+test_numbers (void **state)
+{
+  const unsigned rounds = how_often (40, 20, 4);
+
+  (void) state;
+  for (unsigned round = 0; round < rounds; ++round) {
+    struct reader r;
+    pthread_t thread;
+    struct world w;
+
+    open_world (&w, true, 1);
+    r.d = w.d;
+    sem_init (&r.started, 0, 0);
+    atomic_init (&r.stop, false);
+    pthread_create (&thread, NULL, read_all_the_time, &r);
+    sem_wait (&r.started);
+    assert_int_equal (disk_change_bitmaps (w.d, "disk",
+                        &(struct disk_action) { .type = DISK_BITMAP_ENABLE,
+                                                .name = "b" }, 1), 0);
+    atomic_store (&r.stop, true);
+    pthread_join (thread, NULL);
+    sem_destroy (&r.started);
+    w.model.bitmaps[1].enabled = true;
+    write_block (&w, 3);
+    check_ram (&w);
+    stop_and_check (&w);
+    close_world (&w);
+  }
+}
+
+static void
 assert_refused (struct world *w, struct disk_action *a, const char *why)
 {
   const unsigned writes = recorder_writes (w->c);
@@ -1102,6 +1161,7 @@ main (void)
     cmocka_unit_test (test_lost_barrier),
     cmocka_unit_test (test_crash),
     cmocka_unit_test (test_threads),
+    cmocka_unit_test (test_numbers),
   };
 #ifdef BROKEN_ORDER
   const struct CMUnitTest order_tests[] = { cmocka_unit_test (test_order) };
