@@ -114,6 +114,18 @@ data_zero (struct disk *d, uint64_t count, uint64_t offset, unsigned flags)
 }
 
 int
+data_zero_is_fast (struct disk *d, uint64_t count, uint64_t offset,
+                   unsigned flags)
+{
+  if (d->beside == NULL)
+    return qcow2_zero_is_fast (d->qcow2, count, offset, flags);
+  if (d->abilities.zero_fast)
+    return 0;
+  errno = ENOTSUP;
+  return -1;
+}
+
+int
 data_trim (struct disk *d, uint64_t count, uint64_t offset)
 {
   if (d->beside == NULL)

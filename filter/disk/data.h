@@ -35,6 +35,13 @@ extern int data_write (struct disk *, const void *buf, uint32_t count,
 /* flags as of qcow2_zero. */
 extern int data_zero (struct disk *, uint64_t count, uint64_t offset,
                       unsigned flags);
+
+/* Can all of the range be zeroed fast?  0, or -1, with ENOTSUP if not.  This
+ * only looks.  Of a disk beside the image it finds no more than whether that
+ * ever zeroes fast; data_zero finds the rest.
+ */
+extern int data_zero_is_fast (struct disk *, uint64_t count, uint64_t offset,
+                              unsigned flags);
 extern int data_trim (struct disk *, uint64_t count, uint64_t offset);
 extern int data_cache (struct disk *, uint64_t count, uint64_t offset);
 

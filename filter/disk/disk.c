@@ -510,23 +510,29 @@ zero_part (struct disk *d, uint64_t count, uint64_t offset,
   return r;
 }
 
+/* One that has to be fast is refused whole, or not at all.  So all of the
+ * range is looked at before anything is marked, and the first part may still
+ * be refused; the others are zeroed in any case.  They are slow only if
+ * another request wrote there meanwhile, or if a disk beside the image zeroes
+ * some parts faster than others.
+ */
 static int
 zero_in_parts (struct disk *d, uint64_t count, uint64_t offset,
-               const struct zeroing *z, bool fua)
+               struct zeroing z, bool fua)
 {
-  /* One that is refused has changed nothing, so that has no parts. */
-  const bool is_whole = z->flags & QCOW2_ZERO_FAST;
   unsigned long lost;
   int r = 0;
 
-  if (check_change (d, count, offset) == -1)
+  if (check_change (d, count, offset) == -1 ||
+      ((z.flags & QCOW2_ZERO_FAST) != 0 &&
+       data_zero_is_fast (d, count, offset, z.flags) == -1))
     return -1;
   lost = data_lost (d);
   while (count > 0 && r == 0) {
-    const uint64_t n = is_whole ? count
-      : min_u64 (count, PART_BYTES - offset % PART_BYTES);
+    const uint64_t n = min_u64 (count, PART_BYTES - offset % PART_BYTES);
 
-    r = zero_part (d, n, offset, z);
+    r = zero_part (d, n, offset, &z);
+    z.flags &= ~QCOW2_ZERO_FAST;
     offset += n;
     count -= n;
   }
@@ -541,7 +547,7 @@ disk_zero (struct disk *d, uint64_t count, uint64_t offset,
     .flags = (no_hole ? QCOW2_ZERO_KEEP : 0) | (fast ? QCOW2_ZERO_FAST : 0),
   };
 
-  return zero_in_parts (d, count, offset, &z, fua);
+  return zero_in_parts (d, count, offset, z, fua);
 }
 
 int
@@ -549,7 +555,7 @@ disk_trim (struct disk *d, uint64_t count, uint64_t offset, bool fua)
 {
   const struct zeroing z = { .is_trim = true };
 
-  return zero_in_parts (d, count, offset, &z, fua);
+  return zero_in_parts (d, count, offset, z, fua);
 }
 
 /* Flush both with fn.  If the data are beside the image, it is reported as a

@@ -138,7 +138,7 @@ extern int disk_write (struct disk *, const void *buf, uint32_t count,
 
 /* Write zeroes.  no_hole keeps (or makes) the range allocated.  fast fails
  * with ENOTSUP, having changed nothing, if zeroing would be no faster than
- * writing.
+ * writing.  Usually it has not even marked the range then.
  */
 extern int disk_zero (struct disk *, uint64_t count, uint64_t offset,
                       bool no_hole, bool fast, bool fua);
@@ -186,7 +186,8 @@ extern int disk_cache (struct disk *, uint64_t count, uint64_t offset);
 
 /* In grace_ms milliseconds, begin to end long requests early, with
  * ESHUTDOWN.  The part of a range that was changed by then is marked, and
- * stays changed.  disk_sync and disk_stop still do all their work.
+ * stays changed.  Changes that still come keep nothing for views, which break.
+ * disk_sync and disk_stop still do all their work.
  */
 extern void disk_hurry (struct disk *, unsigned grace_ms);
 

@@ -12,9 +12,10 @@
  * is closed then.
  *
  * If a unit cannot be kept, for want of space or memory, or since the storage
- * fails, the view is broken, and the change goes on.  What was kept is
- * dropped.  Reads look for this last of all, since what they have read may
- * have been dropped meanwhile.
+ * fails, the view is broken, and the change goes on.  So it is once the time is
+ * up for requests to end (disk_hurry).  What was kept is dropped.  Reads look
+ * for this last of all, since what they have read may have been dropped
+ * meanwhile.
  */
 
 #include <config.h>
@@ -213,6 +214,16 @@ break_view (struct disk_view *v, const char *why)
                   "be ended as failed: %s", v->name, why);
 }
 
+/* At the end of the disk, views do not hold up the changes. */
+static int
+read_to_keep (void *opaque, uint64_t offset, struct qcow2_chunk *c)
+{
+  struct disk *d = opaque;
+
+  return qcow2_goes_on (d->qcow2) == -1 ? -1
+    : chunk_read_disk (d, offset, c);
+}
+
 static void
 keep (struct disk *d, struct disk_view *v, uint64_t offset, uint64_t count)
 {
@@ -220,7 +231,7 @@ keep (struct disk *d, struct disk_view *v, uint64_t offset, uint64_t count)
   int r, err;
 
   report_hold_begin (&hold);
-  r = kept_keep (&v->kept, offset, count, chunk_read_disk, d);
+  r = kept_keep (&v->kept, offset, count, read_to_keep, d);
   err = errno;
   report_hold_end (&hold);
   if (r == -1)

@@ -428,34 +428,75 @@ zero_method (const struct qcow2 *q, bool keep, uint64_t offset)
   return keep || offset < q->backing_size ? NULL : trim_slice;
 }
 
+/* A write-zeroes request: units that the method makes zero, and the bytes
+ * before and after them.
+ */
+struct zero_plan {
+  slice_function *method;
+  struct units u;               /* if there are none, all is the head */
+  uint64_t head, tail;          /* bytes */
+};
+
+static int
+plan_zero (struct qcow2 *q, uint64_t count, uint64_t offset, bool keep,
+           struct zero_plan *p)
+{
+  struct units u =
+    whole_units (q, keep ? q->cluster_bits : q->unit_bits, count, offset);
+
+  if (leave_out_compressed (q, &u) == -1)
+    return -1;
+  *p = (struct zero_plan) {
+    .method = zero_method (q, keep, offset), .u = u, .head = count,
+  };
+  if (p->method != NULL && u.first < u.end) {
+    p->head = (u.first << u.bits) - offset;
+    if (u.end << u.bits < offset + count)
+      p->tail = offset + count - (u.end << u.bits);
+  }
+  else
+    p->u.end = u.first;
+  return 0;
+}
+
+static int
+plan_is_fast (struct qcow2 *q, uint64_t offset, bool keep,
+              const struct zero_plan *p)
+{
+  if (range_is_fast (q, p->head, offset, keep) == -1)
+    return -1;
+  return range_is_fast (q, p->tail, p->u.end << p->u.bits, keep);
+}
+
+int
+qcow2_zero_is_fast (struct qcow2 *q, uint64_t count, uint64_t offset,
+                    unsigned flags)
+{
+  const bool keep = flags & QCOW2_ZERO_KEEP;
+  struct zero_plan p;
+
+  assert (!range_exceeds (offset, count, q->size));
+  return plan_zero (q, count, offset, keep, &p) == -1 ? -1
+    : plan_is_fast (q, offset, keep, &p);
+}
+
 int
 qcow2_zero (struct qcow2 *q, uint64_t count, uint64_t offset, unsigned flags)
 {
   const bool keep = flags & QCOW2_ZERO_KEEP;
-  slice_function *const method = zero_method (q, keep, offset);
-  struct units u =
-    whole_units (q, keep ? q->cluster_bits : q->unit_bits, count, offset);
-  uint64_t head = count, tail = 0;
+  struct zero_plan p;
 
   assert (!range_exceeds (offset, count, q->size));
-  if (qcow2_begin_writing (q) == -1 || leave_out_compressed (q, &u) == -1)
+  if (qcow2_begin_writing (q) == -1 ||
+      plan_zero (q, count, offset, keep, &p) == -1)
     return -1;
-  if (method != NULL && u.first < u.end) {
-    head = (u.first << u.bits) - offset;
-    if (u.end << u.bits < offset + count)
-      tail = offset + count - (u.end << u.bits);
-  }
-  else
-    u.end = u.first;            /* all of it is the head */
-
   if ((flags & QCOW2_ZERO_FAST) != 0 &&
-      (range_is_fast (q, head, offset, keep) == -1 ||
-       range_is_fast (q, tail, u.end << u.bits, keep) == -1))
+      plan_is_fast (q, offset, keep, &p) == -1)
     return -1;
-  if (zero_bytes (q, head, offset, keep) == -1 ||
-      (u.first < u.end && for_each_slice (q, &u, method) == -1))
+  if (zero_bytes (q, p.head, offset, keep) == -1 ||
+      (p.u.first < p.u.end && for_each_slice (q, &p.u, p.method) == -1))
     return -1;
-  return zero_bytes (q, tail, u.end << u.bits, keep);
+  return zero_bytes (q, p.tail, p.u.end << p.u.bits, keep);
 }
 
 int

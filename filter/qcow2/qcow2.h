@@ -163,6 +163,13 @@ enum {
 extern int qcow2_zero (struct qcow2 *, uint64_t count, uint64_t offset,
                        unsigned flags);
 
+/* Would qcow2_zero do that without writing zeroes?  0, or -1, with ENOTSUP if
+ * not.  This only looks: what other requests do at the same time may change
+ * the answer.
+ */
+extern int qcow2_zero_is_fast (struct qcow2 *, uint64_t count,
+                               uint64_t offset, unsigned flags);
+
 /* Discard: whole clusters become unallocated, parts of clusters are
  * left alone.
  */
