@@ -188,7 +188,7 @@ class Load(threading.Thread):
     """A client that writes here and there, and takes what fails."""
 
     def __init__(self, server):
-        super().__init__()
+        super().__init__(daemon=True)
         self.client = server.connect()
         self.stops = False
 
@@ -248,6 +248,30 @@ def cycles(*params):
     harness.check("disk.qcow2", leaks=True)
     harness.run("qemu-img", "compare", "-f", "qcow2", "-F", "raw",
                 "disk.qcow2", "copy.raw")
+
+
+def counted(*params):
+    """What backup-begin says is dirty is what the view shows as dirty, though
+    clients write as soon as they may."""
+    harness.create("disk.qcow2", SIZE, ("b", 512))
+    server, q = start(*params)
+    loads = [Load(server) for _ in range(3)]
+    for load in loads:
+        load.start()
+    for _ in range(30):
+        r = q.ask("backup-begin", bitmap="b")
+        h = nbd.NBD()
+        h.add_meta_context(CONTEXT + "b")
+        h.set_export_name("backup:b")
+        h.connect_unix(server.socket)
+        shown = sum(n for n, dirty in harness.extents(h, CONTEXT + "b")
+                    if dirty)
+        h.shutdown()
+        assert r["dirty"] == shown, (r, shown)
+        end(q, "b", True)
+    for load in loads:
+        load.stop()
+    server.stop()
 
 
 class Counter(threading.Thread):
@@ -348,4 +372,5 @@ if harness.SERVER == "nbdkit":
     created()
     refused()
     cycles("dirty-bitmap-crash=keep")
+    counted()
     gate()

@@ -195,6 +195,16 @@ bitmap_change_frozen (const struct bitmap_change *c, const char *name)
   return draft_find (c, name)->frozen;
 }
 
+uint64_t
+bitmap_change_dirty_bytes (const struct bitmap_change *c, const char *name)
+{
+  const struct draft *d = draft_find (c, name);
+  uint64_t ignored;
+
+  return d == NULL ? 0
+    : bitmap_dirty_bytes (d->bitmap, UINT64_MAX, &ignored);
+}
+
 size_t
 bitmap_change_nr_exposed (const struct bitmap_change *c)
 {

@@ -112,6 +112,12 @@ extern unsigned long bitmap_change_lost (const struct bitmap_change *,
 extern const struct bitmap *bitmap_change_frozen (const struct bitmap_change *,
                                                   const char *name);
 
+/* After prepare: the bytes that the bitmap will have dirty, those of whole
+ * granules.  0 if there is no such bitmap.
+ */
+extern uint64_t bitmap_change_dirty_bytes (const struct bitmap_change *,
+                                           const char *name);
+
 /* The backup has ended.  clear: the bitmap gets what was changed since it
  * began, and clients that read it do not prevent that.  Otherwise the bitmap
  * stays as it is.

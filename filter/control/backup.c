@@ -14,7 +14,7 @@
 
 #include <config.h>
 
-#include <string.h>
+#include <stdint.h>
 
 #include "common/clock.h"
 #include "common/report.h"
@@ -55,30 +55,6 @@ qmp_context (const char *name)
   return qmp_string_of ("qemu:dirty-bitmap:", name);
 }
 
-/* A bitmap, and what the disk says of it. */
-struct looked_up {
-  const char *name;
-  uint64_t dirty_bytes;
-};
-
-static void
-look_at (const struct disk_bitmap_state *b, void *opaque)
-{
-  struct looked_up *l = opaque;
-
-  if (strcmp (b->name, l->name) == 0)
-    l->dirty_bytes = b->dirty_bytes;
-}
-
-static json_int_t
-dirty_bytes (const struct call *call, const char *name)
-{
-  struct looked_up l = { .name = name };
-
-  disk_list_bitmaps (call->control->options.disk, look_at, &l);
-  return l.dirty_bytes;
-}
-
 static bool
 has_view (const json_t *arguments)
 {
@@ -87,12 +63,13 @@ has_view (const json_t *arguments)
 
 /* With a view, "export" comes first. */
 static json_t *
-begun (const struct call *call, const char *name, const char *action)
+begun (const struct call *call, const char *name, const char *action,
+       uint64_t dirty_bytes)
 {
   json_t *result = json_object ();
   json_t *more =
     json_pack ("{s:o,s:s,s:I,s:I}", "context", qmp_context (name),
-               "action", action, "dirty", dirty_bytes (call, name), "size",
+               "action", action, "dirty", (json_int_t) dirty_bytes, "size",
                (json_int_t) disk_size (call->control->options.disk));
 
   if (more == NULL ||
@@ -129,7 +106,8 @@ command_backup_begin (struct call *call)
   struct change change;
   const char *name = run_for_bitmap (call, &change);
 
-  return name == NULL ? NULL : begun (call, name, actions[change.done]);
+  return name == NULL ? NULL : begun (call, name, actions[change.done],
+                                      change.dirty_bytes);
 }
 
 json_t *
@@ -139,7 +117,7 @@ command_backup_end (struct call *call)
   const char *name = run_for_bitmap (call, &change);
 
   return name == NULL ? NULL
-    : json_pack ("{s:I}", "dirty", dirty_bytes (call, name));
+    : json_pack ("{s:I}", "dirty", (json_int_t) change.dirty_bytes);
 }
 
 /* The moment of several disks is lost: nothing may begin as if it were not. */

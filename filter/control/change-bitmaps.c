@@ -267,6 +267,7 @@ change_end (struct call *call, struct change *change)
     find_first_error (call, change);
   views_forget (&change->views);
   change->done = change->actions[0].done;
+  change->dirty_bytes = change->actions[0].dirty_bytes;
   for (size_t i = 0; i < change->nr; ++i)
     free ((void *) change->actions[i].sources);
   free (change->actions);

@@ -205,7 +205,10 @@ struct change {
   struct disk_action *actions;
   size_t nr;
   struct watch *views;          /* of backups that begin */
-  enum bitmap_backup_action done; /* by the first action, after change_end */
+
+  /* What the first action has done, after change_end. */
+  enum bitmap_backup_action done;
+  uint64_t dirty_bytes;
 };
 
 /* Of so many actions at most.  -1 if memory is short. */

@@ -197,8 +197,10 @@ prepare_backups (struct run *r)
   if (reserved == -1)
     return -1;
   for (size_t i = 0; i < r->nr_actions; ++i) {
-    const struct disk_action *a = &r->actions[i];
+    struct disk_action *a = &r->actions[i];
 
+    if (a->type == DISK_BACKUP_BEGIN || a->type == DISK_BACKUP_END)
+      a->dirty_bytes = bitmap_change_dirty_bytes (r->c, a->name);
     if (a->type == DISK_BACKUP_END && check_end (r->d, a, &r->notes[i]) == -1)
       return -1;
     if (r->notes[i].view != NULL &&

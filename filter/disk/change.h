@@ -45,6 +45,11 @@ struct disk_action {
    */
   bool success, clear;
 
+  /* Of both: the bytes that are dirty in the bitmap when that is done, before
+   * any other change of the disk.  Set by disk_change_bitmaps.
+   */
+  uint64_t dirty_bytes;
+
   /* Of a bitmap that is added. */
   bool has_granularity;         /* if not, QEMU's rule decides */
   uint32_t granularity;         /* bytes */

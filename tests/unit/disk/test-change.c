@@ -524,6 +524,29 @@ stop_and_check (struct world *w)
   image_check (w->c, 1);
 }
 
+/* What a backup that has begun says is dirty is what its view shows, whatever
+ * other threads have written since.
+ */
+static void
+check_dirty (const struct world *w, const struct disk_action *a)
+{
+  struct disk_view *v = disk_find_view (w->d, a->name, strlen (a->name));
+  struct disk_offers *offers = disk_view_offers (v);
+  uint64_t offset = 0, bytes = 0;
+
+  while (offset < SIZE) {
+    bool dirty;
+    const uint64_t n = disk_bitmap_run (disk_offers_at (offers, 0), offset,
+                                        SIZE, &dirty);
+
+    bytes += dirty ? n : 0;
+    offset += n;
+  }
+  assert_int_equal (a->dirty_bytes, bytes);
+  disk_offers_put (offers);
+  disk_view_put (v);
+}
+
 static void
 change (struct world *w)
 {
@@ -536,6 +559,9 @@ change (struct world *w)
   messages_clear ();
   if (disk_change_bitmaps (w->d, "disk", actions.list, actions.nr) == -1)
     assert_message ("no message");
+  for (size_t i = 0; i < actions.nr; ++i)
+    if (actions.list[i].type == DISK_BACKUP_BEGIN && actions.list[i].view)
+      check_dirty (w, &actions.list[i]);
   model_free (&w->model);
   w->model = after;
 }
