@@ -21,6 +21,8 @@
  *   - bitmaps, if the autoclear bit says that they are valid, are well
  *     formed, and no bit beyond the end of the disk is set
  *   - the name of the backing file is what it was, wherever it is
+ *   - if the disk is beside the image, there is no L2 table: the image has
+ *     nothing but its bitmaps
  */
 
 #include <config.h>
@@ -113,13 +115,20 @@ refer_in_tree (struct checked *k, const char *what, uint8_t kind,
 }
 
 static void
-hash_bytes (struct checked *k, uint64_t offset, uint64_t bytes)
+hash_into (uint64_t *hash, const struct checked *k, uint64_t offset,
+           uint64_t bytes)
 {
   for (uint64_t i = 0; i + 8 <= bytes; i += 8) {
-    k->snapshots = (k->snapshots ^ get_be64 (k->image->bytes + offset + i))
+    *hash = (*hash ^ get_be64 (k->image->bytes + offset + i))
       * UINT64_C (0x9e3779b97f4a7c15);
-    k->snapshots ^= k->snapshots >> 29;
+    *hash ^= *hash >> 29;
   }
+}
+
+static void
+hash_bytes (struct checked *k, uint64_t offset, uint64_t bytes)
+{
+  hash_into (&k->snapshots, k, offset, bytes);
 }
 
 static uint64_t
@@ -287,6 +296,8 @@ walk_l1 (struct checked *k, uint64_t l1_offset, uint64_t l1_entries,
       return wrong (k, "L1 entry %#" PRIx64, entry);
     if (entry == 0)
       continue;
+    if (k->image->beside)
+      return wrong (k, "there is an L2 table, though the disk is beside");
     if (!refer_in_tree (k, "an L2 table", KIND_L2, tree, table) ||
         (tree == 0 && !check_copied (k, "L1 entry", entry)))
       return false;
@@ -439,7 +450,8 @@ walk_extensions (struct checked *k)
   }
   if (!k->trusted)
     return true;
-  return bitmaps == NULL
+  k->trusts_damaged = k->image->damaged;
+  return k->trusts_damaged ? true : bitmaps == NULL
     ? wrong (k, "the autoclear bit is set but there are no bitmaps")
     : walk_directory (k, bitmaps);
 }
@@ -462,6 +474,36 @@ check_backing_name (struct checked *k)
   return true;
 }
 
+/* All but the places of the backing file's name and of the refcount table,
+ * and the bits of features.
+ */
+static void
+hash_header (struct checked *k)
+{
+  hash_into (&k->header, k, 0, 8);
+  hash_into (&k->header, k, 16, 32);
+  hash_into (&k->header, k, 60, 8);
+  hash_into (&k->header, k, 64, 8);
+  if (k->version == 2)
+    return;
+  hash_into (&k->header, k, 80, 8);
+  hash_into (&k->header, k, 96, 8);
+}
+
+/* The disk is not in the image, but has its size. */
+static bool
+use_disk_beside (struct checked *k)
+{
+  const uint64_t size = k->image->data->size;
+
+  if (round_up (size, 512) != k->disk_size)
+    return wrong (k, "the disk beside the image has another size");
+  k->disk_size = size;
+  k->unit_bits = 9;
+  k->trim_bits = 0;
+  return true;
+}
+
 static bool
 read_header (struct checked *k)
 {
@@ -472,11 +514,12 @@ read_header (struct checked *k)
   incompatible = k->version == 2 ? 0 : get_be64 (p + 72);
   if (get_be32 (p) != 0x514649fb || k->version < 2 || k->version > 3 ||
       (incompatible & ~(uint64_t) INCOMPAT_EXTENDED_L2) !=
-      (k->image->data != NULL ? INCOMPAT_DATA_FILE : 0))
+      (k->image->data != NULL && !k->image->beside ? INCOMPAT_DATA_FILE : 0))
     return wrong (k, "the header is not what it was");
   k->cluster_bits = get_be32 (p + 20);
   k->entry_bits = incompatible & INCOMPAT_EXTENDED_L2 ? 4 : 3;
   k->unit_bits = k->cluster_bits - (k->entry_bits == 4 ? 5 : 0);
+  k->trim_bits = k->unit_bits;
   k->disk_size = get_be64 (p + 24);
   k->l1_entries = get_be32 (p + 36);
   k->l1_offset = get_be64 (p + 40);
@@ -485,7 +528,9 @@ read_header (struct checked *k)
   if (at (k, k->l1_offset, 8 * k->l1_entries) == NULL ||
       at (k, get_be64 (p + 48), tables) == NULL)
     return wrong (k, "the header leads nowhere");
-  return check_backing_name (k);
+  hash_header (k);
+  return check_backing_name (k) &&
+    (!k->image->beside || use_disk_beside (k));
 }
 
 static bool
@@ -584,6 +629,8 @@ checked_unit (const struct checked *k, uint64_t unit)
 {
   if (k->served != NULL)
     return k->served + (unit << k->unit_bits);
+  if (k->image->beside)
+    return k->image->data->bytes + (unit << k->unit_bits);
 
   const unsigned sub_bits = k->cluster_bits - k->unit_bits;
   const unsigned sub = unit & ((1U << sub_bits) - 1);

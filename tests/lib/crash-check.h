@@ -37,12 +37,15 @@ struct checked {
   unsigned version, cluster_bits, refcount_order;
   unsigned entry_bits;          /* log2 of the bytes of an L2 entry */
   unsigned unit_bits;           /* of a cluster, or a subcluster if there
-                                   are any */
+                                   are any; of a sector of a disk beside */
+  unsigned trim_bits;           /* of what can be trimmed */
   uint64_t disk_size;
   uint64_t l1_offset, l1_entries;
+  uint64_t header;              /* a hash of what never changes of it */
   bool trusted;                 /* the autoclear bit of the bitmaps */
   bool has_extension;           /* there are some, trusted or not */
   bool stale;                   /* the unknown autoclear bit is set */
+  bool trusts_damaged;          /* bitmaps, which are not looked at */
   struct checked_bitmap bitmaps[CHECKED_MAX_BITMAPS];
   size_t nr_bitmaps;            /* 0 if they are not trusted */
   uint64_t nr_leaked;           /* clusters */

@@ -20,12 +20,14 @@
  * do not overtake each other, and what was written beyond an end that
  * was not made durable is not there.
  *
- * An external data file has its entries in the same log, for the sake of
- * the order between the two, but barriers of its own, and its size.
+ * An external data file, or a disk beside the image, has its entries in the
+ * same log, for the sake of the order between the two, but barriers of its
+ * own, and its size.  The disk's never changes.
  */
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <pthread.h>
 #include <sched.h>
@@ -116,6 +118,8 @@ crash_image_copy (struct crash_image *to, const struct crash_image *from)
   resize (to, from->size);
   memcpy (to->bytes, from->bytes, from->size);
   to->backing = from->backing;
+  to->beside = from->beside;
+  to->damaged = from->damaged;
   if (from->data == NULL)
     return;
   if (to->data == NULL) {
@@ -336,6 +340,21 @@ logged_zero (struct container *c, uint64_t count, uint64_t offset, bool punch)
   return fail ? -1 : 0;
 }
 
+/* Half of them would be no faster than to write. */
+static int
+logged_zero_fast (struct container *c, uint64_t count, uint64_t offset,
+                  bool punch)
+{
+  struct crash_log *log = ((struct logged *) c)->log;
+
+  {
+    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&log->lock);
+    if (random_next (&log->seed) % 2 == 0)
+      return 1;
+  }
+  return logged_zero (c, count, offset, punch);
+}
+
 static int
 logged_flush (struct container *c)
 {
@@ -359,6 +378,7 @@ log_resize (struct logged *l, uint64_t size)
 {
   struct entry *e = add_entry (l->log, l->file, RESIZE);
 
+  assert (l->file == IMAGE || !l->log->live.beside);
   e->size = size;
   e->old_size = l->live->size;
   resize (l->live, size);
@@ -413,8 +433,8 @@ open_logged (struct crash_log *log, enum file file)
   static const struct container_ops ops = {
     .pread = logged_pread, .pwrite = logged_pwrite,
     .pwrite_durable = logged_pwrite_durable, .zero = logged_zero,
-    .flush = logged_flush, .grow = logged_grow, .truncate = logged_truncate,
-    .close = logged_close,
+    .zero_fast = logged_zero_fast, .flush = logged_flush,
+    .grow = logged_grow, .truncate = logged_truncate, .close = logged_close,
   };
   struct logged *l = calloc (1, sizeof *l);
 

@@ -8,8 +8,9 @@
 
 /* A container in memory that remembers all that is done to it, and what
  * an image looks like after a crash at any point of that.  If the image
- * has an external data file this is a second container: a barrier of one
- * says nothing of the other, but the log has what was done to both.
+ * has an external data file, or the disk is beside it, this is a second
+ * container: a barrier of one says nothing of the other, but the log has what
+ * was done to both.
  */
 
 #include <stdbool.h>
@@ -32,7 +33,10 @@ struct crash_backing {
 struct crash_image {
   uint8_t *bytes;
   uint64_t size, room;
-  struct crash_image *data;     /* its external data file, or NULL */
+  struct crash_image *data;     /* its external data file, or the disk
+                                   beside it, or NULL */
+  bool beside;                  /* the latter: the image has only bitmaps */
+  bool damaged;                 /* its bitmaps are */
   const struct crash_backing *backing; /* or NULL.  It never changes, and
                                           is somebody else's */
 };
@@ -74,7 +78,7 @@ extern void crash_log_set_limit (struct crash_log *, uint64_t limit);
  */
 extern struct container *crash_container_open (struct crash_log *);
 
-/* The same of its data file; NULL if it has none. */
+/* The same of its data file or the disk beside it; NULL if it has none. */
 extern struct container *crash_data_open (struct crash_log *);
 extern const struct crash_image *crash_log_live (const struct crash_log *);
 

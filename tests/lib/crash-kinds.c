@@ -3,7 +3,9 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* The images that universes begin with, made by QEMU's tools. */
+/* The images that universes begin with, made by QEMU's tools, but for one
+ * that we make.
+ */
 
 #include <config.h>
 
@@ -80,6 +82,22 @@ struct kind kinds[] = {
   { .options = "cluster_size=4k,data_file=", .data_file = true,
     .disk_mib = 4, .room_mib = 4,
     .windows = { 65536, 600 * KIB, 6, 4 * MIB } },
+  /* The disk is beside the image.  The last window ends where it ends, or
+   * before a part of a sector.
+   */
+  { .options = "cluster_size=512", .beside = true,
+    .disk_mib = 5, .disk_rest = 62976 + 200, .room_mib = 4,
+    .windows = { 62976, MIB, 6, 5 * MIB + 62976 + 200 } },
+  { .options = "cluster_size=4k,refcount_bits=64", .beside = true,
+    .disk_mib = 10, .disk_rest = 62976, .room_mib = 4,
+    .windows = { 62976, 2 * MIB, 6, 10 * MIB + 62976 } },
+  { .options = "cluster_size=64k", .beside = true, .ours = true,
+    .bare = true, .unknown_autoclear = true,
+    .disk_mib = 5, .disk_rest = 62976 + 1, .room_mib = 8,
+    .windows = { 62976, MIB, 6, 5 * MIB + 62976 + 1 } },
+  { .options = "cluster_size=4k", .beside = true, .damaged = true,
+    .disk_mib = 5, .disk_rest = 62976, .room_mib = 4,
+    .windows = { 62976, MIB, 6, 5 * MIB + 62976 } },
 };
 const size_t nr_kinds = sizeof kinds / sizeof kinds[0];
 
@@ -136,7 +154,7 @@ add_garbage (struct crash_image *image)
   for (uint64_t c = 0; c < image->size >> k.cluster_bits; ++c)
     if (k.references[c] == 0)
       memset (image->bytes + (c << k.cluster_bits), 0xaa, cluster_size);
-  if (image->data != NULL)
+  if (image->data != NULL && !image->beside)
     add_data_garbage (&k, image->data);
   checked_free (&k);
 }
@@ -250,9 +268,84 @@ load_data_file (struct kind *kind)
   kind->image.data = data;
 }
 
+/* The disk beside the image: data in two windows. */
+static void
+make_disk (struct kind *kind)
+{
+  const struct model_windows *w = &kind->windows;
+  const uint64_t size = kind->disk_mib * MIB + kind->disk_rest;
+  struct crash_image *disk = malloc (sizeof *disk);
+
+  assert_non_null (disk);
+  *disk = crash_image_new (round_up (size, 65536));
+  disk->size = size;
+  memset (disk->bytes, 7, 30 * KIB);
+  memset (disk->bytes + (w->nr - 1) * w->apart, 9, w->size);
+  kind->image.data = disk;
+  kind->image.beside = true;
+}
+
+static void
+create_image (const char *file, uint64_t size)
+{
+  struct container *c = container_open_memory (MIB);
+
+  assert_int_equal (qcow2_create (c, size), 0);
+  image_save (c, file);
+  container_close (c);
+}
+
+/* The image of a disk beside: the same bitmaps, with bits from an image that
+ * has data.
+ */
+static void
+make_bitmaps_only (struct kind *kind)
+{
+  const uint64_t size = kind->disk_mib * MIB + kind->disk_rest;
+  const char *file = temp_file ("kind.qcow2");
+
+  if (kind->ours)
+    create_image (file, size);
+  else
+    assert_int_equal (
+      run_command ("qemu-img create -q -f qcow2 -o %s '%s' %" PRIu64,
+                   kind->options, file, round_up (size, 512)), 0);
+  if (!kind->bare)
+    assert_int_equal (
+      run_command ("set -e; exec >/dev/null; f='%s'; "
+                   "qemu-img create -q -f qcow2 $f.from %" PRIu64 "; "
+                   "qemu-img bitmap --add -g 512 $f.from bits; "
+                   "qemu-io -f qcow2 -c 'write -P 7 0 30k' $f.from; "
+                   "qemu-img bitmap --add -g 512 "
+                   "--merge bits -b $f.from -F qcow2 $f fine; "
+                   "qemu-img bitmap --add -g 4k $f off; "
+                   "qemu-img bitmap --merge fine --disable $f off; "
+                   "qemu-img bitmap --add -g 4k $f medium; "
+                   "qemu-img bitmap --add -g 64k $f coarse",
+                   file, round_up (size, 512)), 0);
+  kind->image = crash_image_new (kind->room_mib * MIB);
+  load_image (file, &kind->image);
+  make_disk (kind);
+}
+
+/* The first cluster of bits of the first bitmap is beyond the end. */
+static void
+damage_bitmaps (struct crash_image *image)
+{
+  uint8_t *p = image->bytes + get_be32 (image->bytes + 100);
+
+  while (get_be32 (p) != 0x23852875) {
+    assert_int_not_equal (get_be32 (p), 0);
+    p += 8 + round_up (get_be32 (p + 4), 8);
+  }
+  p = image->bytes + get_be64 (p + 24);
+  put_be64 (image->bytes + get_be64 (p), image->room);
+  image->damaged = true;
+}
+
 /* Data in a window, bitmaps, one of them disabled with something in it. */
 static void
-make_kind (struct kind *kind)
+make_image (struct kind *kind)
 {
   char options[1200];
   const char *file;
@@ -286,11 +379,19 @@ make_kind (struct kind *kind)
     kind->image.backing = &kind->bytes_below;
   if (kind->data_file)
     load_data_file (kind);
+}
+
+static void
+make_kind (struct kind *kind)
+{
+  (kind->beside ? make_bitmaps_only : make_image) (kind);
   if (kind->pad != 0)
     add_pad (&kind->image, kind->pad);
   if (kind->unknown_autoclear)
     kind->image.bytes[88] |= UNKNOWN_AUTOCLEAR;
   add_garbage (&kind->image);
+  if (kind->damaged)
+    damage_bitmaps (&kind->image);
   kind->left = crash_image_new (kind->image.room);
 }
 

@@ -14,7 +14,8 @@
  * change that was acknowledged, and for each sector that is not what it
  * was in the beginning, whoever changed it (I3).  A disabled bitmap, or
  * one that was marked in the beginning, is as it was (I4).  Snapshots are
- * as they were, in any case.
+ * as they were, in any case.  Damaged bitmaps are not trusted once a sector
+ * has changed (I7).
  */
 
 #include <config.h>
@@ -118,6 +119,8 @@ model_new (struct checked *base, const struct model_windows *windows)
   pthread_mutex_init (&m->lock, NULL);
   m->cluster_bits = base->cluster_bits;
   m->unit_bits = base->unit_bits;
+  m->trim_bits = base->trim_bits;
+  m->fua_is_own = base->image->beside;
   /* Version 2 has no zeroes that hide what is below. */
   if (base->version == 2 && base->image->backing != NULL)
     m->trim_from = base->image->backing->size;
@@ -131,6 +134,7 @@ model_new (struct checked *base, const struct model_windows *windows)
                        sizeof m->sectors[0]);
   assert_non_null (m->content);
   assert_non_null (m->sectors);
+  m->header = base->header;
   m->snapshots = base->snapshots;
   m->hash_of_zeroes = hash_sector (zeroes);
   load_content (m, base);
@@ -183,7 +187,7 @@ static void
 affected (const struct model *m, const struct change *c, uint64_t *from,
           uint64_t *to)
 {
-  const uint64_t unit_size = UINT64_C (1) << m->unit_bits;
+  const uint64_t unit_size = UINT64_C (1) << m->trim_bits;
 
   *from = c->offset;
   *to = c->offset + c->count;
@@ -268,7 +272,7 @@ model_end (struct model *m, const struct change *c)
 {
   for_each_sector (m, c, NULL, end_sector);
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&m->lock);
-  if (c->fua)
+  if (c->fua && !m->fua_is_own)
     add_flush (m, c->start, c->end);
   if (m->nr_changes == m->max_changes) {
     m->max_changes = m->max_changes * 2 + 64;
@@ -448,6 +452,11 @@ check_sector (struct model *m, const struct checked *k, uint64_t offset,
               (unsigned long long) offset);
     return message;
   }
+  if (k->trusts_damaged) {
+    snprintf (message, sizeof message, "damaged bitmaps are trusted, though "
+              "guest offset %#llx has changed", (unsigned long long) offset);
+    return message;
+  }
   for (size_t i = 0; i < m->nr_bitmaps; ++i) {
     const uint64_t bit = offset >> m->bitmaps[i].granularity_bits;
 
@@ -507,6 +516,8 @@ model_check (struct model *m, struct checked *k)
     if (error != NULL)
       return error;
   }
+  if (k->header != m->header)
+    return "the header is not what it was";
   if (k->snapshots != m->snapshots)
     return "a snapshot is not what it was";
   if (k->nr_bitmaps > m->nr_bitmaps)

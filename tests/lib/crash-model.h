@@ -53,12 +53,15 @@ struct model_bitmap {
 
 struct model {
   unsigned cluster_bits;
-  unsigned unit_bits;           /* of what can be trimmed */
+  unsigned unit_bits;           /* of checked_unit */
+  unsigned trim_bits;           /* of what can be trimmed */
   uint64_t trim_from;           /* nothing below this can be */
+  bool fua_is_own;              /* FUA makes nothing durable but what was
+                                   written with it */
   uint64_t disk_size, active_size;
   uint64_t window_size, windows_apart;
   unsigned nr_windows;
-  uint64_t snapshots;           /* in the base (crash-check.h) */
+  uint64_t header, snapshots;   /* in the base (crash-check.h) */
   uint8_t *content;             /* of the windows */
   struct sector *sectors;
   uint64_t hash_of_zeroes;      /* of a sector of them */

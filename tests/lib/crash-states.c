@@ -19,7 +19,8 @@
 bool
 leaks_are_provable (const struct universe *u, const struct checked *k)
 {
-  return u->kind->pad == 0 && (k->trusted || !k->has_extension);
+  return u->kind->pad == 0 && !k->image->damaged && !k->stale &&
+    (k->trusted || !k->has_extension);
 }
 
 void
@@ -34,7 +35,7 @@ universe_begin (struct universe *u, const struct crash_image *image,
   u->log = crash_log_new (image, u->seed);
   u->model = model_new (&base, &u->kind->windows);
   if (create != NULL && (checked_find (&base, create) != NULL ||
-                         base.version < 3))
+                         base.version < 3 || image->damaged))
     create = NULL;
   u->create = create;
   if (create != NULL)

@@ -24,6 +24,7 @@ struct container;
 struct kind {
   const char *options;
   uint64_t disk_mib;
+  unsigned disk_rest;           /* bytes of the disk, besides */
   uint64_t room_mib;            /* that the image can grow to */
   bool bare;                    /* it has no bitmaps */
   unsigned pad;                 /* bytes of a header extension nobody knows,
@@ -37,6 +38,9 @@ struct kind {
                                    ends inside of a window, or NULL */
   unsigned name_bytes;          /* of the backing file's name, at least */
   bool data_file;               /* its guest data are in another file */
+  bool beside;                  /* the disk is beside it */
+  bool ours;                    /* qcow2_create makes it */
+  bool damaged;                 /* its bitmaps are */
   struct model_windows windows;
   struct crash_backing bytes_below;
   struct container *backing_container;
@@ -61,7 +65,8 @@ struct universe {
   struct crash_log *log;
   struct model *model;
   struct disk *disk;
-  struct container *data;       /* the disk's data file, or NULL */
+  struct container *data;       /* the disk's data file, or the disk beside
+                                   the image, or NULL */
   struct disk_client client;
   const char *create;           /* a bitmap to be created, or NULL */
   unsigned nr_threads;

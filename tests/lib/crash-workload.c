@@ -36,8 +36,8 @@ give_up (const struct universe *u, const char *fmt, ...)
 {
   va_list args;
 
-  fprintf (stderr, "CRASH_UNIVERSE=%" PRIu64 " (%s): ", u->number,
-           u->kind->options);
+  fprintf (stderr, "CRASH_UNIVERSE=%" PRIu64 " (%s%s): ", u->number,
+           u->kind->options, u->kind->beside ? ", beside" : "");
   va_start (args, fmt);
   vfprintf (stderr, fmt, args);
   va_end (args);
@@ -259,7 +259,11 @@ open_logged_disk (const struct universe *u, struct crash_log *log,
 
   *data = crash_data_open (log);
   options.below = u->kind->below;
-  options.data_file = *data;
+  options.is_beside = u->kind->beside;
+  if (u->kind->beside)
+    options.beside = *data;
+  else
+    options.data_file = *data;
   d = disk_open (c, &options);
   if (d == NULL) {
     const int err = errno;
@@ -364,6 +368,8 @@ compare_served (const struct universe *u, struct disk *d,
   static const uint8_t zeroes[65536];
   static uint8_t buf[65536];
 
+  if (disk_size (d) != m->disk_size)
+    give_up (u, "the disk has %" PRIu64 " bytes", disk_size (d));
   for (unsigned w = 0; w < m->nr_windows; ++w)
     for (uint64_t i = 0; i < m->window_size; i += unit_size) {
       const uint64_t at = model_window (m, w) + i;

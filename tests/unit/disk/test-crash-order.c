@@ -54,6 +54,7 @@ struct trial {
   unsigned nr_requests;         /* 120 if 0 */
   bool create;                  /* a bitmap */
   bool keep;
+  bool beside;                  /* the disk is beside the image */
 };
 
 #define BREAK(r, k, s, ...) \
@@ -114,6 +115,31 @@ static const struct trial trials[] = {
   BREAK (DATA_BEFORE_REFERENCES, "extended_l2=on", "neither old nor new"),
   BREAK (DATA_BEFORE_REFERENCES, "extended_l2=on,backing_fmt=raw",
          "neither old nor new"),
+  BREAK (AUTOCLEAR_BEFORE_CHANGE, "cluster_size=64k",
+         "an unknown autoclear bit is set", .beside = true),
+  BREAK (DIRECTORY_BEFORE_HEADER, "cluster_size=512", "directory entry",
+         .beside = true, .create = true),
+  BREAK (REFCOUNTS_BEFORE_REFERENCES, "cluster_size=512",
+         "has the refcount 0 and is used", .beside = true),
+  BREAK (DATA_BEFORE_REFERENCES, "cluster_size=4k", "is not marked",
+         .beside = true),
+  BREAK (REFERENCES_BEFORE_RETURN, "cluster_size=512", "is not marked",
+         .beside = true),
+  BREAK (SETTLED_BEFORE_RETURN, "cluster_size=512",
+         "not as it should be after a clean stop", .beside = true,
+         .nr_requests = 4),
+  BREAK (MARK_BEFORE_CHANGE, "cluster_size=4k", "is not marked",
+         .beside = true),
+  BREAK (MARK_BEFORE_CHANGE, "cluster_size=4k", "is not marked",
+         .beside = true, .keep = true),
+  BREAK (IN_USE_BEFORE_CHANGE, "cluster_size=4k", "is not marked",
+         .beside = true),
+  BREAK (ENTRIES_BEFORE_CLEARED, "cluster_size=512", "is not marked",
+         .beside = true),
+  BREAK (AHEAD_BEFORE_CHANGE, "cluster_size=4k", "is not marked",
+         .beside = true, .keep = true),
+  BREAK (FUA_BEFORE_RETURN, "cluster_size=4k", "neither old nor new",
+         .beside = true),
 };
 
 struct search {
@@ -151,7 +177,8 @@ static struct kind *
 find_kind (const struct trial *t)
 {
   for (size_t i = 0; i < nr_kinds; ++i)
-    if (strstr (kinds[i].options, t->kind) != NULL)
+    if (kinds[i].beside == t->beside &&
+        strstr (kinds[i].options, t->kind) != NULL)
       return &kinds[i];
   fail_msg ("there is no kind %s", t->kind);
   return NULL;

@@ -14,9 +14,14 @@
  * open and serve it.  A universe may begin with what a crash left of
  * another.  test-crash-order shows that this finds a broken order.
  *
- * CRASH_SEED is the seed, CRASH_STATES how many states to look at.  What
- * fails says the seed of its universe, to be given as CRASH_UNIVERSE
- * (unless it began with what was left of another: then give CRASH_SEED).
+ * Where the disk is beside the image, which has only its bitmaps, each of
+ * the two has losses of its own.  Nothing but the bitmaps may be in the image
+ * then.
+ *
+ * CRASH_SEED is the seed, CRASH_STATES how many states to look at, and
+ * CRASH_KIND, a number, the only kind of image (crash-kinds.c).  What fails
+ * says the seed of its universe, to be given as CRASH_UNIVERSE (unless it
+ * began with what was left of another: then give CRASH_SEED).
  */
 
 #include <config.h>
@@ -41,7 +46,9 @@
 #define STATES_PER_UNIVERSE 120
 
 static uint64_t first_seed = 1, nr_states = 24000, only_universe;
-static uint64_t nr_checked_states, nr_opened, nr_reclaimed, nr_by_qemu;
+static uint64_t only_kind = UINT64_MAX;
+static uint64_t nr_checked_states, nr_beside, nr_opened, nr_reclaimed,
+  nr_by_qemu;
 
 /* The dirty extents of what is offered are those of the image. */
 static void
@@ -125,15 +132,19 @@ save_image (const struct crash_image *image, const char *file)
   assert_int_equal (fclose (fp), 0);
 }
 
-/* Let QEMU judge it, where its backing file is, too. */
+/* Let QEMU judge it, where its backing file is, too.  It has nothing good to
+ * say of damaged bitmaps.
+ */
 static void
 qemu_state (const struct universe *u, const struct crash_image *state,
-            bool leaks_too)
+            const struct checked *k, bool leaks_too)
 {
   const char *file;
   int r;
 
-  if (state->data != NULL)
+  if (k->trusts_damaged)
+    return;
+  if (state->data != NULL && !state->beside)
     save_image (state->data, temp_file (data_file_name (u->kind)));
   file = temp_file ("state.qcow2");
   save_image (state, file);
@@ -161,7 +172,7 @@ crashed_state (struct universe *u, const struct crash_image *state)
   if (any (&u->seed, 16) == 0)
     serve_state (u, state, &k);
   if (any (&u->seed, 256) == 0)
-    qemu_state (u, state, false);
+    qemu_state (u, state, &k, false);
   checked_free (&k);
 }
 
@@ -177,7 +188,7 @@ stopped_state (struct universe *u, const struct crash_image *state)
   if (!u->may_fail && !u->leaks && k.nr_leaked != 0)
     give_up (u, "%" PRIu64 " clusters are leaked", k.nr_leaked);
   if (any (&u->seed, 8) == 0)
-    qemu_state (u, state, !u->may_fail && !u->leaks);
+    qemu_state (u, state, &k, !u->may_fail && !u->leaks);
   checked_free (&k);
 }
 
@@ -192,6 +203,7 @@ visit_state (struct universe *u, const struct crash_image *state,
 
   (stopped ? stopped_state : crashed_state) (u, state);
   nr_checked_states++;
+  nr_beside += u->kind->beside;
   if (any (&u->seed, STATES_PER_UNIVERSE / 4) == 0)
     crash_image_copy (left, state);
   return true;
@@ -201,6 +213,8 @@ static void
 choose_universe (struct universe *u)
 {
   u->kind = &kinds[any (&u->seed, nr_kinds)];
+  if (only_kind < nr_kinds)
+    u->kind = &kinds[only_kind];
   u->nr_threads = any (&u->seed, 3) == 0 ? 2 + any (&u->seed, 2) : 1;
   u->nr_requests = (40 + any (&u->seed, 120)) / u->nr_threads;
   u->unit = 512 << any (&u->seed, 4);
@@ -259,9 +273,10 @@ test_crashes (void **state)
       break;
   }
   free_kinds ();
-  print_message ("%" PRIu64 " states, %" PRIu64 " served, %" PRIu64
-                 " leaks reclaimed, %" PRIu64 " by QEMU\n", nr_checked_states,
-                 nr_opened, nr_reclaimed, nr_by_qemu);
+  print_message ("%" PRIu64 " states, %" PRIu64 " of disks beside, %" PRIu64
+                 " served, %" PRIu64 " leaks reclaimed, %" PRIu64 " by QEMU\n",
+                 nr_checked_states, nr_beside, nr_opened, nr_reclaimed,
+                 nr_by_qemu);
 }
 
 int
@@ -278,6 +293,7 @@ main (void)
   get_number ("CRASH_SEED", &first_seed);
   get_number ("CRASH_STATES", &nr_states);
   get_number ("CRASH_UNIVERSE", &only_universe);
+  get_number ("CRASH_KIND", &only_kind);
   print_message ("CRASH_SEED=%" PRIu64 "\n", first_seed);
   return cmocka_run_group_tests (tests, NULL, NULL);
 }
