@@ -120,6 +120,7 @@ fault_store_reset (struct fault_store *s, const struct crash_image *base,
   back_image (s);
   s->paused = false;
   s->counted = s->taken = s->nr_failed = s->nr_lost = 0;
+  s->nr_own_failed = s->nr_own_lost = 0;
 }
 
 void
@@ -142,6 +143,7 @@ fails (struct fault_store *any, unsigned kind)
   if (p->for_good ? number < p->first : number != p->first)
     return false;
   s->nr_failed++;
+  any->nr_own_failed++;
   s->is_first = number == p->first;
   errno = p->error;
   return true;
@@ -196,6 +198,7 @@ take_blocks (struct fault_store *s, uint64_t count, uint64_t offset)
     if (first->plan.space && !first->paused) {
       if (first->taken >= first->plan.first) {
         first->nr_failed++;
+        s->nr_own_failed++;
         errno = ENOSPC;
         return at <= offset ? 0 : at - offset;
       }
@@ -280,6 +283,7 @@ faulty_flush (struct container *c)
     const int err = errno;
 
     s->first->nr_lost++;
+    s->nr_own_lost++;
     if (s->first->plan.loses)
       memset (s->pending, 0, s->live.room / SECTOR);
     errno = err;
@@ -302,6 +306,7 @@ faulty_grow (struct container *c, uint64_t size)
 
   if (size > limit) {
     s->first->nr_failed++;
+    s->nr_own_failed++;
     errno = ENOSPC;
     return -1;
   }

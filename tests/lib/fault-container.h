@@ -76,6 +76,8 @@ struct fault_store {
   size_t nr_failed;             /* calls that were made to fail */
   bool is_first;                /* the last of them was the first */
   size_t nr_lost;               /* barriers among them */
+  size_t nr_own_failed;         /* calls of this store that failed, and */
+  size_t nr_own_lost;           /* barriers */
   void (*written) (void *);     /* if not NULL, called after each write */
   void *opaque;                 /* what it is called with */
   uint8_t *pending;             /* by sector: no barrier since the write */

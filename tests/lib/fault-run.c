@@ -26,6 +26,13 @@
  *   is lost.  Another client, who asks for one at the end, is told too,
  *   once.
  *
+ * Where the disk is beside the image, which has only its bitmaps:
+ *
+ * - A flush fails only if a barrier of the disk has failed, and a change only
+ *   if the disk or a mark has.  Then the disk is as it was, unless its own
+ *   calls failed.
+ * - While the image has no space, all changes and flushes succeed.
+ *
  * - While nothing is lacking but space, all flushes succeed.  What was
  *   acknowledged is there after a flush and a power cut, and after a stop,
  *   which fails only if a bitmap is left marked.
@@ -125,6 +132,13 @@ wrong (const char *fmt, ...)
   longjmp (end_of_run, 1);
 }
 
+/* Barriers that failed of what data depend on. */
+static size_t
+nr_lost (const struct run *r)
+{
+  return r->w->beside ? r->data->nr_own_lost : r->store->nr_lost;
+}
+
 static const char *
 step_name (const struct step *s)
 {
@@ -179,6 +193,7 @@ try_to_open (struct run *r)
   struct disk_options options = {
     .cache_size = 1, .granularity = 4096,
     .require = &r->w->create, .nr_require = r->w->create != NULL ? 1 : 0,
+    .keep = r->w->keep, .is_beside = r->w->beside,
   };
   struct container *c = fault_container_open (r->store);
 
@@ -186,6 +201,8 @@ try_to_open (struct run *r)
     options.below.raw = r->lower = fault_container_open (r->below);
   if (r->w->data_file)
     options.data_file = r->data_container = fault_container_open (r->data);
+  if (r->w->beside)
+    options.beside = r->data_container = fault_container_open (r->data);
   struct disk *d = disk_open (c, &options);
   const int err = errno;
 
@@ -221,7 +238,7 @@ open_disk (struct run *r)
   const size_t nr_failed = r->store->nr_failed;
 
   nr_lines = 0;
-  r->nr_before = r->store->nr_lost;
+  r->nr_before = nr_lost (r);
   r->disk = try_to_open (r);
   if (r->disk == NULL) {
     if (r->store->nr_failed == nr_failed)
@@ -237,7 +254,7 @@ open_disk (struct run *r)
     r->disk = try_to_open (r);
     if (r->disk == NULL)
       wrong ("it does not open: %s", last_line);
-    r->nr_told = r->nr_before = r->store->nr_lost;
+    r->nr_told = r->nr_before = nr_lost (r);
   }
   else if (r->w->leaks && r->store->nr_failed != nr_failed)
     r->leaks = true;            /* they may not have been found */
@@ -313,11 +330,12 @@ copy_sectors (struct run *r, const struct change *c, bool served)
   return copy;
 }
 
-/* After a failure nobody knows what is there: each sector is old or new.
- * The model is told which.
+/* After a failure nobody knows what is there: each sector is old or new, or
+ * old if nothing was changed.  The model is told which.
  */
 static void
-read_back (struct run *r, const struct change *c, const uint8_t *old)
+read_back (struct run *r, const struct change *c, const uint8_t *old,
+           bool unchanged)
 {
   const uint64_t from = round_down (c->offset, 512);
   const uint64_t to = round_up (c->offset + c->count, 512);
@@ -333,13 +351,15 @@ read_back (struct run *r, const struct change *c, const uint8_t *old)
 
     if (p == NULL)
       continue;
-    if (memcmp (is, p, 512) != 0 && memcmp (is, old + (at - from), 512) != 0)
+    if ((unchanged || memcmp (is, p, 512) != 0) &&
+        memcmp (is, old + (at - from), 512) != 0)
       bad = at + 1;
     memcpy (p, is, 512);
   }
   free (now);
   if (bad != 0)
-    wrong ("guest offset %#" PRIx64 " is neither old nor new", bad - 1);
+    wrong ("guest offset %#" PRIx64 " is %s", bad - 1, unchanged
+           ? "changed without a mark" : "neither old nor new");
 }
 
 /* What a request that failed, or did not, has to say. */
@@ -364,6 +384,7 @@ do_change (struct run *r, const struct step *s)
   };
   uint8_t *old = copy_sectors (r, &c, false);
   uint8_t *data = malloc (c.count);
+  const size_t nr_failed = r->data->nr_own_failed;
   int ret, err;
 
   assert_non_null (data);
@@ -373,7 +394,8 @@ do_change (struct run *r, const struct step *s)
   ret = make_change (r, s, data);
   err = errno;
   if (ret == -1)
-    read_back (r, &c, old);
+    read_back (r, &c, old,
+               r->w->beside && r->data->nr_own_failed == nr_failed);
   c.end = r->now++;
   (ret == 0 ? model_end : model_failed) (r->model, &c);
   free (old);
@@ -447,7 +469,8 @@ must_be_unstored (struct run *r, size_t start)
 static bool
 do_flush (struct run *r, unsigned end, bool stop)
 {
-  const size_t start = r->now++, owed = r->store->nr_lost - r->nr_told;
+  const size_t start = r->now++, owed = nr_lost (r) - r->nr_told;
+  const size_t nr_failed = r->store->nr_own_failed;
   const struct step step = { .kind = STEP_FLUSH };
   int ret, err;
 
@@ -456,8 +479,16 @@ do_flush (struct run *r, unsigned end, bool stop)
   err = errno;
   if (r->mode->keeps && ret == -1 && !stop)
     wrong ("a flush failed: %s", last_line);
-  if (ret == 0 && r->store->nr_lost != r->nr_told)
+  if (ret == 0 && nr_lost (r) != r->nr_told)
     wrong ("a flush succeeded, but a barrier failed (%zu before it)", owed);
+  if (r->w->beside && ret == -1 && !stop && nr_lost (r) == r->nr_told)
+    wrong ("a flush failed, but not of the disk: %s", last_line);
+  /* A line says that bitmaps could not be stored. */
+  if (!stop && r->w->beside && r->store->nr_own_failed != nr_failed)
+    nr_lines = ret == -1;
+  /* Another that it has more bits than it need have. */
+  if (stop && r->w->keep && ret == 0 && r->store->nr_own_failed != nr_failed)
+    nr_lines = 0;
   if (!stop)
     check_lines (&step, ret, err);
   else if ((ret == 0) != (nr_lines == 0))
@@ -467,8 +498,8 @@ do_flush (struct run *r, unsigned end, bool stop)
   if (ret == -1) {
     if (stop)                   /* the client has heard of that */
       disk_client_begin (r->disk, &r->client);
-    r->may_be_lost |= r->store->nr_lost != r->nr_told;
-    r->nr_told = r->store->nr_lost;
+    r->may_be_lost |= nr_lost (r) != r->nr_told;
+    r->nr_told = nr_lost (r);
     return false;
   }
   model_flushed (r->model, start, r->now++);
@@ -518,7 +549,7 @@ static void
 must_do (struct run *r, unsigned i)
 {
   const struct step *s = &r->w->steps[i];
-  const bool owes = r->store->nr_lost != r->nr_told;
+  const bool owes = nr_lost (r) != r->nr_told;
 
   if (do_step (r, i)) {
     r->failed[i] = false;
@@ -755,6 +786,8 @@ end_badly (struct run *r)
 
   nr_lines = 0;
   stopped = disk_stop (r->disk) == 0;
+  if (stopped && r->w->keep && r->store->nr_failed != nr_failed)
+    nr_lines = 0;
   if (stopped != (nr_lines == 0))
     wrong ("the stop says %d and %u lines why", stopped, nr_lines);
   if (!stopped && r->store->nr_failed == 0)
@@ -784,7 +817,7 @@ end_full (struct run *r, unsigned nr_steps)
 static void
 ask_the_other (struct run *r)
 {
-  const bool owes = r->store->nr_lost != r->nr_before;
+  const bool owes = nr_lost (r) != r->nr_before;
   struct disk_client next;
 
   disk_client_begin (r->disk, &next);
@@ -842,9 +875,13 @@ run_steps (struct run *r)
     if (do_step (r, i))
       continue;
     r->failed[i] = true;
-    if (r->store->nr_failed == nr_failed && r->store->nr_lost == nr_told)
+    if (r->store->nr_failed == nr_failed && nr_lost (r) == nr_told)
       wrong ("%s (step %u) failed, but nothing below it: %s",
              step_name (&s[i]), i, last_line);
+    if (r->w->beside && (r->mode->limits || r->mode->plan.thin) &&
+        s[i].kind != STEP_REOPEN)
+      wrong ("%s (step %u) failed for want of space: %s", step_name (&s[i]),
+             i, last_line);
     if (for_good || r->mode->keeps)
       try_the_rest (r);
     else {
@@ -894,7 +931,12 @@ begin_run (struct run *r, const struct fault_plan *plan)
     fault_store_reset (r->below, &w->below, plan);
   if (w->data_file)
     fault_store_reset (r->data, &w->data, plan);
+  if (w->beside)
+    fault_store_reset (r->data, &w->data, plan);
   fault_store_reset (r->store, &w->image, plan);
+  r->store->live.beside = r->store->durable.beside = w->beside;
+  r->store->live.data = w->beside ? &r->data->live : NULL;
+  r->store->durable.data = w->beside ? &r->data->durable : NULL;
   leak_was_told = false;
 }
 
@@ -1015,6 +1057,7 @@ fault_runs_end (void)
   alarm (0);
   fault_store_free (below_store);
   fault_store_free (data_store);
+  first_store->live.data = first_store->durable.data = NULL;
   fault_store_free (first_store);
   print_message ("%" PRIu64 " runs, %" PRIu64 " failures below, %" PRIu64
                  " images judged by QEMU\n", nr_runs, nr_faults, nr_by_qemu);

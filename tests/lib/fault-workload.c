@@ -6,8 +6,8 @@
 /* Each workload does one thing, and little of it, so that each call that
  * it makes to the container can fail in turn.
  *
- * In all images the first 4 KiB of the disk are allocated, for a write
- * in place to be tried on them.
+ * In all images, or disks beside them, the first 4 KiB of the disk are
+ * allocated, for a write in place to be tried on them.
  */
 
 #include <config.h>
@@ -41,6 +41,7 @@
 #define REOPEN { STEP_REOPEN, 0, 0, false }
 
 #define DATA "qemu-io -f qcow2 -c 'write -P 7 0 32k' $f >/dev/null; "
+#define DISK "{ yes disk | head -c 32768; } >$d; truncate -s 1000000 $d; "
 #define BITMAPS \
   "qemu-img bitmap --add -g 512 $f fine; " \
   "qemu-img bitmap --add -g 64k $f coarse; " \
@@ -308,6 +309,39 @@ struct workload workloads[] = {
       WRITE (256 * KIB, 100), FLUSH,
     } },
 
+  /* The disk is beside the image, and ends inside of a sector. */
+  { .name = "beside", .options = "cluster_size=4k", .size = "1000448",
+    .beside = true, .make = DISK BITMAPS,
+    .windows = { 32768, 128 * KIB, 6, 1000000 }, .garbage = 8 * KIB,
+    .steps = {
+      READ (128 * KIB, 8 * KIB), WRITE (128 * KIB + 700, 700),
+      WRITE_FUA (256 * KIB + 100, 9000), FLUSH, TRIM (12300, 8000),
+      ZERO_FUA (384 * KIB + 512, 5 * KIB), FLUSH, TRIM_FUA (512 * KIB, 4096),
+      ZERO_FAST (16384, 4096), WRITE (640 * KIB, 512), REOPEN,
+      WRITE (640 * KIB, 512), ZERO_KEEP (990000, 10000), FLUSH,
+    } },
+  { .name = "beside-whole", .options = "cluster_size=512", .size = "1000448",
+    .beside = true, .make = DISK BITMAPS,
+    .windows = { 32768, 128 * KIB, 6, 1000000 }, .whole = true,
+    .steps = {
+      WRITE (128 * KIB, 8 * KIB), FLUSH, WRITE (0, 4 * KIB),
+      READ (0, 8 * KIB), FLUSH, TRIM (8 * KIB, 4 * KIB),
+      WRITE (256 * KIB, 512), FLUSH, ZERO (128 * KIB, 4 * KIB), REOPEN,
+      WRITE (512 * KIB, 32 * KIB),
+    } },
+  { .name = "beside-keep", .options = "cluster_size=4k", .size = "1000448",
+    .beside = true, .keep = true, .make = DISK BITMAPS,
+    .windows = { 32768, 128 * KIB, 6, 1000000 }, .whole = true,
+    .steps = {
+      WRITE (128 * KIB, 8 * KIB), FLUSH, WRITE (0, 512),
+      TRIM (8 * KIB, 4 * KIB), FLUSH, REOPEN, ZERO (256 * KIB, 4 * KIB),
+      WRITE (512 * KIB, 512),
+    } },
+  { .name = "beside-create", .options = "cluster_size=4k", .size = "1000448",
+    .beside = true, .make = DISK, .create = "new",
+    .windows = { 32768, 128 * KIB, 6, 1000000 }, .whole = true,
+    .steps = { WRITE (128 * KIB, 4 * KIB), FLUSH, WRITE (0, 512) } },
+
   /* Refcounts are too low and too high, and it is marked dirty. */
   { .name = "repair", .options = "cluster_size=4k", .size = "8M",
     .make = DATA BITMAPS "truncate -s 200k $f; "
@@ -377,8 +411,12 @@ make_workload (struct workload *w)
   load_image (file, &w->image);
   if (w->files != NULL)
     load_image (below, &w->below);
-  if (w->data_file)
+  if (w->data_file || w->beside)
     load_image (data, &w->data);
+  if (w->beside) {
+    w->image.data = &w->data;
+    w->image.beside = true;
+  }
   if (!w->by_qemu)
     add_garbage (w);
   else if (w->garbage != 0) {
@@ -392,9 +430,10 @@ make_workload (struct workload *w)
 void
 free_workload (struct workload *w)
 {
+  w->image.data = NULL;
   crash_image_free (&w->image);
   if (w->files != NULL)
     crash_image_free (&w->below);
-  if (w->data_file)
+  if (w->data_file || w->beside)
     crash_image_free (&w->data);
 }

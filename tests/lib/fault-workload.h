@@ -40,6 +40,9 @@ struct workload {
   const char *files;            /* shell commands that make the raw file
                                    below the image, $b; or NULL */
   bool data_file;               /* it has one, $d */
+  bool beside;                  /* $d is the disk, and the image has only its
+                                   bitmaps */
+  bool keep;                    /* bits are written ahead */
   const char *make;             /* shell commands, the image is $f */
   uint64_t garbage;             /* bytes at the end, free and not zero */
   const char *create;           /* a bitmap, when it is opened */
