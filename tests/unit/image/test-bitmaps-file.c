@@ -284,10 +284,10 @@ test_create_fails (void **state)
       }
     } while (r == -1);
 
-    /* To grow, to write, to flush, to sync the file and its folder; and to
-     * link it.
+    /* To grow and to write, to flush twice, to sync the file and its folder;
+     * and to link it.
      */
-    assert_int_equal (nr_calls, named ? 5 : 6);
+    assert_int_equal (nr_calls, named ? 11 : 12);
     assert_int_equal (fails_at, nr_calls + 1);
     assert_int_equal (count_names (folder), 1);
     bitmaps_file_close (&f);
