@@ -344,9 +344,9 @@ keep_offers (struct disk_offers *before, struct disk_offers *list)
   for (size_t i = 0; i < list->nr; ++i) {
     struct disk_offer *o = offers_of (before, list->offers[i]->bitmap);
 
-    if (o == NULL || is_cut (o) || list->offers[i]->is_fresh)
+    if (o == NULL || list->offers[i]->is_fresh)
       continue;
-    assert (o->size == list->offers[i]->size);
+    assert (!is_cut (o) && o->size == list->offers[i]->size);
     disk_offer_put (list->offers[i]);
     list->offers[i] = disk_offer_get (o);
   }
@@ -397,17 +397,6 @@ offers_is_held (const struct offers *o, const struct bitmap *b)
 
   disk_offers_put (list);
   return held;
-}
-
-void
-offers_cut (struct offers *o, const struct bitmap *b)
-{
-  struct disk_offers *list = offers_get (o);
-  struct disk_offer *offer = offers_of (list, b);
-
-  if (offer != NULL)
-    cut (offer);
-  disk_offers_put (list);
 }
 
 struct disk_offers *

@@ -20,22 +20,18 @@
  *                             in use.  A holder also has a reference: to
  *                             hold keeps nothing alive
  *
- * An offer is cut once what it stood for is no longer there: its bitmap was
- * removed, or its bits were changed other than by marks.  All further reads
+ * An offer is cut by offers_switch, once what it stood for is no longer there:
+ * its bitmap was removed, or changed other than by marks.  All further reads
  * of the offer fail with EIO.  A cut offer stays cut.  If its bitmap is still
- * to be offered, the next list has a new offer of it, which has no holders.
+ * to be offered, the new list has a new offer of it, which has no holders.
  *
  * What other threads see:
  *
  * - A thread that takes the list after offers_switch has returned gets the
  *   new one.
- * - A read that saw a bit which was cleared after offers_cut fails, provided
- *   that the bit was cleared with a store that releases: the read loads bits
- *   with acquire, and looks at the flag after them.
  * - A client may begin to hold an offer between offers_is_held and the
- *   change that this allows.  So the caller cuts the offer before the change
- *   even if nothing held it.  Such a client gets EIO and not a mixture.
- *   For bitmaps that are removed, offers_switch does that.
+ *   change that this allows.  So offers_switch cuts the offer even if nothing
+ *   held it.  Such a client gets EIO and not a mixture.
  *
  * Locks: the lock protects which list is current, and is held for a moment
  * only, with no other lock taken inside.  The counts are atomic.
@@ -100,8 +96,8 @@ offers_prepare (struct bitmap_set *const *sets, const uint64_t *sizes,
                 size_t nr_sets);
 
 /* Make it the current list.  This cannot fail.  Where the list before has an
- * offer of the same bitmap that goes on and is not cut, that offer is kept,
- * with its holders.  The other offers of that list are cut.
+ * offer of the same bitmap, and that goes on, the offer is kept, with its
+ * holders.  The other offers of that list are cut.
  */
 extern void offers_switch (struct offers *, struct disk_offers *prepared);
 extern void offers_abandon (struct disk_offers *prepared);
@@ -116,9 +112,6 @@ extern bool offers_is_held (const struct offers *, const struct bitmap *);
 /* The same, by the offers of a list. */
 extern bool offers_is_held_on (const struct disk_offers *,
                                const struct bitmap *);
-
-/* Cut the current offer of this bitmap, if there is one. */
-extern void offers_cut (struct offers *, const struct bitmap *);
 
 /* A reference to the current list.  disk_offers_put puts it. */
 extern struct disk_offers *offers_get (const struct offers *);
