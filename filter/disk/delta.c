@@ -24,12 +24,10 @@
 
 #include <config.h>
 
-#include <errno.h>
 #include <string.h>
 
-#include "common/bytes.h"
 #include "disk/chunk.h"
-#include "disk/disk.h"
+#include "disk/internal.h"
 
 int
 disk_delta_read (struct disk *d, const struct disk_offer *bitmap, void *buf,
@@ -39,10 +37,8 @@ disk_delta_read (struct disk *d, const struct disk_offer *bitmap, void *buf,
   uint64_t n;
   bool dirty;
 
-  if (range_exceeds (offset, count, disk_size (d))) {
-    errno = EINVAL;
+  if (disk_check_range (d, count, offset) == -1)
     return -1;
-  }
   for (; count > 0; p += n, offset += n, count -= n) {
     n = disk_bitmap_run (bitmap, offset, offset + count, &dirty);
     if (n == 0)
@@ -61,10 +57,8 @@ disk_delta_read_chunk (struct disk *d, const struct disk_offer *bitmap,
 {
   int complete = 0;
 
-  if (range_exceeds (offset, c->limit, disk_size (d))) {
-    errno = EINVAL;
+  if (disk_check_range (d, c->limit, offset) == -1)
     return -1;
-  }
   chunk_begin (c);
   while (complete == 0 && c->length < c->count) {
     const uint64_t at = offset + c->length;
@@ -87,10 +81,8 @@ disk_delta_extent (struct disk *d, const struct disk_offer *bitmap,
 {
   bool dirty;
 
-  if (limit <= offset || limit > disk_size (d)) {
-    errno = EINVAL;
+  if (disk_check_extent (d, offset, limit) == -1)
     return -1;
-  }
   *length = disk_bitmap_run (bitmap, offset, limit, &dirty);
   if (*length == 0)
     return -1;

@@ -394,21 +394,32 @@ disk_describe (const struct disk *d, struct qcow2_description *description)
 }
 
 static int
-check_range (const struct disk *d, uint64_t count, uint64_t offset)
+fail_range (uint64_t count, uint64_t offset, const char *why)
 {
-  if (range_exceeds (offset, count, d->size)) {
-    report_error ("a request for %" PRIu64 " bytes at offset %" PRIu64
-                  " exceeds the disk", count, offset);
-    errno = EINVAL;
-    return -1;
-  }
-  return 0;
+  report_error ("a request for %" PRIu64 " bytes at offset %" PRIu64 " %s",
+                count, offset, why);
+  errno = EINVAL;
+  return -1;
+}
+
+int
+disk_check_range (const struct disk *d, uint64_t count, uint64_t offset)
+{
+  return range_exceeds (offset, count, d->size)
+    ? fail_range (count, offset, "exceeds the disk") : 0;
+}
+
+int
+disk_check_extent (const struct disk *d, uint64_t offset, uint64_t limit)
+{
+  return limit > offset ? disk_check_range (d, limit - offset, offset)
+    : fail_range (0, offset, "is empty");
 }
 
 int
 disk_read (struct disk *d, void *buf, uint32_t count, uint64_t offset)
 {
-  if (check_range (d, count, offset) == -1)
+  if (disk_check_range (d, count, offset) == -1)
     return -1;
   return data_read (d, buf, count, offset);
 }
@@ -416,7 +427,7 @@ disk_read (struct disk *d, void *buf, uint32_t count, uint64_t offset)
 int
 disk_read_chunk (struct disk *d, uint64_t offset, struct qcow2_chunk *c)
 {
-  if (check_range (d, c->limit, offset) == -1)
+  if (disk_check_range (d, c->limit, offset) == -1)
     return -1;
   return data_read_chunk (d, offset, c);
 }
@@ -430,7 +441,7 @@ check_change (const struct disk *d, uint64_t count, uint64_t offset)
     errno = EROFS;
     return -1;
   }
-  return check_range (d, count, offset);
+  return disk_check_range (d, count, offset);
 }
 
 /* Called before every change, in a section of the gate. */
@@ -637,25 +648,16 @@ disk_flush (struct disk *d, struct disk_client *client)
 int
 disk_cache (struct disk *d, uint64_t count, uint64_t offset)
 {
-  if (check_range (d, count, offset) == -1)
+  if (disk_check_range (d, count, offset) == -1)
     return -1;
   return data_cache (d, count, offset);
-}
-
-static int
-check_extent (const struct disk *d, uint64_t offset, uint64_t limit)
-{
-  if (limit > offset && check_range (d, limit - offset, offset) == 0)
-    return 0;
-  errno = EINVAL;
-  return -1;
 }
 
 int
 disk_extent (struct disk *d, uint64_t offset, uint64_t limit,
              uint64_t *length, uint32_t *flags)
 {
-  return check_extent (d, offset, limit) == -1 ? -1
+  return disk_check_extent (d, offset, limit) == -1 ? -1
     : data_extent (d, offset, limit, length, flags);
 }
 
@@ -663,7 +665,7 @@ int
 disk_extent_depth (struct disk *d, uint64_t offset, uint64_t limit,
                    uint64_t *length, uint32_t *depth)
 {
-  return check_extent (d, offset, limit) == -1 ? -1
+  return disk_check_extent (d, offset, limit) == -1 ? -1
     : data_extent_depth (d, offset, limit, length, depth);
 }
 

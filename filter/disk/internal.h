@@ -80,4 +80,12 @@ struct disk {
 extern void disk_lock_lists (const struct disk *);
 extern void disk_unlock_lists (const struct disk *);
 
+/* Does the range lie inside the disk, or [offset, limit), which must not be
+ * empty?  -1 with EINVAL, reported, if not.
+ */
+extern int disk_check_range (const struct disk *, uint64_t count,
+                             uint64_t offset);
+extern int disk_check_extent (const struct disk *, uint64_t offset,
+                              uint64_t limit);
+
 #endif /* DIRTY_BITMAP_DISK_INTERNAL_H */

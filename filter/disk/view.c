@@ -388,22 +388,13 @@ read_piece (void *opaque, uint64_t offset, struct qcow2_chunk *c)
   return r;
 }
 
-static int
-check_range (const struct disk_view *v, uint64_t count, uint64_t offset)
-{
-  if (!range_exceeds (offset, count, v->disk->size))
-    return 0;
-  errno = EINVAL;
-  return -1;
-}
-
 int
 disk_view_read_chunk (struct disk_view *v, uint64_t offset,
                       struct qcow2_chunk *c)
 {
   int complete = 0;
 
-  if (check_range (v, c->limit, offset) == -1)
+  if (disk_check_range (v->disk, c->limit, offset) == -1)
     return -1;
   chunk_begin (c);
   while (complete == 0 && c->length < c->count)
@@ -418,7 +409,7 @@ disk_view_read (struct disk_view *v, void *buf, uint32_t count,
 {
   uint8_t *p = buf;
 
-  if (check_range (v, count, offset) == -1)
+  if (disk_check_range (v->disk, count, offset) == -1)
     return -1;
   while (count > 0) {
     struct qcow2_chunk c = {
@@ -464,10 +455,8 @@ int
 disk_view_extent (struct disk_view *v, uint64_t offset, uint64_t limit,
                   uint64_t *length, uint32_t *flags)
 {
-  if (limit <= offset || check_range (v, limit - offset, offset) == -1) {
-    errno = EINVAL;
+  if (disk_check_extent (v->disk, offset, limit) == -1)
     return -1;
-  }
   return get_extent (v, offset, limit, length, flags) == -1 ? -1
     : check_readable (v);
 }

@@ -710,6 +710,50 @@ test_unreadable (void **state)
   close_world (&w);
 }
 
+#define assert_einval(call)                     \
+  do {                                          \
+    messages_clear ();                          \
+    errno = 0;                                  \
+    assert_int_equal (call, -1);                \
+    assert_int_equal (errno, EINVAL);           \
+    assert_int_equal (messages_errors (), 1);   \
+  } while (0)
+
+/* What is not a range of the disk is refused, with the reason, by the disk, a
+ * view of it, and its delta.
+ */
+static void
+test_range (void **state)
+{
+  struct qcow2_chunk c = { .count = 1, .limit = 2, .min_hole = 1 };
+  struct world w = { .seed = 1 };
+  struct moment m = { 0 };
+  struct disk_offer *o;
+  uint64_t length;
+  uint32_t flags;
+  uint8_t buf[2];
+
+  (void) state;
+  open_world (&w, "");
+  begin_here (&w, 0, &m, w.dirty);
+  o = disk_find_offer (w.d, "a", 1);
+  assert_einval (disk_read (w.d, buf, 2, SIZE - 1));
+  assert_einval (disk_view_read (m.view, buf, 2, SIZE - 1));
+  assert_einval (disk_delta_read (w.d, o, buf, 2, SIZE - 1));
+  assert_einval (disk_read_chunk (w.d, SIZE - 1, &c));
+  assert_einval (disk_view_read_chunk (m.view, SIZE - 1, &c));
+  assert_einval (disk_delta_read_chunk (w.d, o, SIZE - 1, &c));
+  for (uint64_t limit = 7; limit <= SIZE + 1; limit += SIZE - 6) {
+    assert_einval (disk_extent (w.d, 7, limit, &length, &flags));
+    assert_einval (disk_view_extent (m.view, 7, limit, &length, &flags));
+    assert_einval (disk_delta_extent (w.d, o, 7, limit, &length, &flags));
+  }
+  disk_offer_put (o);
+  assert_int_equal (end (&w, "a", false), 0);
+  drop_moment (&m);
+  close_world (&w);
+}
+
 /* The linker puts these two in between: they zero the first unit of the disk
  * between the moment when a view finds that it is not kept, and the moment
  * when it asks the disk.
@@ -882,6 +926,7 @@ main (void)
     cmocka_unit_test (test_memory),
     cmocka_unit_test (test_no_scratch),
     cmocka_unit_test (test_unreadable),
+    cmocka_unit_test (test_range),
     cmocka_unit_test (test_list),
     cmocka_unit_test (test_created),
   };
