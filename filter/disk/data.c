@@ -158,7 +158,8 @@ data_extent (struct disk *d, uint64_t offset, uint64_t limit,
                                   &n), "find the extents of", limit - offset,
                 offset) == -1)
       return -1;
-    *flags = n;
+    /* R6: a hole that may read as anything is data. */
+    *flags = n & CONTAINER_ZERO ? n : 0;
     return 0;
   }
   if (qcow2_extent (d->qcow2, offset, limit, length, &type, &n) == -1)
