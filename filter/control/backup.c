@@ -15,6 +15,7 @@
 #include <config.h>
 
 #include <stdint.h>
+#include <string.h>
 
 #include "common/clock.h"
 #include "common/report.h"
@@ -34,6 +35,7 @@ const struct argument backup_begin_arguments[] = {
   { "granularity", ARGUMENT_UINT32, .is_optional = true },
   { "view", ARGUMENT_BOOL, .is_optional = true },
   { "fail-after", ARGUMENT_UINT32, .is_optional = true },
+  { "scope", ARGUMENT_STRING, .is_optional = true },
   { .name = NULL },
 };
 
@@ -149,6 +151,25 @@ check_fail_after (struct call *call, const json_t *fail_after, bool view)
   return -1;
 }
 
+static int
+read_scope (struct call *call, const json_t *scope, struct disk_action *a)
+{
+  const char *text = json_string_value (scope);
+
+  if (scope == NULL)
+    return 0;
+  a->dirty_only = strcmp (text, "dirty") == 0;
+  if (!a->view)
+    call_fail (call, GENERIC_ERROR, "Parameter 'scope' is about a view, and "
+               "there is none with \"view\": false");
+  else if (!a->dirty_only && strcmp (text, "disk") != 0)
+    call_fail (call, GENERIC_ERROR, "Parameter 'scope' expects 'disk' or "
+               "'dirty'");
+  else
+    return 0;
+  return -1;
+}
+
 int
 backup_read_begin (struct call *call, const json_t *arguments,
                    struct disk_action *a, struct watch **views)
@@ -159,6 +180,7 @@ backup_read_begin (struct call *call, const json_t *arguments,
 
   a->view = has_view (arguments);
   if (check_fail_after (call, fail_after, a->view) == -1 ||
+      read_scope (call, json_object_get (arguments, "scope"), a) == -1 ||
       check_gate (call) == -1)
     return -1;
   a->name = json_string_value (json_object_get (arguments, "bitmap"));

@@ -205,7 +205,8 @@ prepare_backups (struct run *r)
       return -1;
     if (r->notes[i].view != NULL &&
         view_freeze (r->notes[i].view,
-                     bitmap_change_frozen (r->c, a->name)) == -1)
+                     bitmap_change_frozen (r->c, a->name),
+                     a->dirty_only) == -1)
       return -1;
   }
   return 0;

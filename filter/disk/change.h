@@ -38,7 +38,8 @@ struct disk_action {
    */
   bool create;
   enum bitmap_backup_action done;
-  bool view;                    /* with a view (disk.h) of that moment */
+  bool view;                    /* with a view (disk.h) of that moment, */
+  bool dirty_only;              /* of what is dirty then */
 
   /* Of a backup that ends: it has copied all, which is refused if it has a
    * view that is broken; and as bitmap_change_end_backup.

@@ -374,6 +374,11 @@ extern void disk_view_put (struct disk_view *); /* or NULL */
 
 extern const char *disk_view_name (const struct disk_view *);
 
+/* Does the view show only what is dirty in its bitmap?  Then all the rest is
+ * data to disk_view_extent, and reads of it fail with EIO.
+ */
+extern bool disk_view_is_dirty_only (const struct disk_view *);
+
 /* A list that has the bitmap of that moment, and no other: a reference, for
  * disk_offers_put.  Reads of the bitmap do not fail, whatever becomes of the
  * view.

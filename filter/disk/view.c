@@ -41,6 +41,7 @@ struct disk_view {
   atomic_uint clients;
   atomic_ulong second_looks;    /* for the order of reads */
   struct disk_offers *offers;   /* the bitmap alone */
+  bool dirty_only;              /* the view shows what is dirty in it */
   struct kept kept;
   atomic_bool has_ended;        /* the backup has */
   atomic_bool is_broken;
@@ -103,12 +104,14 @@ view_new (struct disk *d, const char *name)
 }
 
 int
-view_freeze (struct disk_view *v, const struct bitmap *frozen)
+view_freeze (struct disk_view *v, const struct bitmap *frozen,
+             bool dirty_only)
 {
   const struct offer_source source = {
     .bitmap = frozen, .size = v->disk->size,
   };
 
+  v->dirty_only = dirty_only;
   v->offers = offers_prepare_from (&source, 1);
   return v->offers == NULL ? -1 : 0;
 }
@@ -224,6 +227,20 @@ read_to_keep (void *opaque, uint64_t offset, struct qcow2_chunk *c)
     : chunk_read_disk (d, offset, c);
 }
 
+/* The run of the view's bitmap at offset: where it ends, and whether it is
+ * dirty.  Nothing changes the bitmap, so that cannot fail.
+ */
+static uint64_t
+end_of_run (const struct disk_view *v, uint64_t offset, uint64_t limit,
+            bool *dirty)
+{
+  const uint64_t length = disk_bitmap_run (disk_offers_at (v->offers, 0),
+                                           offset, limit, dirty);
+
+  assert (length > 0);
+  return offset + length;
+}
+
 static void
 keep (struct disk *d, struct disk_view *v, uint64_t offset, uint64_t count)
 {
@@ -239,13 +256,36 @@ keep (struct disk *d, struct disk_view *v, uint64_t offset, uint64_t count)
                 : hold.any ? hold.text : strerror (err));
 }
 
+/* Keep what is dirty.  A unit that is dirty in part is kept when a change
+ * comes to such a part.
+ */
+static void
+keep_dirty (struct disk *d, struct disk_view *v, uint64_t offset,
+            uint64_t count)
+{
+  const uint64_t limit = offset + count;
+  uint64_t end;
+
+  for (; offset < limit && !is_broken (v); offset = end) {
+    bool dirty;
+
+    end = end_of_run (v, offset, limit, &dirty);
+    if (dirty && !kept_has (&v->kept, offset, end - offset))
+      keep (d, v, offset, end - offset);
+  }
+}
+
 void
 views_keep_all (struct disk *d, uint64_t offset, uint64_t count)
 {
   for (size_t i = 0; i < d->views.nr && count > 0; ++i) {
     struct disk_view *v = d->views.view[i];
 
-    if (!is_broken (v) && !kept_has (&v->kept, offset, count))
+    if (is_broken (v) || kept_has (&v->kept, offset, count))
+      continue;
+    if (v->dirty_only)
+      keep_dirty (d, v, offset, count);
+    else
       keep (d, v, offset, count);
   }
 }
@@ -280,6 +320,12 @@ disk_list_views (const struct disk *d,
     fn (&state, opaque);
   }
   disk_unlock_lists (d);
+}
+
+bool
+disk_view_is_dirty_only (const struct disk_view *v)
+{
+  return v->dirty_only;
 }
 
 const char *
@@ -388,14 +434,38 @@ read_piece (void *opaque, uint64_t offset, struct qcow2_chunk *c)
   return r;
 }
 
+/* Does the view show the range?  Clean parts of the disk may have changed, so
+ * what is there now would be of no moment.
+ */
+static int
+check_shown (const struct disk_view *v, uint64_t offset, uint64_t count)
+{
+  const uint64_t limit = offset + count;
+  bool dirty = true;
+
+  if (v->dirty_only)
+    while (offset < limit && dirty)
+      offset = end_of_run (v, offset, limit, &dirty);
+  if (dirty)
+    return 0;
+  report_error ("the view of bitmap '%s' shows only what is dirty in it",
+                v->name);
+  errno = EIO;
+  return -1;
+}
+
 int
 disk_view_read_chunk (struct disk_view *v, uint64_t offset,
                       struct qcow2_chunk *c)
 {
   int complete = 0;
 
-  if (disk_check_range (v->disk, c->limit, offset) == -1)
+  if (disk_check_range (v->disk, c->limit, offset) == -1 ||
+      check_shown (v, offset, c->count) == -1)
     return -1;
+  /* A hole may reach as far as what is shown. */
+  if (v->dirty_only)
+    c->limit = c->count;
   chunk_begin (c);
   while (complete == 0 && c->length < c->count)
     complete = chunk_add_read (c, chunk_limit (c), read_piece, v,
@@ -457,6 +527,16 @@ disk_view_extent (struct disk_view *v, uint64_t offset, uint64_t limit,
 {
   if (disk_check_extent (v->disk, offset, limit) == -1)
     return -1;
+  if (v->dirty_only) {
+    bool dirty;
+
+    limit = end_of_run (v, offset, limit, &dirty);
+    if (!dirty) {
+      *length = limit - offset;
+      *flags = 0;
+      return check_readable (v);
+    }
+  }
   return get_extent (v, offset, limit, length, flags) == -1 ? -1
     : check_readable (v);
 }

@@ -13,6 +13,7 @@
  * the gate closed and lists_lock held for writing.
  */
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -31,9 +32,11 @@ struct views {
 extern struct disk_view *view_new (struct disk *, const char *name);
 
 /* With the gate closed: the view's bitmap, which nothing changes any more.
- * 0, or -1 with the reason reported.
+ * With dirty_only the view shows only what is dirty in it.  0, or -1 with the
+ * reason reported.
  */
-extern int view_freeze (struct disk_view *, const struct bitmap *);
+extern int view_freeze (struct disk_view *, const struct bitmap *,
+                        bool dirty_only);
 
 /* Make room on the list, for so many calls of view_add.  0, or -1 with the
  * reason reported.

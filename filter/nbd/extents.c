@@ -12,7 +12,7 @@
  * - There are at most extents_max of them (R8).
  * - They are in the form of the wire from the beginning: 32 bits for
  *   length and flags, or 64 where extended headers were negotiated.
- * (For delta exports build_delta has other rules.)
+ * (build_exactly has other rules.)
  *
  * Where a range has more, it is told coarser, over its whole length and
  * by one measure: a run shorter than the minimum run length is told as
@@ -306,15 +306,24 @@ build_bitmap (struct builder *b, const struct disk_offer *bitmap,
   return 0;
 }
 
-/* base:allocation of a delta export.  What is clean must not be told as
- * data, of which a client would put zeroes over what it has, nor what is
- * dirty as a hole: so this is never coarsened, and where there is no room
- * for more extents the reply ends early, as the protocol allows.  0 or an
- * errno.
+static uint32_t
+bitmap_flags (bool dirty)
+{
+  return dirty ? STATE_DIRTY : 0;
+}
+
+/* The runs of a bitmap, never coarsened: where there is no room for more
+ * extents the reply ends early, as the protocol allows.  0 or an errno.
+ *
+ * Of a delta export this is base:allocation.  What is clean must not be told
+ * as data, of which a client would put zeroes over what it has, nor what is
+ * dirty as a hole.  Of a view that shows only what is dirty it is the bitmap's
+ * context: what is told as dirty is read.
  */
 static int
-build_delta (struct builder *b, const struct disk_offer *bitmap,
-             uint64_t offset, uint64_t limit, bool req_one)
+build_exactly (struct builder *b, const struct disk_offer *bitmap,
+               uint32_t (*flags_of) (bool dirty), uint64_t offset,
+               uint64_t limit, bool req_one)
 {
   const struct extents *e = b->extents;
   uint64_t ends[256];
@@ -331,7 +340,7 @@ build_delta (struct builder *b, const struct disk_offer *bitmap,
     if (nr == 0)
       return errno;
     for (size_t i = 0; i < nr; ++i) {
-      put (b, ends[i] - offset, disk_delta_flags (dirty));
+      put (b, ends[i] - offset, flags_of (dirty));
       offset = ends[i];
       dirty = !dirty;
     }
@@ -358,7 +367,8 @@ extents_build (struct worker *w, uint32_t id, const struct disk_offer *bitmap,
   switch (id) {
   case CONTEXT_BASE_ALLOCATION:
     if (export->delta != NULL)
-      return build_delta (&b, export->delta, offset, limit, req_one);
+      return build_exactly (&b, export->delta, disk_delta_flags, offset,
+                            limit, req_one);
     b.granularity = disk_preferred_block_size (disk);
     b.safe = 0;
     return build_allocation (&b, w, base_extent, offset, limit, req_one);
@@ -368,6 +378,8 @@ extents_build (struct worker *w, uint32_t id, const struct disk_offer *bitmap,
     return build_allocation (&b, w, depth_extent, offset, limit, req_one);
   default:
     assert (id >= CONTEXT_FIRST_BITMAP && bitmap != NULL);
+    if (export->view != NULL && disk_view_is_dirty_only (export->view))
+      return build_exactly (&b, bitmap, bitmap_flags, offset, limit, req_one);
     b.granularity = disk_bitmap_granularity (bitmap);
     b.safe = STATE_DIRTY;
     return build_bitmap (&b, bitmap, offset, limit, req_one);

@@ -467,7 +467,7 @@ zero_disk (nbdkit_next *next, void *handle, uint32_t count, uint64_t offset,
 /* Add the extents of [offset, end) and nothing beyond: nbdkit before 1.44
  * aborts on some that go further.  nbdkit's flags are NBD's, and it merges
  * neighbours.  If there are too many extents it ends its reply early, which
- * is also right for a delta (build_delta of nbd/).
+ * is also right for a delta (build_exactly of nbd/).
  */
 static int
 add_extents (struct disk *disk, const struct export *export, uint64_t offset,
