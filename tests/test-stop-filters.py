@@ -163,6 +163,49 @@ def stuck(crash):
     stored(leaked)
 
 
+SLEEPS = 40     # seconds
+
+
+def sleeping_flush(*params):
+    """A client's flush sleeps for longer than anybody waits, and what is to be
+    stored has to wait for it: nbdkit ends it after the same 5 seconds."""
+    script = os.path.join(harness.tmp, "noflush.sh")
+    with open(script, "w") as f:
+        f.write("""#!/usr/bin/env bash
+cd %s
+unset LD_PRELOAD        # no sanitizer is meant for dd
+case $1 in
+  get_size) stat -Lc %%s disk.qcow2 ;;
+  can_write | can_flush) ;;
+  thread_model) echo parallel ;;
+  flush) if rm fail 2>/dev/null; then touch failed; echo EIO >&2; exit 1; fi
+         ;;
+  pread) dd iflag=skip_bytes,count_bytes skip=$4 count=$3 \\
+            if=disk.qcow2 status=none ;;
+  pwrite) dd oflag=seek_bytes conv=notrunc seek=$4 of=disk.qcow2 \\
+             status=none ;;
+  *) exit 2 ;;
+esac
+""" % harness.tmp)
+    os.chmod(script, 0o755)
+    create()
+    os.truncate("disk.qcow2", 2 << 20)
+    server = Server(args=[FILTER, "--filter=retry", "sh", script,
+                          "retry-delay=%d" % SLEEPS, *params])
+    h = server.connect()
+    h.pwrite(b"x" * 131072, 5 << 20)
+    h.pwrite(b"y" * 512, 20 << 20)
+    open("fail", "w").close()
+    h.aio_flush()
+    harness.until(lambda: os.path.exists("failed"), "the flush")
+    time.sleep(0.3)
+    os.unlink("failed")
+    # nbdkit's status is 1 if the client was not told of the failure.
+    took = server.stop(status=None)
+    assert 4 < took < SLEEPS / 2, took
+    stored()
+
+
 def single(how):
     create()
     h = nbd.NBD()
@@ -218,3 +261,5 @@ if harness.SERVER == "nbdkit":
     captive(7)
     stuck("mark")
     stuck("keep")
+    sleeping_flush()
+    sleeping_flush("dirty-bitmap-server=off")

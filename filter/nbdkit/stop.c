@@ -22,15 +22,18 @@
  *               continues here.
  *   store       disk_sync, while the last requests are still under way, so
  *               that a kill in the following steps loses nothing that was
- *               acknowledged until now.
+ *               acknowledged until now.  Another thread does this, the one
+ *               that stores, so that this one goes on.
  *   wait        Until no request, and no command of the control socket, is
  *               under way.  GRACE_MS after "refuse", long requests end early
  *               (disk_hurry), and clients of our server are disconnected.
- *               If a request is stuck for PATIENCE_MS, maybe asleep in a
- *               filter below: store once more, tidy the bitmaps, and let
- *               nbdkit quit, which wakes it; then wait for as long as it
- *               takes.
- *   stop        disk_stop.  No request comes after it.
+ *               If a request is still there after STUCK_MS, maybe asleep in a
+ *               filter below: store again and again, and tidy the bitmaps.
+ *               After PATIENCE_MS let nbdkit quit, which wakes the request,
+ *               whatever the thread that stores has come to; then wait for as
+ *               long as it takes.
+ *   stop        disk_stop.  No request comes after it, and the thread that
+ *               stores has ended.
  *   quit        nbdkit_shutdown.
  *   shut down   The receiving side of the connections of nbdkit's server is
  *               shut down after a while: replies still get out, and idle
@@ -53,8 +56,11 @@
  * does.  A change that it missed is in RAM, and until disk_stop its bitmap is
  * in use in the image, or has its bits there (dirty-bitmap-crash=keep).
  *
- * Why the first store waits for no request: a flush waits for marks under
- * way, each of which is short, and takes no range lock.
+ * Why another thread stores: a flush takes no range lock, and waits only for
+ * marks under way, each of which is short.  But it also waits for a flush of a
+ * client, and to tidy waits for a mark that writes bits ahead, and these may
+ * be asleep in a filter below.  So all that this thread wants to have stored
+ * or tidied, at any time, is done by the other one.
  *
  * If nbdkit quits for another reason, the same is done, as far as possible
  * then.  Such reasons, and how this thread learns of them:
@@ -65,7 +71,7 @@
  *   in the log).  Otherwise nbdkit has no client, and calls cleanup at once.
  * - The filters exitlast and exitwhen do that when a client has
  *   disconnected.  They learn of it after us, in close: so in finalize
- *   (clients.c) this thread stores everything (stop_store).  The
+ *   (clients.c) the other thread stores everything (stop_store).  The
  *   connection's own thread could not, since filters below cannot sleep in
  *   it once its client has disconnected.
  * - With -s, the client has disconnected: nbdkit calls cleanup, without
@@ -111,14 +117,18 @@
  */
 #define GRACE_MS 300
 
-/* How long a request may be stuck. */
-#define PATIENCE_MS (5 * 1000)
-
-/* The thread that does all this, and the thread that sleeps until nbdkit
- * quits.
+/* How long a request may be stuck; from when on that is expected, and then how
+ * often everything is stored meanwhile.
  */
-static pthread_t stopper, sleeper;
-static bool has_stopper, has_sleeper;
+#define PATIENCE_MS (5 * 1000)
+#define STUCK_MS (4 * 1000)
+#define STUCK_STORE_MS 200
+
+/* The thread that does all this; the thread that stores; and the thread that
+ * sleeps until nbdkit quits.
+ */
+static pthread_t stopper, storer, sleeper;
+static bool has_stopper, has_storer, has_sleeper;
 static struct stop_options options;
 
 /* Eventfds: a signal has come; the state below has changed. */
@@ -131,7 +141,80 @@ static bool is_asked;           /* to stop */
 static bool is_finishing;       /* cleanup was called */
 static bool is_stopped;         /* the disk is */
 static unsigned stores_asked, stores_done;
+static unsigned jobs;           /* of the thread that stores, as below */
 static int result;              /* of disk_stop */
+
+/* What the thread that stores is asked for. */
+enum {
+  JOB_TIDY = 1,
+  JOB_SETTLE = 2,               /* for clients that have disconnected */
+  JOB_STORE = 4,
+  JOB_STORE_TIDILY = 8,
+  JOB_END = 16,                 /* after all other jobs */
+};
+
+static void
+ask_storer (unsigned job)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
+  jobs |= job;
+  pthread_cond_broadcast (&changed);
+}
+
+/* Wait for jobs.  *asked: the stores that JOB_SETTLE is for. */
+static unsigned
+take_jobs (unsigned *asked)
+{
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
+  while (jobs == 0)
+    pthread_cond_wait (&changed, &lock);
+  const unsigned mine = jobs;
+
+  jobs = 0;
+  *asked = stores_asked;
+  return mine;
+}
+
+static void
+settle (unsigned asked)
+{
+  disk_settle (options.disk);
+
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
+  stores_done = asked;
+  pthread_cond_broadcast (&changed);
+}
+
+static void *
+storer_main (void *unused)
+{
+  unsigned mine, asked;
+
+  (void) unused;
+  report_limit_thread ();
+  do {
+    mine = take_jobs (&asked);
+    if (mine & JOB_TIDY)
+      disk_tidy (options.disk, false);
+    if (mine & JOB_SETTLE)
+      settle (asked);
+    if (mine & (JOB_STORE | JOB_STORE_TIDILY))
+      disk_sync (options.disk); /* If this fails, disk_stop reports it. */
+    if (mine & JOB_STORE_TIDILY)
+      disk_tidy (options.disk, true);
+  } while (!(mine & JOB_END));
+  return NULL;
+}
+
+static void
+end_storer (void)
+{
+  if (!has_storer)
+    return;
+  ask_storer (JOB_END);
+  pthread_join (storer, NULL);
+  has_storer = false;
+}
 
 /* Sleep until there is something to do.  True if that is to stop. */
 static bool
@@ -144,31 +227,12 @@ wait_to_be_asked (void)
   eventfd_t ignored;
 
   if (poll (fds, 2, disk_tidy_ms (options.disk)) == 0)
-    disk_tidy (options.disk, false);
+    ask_storer (JOB_TIDY);
   if (fds[1].revents != 0)
     eventfd_read (wake_fd, &ignored);
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
   return is_asked || fds[0].revents != 0;
-}
-
-/* Store for clients that have disconnected, if any. */
-static void
-store_for_leavers (void)
-{
-  unsigned asked;
-
-  {
-    ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
-    if (stores_asked == stores_done)
-      return;
-    asked = stores_asked;
-  }
-  disk_settle (options.disk);
-
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
-  stores_done = asked;
-  pthread_cond_broadcast (&changed);
 }
 
 /* Wait until no request or command is under way.  False if one still is at
@@ -192,6 +256,21 @@ requests_end (int64_t until)
   return true;
 }
 
+/* The same, and let nbdkit quit if that takes too long. */
+static void
+wait_for_requests (int64_t began)
+{
+  for (int64_t ms = STUCK_MS; ms < PATIENCE_MS; ms += STUCK_STORE_MS) {
+    if (requests_end (began + ms))
+      return;
+    ask_storer (JOB_STORE_TIDILY);
+  }
+  if (requests_end (began + PATIENCE_MS))
+    return;
+  nbdkit_shutdown ();
+  requests_end (INT64_MAX);
+}
+
 static void
 stop (int64_t began)
 {
@@ -203,17 +282,13 @@ stop (int64_t began)
     nbd_server_begin_stop (options.server, GRACE_MS);
   if (options.control != NULL)
     control_begin_stop (options.control, GRACE_MS);
-  disk_sync (options.disk);     /* If this fails, disk_stop reports it. */
-  if (!requests_end (began + PATIENCE_MS)) {
-    disk_sync (options.disk);
-    disk_tidy (options.disk, true);
-    nbdkit_shutdown ();
-    requests_end (INT64_MAX);
-  }
+  ask_storer (JOB_STORE);
+  wait_for_requests (began);
   if (options.server != NULL)
     nbd_server_stop (options.server, GRACE_MS);
   if (options.control != NULL)
     control_stop (options.control, GRACE_MS);
+  end_storer ();
   r = disk_stop (options.disk);
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
@@ -288,7 +363,7 @@ stopper_main (void *unused)
   (void) unused;
   report_limit_thread ();
   while (!wait_to_be_asked ())
-    store_for_leavers ();
+    ;
   began = now_ms ();
   stop (began);
   make_nbdkit_end (began);
@@ -350,7 +425,8 @@ stop_start (const struct stop_options *o)
   options = *o;
   if (make_eventfds () == -1)
     return -1;
-  if (start_thread (&stopper, stopper_main, &has_stopper) == -1 ||
+  if (start_thread (&storer, storer_main, &has_storer) == -1 ||
+      start_thread (&stopper, stopper_main, &has_stopper) == -1 ||
       (options.nbdkit_answers &&
        start_thread (&sleeper, sleeper_main, &has_sleeper) == -1))
     return -1;
@@ -370,7 +446,8 @@ stop_store (void)
 
   if (!has_stopper)
     return;
-  eventfd_write (wake_fd, 1);
+  jobs |= JOB_SETTLE;
+  pthread_cond_broadcast (&changed);
   while ((int) (stores_done - mine) < 0 && !is_stopped)
     pthread_cond_wait (&changed, &lock);
 }
@@ -378,8 +455,10 @@ stop_store (void)
 int
 stop_finish (void)
 {
-  if (!has_stopper)
+  if (!has_stopper) {
+    end_storer ();
     return 0;
+  }
   {
     ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&lock);
     is_asked = is_finishing = true;
