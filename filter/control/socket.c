@@ -16,8 +16,9 @@
  * client is disconnected when it has EVENT_BYTES of them to receive.
  *
  * A client that has shut down its sending side gets the replies to all that it
- * sent before; then it is disconnected.  If it vanishes, what it sent is
- * executed all the same, as far as it was received whole.
+ * sent before; then it is disconnected.  If it vanishes, the first reply that
+ * cannot be sent ends it: that command was executed, and what it sent after
+ * that is not.
  *
  * A client that comes when there are MAX_CLIENTS is told so, and disconnected:
  * for people and scripts that is better than to wait for an unknown time.
