@@ -554,7 +554,7 @@ static int
 write_part (struct worker *w)
 {
   struct connection *c = w->connection;
-  const uint64_t began = stats_begin (c->server->service.stats);
+  const uint64_t began = stats_now (c->server->service.stats);
   int r, err;
 
   c->team.until_sample = 0;
@@ -563,7 +563,7 @@ write_part (struct worker *w)
                   w->part.offset, false);
   err = errno;
   pace_end (w);
-  w->spent += stats_begin (c->server->service.stats) - began;
+  w->spent += stats_now (c->server->service.stats) - began;
   return r == 0 ? 0 : err;
 }
 

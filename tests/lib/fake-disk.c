@@ -193,6 +193,25 @@ disk_can (const struct disk *d)
   };
 }
 
+/* For delta.c. */
+int
+disk_check_range (const struct disk *d, uint64_t count, uint64_t offset)
+{
+  if (!range_exceeds (offset, count, d->size))
+    return 0;
+  errno = EINVAL;
+  return -1;
+}
+
+int
+disk_check_extent (const struct disk *d, uint64_t offset, uint64_t limit)
+{
+  if (limit > offset)
+    return disk_check_range (d, limit - offset, offset);
+  errno = EINVAL;
+  return -1;
+}
+
 /* What every operation begins and ends with. */
 static int
 begin (struct disk *d, enum fake_op op, uint64_t offset, uint64_t count)
