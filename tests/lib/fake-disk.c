@@ -530,6 +530,13 @@ disk_view_put (struct disk_view *v)
     abort ();
 }
 
+bool
+disk_view_is_dirty_only (const struct disk_view *v)
+{
+  (void) v;
+  return false;
+}
+
 const char *
 disk_view_name (const struct disk_view *v)
 {
