@@ -267,6 +267,7 @@ open_image_beside (struct storage *s)
     }
     if (bitmaps_file_create (f, container_size (s->beside)) == -1)
       return NULL;
+    bitmaps_file_compare_times (f, &s->file);
   }
   return bitmaps_file_container (f, f->readonly || s->beside->readonly);
 }

@@ -26,7 +26,7 @@
  * did not, the context is closed, and nothing was read from it or written to
  * it.
  *
- * The tail is the end of the container that a context does not reach.  If
+ * The tail is the end of an image that a context does not reach.  If
  * requests must be of whole blocks (a plugin's minimum block size, or
  * nbdkit's blocksize filter), the last bytes may not fill a block.  They are
  * read once, at the start, and kept in memory.  A write to them extends the
@@ -175,6 +175,16 @@ begin_change (struct next *n, uint64_t end, struct use *u)
   }
 }
 
+/* The last block of a disk may end beyond the disk, which never grows.  A
+ * plugin that takes only whole blocks refuses what is left.
+ */
+static uint64_t
+clip_to_disk (struct next *n, uint64_t count, uint64_t offset)
+{
+  return n->is_disk ? min_u64 (count, current_context (n)->size - offset)
+    : count;
+}
+
 static int
 next_pwrite (struct container *c, const void *buf, size_t count,
              uint64_t offset)
@@ -183,6 +193,7 @@ next_pwrite (struct container *c, const void *buf, size_t count,
   struct use u;
   int r;
 
+  count = clip_to_disk (n, count, offset);
   if (begin_change (n, offset + count, &u) == -1)
     return -1;
   r = context_pwrite (u.context, buf, count, offset);
@@ -241,6 +252,7 @@ next_zero (struct container *c, uint64_t count, uint64_t offset, bool punch)
   struct use u;
   int64_t done = 0;
 
+  count = clip_to_disk (n, count, offset);
   if (begin_change (n, offset + count, &u) == -1)
     return -1;
   while (count > 0 && done != -1) {
@@ -695,6 +707,8 @@ container_open_next (const struct container_next_options *options)
   if (n == NULL)
     return NULL;
   ctx = open_first_context (n, readonly);
+  if (ctx != NULL && n->is_disk)
+    ctx->size = ctx->plugin_size;
   if (ctx == NULL || find_tail (n, ctx) == -1) {
     context_close_all (ctx);
     free_next (n);

@@ -16,6 +16,7 @@ static struct {
   int fd;
   int opens;                    /* contexts open this file, else that */
   uint32_t minimum, maximum;
+  bool takes_parts;             /* of blocks, whatever it says */
   int write, flush, zero, cache, trim, fast_zero, extents, fua;
   bool stale_size;              /* new contexts see the size of the first */
   int64_t first_size;
@@ -183,7 +184,8 @@ begin_request (nbdkit_next *next, uint32_t count, uint64_t offset,
   assert_int_equal (c->asked & asked, asked);
   assert_true (count > 0 && offset <= (uint64_t) c->size &&
                count <= c->size - offset);
-  if (offset % fake.minimum != 0 || count % fake.minimum != 0) {
+  if (!fake.takes_parts &&
+      (offset % fake.minimum != 0 || count % fake.minimum != 0)) {
     *err = EINVAL;
     return -1;
   }
