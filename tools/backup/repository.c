@@ -323,10 +323,12 @@ repository_open (struct repository *r, const char *path,
   memset (r, 0, sizeof *r);
   r->path = path;
   r->fd = -1;
-  if (mode == REPOSITORY_CREATE && mkdir (path, 0777) == -1 &&
-      errno != EEXIST) {
-    report_error ("%s: %m", path);
-    return -1;
+  if (mode == REPOSITORY_CREATE) {
+    r->is_new = mkdir (path, 0777) == 0;
+    if (!r->is_new && errno != EEXIST) {
+      report_error ("%s: %m", path);
+      return -1;
+    }
   }
   r->fd = open (path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
   if (r->fd == -1) {
@@ -342,8 +344,12 @@ repository_open (struct repository *r, const char *path,
 void
 repository_close (struct repository *r)
 {
+  /* The folder has no list: nothing of a backup that failed is to stay. */
+  if (r->is_new)
+    rmdir (r->path);
   if (r->fd != -1)
     close (r->fd);
+  r->is_new = false;
   r->fd = -1;
   free (r->bitmap);
   free (r->points);
@@ -430,8 +436,21 @@ write_list (const struct repository *r, json_t *list)
   return -1;
 }
 
+/* The folder is in its own folder, durably. */
+static int
+sync_name (const struct repository *r)
+{
+  CLEANUP_CLOSE int fd = openat (r->fd, "..",
+                                 O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+
+  if (fd != -1 && fsync (fd) == 0)
+    return 0;
+  report_error ("%s/..: fsync: %m", r->path);
+  return -1;
+}
+
 int
-repository_save (const struct repository *r)
+repository_save (struct repository *r)
 {
   json_t *list = list_to_json (r);
   int result;
@@ -440,9 +459,16 @@ repository_save (const struct repository *r)
     report_error ("%s: cannot make the list of points", r->path);
     return -1;
   }
+  if (r->is_new && sync_name (r) == -1) {
+    json_decref (list);
+    return -1;
+  }
   result = write_list (r, list);
   json_decref (list);
-  return result == -1 ? -1 : sync_folder (r);
+  if (result == -1)
+    return -1;
+  r->is_new = false;
+  return sync_folder (r);
 }
 
 int

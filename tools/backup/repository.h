@@ -43,6 +43,7 @@ enum repository_mode {
 struct repository {
   const char *path;             /* the caller's */
   int fd;                       /* of the folder, locked */
+  bool is_new;                  /* we made the folder, and it has no list */
   char id[REPOSITORY_ID_CHARS + 1]; /* random; kept for ever */
   char *bitmap;                 /* whose changes the next point has; or NULL */
   struct point *points;
@@ -57,10 +58,14 @@ struct repository {
 
 extern int repository_open (struct repository *, const char *path,
                             enum repository_mode);
+
+/* Remove the folder, too, if it was made by repository_open and nothing was
+ * saved.
+ */
 extern void repository_close (struct repository *);
 
 /* Put the list into the place of the old one, durably. */
-extern int repository_save (const struct repository *);
+extern int repository_save (struct repository *);
 
 /* Set the bitmap's name. */
 extern int repository_set_bitmap (struct repository *, const char *name);
