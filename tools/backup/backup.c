@@ -485,7 +485,7 @@ add_point (struct backup *b)
 
   decide (b);
   if (b->is_full && b->reason[0] != '\0')
-    tell (b, "all of the disk is copied: %s", b->reason);
+    report_warning ("all of the disk is copied: %s", b->reason);
   p = repository_add (r);
   if (p == NULL)
     return -1;
