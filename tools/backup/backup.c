@@ -327,8 +327,9 @@ tell_next (const struct backup *b)
   if (b->settings->control != NULL)
     return;
   if (b->bitmap == NULL)
-    tell (b, "for an increment next time, add a bitmap before the disk is "
-          "written again, when the image is not in use:\n"
+    tell (b, "there is no bitmap; the first point that is made with one is "
+          "full, and those after it are increments.  To add one, when the "
+          "image is not in use:\n"
           "    qemu-img bitmap --add IMAGE backup-%s", b->repository.id);
   else
     tell (b, "let the bitmap begin anew before the disk is written again, "
@@ -472,7 +473,7 @@ store_point (struct backup *b, struct point *p)
   }
   if (repository_name_file (r, p) == -1)
     return -1;
-  if (b->bitmap != NULL && repository_set_bitmap (r, b->bitmap) == -1)
+  if (repository_set_bitmap (r, b->bitmap) == -1)
     return -1;
   return repository_save (r);
 }

@@ -474,9 +474,9 @@ repository_save (struct repository *r)
 int
 repository_set_bitmap (struct repository *r, const char *name)
 {
-  char *copy = strdup (name);
+  char *copy = name != NULL ? strdup (name) : NULL;
 
-  if (copy == NULL) {
+  if (name != NULL && copy == NULL) {
     report_error ("strdup: %m");
     return -1;
   }

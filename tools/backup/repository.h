@@ -67,7 +67,7 @@ extern void repository_close (struct repository *);
 /* Put the list into the place of the old one, durably. */
 extern int repository_save (struct repository *);
 
-/* Set the bitmap's name. */
+/* Set the bitmap's name, or NULL. */
 extern int repository_set_bitmap (struct repository *, const char *name);
 
 /* Add a point at the end, with its number and file name and all else zero. */
