@@ -60,7 +60,7 @@ struct backup {
   bool is_open;
   char *bitmap;                 /* its name, or NULL: there is none */
   char *export;                 /* of the view, or NULL */
-  char reason[256];             /* why all is copied; "" if that is no news */
+  char reason[1280];            /* why all is copied; "" if that is no news */
   bool is_full;
 };
 
@@ -89,11 +89,16 @@ last_point (const struct backup *b)
   return r->nr_points == 0 ? NULL : &r->points[r->nr_points - 1];
 }
 
+__attribute__ ((format (printf, 2, 3)))
 static void
-copy_all_since (struct backup *b, const char *reason)
+copy_all_since (struct backup *b, const char *fmt, ...)
 {
+  va_list args;
+
   b->is_full = true;
-  snprintf (b->reason, sizeof b->reason, "%s", reason);
+  va_start (args, fmt);
+  vsnprintf (b->reason, sizeof b->reason, fmt, args);
+  va_end (args);
 }
 
 /* Can an increment by this bitmap lie over the last point?  The size of the
@@ -104,24 +109,20 @@ decide (struct backup *b)
 {
   const struct point *last = last_point (b);
   const char *bitmap = b->repository.bitmap;
-  char reason[256];
 
-  if (last == NULL)
-    copy_all_since (b, "");
+  if (last == NULL) {
+    b->is_full = true;
+    b->reason[0] = '\0';
+  }
   else if (b->is_full)
     return;
-  else if (last->disk_bytes != b->source.size) {
-    snprintf (reason, sizeof reason, "the disk had %" PRIu64 " bytes at the "
-              "last point, and has %" PRIu64 " now", last->disk_bytes,
-              b->source.size);
-    copy_all_since (b, reason);
-  }
-  else if (bitmap == NULL || strcmp (bitmap, b->bitmap) != 0) {
-    snprintf (reason, sizeof reason, "the last point was made with %s%.150s",
-              bitmap != NULL ? "the bitmap " : "no bitmap",
-              bitmap != NULL ? bitmap : "");
-    copy_all_since (b, reason);
-  }
+  else if (last->disk_bytes != b->source.size)
+    copy_all_since (b, "the disk had %" PRIu64 " bytes at the last point, and "
+                    "has %" PRIu64 " now", last->disk_bytes, b->source.size);
+  else if (bitmap == NULL)
+    copy_all_since (b, "the last point was made with no bitmap");
+  else if (strcmp (bitmap, b->bitmap) != 0)
+    copy_all_since (b, "the last point was made with the bitmap %s", bitmap);
 }
 
 static int
@@ -236,9 +237,9 @@ take_begun (struct backup *b, const json_t *begun)
     return -1;
   }
   if (strcmp (action, "created") == 0)
-    copy_all_since (b, "the disk did not have the repository's bitmap");
+    copy_all_since (b, "the disk did not have the bitmap %s", b->bitmap);
   else if (strcmp (action, "recreated") == 0)
-    copy_all_since (b, "the repository's bitmap was inconsistent");
+    copy_all_since (b, "the bitmap %s was inconsistent", b->bitmap);
   return 0;
 }
 
@@ -297,8 +298,8 @@ choose_bitmap (struct backup *b, const struct source_names *names)
     return -1;
   }
   if (wanted != NULL)
-    copy_all_since (b, "the server does not offer the repository's bitmap: "
-                    "it is missing, or inconsistent");
+    copy_all_since (b, "the server does not offer the bitmap %s: it is "
+                    "missing, or inconsistent", wanted);
   else
     copy_all_since (b, "the server offers no bitmap");
   return 0;
