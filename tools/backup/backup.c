@@ -316,7 +316,7 @@ begin_without_control (struct backup *b)
   r = choose_bitmap (b, &names);
   source_free_names (&names);
   if (r == 0)
-    tell (b, "the disk must not be written while it is copied: without "
+    tell (b, "warning: the disk must not be written while it is copied: without "
           "--control there is no view of one moment");
   return r;
 }
