@@ -163,7 +163,6 @@ call (struct backup *b, const char *command, json_t *arguments)
   return result;
 }
 
-/* backup-end.  Its failure is reported. */
 static int
 end_backup (struct backup *b, bool success)
 {
@@ -174,6 +173,32 @@ end_backup (struct backup *b, bool success)
   b->has_begun = false;
   json_decref (result);
   return result == NULL ? -1 : 0;
+}
+
+static int
+end_as_success (struct backup *b)
+{
+  struct report_hold hold;
+  int r;
+
+  report_hold_begin (&hold);
+  r = end_backup (b, true);
+  report_hold_end (&hold);
+  if (r == -1)
+    report_error ("the point is stored, but the bitmap has not lost what it "
+                  "has, and the next point has that again: %s", hold.text);
+  return r;
+}
+
+/* The reason why is told already.  If the server is gone, so is the backup. */
+static void
+end_as_failure (struct backup *b)
+{
+  struct report_hold hold;
+
+  report_hold_begin (&hold);
+  end_backup (b, false);
+  report_hold_end (&hold);
 }
 
 /* End a backup of our bitmap that an earlier run has begun.  The repository is
@@ -531,12 +556,7 @@ make_backup (struct backup *b)
        : begin_without_control (b)) == -1 ||
       open_source (b) == -1 || add_point (b) == -1)
     return -1;
-  if (b->has_begun && end_backup (b, true) == -1) {
-    report_error ("the point is stored, but the bitmap has not lost what it "
-                  "has: the next one will copy that again");
-    return -1;
-  }
-  return 0;
+  return b->has_begun ? end_as_success (b) : 0;
 }
 
 int
@@ -552,7 +572,7 @@ command_backup (const struct settings *settings, const char *uri,
   if (b.is_open)
     source_close (&b.source);
   if (b.has_begun)
-    end_backup (&b, false);
+    end_as_failure (&b);
   if (r == 0) {
     print_result (&b);
     tell_next (&b);
