@@ -178,6 +178,9 @@ source_list_bitmaps (const char *uri, struct source_names *names)
   r = nbd_add_meta_context (nbd, SOURCE_BITMAP_PREFIX) == -1 ? -1
     : nbd_opt_list_meta_context (nbd, (nbd_context_callback) {
         .callback = keep_name, .user_data = names });
+  /* It has no structured replies, so no contexts either. */
+  if (r == -1 && nbd_get_errno () == ENOTSUP)
+    r = 0;
   if (r == -1) {
     nbd_failed ();
     source_free_names (names);
