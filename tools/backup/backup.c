@@ -375,7 +375,8 @@ choose_cluster_bits (const struct backup *b, const struct runs *dirty)
   for (size_t i = 0; dirty != NULL && i < dirty->nr; ++i)
     if (dirty->run[i].end != b->source.size)
       edges |= dirty->run[i].end;
-  while (bits > MIN_CLUSTER_BITS && edges % (UINT64_C (1) << bits) != 0)
+  while (bits > MIN_CLUSTER_BITS && edges % (UINT64_C (1) << bits) != 0 &&
+         UINT64_C (1) << (bits - 1) >= b->source.min_request)
     bits--;
   /* The L1 table has to be of at most 32 MiB. */
   while (bits < MAX_CLUSTER_BITS &&

@@ -5,9 +5,11 @@
 
 /* Copying with several connections.
  *
- * Each connection has a thread of its own, which takes requests from the plan,
- * keeps up to DEPTH of them in flight, and gives what comes to the sink.  The
- * thread that called waits, and tells how far it is.
+ * Each connection has a thread of its own, which takes parts from the plan,
+ * keeps up to DEPTH of them in flight, and gives what comes to the sink.  A
+ * part is of whole units of the sink.  It is read by several requests if the
+ * server takes only smaller ones.  The thread that called waits, and tells how
+ * far it is.
  */
 
 #include <config.h>
@@ -28,7 +30,7 @@
 #include "common/report.h"
 
 #define DEPTH 16
-#define REQUEST_BYTES ((uint64_t) 1 << 20)
+#define PART_BYTES ((uint64_t) 1 << 20)
 #define POLL_MS 200
 
 struct copy {
@@ -36,7 +38,7 @@ struct copy {
   const struct plan *plan;
   const struct copy_sink *sink;
   struct progress *progress;
-  uint64_t request_bytes;
+  uint64_t part_bytes;
 
   pthread_mutex_t lock;         /* protects the rest */
   pthread_cond_t ended;
@@ -48,11 +50,12 @@ struct copy {
 };
 
 struct slot {
-  void *buf;
+  uint8_t *buf;
   uint64_t offset;
   uint32_t count;
-  bool is_used, is_done;
-  int err;
+  bool is_used;
+  unsigned nr_requests;         /* in flight */
+  int err;                      /* of one that failed, or 0 */
 };
 
 struct thread {
@@ -90,22 +93,22 @@ copy_to_sink (const struct copy_sink *sink, const void *buf, uint64_t count,
     : sink->data (sink->opaque, p + begin, count - begin, offset + begin);
 }
 
-/* The next request.  False if there is none, or none should begin. */
+/* The next part.  False if there is none, or none should begin. */
 static bool
-take_request (struct copy *c, struct piece *request)
+take_part (struct copy *c, struct piece *part)
 {
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->lock);
   const struct piece *p = &c->plan->piece[c->piece];
 
   if (c->failed || is_interrupted || c->piece == c->plan->nr)
     return false;
-  *request = (struct piece) {
+  *part = (struct piece) {
     .offset = p->offset + c->taken,
     .length = p->is_zero ? p->length
-      : min_u64 (p->length - c->taken, c->request_bytes),
+      : min_u64 (p->length - c->taken, c->part_bytes),
     .is_zero = p->is_zero,
   };
-  c->taken += request->length;
+  c->taken += part->length;
   if (c->taken == p->length) {
     c->piece++;
     c->taken = 0;
@@ -118,8 +121,9 @@ keep_result (void *opaque, int *error)
 {
   struct slot *s = opaque;
 
-  s->err = *error;
-  s->is_done = true;
+  if (*error != 0)
+    s->err = *error;
+  s->nr_requests--;
   return 1;
 }
 
@@ -133,26 +137,34 @@ free_slot (struct thread *t)
 }
 
 static int
-begin_read (struct thread *t, struct slot *s, const struct piece *request)
+begin_read (struct thread *t, struct slot *s, const struct piece *part)
 {
   const nbd_completion_callback callback = {
     .callback = keep_result, .user_data = s
   };
+  const uint64_t max = t->copy->source->max_request;
+  uint64_t count;
 
   if (s->buf == NULL)
-    s->buf = malloc (t->copy->request_bytes);
+    s->buf = malloc (t->copy->part_bytes);
   if (s->buf == NULL) {
     report_error ("malloc: %m");
     return -1;
   }
-  s->offset = request->offset;
-  s->count = request->length;
+  s->offset = part->offset;
+  s->count = part->length;
   s->is_used = true;
-  s->is_done = false;
-  if (nbd_aio_pread (t->nbd, s->buf, s->count, s->offset, callback, 0) != -1)
-    return 0;
-  report_error ("%s", nbd_get_error ());
-  return -1;
+  s->err = 0;
+  for (uint64_t at = 0; at < s->count; at += count) {
+    count = min_u64 (max, s->count - at);
+    s->nr_requests++;
+    if (nbd_aio_pread (t->nbd, s->buf + at, count, s->offset + at, callback,
+                       0) == -1) {
+      report_error ("%s", nbd_get_error ());
+      return -1;
+    }
+  }
+  return 0;
 }
 
 /* Have as many reads in flight as there may be. */
@@ -160,13 +172,13 @@ static int
 begin_reads (struct thread *t)
 {
   const struct copy_sink *sink = t->copy->sink;
-  struct piece request;
+  struct piece part;
   struct slot *s;
 
-  while ((s = free_slot (t)) != NULL && take_request (t->copy, &request))
-    if (request.is_zero
-        ? sink->zero (sink->opaque, request.length, request.offset) == -1
-        : begin_read (t, s, &request) == -1)
+  while ((s = free_slot (t)) != NULL && take_part (t->copy, &part))
+    if (part.is_zero
+        ? sink->zero (sink->opaque, part.length, part.offset) == -1
+        : begin_read (t, s, &part) == -1)
       return -1;
   return 0;
 }
@@ -188,7 +200,7 @@ static int
 end_reads (struct thread *t)
 {
   for (unsigned i = 0; i < DEPTH; ++i)
-    if (t->slots[i].is_used && t->slots[i].is_done &&
+    if (t->slots[i].is_used && t->slots[i].nr_requests == 0 &&
         end_read (t, &t->slots[i]) == -1)
       return -1;
   return 0;
@@ -288,16 +300,14 @@ copy_plan (struct source *source, const struct plan *plan,
 {
   struct copy c = {
     .source = source, .plan = plan, .sink = sink, .progress = progress,
-    .request_bytes = round_down (min_u64 (max_u64 (REQUEST_BYTES, sink->unit),
-                                          source->max_request), sink->unit),
+    .part_bytes = max_u64 (PART_BYTES, sink->unit),
     .lock = PTHREAD_MUTEX_INITIALIZER, .ended = PTHREAD_COND_INITIALIZER,
   };
   const unsigned nr_threads = source->nr_connections;
   CLEANUP_FREE struct thread *threads = calloc (nr_threads, sizeof *threads);
 
-  if (threads == NULL || c.request_bytes == 0) {
-    report_error (threads == NULL ? "calloc: %m"
-                  : "the server takes only too small requests");
+  if (threads == NULL) {
+    report_error ("calloc: %m");
     return -1;
   }
   start_threads (&c, threads);

@@ -96,12 +96,16 @@ ask_first (struct source *s)
 {
   struct nbd_handle *nbd = s->nbd[0];
   const int64_t size = nbd_get_size (nbd);
+  const int64_t min = nbd_get_block_size (nbd, LIBNBD_SIZE_MINIMUM);
   const int64_t max = nbd_get_block_size (nbd, LIBNBD_SIZE_MAXIMUM);
 
   if (size == -1)
     return nbd_failed ();
   s->size = size;
+  s->min_request = min > 0 ? (uint64_t) min : 1;
   s->max_request = max > 0 ? (uint64_t) max : MAX_READ_BYTES;
+  s->max_request = max_u64 (round_down (s->max_request, s->min_request),
+                            s->min_request);
   s->has_allocation = nbd_can_meta_context (nbd, SOURCE_ALLOCATION) == 1;
   return 0;
 }

@@ -24,6 +24,7 @@ struct source {
   struct nbd_handle *nbd[SOURCE_MAX_CONNECTIONS];
   unsigned nr_connections;
   uint64_t size;                /* of the disk, bytes */
+  uint64_t min_request;         /* bytes; a read is of multiples of it */
   uint64_t max_request;         /* bytes of a read */
   bool has_allocation;          /* the context base:allocation */
 };
