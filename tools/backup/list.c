@@ -101,15 +101,18 @@ static int
 verify_point (const struct repository *r, size_t i)
 {
   const struct point *p = &r->points[i];
+  struct report_hold hold;
   struct stack s;
   int result;
 
   if (stack_verify_file (r, p) == -1 || stack_open (&s, r, i) == -1)
     return -1;
+  report_hold_begin (&hold);
   result = read_own (&s, p->disk_bytes);
+  report_hold_end (&hold);
   stack_close (&s);
-  if (result == -1 && !is_interrupted)
-    report_error ("%s/%s: cannot be read", r->path, p->file);
+  if (hold.any)
+    report_error ("%s/%s: cannot be read: %s", r->path, p->file, hold.text);
   return result;
 }
 

@@ -92,10 +92,17 @@ check_backing (const struct repository *r, const struct point *p,
                const struct point *below, struct container *c)
 {
   struct qcow2_references references;
+  struct report_hold hold;
   bool good;
+  int result;
 
-  if (qcow2_read_references (c, &references) == -1)
+  report_hold_begin (&hold);
+  result = qcow2_read_references (c, &references);
+  report_hold_end (&hold);
+  if (result == -1) {
+    report_error ("%s/%s: %s", r->path, p->file, hold.text);
     return -1;
+  }
   good = has_backing (&references, below);
   qcow2_free_references (&references);
   if (good)
@@ -113,6 +120,7 @@ open_image (struct stack_image *image, const struct repository *r,
   const struct qcow2_options options = {
     .readonly = true, .cache_size = CACHE_BYTES, .backing.image = backing,
   };
+  struct report_hold hold;
 
   image->fd = open_point (r, p);
   if (image->fd == -1)
@@ -122,9 +130,13 @@ open_image (struct stack_image *image, const struct repository *r,
     report_error ("%s/%s: %m", r->path, p->file);
     return -1;
   }
-  if (check_backing (r, p, below, image->container) == -1 ||
-      (image->qcow2 = qcow2_open (image->container, &options)) == NULL) {
-    report_error ("%s/%s: cannot be opened", r->path, p->file);
+  if (check_backing (r, p, below, image->container) == -1)
+    return -1;
+  report_hold_begin (&hold);
+  image->qcow2 = qcow2_open (image->container, &options);
+  report_hold_end (&hold);
+  if (image->qcow2 == NULL) {
+    report_error ("%s/%s: %s", r->path, p->file, hold.text);
     return -1;
   }
   if (qcow2_size (image->qcow2) >= p->disk_bytes)
