@@ -226,23 +226,20 @@ end_earlier_backup (struct backup *b)
   return r;
 }
 
-/* The bitmap that is ours, unless the user names one. */
+/* Use this bitmap, or that of the repository if it is NULL. */
 static int
-name_bitmap (struct backup *b)
+use_bitmap (struct backup *b, const char *name)
 {
-  const struct repository *r = &b->repository;
-  int n;
-
-  if (b->settings->bitmap != NULL)
-    n = asprintf (&b->bitmap, "%s", b->settings->bitmap);
-  else if (r->bitmap != NULL)
-    n = asprintf (&b->bitmap, "%s", r->bitmap);
-  else
-    n = asprintf (&b->bitmap, "backup-%s", r->id);
-  if (n != -1)
+  if ((name != NULL ? asprintf (&b->bitmap, "%s", name)
+       : asprintf (&b->bitmap, "backup-%s", b->repository.id)) == -1) {
+    b->bitmap = NULL;
+    report_error ("asprintf: %m");
+    return -1;
+  }
+  if (repository_takes_name (b->bitmap))
     return 0;
-  b->bitmap = NULL;
-  report_error ("asprintf: %m");
+  report_error ("a bitmap with this name cannot be used: it is empty, too "
+                "long, or has control characters");
   return -1;
 }
 
@@ -274,7 +271,8 @@ begin_with_control (struct backup *b)
   json_t *begun;
   int r;
 
-  if (name_bitmap (b) == -1)
+  if (use_bitmap (b, b->settings->bitmap != NULL ? b->settings->bitmap
+                  : b->repository.bitmap) == -1)
     return -1;
   if (qmp_client_open (&b->control, b->settings->control) == -1) {
     report_error ("%s: %s", b->settings->control, b->control.error != NULL
@@ -315,13 +313,8 @@ choose_bitmap (struct backup *b, const struct source_names *names)
     report_error ("the server does not offer the bitmap %s", wanted);
     return -1;
   }
-  if (name != NULL) {
-    b->bitmap = strdup (name);
-    if (b->bitmap != NULL)
-      return 0;
-    report_error ("strdup: %m");
-    return -1;
-  }
+  if (name != NULL)
+    return use_bitmap (b, name);
   if (wanted != NULL)
     copy_all_since (b, "the server does not offer the bitmap %s: it is "
                     "missing, or inconsistent", wanted);
@@ -346,10 +339,38 @@ begin_without_control (struct backup *b)
   return r;
 }
 
+/* A word for a shell, for free(), or NULL. */
+static char *
+quote (const char *name)
+{
+  char *quoted = malloc (4 * strlen (name) + 3), *p = quoted;
+
+  if (quoted == NULL)
+    return NULL;
+  *p++ = '\'';
+  for (; *name != '\0'; ++name)
+    if (*name == '\'')
+      p = stpcpy (p, "'\\''");
+    else
+      *p++ = *name;
+  strcpy (p, "'");
+  return quoted;
+}
+
+static bool
+needs_quotes (const char *name)
+{
+  return name[0] == '-' ||
+    name[strspn (name, "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_"
+                 "abcdefghijklmnopqrstuvwxyz-.:")] != '\0';
+}
+
 /* What the user has to do for the next increment. */
 static void
 tell_next (const struct backup *b)
 {
+  CLEANUP_FREE char *quoted = NULL;
+
   if (b->settings->control != NULL)
     return;
   if (b->bitmap == NULL)
@@ -357,10 +378,13 @@ tell_next (const struct backup *b)
           "full, and those after it are increments.  To add one, when the "
           "image is not in use:\n"
           "    qemu-img bitmap --add IMAGE backup-%s", b->repository.id);
-  else
+  else {
+    quoted = needs_quotes (b->bitmap) ? quote (b->bitmap) : NULL;
     tell (b, "let the bitmap begin anew before the disk is written again, "
           "when the image is not in use:\n"
-          "    qemu-img bitmap --clear IMAGE %s", b->bitmap);
+          "    qemu-img bitmap --clear IMAGE %s",
+          quoted != NULL ? quoted : b->bitmap);
+  }
 }
 
 /* The clusters of an increment are as small as the bitmap's granules seem to

@@ -41,6 +41,7 @@
 #define NEW_ENDING ".new"
 #define LIST_VERSION 1
 #define MAX_NUMBER 999999
+#define BITMAP_CHARS 1024       /* QEMU's limit */
 
 static void
 name_of_point (char file[POINT_FILE_CHARS], unsigned number)
@@ -68,6 +69,15 @@ damaged (const struct repository *r, const char *why)
   return -1;
 }
 
+static bool
+has_control_characters (const char *s)
+{
+  for (; *s != '\0'; ++s)
+    if ((unsigned char) *s < ' ' || *s == 0x7f)
+      return true;
+  return false;
+}
+
 /* A string of a limited length, without control characters.  False if it is
  * none.
  */
@@ -78,11 +88,8 @@ get_text (const json_t *object, const char *key, char *text, size_t size)
   const char *s = json_string_value (value);
 
   if (s == NULL || json_string_length (value) != strlen (s) ||
-      strlen (s) >= size)
+      strlen (s) >= size || has_control_characters (s))
     return false;
-  for (const char *p = s; *p != '\0'; ++p)
-    if ((unsigned char) *p < ' ' || *p == 0x7f)
-      return false;
   strcpy (text, s);
   return true;
 }
@@ -127,6 +134,15 @@ get_point (const json_t *object, struct point *p)
   return p->is_full || strcmp (type, "increment") == 0;
 }
 
+static bool
+is_listed (const struct repository *r, unsigned number)
+{
+  for (size_t i = 0; i < r->nr_points; ++i)
+    if (r->points[i].number == number)
+      return true;
+  return false;
+}
+
 static int
 parse_points (struct repository *r, const json_t *points)
 {
@@ -151,12 +167,35 @@ parse_points (struct repository *r, const json_t *points)
   return 0;
 }
 
+bool
+repository_takes_name (const char *bitmap)
+{
+  json_t *text = json_string (bitmap); /* NULL if it is not UTF-8 */
+  const bool good = text != NULL && bitmap[0] != '\0' &&
+    strlen (bitmap) < BITMAP_CHARS && !has_control_characters (bitmap);
+
+  json_decref (text);
+  return good;
+}
+
+static int
+parse_merging (struct repository *r, const json_t *merging)
+{
+  uint64_t number;
+
+  if (!get_number (merging, "number", MAX_NUMBER, &number) ||
+      !is_listed (r, number) || !get_checksum (merging, &r->merged))
+    return damaged (r, "the list is damaged");
+  r->merging = number;
+  return 0;
+}
+
 static int
 parse_list (struct repository *r, const json_t *list)
 {
   const json_t *bitmap = json_object_get (list, "bitmap");
   const json_t *merging = json_object_get (list, "merging");
-  uint64_t version, number;
+  uint64_t version;
 
   if (!get_number (list, PROGRAM, UINT32_MAX, &version))
     return damaged (r, "it is not the list of a repository");
@@ -165,18 +204,15 @@ parse_list (struct repository *r, const json_t *list)
   if (!get_text (list, "id", r->id, sizeof r->id) ||
       strspn (r->id, "0123456789abcdef") != REPOSITORY_ID_CHARS ||
       !json_is_array (json_object_get (list, "points")) ||
-      (bitmap != NULL && json_string_value (bitmap) == NULL))
+      (bitmap != NULL && (!json_is_string (bitmap) ||
+                          !repository_takes_name (json_string_value (bitmap)))))
     return damaged (r, "the list is damaged");
   if (bitmap != NULL &&
       repository_set_bitmap (r, json_string_value (bitmap)) == -1)
     return -1;
-  if (merging != NULL) {
-    if (!get_number (merging, "number", MAX_NUMBER, &number) ||
-        !get_checksum (merging, &r->merged))
-      return damaged (r, "the list is damaged");
-    r->merging = number;
-  }
-  return parse_points (r, json_object_get (list, "points"));
+  if (parse_points (r, json_object_get (list, "points")) == -1)
+    return -1;
+  return merging == NULL ? 0 : parse_merging (r, merging);
 }
 
 /* 1 if there is no list. */
@@ -204,15 +240,6 @@ load_list (struct repository *r)
   result = parse_list (r, list);
   json_decref (list);
   return result;
-}
-
-static bool
-is_listed (const struct repository *r, unsigned number)
-{
-  for (size_t i = 0; i < r->nr_points; ++i)
-    if (r->points[i].number == number)
-      return true;
-  return false;
 }
 
 /* Is this what an interrupted run may have left? */

@@ -67,6 +67,9 @@ extern void repository_close (struct repository *);
 /* Put the list into the place of the old one, durably. */
 extern int repository_save (struct repository *);
 
+/* Can the list have this name of a bitmap? */
+extern bool repository_takes_name (const char *bitmap);
+
 /* Set the bitmap's name, or NULL. */
 extern int repository_set_bitmap (struct repository *, const char *name);
 
