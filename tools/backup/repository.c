@@ -114,6 +114,21 @@ get_checksum (const json_t *object, struct checksum *sum)
     strspn (sum->text, "0123456789abcdef") == CHECKSUM_CHARS;
 }
 
+/* A time as repository_time_now has it. */
+static bool
+get_time (const json_t *object, char time[POINT_TIME_CHARS])
+{
+  static const char form[] = "0000-00-00T00:00:00Z";
+
+  if (!get_text (object, "time", time, POINT_TIME_CHARS) ||
+      strlen (time) != strlen (form))
+    return false;
+  for (size_t i = 0; form[i] != '\0'; ++i)
+    if (form[i] == '0' ? time[i] < '0' || time[i] > '9' : time[i] != form[i])
+      return false;
+  return true;
+}
+
 static bool
 get_point (const json_t *object, struct point *p)
 {
@@ -124,7 +139,7 @@ get_point (const json_t *object, struct point *p)
       !get_text (object, "file", p->file, sizeof p->file) ||
       number_of_name (p->file) != number ||
       !get_text (object, "type", type, sizeof type) ||
-      !get_text (object, "time", p->time, sizeof p->time) ||
+      !get_time (object, p->time) ||
       !get_number (object, "disk-bytes", INT64_MAX, &p->disk_bytes) ||
       !get_number (object, "copied-bytes", INT64_MAX, &p->copied_bytes) ||
       !get_checksum (object, &p->sum))

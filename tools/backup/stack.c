@@ -21,10 +21,13 @@
 
 #include "backup/backup.h"
 #include "backup/stack.h"
+#include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/report.h"
 #include "container/container.h"
 #include "qcow2/qcow2.h"
+
+#define SECTOR 512
 
 /* For L2 tables, of each image. */
 #define CACHE_BYTES ((uint64_t) 8 << 20)
@@ -69,7 +72,7 @@ stack_verify_file (const struct repository *r, const struct point *p)
 
   if (fd == -1 || checksum_of (fd, p->file, &sum) == -1)
     return -1;
-  if (strcmp (sum.text, p->sum.text) == 0)
+  if (sum.bytes == p->sum.bytes && strcmp (sum.text, p->sum.text) == 0)
     return 0;
   report_error ("%s/%s: is damaged: its checksum differs", r->path, p->file);
   return -1;
@@ -139,9 +142,11 @@ open_image (struct stack_image *image, const struct repository *r,
     report_error ("%s/%s: %s", r->path, p->file, hold.text);
     return -1;
   }
-  if (qcow2_size (image->qcow2) >= p->disk_bytes)
+  if (p->disk_bytes <= INT64_MAX - SECTOR &&
+      qcow2_size (image->qcow2) == round_up (p->disk_bytes, SECTOR))
     return 0;
-  report_error ("%s/%s: the disk in it is too small", r->path, p->file);
+  report_error ("%s/%s: the disk in it is not of %" PRIu64 " bytes", r->path,
+                p->file, p->disk_bytes);
   return -1;
 }
 
