@@ -522,11 +522,16 @@ store_point (struct backup *b, struct point *p)
     repository_remove_new (r, p);
     return -1;
   }
-  if (repository_name_file (r, p) == -1)
+  if (repository_set_bitmap (r, b->bitmap) == -1 ||
+      repository_name_file (r, p) == -1) {
+    repository_remove_new (r, p);
     return -1;
-  if (repository_set_bitmap (r, b->bitmap) == -1)
+  }
+  if (repository_save (r) == -1) {
+    repository_remove_unlisted (r);
     return -1;
-  return repository_save (r);
+  }
+  return 0;
 }
 
 static int

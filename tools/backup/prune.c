@@ -130,8 +130,10 @@ merge (const struct settings *settings, struct repository *r, size_t i)
     return -1;
   }
   r->merging = p->number;
-  if (repository_save (r) == -1 || repository_name_file (r, p) == -1)
+  if (repository_save (r) == -1 || repository_name_file (r, p) == -1) {
+    repository_remove_new (r, p);
     return -1;
+  }
   r->merging = 0;
   note_merged (r, i);
   return remove_points (r, i);

@@ -305,6 +305,21 @@ look_around (const struct repository *r, bool remove, bool *is_empty)
   return 0;
 }
 
+void
+repository_remove_unlisted (const struct repository *r)
+{
+  struct repository listed = { .path = r->path, .fd = r->fd };
+  struct report_hold hold;
+  bool is_empty;
+
+  report_hold_begin (&hold);
+  if (load_list (&listed) != -1)
+    look_around (&listed, true, &is_empty);
+  report_hold_end (&hold);
+  listed.fd = -1;
+  repository_close (&listed);
+}
+
 static int
 new_id (struct repository *r)
 {

@@ -100,6 +100,12 @@ extern int repository_name_file (const struct repository *,
 extern void repository_remove_new (const struct repository *,
                                    const struct point *);
 
+/* Saving has failed: remove the files of points that the list on disk does not
+ * have, which may be the old one or the new one.  If it cannot be read,
+ * nothing is removed.
+ */
+extern void repository_remove_unlisted (const struct repository *);
+
 /* The time now, as points have it. */
 extern void repository_time_now (char time[POINT_TIME_CHARS]);
 
