@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "backup/commands.h"
+#include "backup/progress.h"
 #include "common/report.h"
 
 atomic_bool is_interrupted;
@@ -51,6 +52,7 @@ send_report (enum report_level level, const char *fmt, va_list args)
 
   if (level == REPORT_DEBUG)
     return;
+  progress_erase ();
   fprintf (stderr, PROGRAM ": %s",
            level == REPORT_WARNING ? "warning: " : "error: ");
   errno = err;

@@ -21,6 +21,9 @@
 #define DRAW_EVERY_NS INT64_C (100000000)
 #define LINE_EVERY_NS INT64_C (10000000000)
 
+/* Is there a bar in the terminal's last line? */
+static atomic_bool is_drawn;
+
 #define NARROWEST 40
 #define MAX_BAR 200
 
@@ -107,7 +110,14 @@ draw (struct progress *p, int64_t now)
   else
     fprintf (stderr, "\r%3.0f %% [%s] %s\033[K", part * 100, bar, text);
   fflush (stderr);
-  p->is_drawn = true;
+  is_drawn = true;
+}
+
+void
+progress_erase (void)
+{
+  if (atomic_exchange (&is_drawn, false))
+    fputs ("\r\033[K", stderr);
 }
 
 void
@@ -134,8 +144,7 @@ progress_end (struct progress *p, bool success)
   const int64_t now = now_ns ();
   char text[160];
 
-  if (p->is_drawn)
-    fprintf (stderr, "\r\033[K");
+  progress_erase ();
   if (p->is_quiet || !success || p->total == 0)
     return;
   describe (p, now, false, text, sizeof text);

@@ -18,7 +18,7 @@ struct progress {
   const char *verb;             /* "copying", say */
   uint64_t total;               /* bytes */
   _Atomic uint64_t done;        /* any thread adds to it */
-  bool is_quiet, is_terminal, is_drawn;
+  bool is_quiet, is_terminal;
   int64_t began_ns, told_ns;
 };
 
@@ -30,6 +30,9 @@ extern void progress_tell (struct progress *);
 
 /* Tell for the last time, with how long it took, or remove the bar. */
 extern void progress_end (struct progress *, bool success);
+
+/* Remove the bar for now, so that something else can be printed. */
+extern void progress_erase (void);
 
 /* Bytes as people read them: "1.5 GiB". */
 #define PROGRESS_SIZE_CHARS 24
