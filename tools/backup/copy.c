@@ -40,13 +40,14 @@ struct copy {
   struct progress *progress;
   uint64_t part_bytes;
 
-  pthread_mutex_t lock;         /* protects the rest */
+  pthread_mutex_t lock;         /* protects what follows */
   pthread_cond_t ended;
   size_t piece;                 /* the next to be taken, from this */
   uint64_t taken;               /* byte of it on */
   unsigned nr_threads;          /* that have not ended */
-  bool failed;
   char reason[512];             /* of the first failure */
+
+  atomic_bool failed;           /* set with the lock held */
 };
 
 struct slot {

@@ -67,11 +67,16 @@ interrupt (int sig)
   is_interrupted = true;
 }
 
-/* The second signal ends the program at once. */
+/* The second signal ends the program at once.  The first one interrupts no
+ * call: what was asked on the control socket has an answer, by which we know
+ * whether there is a backup to be ended.
+ */
 static void
 catch_signals (void)
 {
-  struct sigaction sa = { .sa_handler = interrupt, .sa_flags = SA_RESETHAND };
+  struct sigaction sa = {
+    .sa_handler = interrupt, .sa_flags = SA_RESETHAND | SA_RESTART
+  };
 
   sigaction (SIGINT, &sa, NULL);
   sigaction (SIGTERM, &sa, NULL);

@@ -143,7 +143,9 @@ void
 source_close (struct source *s)
 {
   for (unsigned i = 0; i < s->nr_connections; ++i) {
-    if (nbd_aio_is_ready (s->nbd[i]) == 1)
+    /* A server that does not answer is not waited for. */
+    if (nbd_aio_is_ready (s->nbd[i]) == 1 &&
+        nbd_aio_in_flight (s->nbd[i]) == 0)
       nbd_shutdown (s->nbd[i], 0);
     nbd_close (s->nbd[i]);
   }
