@@ -154,6 +154,7 @@ restore_to_qcow2 (const struct stack *s, uint64_t size, int fd, bool compress,
 /* An NBD export. */
 
 #define NBD_DEPTH 16
+#define POLL_MS 200
 
 struct nbd_target {
   struct nbd_handle *nbd;
@@ -198,9 +199,12 @@ free_write (void *opaque)
 static int
 wait_for_writes (struct nbd_target *t, int max)
 {
-  while (nbd_aio_in_flight (t->nbd) >= max && t->err == 0)
-    if (nbd_poll (t->nbd, -1) == -1)
+  while (nbd_aio_in_flight (t->nbd) >= max && t->err == 0) {
+    if (is_interrupted)
+      return -1;
+    if (nbd_poll (t->nbd, POLL_MS) == -1)
       return nbd_failed ();
+  }
   if (t->err == 0)
     return 0;
   report_error ("cannot write: %s", strerror (t->err));
