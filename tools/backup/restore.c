@@ -344,19 +344,41 @@ choose_format (const struct settings *settings, const char *target,
   return -1;
 }
 
+/* Give a file its name if there is none of that name. */
+static int
+rename_to_new (const char *name, const char *target)
+{
+  if (renameat2 (AT_FDCWD, name, AT_FDCWD, target, RENAME_NOREPLACE) == 0)
+    return 0;
+  if (errno != EINVAL && errno != ENOSYS)
+    return -1;
+  /* The file system does not know that. */
+  if (link (name, target) == -1)
+    return -1;
+  unlink (name);
+  return 0;
+}
+
 /* Give the new file its name, in place of another only if that is wanted. */
 static int
 name_file (const struct settings *settings, const char *name,
            const char *target)
 {
   if ((settings->force ? rename (name, target)
-       : link (name, target)) == -1) {
-    report_error ("%s: %m", target);
-    return -1;
-  }
-  if (!settings->force)
-    unlink (name);
-  return 0;
+       : rename_to_new (name, target)) == 0)
+    return 0;
+  report_error ("%s: %m", target);
+  return -1;
+}
+
+/* As for any new file: mkostemp allows it to the owner alone. */
+static int
+allow_others (int fd)
+{
+  const mode_t mask = umask (0);
+
+  umask (mask);
+  return fchmod (fd, 0666 & ~mask);
 }
 
 static int
@@ -380,9 +402,13 @@ restore_to_file (const struct settings *settings, const struct stack *s,
     report_error ("%s: %m", target);
     return -1;
   }
-  r = is_qcow2
-    ? restore_to_qcow2 (s, size, fd, settings->compress, progress)
-    : restore_to_raw (s, size, fd, progress);
+  r = allow_others (fd);
+  if (r == -1)
+    report_error ("%s: fchmod: %m", target);
+  else
+    r = is_qcow2
+      ? restore_to_qcow2 (s, size, fd, settings->compress, progress)
+      : restore_to_raw (s, size, fd, progress);
   if (r == 0)
     r = name_file (settings, name, target);
   if (r == -1)
