@@ -3,7 +3,8 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* --restore: the disk of a point, to a new file or to an NBD export.
+/* --restore: the disk of a point, to a new file, to a block device, or to an
+ * NBD export.
  *
  * The checksums of all files that are needed are compared first.  A file gets
  * its name when it is whole; with --force it takes the place of another.
@@ -319,6 +320,73 @@ restore_to_nbd (const struct stack *s, uint64_t size, const char *uri,
   return r;
 }
 
+/* A block device, as raw data.  It is not new, so zeroes are written. */
+
+static int
+device_data (void *opaque, const void *buf, uint64_t count, uint64_t offset)
+{
+  if (container_pwrite (opaque, buf, count, offset) == 0)
+    return 0;
+  report_error ("cannot write: %m");
+  return -1;
+}
+
+static int
+device_zeroes (void *opaque, uint64_t count, uint64_t offset)
+{
+  if (container_zero (opaque, count, offset, true) == 0)
+    return 0;
+  report_error ("cannot write zeroes: %m");
+  return -1;
+}
+
+static int
+fill_device (const struct stack *s, uint64_t size, struct container *c,
+             const char *target, struct progress *progress)
+{
+  const struct copy_sink sink = {
+    .opaque = c, .unit = UNIT_BYTES, .data = device_data,
+    .zero = device_zeroes,
+  };
+
+  if (container_size (c) < size) {
+    report_error ("%s: the device has %" PRIu64 " bytes, and the disk %"
+                  PRIu64, target, container_size (c), size);
+    return -1;
+  }
+  if (restore_disk (s, size, &sink, progress) == -1)
+    return -1;
+  if (container_flush (c) == 0)
+    return 0;
+  report_error ("%s: cannot flush: %m", target);
+  return -1;
+}
+
+/* O_EXCL fails if it is mounted. */
+static int
+restore_to_device (const struct settings *settings, const struct stack *s,
+                   uint64_t size, const char *target,
+                   struct progress *progress)
+{
+  CLEANUP_CLOSE int fd = -1;
+  struct container *c;
+  int r;
+
+  if (settings->format != NULL && strcmp (settings->format, "raw") != 0) {
+    report_error ("%s: the format on a device must be raw", target);
+    return -1;
+  }
+  fd = open (target, O_RDWR | O_EXCL | O_CLOEXEC);
+  c = fd == -1 ? NULL : container_open_file_writable (fd);
+  if (c == NULL) {
+    report_error ("%s: %m", target);
+    return -1;
+  }
+  r = fill_device (s, size, c, target, progress);
+  container_close (c);
+  return r;
+}
+
 /* Files. */
 
 static bool
@@ -427,10 +495,25 @@ check_target (const struct settings *settings, const char *target)
 {
   struct stat statbuf;
 
-  if (is_uri (target) || settings->force || lstat (target, &statbuf) == -1)
+  if (is_uri (target) || lstat (target, &statbuf) == -1)
     return 0;
-  report_error ("%s: exists already; --force overwrites it", target);
+  if (!settings->force) {
+    report_error ("%s: exists already; --force overwrites it", target);
+    return -1;
+  }
+  if (stat (target, &statbuf) == -1 || S_ISREG (statbuf.st_mode) ||
+      S_ISBLK (statbuf.st_mode))
+    return 0;
+  report_error ("%s: is neither a file nor a block device", target);
   return -1;
+}
+
+static bool
+is_device (const char *target)
+{
+  struct stat statbuf;
+
+  return stat (target, &statbuf) == 0 && S_ISBLK (statbuf.st_mode);
 }
 
 static int
@@ -455,6 +538,8 @@ restore_point (const struct settings *settings, const struct repository *r,
     return -1;
   progress_begin (&progress, "restored", size, settings->quiet);
   result = is_uri (target) ? restore_to_nbd (&s, size, target, &progress)
+    : is_device (target)
+    ? restore_to_device (settings, &s, size, target, &progress)
     : restore_to_file (settings, &s, size, target, &progress);
   progress_end (&progress, result == 0);
   stack_close (&s);
