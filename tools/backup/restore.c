@@ -278,8 +278,10 @@ open_nbd (struct nbd_target *t, const char *uri, uint64_t size)
   int64_t max;
 
   nbd_set_uri_allow_local_file (t->nbd, true);
-  if (nbd_connect_uri (t->nbd, uri) == -1)
-    return nbd_failed ();
+  if (nbd_connect_uri (t->nbd, uri) == -1) {
+    report_error ("%s: %s", uri, nbd_get_error ());
+    return -1;
+  }
   if (nbd_is_read_only (t->nbd) == 1) {
     report_error ("%s: the export is read-only", uri);
     return -1;

@@ -46,7 +46,7 @@ begin_connection (const char *uri, const char *export)
   nbd_set_uri_allow_local_file (nbd, true);
   if (nbd_set_opt_mode (nbd, true) == -1 || nbd_connect_uri (nbd, uri) == -1 ||
       (export != NULL && nbd_set_export_name (nbd, export) == -1)) {
-    nbd_failed ();
+    report_error ("%s: %s", uri, nbd_get_error ());
     nbd_close (nbd);
     return NULL;
   }
@@ -67,8 +67,10 @@ choose_export (struct nbd_handle *nbd, const struct source_options *o)
   for (size_t i = 0; i < o->nr_contexts; ++i)
     if (nbd_add_meta_context (nbd, o->contexts[i]) == -1)
       return nbd_failed ();
-  if (nbd_opt_go (nbd) == -1)
-    return nbd_failed ();
+  if (nbd_opt_go (nbd) == -1) {
+    report_error ("%s: %s", o->uri, nbd_get_error ());
+    return -1;
+  }
   for (size_t i = 0; i < o->nr_contexts; ++i)
     if (nbd_can_meta_context (nbd, o->contexts[i]) != 1) {
       report_error ("%s: the server does not offer %s", o->uri,
