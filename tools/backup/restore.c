@@ -171,10 +171,12 @@ nbd_failed (void)
   return -1;
 }
 
-/* A write in flight, with its data. */
+/* A request in flight.  None is waited for in libnbd, where a signal would not
+ * be seen.
+ */
 struct write {
   struct nbd_target *target;
-  void *data;
+  void *data;                   /* or NULL */
 };
 
 static int
@@ -212,29 +214,71 @@ wait_for_writes (struct nbd_target *t, int max)
   return -1;
 }
 
-/* libnbd calls free_write when it needs the data no more, also if this
- * fails.
+/* With data if there are any.  libnbd calls free_write when it needs the data
+ * no more, also if a request cannot begin.
  */
+static struct write *
+new_write (struct nbd_target *t, const void *data, uint64_t count,
+           nbd_completion_callback *callback)
+{
+  struct write *w = malloc (sizeof *w);
+  void *copy = data != NULL ? malloc (count) : NULL;
+
+  if (w == NULL || (data != NULL && copy == NULL)) {
+    report_error ("malloc: %m");
+    free (w);
+    free (copy);
+    return NULL;
+  }
+  if (data != NULL)
+    memcpy (copy, data, count);
+  *w = (struct write) { t, copy };
+  *callback = (nbd_completion_callback) {
+    .callback = end_write, .user_data = w, .free = free_write,
+  };
+  return w;
+}
+
 static int
 begin_write (struct nbd_target *t, const void *buf, uint64_t count,
              uint64_t offset)
 {
-  void *copy = malloc (count);
-  struct write *w = malloc (sizeof *w);
-  nbd_completion_callback callback = {
-    .callback = end_write, .user_data = w, .free = free_write,
-  };
+  nbd_completion_callback callback;
+  struct write *w = new_write (t, buf, count, &callback);
 
-  if (copy == NULL || w == NULL) {
-    report_error ("malloc: %m");
-    free (copy);
-    free (w);
+  if (w == NULL)
     return -1;
-  }
-  *w = (struct write) { t, memcpy (copy, buf, count) };
-  if (nbd_aio_pwrite (t->nbd, copy, count, offset, callback, 0) != -1)
+  return nbd_aio_pwrite (t->nbd, w->data, count, offset, callback, 0) != -1
+    ? 0 : nbd_failed ();
+}
+
+static int
+begin_zero (struct nbd_target *t, uint64_t count, uint64_t offset)
+{
+  nbd_completion_callback callback;
+
+  if (wait_for_writes (t, NBD_DEPTH) == -1 ||
+      new_write (t, NULL, 0, &callback) == NULL)
+    return -1;
+  return nbd_aio_zero (t->nbd, count, offset, callback, 0) != -1
+    ? 0 : nbd_failed ();
+}
+
+/* All that was written is durable, if the server can tell. */
+static int
+end_writes (struct nbd_target *t)
+{
+  nbd_completion_callback callback;
+
+  if (wait_for_writes (t, 1) == -1)
+    return -1;
+  if (nbd_can_flush (t->nbd) != 1)
     return 0;
-  return nbd_failed ();
+  if (new_write (t, NULL, 0, &callback) == NULL)
+    return -1;
+  if (nbd_aio_flush (t->nbd, callback, 0) == -1)
+    return nbd_failed ();
+  return wait_for_writes (t, 1);
 }
 
 static int
@@ -263,7 +307,7 @@ nbd_zeroes (void *opaque, uint64_t count, uint64_t offset)
   CLEANUP_FREE uint8_t *zeroes = NULL;
 
   if (t->can_zero)
-    return nbd_zero (t->nbd, count, offset, 0) == -1 ? nbd_failed () : 0;
+    return begin_zero (t, count, offset);
   zeroes = calloc (1, count);
   if (zeroes == NULL) {
     report_error ("calloc: %m");
@@ -313,9 +357,7 @@ restore_to_nbd (const struct stack *s, uint64_t size, const char *uri,
   if (r == 0)
     r = restore_disk (s, size, &sink, progress);
   if (r == 0)
-    r = wait_for_writes (&t, 1);
-  if (r == 0 && nbd_can_flush (t.nbd) == 1 && nbd_flush (t.nbd, 0) == -1)
-    r = nbd_failed ();
+    r = end_writes (&t);
   if (r == 0)
     nbd_shutdown (t.nbd, 0);
   nbd_close (t.nbd);
