@@ -50,7 +50,8 @@ def verify_finds(text, nr_bad):
     assert status == 1 and out == "", err
     found = errors(err)
     assert text in found[0], err
-    assert found[-1].endswith("repo: %d of 4 points are damaged" % nr_bad), err
+    assert found[-1].endswith("repo: %d of 4 points %s damaged" % (
+        nr_bad, "is" if nr_bad == 1 else "are")), err
     assert len(found) == nr_bad + 1, err
 
 

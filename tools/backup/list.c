@@ -143,8 +143,8 @@ command_verify (const struct settings *settings, const char *path)
   }
   progress_end (&progress, nr_bad == 0);
   if (nr_bad > 0 && !is_interrupted)
-    report_error ("%s: %zu of %zu points are damaged", path, nr_bad,
-                  r.nr_points);
+    report_error ("%s: %zu of %zu points %s damaged", path, nr_bad,
+                  r.nr_points, nr_bad == 1 ? "is" : "are");
   else if (settings->json)
     printf ("{\"points\": %zu, \"damaged\": 0}\n", r.nr_points);
   repository_close (&r);

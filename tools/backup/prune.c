@@ -156,8 +156,8 @@ command_prune (const struct settings *settings, const char *path)
   if (result == 0 && settings->json)
     printf ("{\"removed\": %zu, \"points\": %zu}\n", nr, r.nr_points);
   else if (result == 0 && !settings->quiet)
-    fprintf (stderr, PROGRAM ": %zu points removed, %zu kept\n", nr,
-             r.nr_points);
+    fprintf (stderr, PROGRAM ": %zu point%s removed, %zu kept\n", nr,
+             nr == 1 ? "" : "s", r.nr_points);
   repository_close (&r);
   return result;
 }
