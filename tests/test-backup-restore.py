@@ -7,6 +7,7 @@
 with and without zeroes; what the program prints on a terminal and elsewhere;
 and a full disk: one error, and nothing is left."""
 
+import fcntl
 import json
 import os
 import pty
@@ -14,7 +15,9 @@ import re
 import shutil
 import signal
 import stat
+import struct
 import subprocess
+import termios
 import time
 
 import backups
@@ -193,12 +196,9 @@ def to_device():
         harness.run("losetup", "-d", device)
 
 
-def on_terminal(*args, columns=100):
-    """What it prints there."""
+def on_terminal(*args, columns=100, at_bar=lambda: None):
+    """What it prints there.  at_bar is called when it shows a bar."""
     master, slave = pty.openpty()
-    import fcntl
-    import struct
-    import termios
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 25, columns,
                                                        0, 0))
     p = popen(*args, stdout=subprocess.PIPE, stderr=slave)
@@ -212,6 +212,8 @@ def on_terminal(*args, columns=100):
         if not data:
             break
         text += data
+        if b"%" in text:
+            at_bar()
     os.close(master)
     p.communicate()
     text = text.decode()
@@ -236,9 +238,7 @@ def screen(text):
 def output():
     with open("large.raw", "wb") as f:
         f.write(b"\1" * (96 * MIB))
-    server = Server(args=["--filter=error", "--filter=rate", "file",
-                          "large.raw", "rate=300M", "error-pread=EIO",
-                          "error-pread-rate=100%", "error-file=broken"])
+    server = Server(args=["--filter=rate", "file", "large.raw", "rate=300M"])
     for columns in 100, 30:
         status, text = on_terminal(server.uri, "term", columns=columns)
         assert status == 0, text
@@ -256,9 +256,12 @@ def output():
         assert not any("%" in line for line in lines), lines
         shutil.rmtree("term")
     # An error has a line of its own.
-    p = subprocess.Popen(["sh", "-c", "sleep 0.5; touch broken"])
-    status, text = on_terminal(server.uri, "term")
-    p.wait()
+    server.stop()
+    server = Server(args=["--filter=error", "--filter=rate", "file",
+                          "large.raw", "rate=80M", "error-pread=EIO",
+                          "error-pread-rate=100%", "error-file=broken"])
+    status, text = on_terminal(server.uri, "term",
+                               at_bar=lambda: open("broken", "w").close())
     os.unlink("broken")
     assert status == 1, text
     assert re.search(r"\r *\d+ % ", text), text
