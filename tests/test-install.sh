@@ -3,9 +3,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright the nbdkit-dirty-bitmap-filter authors
 
-# make install puts the filter where nbdkit looks for filters, the program
-# nbdkit-dirty-bitmap-ctl and the manual pages beside the others; make
-# uninstall takes all away.
+# make install puts the filter where nbdkit looks for filters, the programs
+# nbdkit-dirty-bitmap-ctl and dirty-bitmap-backup and the manual pages beside
+# the others; make uninstall takes all away.
 
 . "${srcdir:-.}/lib/functions.sh"
 requires make
@@ -28,10 +28,11 @@ case $filterdir in
 esac
 grep -q '/man1/nbdkit-dirty-bitmap-filter\.1$' installed ||
   fail "no manual page"
-grep -q '/bin/nbdkit-dirty-bitmap-ctl$' installed || fail "no program"
-grep -q '/man1/nbdkit-dirty-bitmap-ctl\.1$' installed ||
-  fail "no manual page of the program"
-[ "$(wc -l < installed)" -eq 4 ] || fail "something else is installed too"
+for program in nbdkit-dirty-bitmap-ctl dirty-bitmap-backup; do
+  grep -q "/bin/$program$" installed || fail "no program $program"
+  grep -q "/man1/$program\.1$" installed || fail "no manual page of $program"
+done
+[ "$(wc -l < installed)" -eq 6 ] || fail "something else is installed too"
 
 # What is installed works.
 so=$(find "$d/root" -name nbdkit-dirty-bitmap-filter.so)
@@ -40,6 +41,9 @@ nbdkit --filter="$so" null --help | finds dirty-bitmap= ||
 
 ctl=$(find "$d/root" -name nbdkit-dirty-bitmap-ctl)
 "$ctl" --help | finds KEY=VALUE || fail "the installed program does not run"
+
+backup=$(find "$d/root" -name dirty-bitmap-backup)
+"$backup" --help | finds REPOSITORY || fail "the installed program does not run"
 
 for folder in filter tools; do
   make -C "$build/$folder" uninstall DESTDIR="$d/root" > out 2>&1 ||

@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 # Copyright the nbdkit-dirty-bitmap-filter authors
 
-# The manual pages are well-formed and the filter's has the sections
+# The manual pages are well-formed, and the filter's has the sections
 # that nbdkit's filters have.
 
 . "${srcdir:-.}/lib/functions.sh"
@@ -18,9 +18,12 @@ for section in NAME SYNOPSIS DESCRIPTION EXAMPLES PARAMETERS LIMITATIONS \
   grep -qx "=head1 $section" "$pod" || fail "no section $section"
 done
 
-ctl=$tests/../tools/nbdkit-dirty-bitmap-ctl.pod
-podchecker -warnings -warnings "$ctl" > out 2>&1 || { cat out; fail "$ctl"; }
-if grep -E 'WARNING|ERROR' out; then fail "podchecker warns"; fi
+for page in nbdkit-dirty-bitmap-ctl dirty-bitmap-backup; do
+  page=$tests/../tools/$page.pod
+  podchecker -warnings -warnings "$page" > out 2>&1 ||
+    { cat out; fail "$page"; }
+  if grep -E 'WARNING|ERROR' out; then fail "podchecker warns"; fi
+done
 
 # The formatter has no complaint either (it would add a section).
 pod2man -u --section 1 "$pod" > page.1
