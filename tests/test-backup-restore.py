@@ -85,7 +85,7 @@ def to_files():
     os.symlink("nowhere", "link")
     fails("exists already", "--restore", "repo", "link")
     for name in "folder", "pipe", "/dev/null":
-        fails("is neither a file nor a block device", "--restore", "--force",
+        fails("is not a regular file", "--restore", "--force",
               "repo", name)
         fails("exists already", "--restore", "repo", name)
     fails("must be qcow2 or raw: vdi", "--restore", "--format=vdi", "repo",

@@ -16,6 +16,7 @@
  *   copy.h         copying with several connections
  *   progress.h     telling how far that is
  *   checksum.h     of a file
+ *   new-file.h     a file that gets its name when it is whole
  *
  * Functions return 0, or -1 with the reason reported (common/report.h), unless
  * they say otherwise.

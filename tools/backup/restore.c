@@ -12,7 +12,6 @@
 
 #include <config.h>
 
-#include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -25,6 +24,7 @@
 
 #include "backup/commands.h"
 #include "backup/copy.h"
+#include "backup/new-file.h"
 #include "backup/progress.h"
 #include "backup/prune.h"
 #include "backup/repository.h"
@@ -456,76 +456,21 @@ choose_format (const struct settings *settings, const char *target,
   return -1;
 }
 
-/* Give a file its name if there is none of that name. */
-static int
-rename_to_new (const char *name, const char *target)
-{
-  if (renameat2 (AT_FDCWD, name, AT_FDCWD, target, RENAME_NOREPLACE) == 0)
-    return 0;
-  if (errno != EINVAL && errno != ENOSYS)
-    return -1;
-  /* The file system does not know that. */
-  if (link (name, target) == -1)
-    return -1;
-  unlink (name);
-  return 0;
-}
-
-/* Give the new file its name, in place of another only if that is wanted. */
-static int
-name_file (const struct settings *settings, const char *name,
-           const char *target)
-{
-  if ((settings->force ? rename (name, target)
-       : rename_to_new (name, target)) == 0)
-    return 0;
-  report_error ("%s: %m", target);
-  return -1;
-}
-
-/* As for any new file: mkostemp allows it to the owner alone. */
-static int
-allow_others (int fd)
-{
-  const mode_t mask = umask (0);
-
-  umask (mask);
-  return fchmod (fd, 0666 & ~mask);
-}
-
 static int
 restore_to_file (const struct settings *settings, const struct stack *s,
                  uint64_t size, const char *target, struct progress *progress)
 {
-  CLEANUP_FREE char *name = NULL;
-  CLEANUP_CLOSE int fd = -1;
+  struct new_file f;
   bool is_qcow2;
   int r;
 
-  if (choose_format (settings, target, &is_qcow2) == -1)
+  if (choose_format (settings, target, &is_qcow2) == -1 ||
+      new_file_create (&f, target) == -1)
     return -1;
-  if (asprintf (&name, "%s.new-XXXXXX", target) == -1) {
-    name = NULL;
-    report_error ("asprintf: %m");
-    return -1;
-  }
-  fd = mkostemp (name, O_CLOEXEC);
-  if (fd == -1) {
-    report_error ("%s: %m", target);
-    return -1;
-  }
-  r = allow_others (fd);
-  if (r == -1)
-    report_error ("%s: fchmod: %m", target);
-  else
-    r = is_qcow2
-      ? restore_to_qcow2 (s, size, fd, settings->compress, progress)
-      : restore_to_raw (s, size, fd, progress);
-  if (r == 0)
-    r = name_file (settings, name, target);
-  if (r == -1)
-    unlink (name);
-  return r;
+  r = is_qcow2
+    ? restore_to_qcow2 (s, size, f.fd, settings->compress, progress)
+    : restore_to_raw (s, size, f.fd, progress);
+  return new_file_end (&f, r == 0, settings->force);
 }
 
 static bool
@@ -534,30 +479,21 @@ is_uri (const char *target)
   return strncmp (target, "nbd", 3) == 0 && strstr (target, "://") != NULL;
 }
 
-static int
-check_target (const struct settings *settings, const char *target)
-{
-  struct stat statbuf;
-
-  if (is_uri (target) || lstat (target, &statbuf) == -1)
-    return 0;
-  if (!settings->force) {
-    report_error ("%s: exists already; --force overwrites it", target);
-    return -1;
-  }
-  if (stat (target, &statbuf) == -1 || S_ISREG (statbuf.st_mode) ||
-      S_ISBLK (statbuf.st_mode))
-    return 0;
-  report_error ("%s: is neither a file nor a block device", target);
-  return -1;
-}
-
 static bool
 is_device (const char *target)
 {
   struct stat statbuf;
 
   return stat (target, &statbuf) == 0 && S_ISBLK (statbuf.st_mode);
+}
+
+/* With --force, a block device may be there, too. */
+static int
+check_target (const struct settings *settings, const char *target)
+{
+  if (is_uri (target) || (settings->force && is_device (target)))
+    return 0;
+  return new_file_check (target, settings->force);
 }
 
 static int
