@@ -15,6 +15,7 @@
 #include "backup/backup.h"
 #include "backup/source.h"
 #include "common/bytes.h"
+#include "common/cleanup.h"
 #include "common/report.h"
 
 /* The most that is asked of a context at once.  The protocol's lengths have
@@ -230,71 +231,118 @@ add_run (struct runs *runs, uint64_t end, uint32_t flags)
   return 0;
 }
 
-/* A reply is being received. */
-struct reply {
-  const char *context;
-  struct runs *runs;
-  uint64_t at, limit;           /* the next byte, and the end of the disk */
-  bool failed;
+/* How far each context is known, while the disk is walked. */
+struct walk {
+  const char *const *contexts;
+  size_t nr;
+  uint64_t *known;              /* bytes from the beginning, of each */
+  uint64_t asked, limit;        /* offset of the request, end of the disk */
+  source_extent *extent;
+  void *opaque;
+  bool failed;                  /* extent has */
 };
 
+/* What is known already is said again if another context was behind. */
 static int
 take_extents (void *opaque, const char *context, uint64_t offset,
               uint32_t *entries, size_t nr_entries, int *error)
 {
-  struct reply *r = opaque;
+  struct walk *w = opaque;
+  size_t n = 0;
 
   (void) error;
-  if (strcmp (context, r->context) != 0)
+  while (n < w->nr && strcmp (context, w->contexts[n]) != 0)
+    n++;
+  if (n == w->nr || offset != w->asked)
     return 0;
-  if (offset != r->at)
-    r->failed = true;
-  for (size_t i = 0; !r->failed && i + 1 < nr_entries && r->at < r->limit;
-       i += 2) {
-    const uint64_t length = min_u64 (entries[i], r->limit - r->at);
+  for (size_t i = 0; i + 1 < nr_entries && offset < w->limit; i += 2) {
+    const uint64_t before = max_u64 (offset, w->known[n]);
 
-    if (length == 0)
+    offset += min_u64 (entries[i], w->limit - offset);
+    if (offset <= before)
       continue;
-    r->at += length;
-    if (add_run (r->runs, r->at, entries[i + 1]) == -1)
-      r->failed = true;
+    w->known[n] = offset;
+    w->failed = w->failed ||
+      w->extent (w->opaque, n, before, offset, entries[i + 1]) == -1;
   }
   return 0;
 }
 
+/* The context that is known least far. */
+static size_t
+last_of (const struct walk *w)
+{
+  size_t last = 0;
+
+  for (size_t i = 1; i < w->nr; ++i)
+    if (w->known[i] < w->known[last])
+      last = i;
+  return last;
+}
+
+/* One request, from where something is not known on. */
+static int
+ask_for_extents (struct source *s, struct walk *w)
+{
+  const size_t last = last_of (w);
+  const nbd_extent_callback callback = {
+    .callback = take_extents, .user_data = w
+  };
+
+  w->asked = w->known[last];
+  if (nbd_block_status (s->nbd[0], min_u64 (STATUS_BYTES,
+                                            w->limit - w->asked), w->asked,
+                        callback, 0) == -1)
+    return nbd_failed ();
+  if (w->failed)
+    return -1;
+  if (w->known[last] > w->asked)
+    return 0;
+  report_error ("the server does not say what %s is at offset %" PRIu64,
+                w->contexts[last], w->asked);
+  return -1;
+}
+
 /* Ask for all of the disk, piece by piece.  A server may say less than it was
- * asked, or more.
+ * asked, or more, and not as much of each context.
  */
+int
+source_walk (struct source *s, const char *const *contexts, size_t nr,
+             source_extent *extent, void *opaque)
+{
+  CLEANUP_FREE uint64_t *known = calloc (nr, sizeof *known);
+  struct walk w = {
+    .contexts = contexts, .nr = nr, .known = known, .limit = s->size,
+    .extent = extent, .opaque = opaque,
+  };
+
+  if (known == NULL) {
+    report_error ("calloc: %m");
+    return -1;
+  }
+  while (known[last_of (&w)] < s->size)
+    if (is_interrupted || ask_for_extents (s, &w) == -1)
+      return -1;
+  return 0;
+}
+
+static int
+keep_run (void *opaque, size_t context, uint64_t begin, uint64_t end,
+          uint32_t flags)
+{
+  (void) context;
+  (void) begin;
+  return add_run (opaque, end, flags);
+}
+
 int
 source_runs (struct source *s, const char *context, struct runs *runs)
 {
-  struct reply r = { .context = context, .runs = runs, .limit = s->size };
-
   memset (runs, 0, sizeof *runs);
-  while (r.at < s->size) {
-    const uint64_t before = r.at;
-    const nbd_extent_callback callback = {
-      .callback = take_extents, .user_data = &r
-    };
-    int err = 0;
-
-    if (is_interrupted)
-      err = EINTR;
-    else if (nbd_block_status (s->nbd[0],
-                               min_u64 (STATUS_BYTES, s->size - r.at), r.at,
-                               callback, 0) == -1)
-      err = -nbd_failed ();
-    else if (r.failed || r.at == before) {
-      report_error ("the server does not say what %s is at offset %" PRIu64,
-                    context, before);
-      err = EIO;
-    }
-    if (err != 0) {
-      runs_free (runs);
-      return -1;
-    }
-  }
-  return 0;
+  if (source_walk (s, &context, 1, keep_run, runs) == 0)
+    return 0;
+  runs_free (runs);
+  return -1;
 }
 
 int

@@ -53,6 +53,15 @@ struct source_names {
 extern int source_list_bitmaps (const char *uri, struct source_names *);
 extern void source_free_names (struct source_names *);
 
+/* Tell what contexts say of the whole disk: of each, in order, from its
+ * beginning to its end.  context is an index.  extent returns 0, or -1 with
+ * the reason reported.
+ */
+typedef int source_extent (void *opaque, size_t context, uint64_t begin,
+                           uint64_t end, uint32_t flags);
+extern int source_walk (struct source *, const char *const *contexts,
+                        size_t nr, source_extent *, void *opaque);
+
 /* What a context says of the whole disk.  Neighbours differ. */
 struct run {
   uint64_t end;                 /* it begins where the one before ends */
