@@ -17,6 +17,9 @@
  *   progress.h     telling how far that is
  *   checksum.h     of a file
  *   new-file.h     a file that gets its name when it is whole
+ *   cells.h        a disk as a grid of cells
+ *   picture.h      drawing that
+ *   svg.h          text in a picture
  *
  * Functions return 0, or -1 with the reason reported (common/report.h), unless
  * they say otherwise.

@@ -20,4 +20,8 @@ extern int command_restore (const struct settings *, const char *place,
                             const char *target);
 extern int command_prune (const struct settings *, const char *repository);
 
+/* target is an SVG file, or "-" for stdout. */
+extern int command_map (const struct settings *, const char *uri,
+                        const char *target);
+
 #endif /* DIRTY_BITMAP_BACKUP_COMMANDS_H */

@@ -31,6 +31,7 @@ usage (FILE *f)
          "       " PROGRAM " --verify REPOSITORY\n"
          "       " PROGRAM " --restore REPOSITORY[@N] FILE|URI\n"
          "       " PROGRAM " --prune REPOSITORY --keep=N\n"
+         "       " PROGRAM " --map URI FILE.svg  draw the disk and its bitmaps\n"
          "\n"
          "  --control=SOCKET  of nbdkit's dirty-bitmap filter: copy a view of\n"
          "                    one moment, and let the bitmap begin anew\n"
@@ -84,7 +85,7 @@ catch_signals (void)
   signal (SIGPIPE, SIG_IGN);
 }
 
-enum command { BACKUP, LIST, VERIFY, RESTORE, PRUNE };
+enum command { BACKUP, LIST, VERIFY, RESTORE, PRUNE, MAP };
 
 static const struct {
   const char *name;
@@ -92,7 +93,7 @@ static const struct {
 } commands[] = {
   [BACKUP] = { "a backup", 2 }, [LIST] = { "--list", 1 },
   [VERIFY] = { "--verify", 1 }, [RESTORE] = { "--restore", 2 },
-  [PRUNE] = { "--prune", 1 },
+  [PRUNE] = { "--prune", 1 }, [MAP] = { "--map", 2 },
 };
 
 __attribute__ ((format (printf, 1, 2), noreturn))
@@ -132,6 +133,7 @@ static const struct option options[] = {
   { "json", no_argument, NULL, OPT_JSON },
   { "keep", required_argument, NULL, OPT_KEEP },
   { "list", no_argument, NULL, OPT_COMMAND + LIST },
+  { "map", no_argument, NULL, OPT_COMMAND + MAP },
   { "prune", no_argument, NULL, OPT_COMMAND + PRUNE },
   { "quiet", no_argument, NULL, OPT_QUIET },
   { "restore", no_argument, NULL, OPT_COMMAND + RESTORE },
@@ -174,7 +176,7 @@ take_option (struct settings *s, enum command *command, int c)
   case OPT_VERSION:
     puts (PROGRAM " " PACKAGE_VERSION);
     exit (EXIT_SUCCESS);
-  case OPT_COMMAND + LIST ... OPT_COMMAND + PRUNE:
+  case OPT_COMMAND + LIST ... OPT_COMMAND + MAP:
     if (*command != BACKUP)
       wrong_usage ("%s and %s exclude each other", commands[*command].name,
                    commands[c - OPT_COMMAND].name);
@@ -199,8 +201,18 @@ check_settings (const struct settings *s, enum command command, int nr)
     wrong_usage ("--control is for a backup");
   if (command != BACKUP && s->bitmap != NULL)
     wrong_usage ("--bitmap is for a backup");
-  if (command != RESTORE && (s->format != NULL || s->force))
-    wrong_usage ("--format and --force are for --restore");
+  if (command != RESTORE && s->format != NULL)
+    wrong_usage ("--format is for --restore");
+  if (command != RESTORE && command != MAP && s->force)
+    wrong_usage ("--force is for --restore and --map");
+}
+
+/* Both the picture and the figures would be on stdout. */
+static void
+check_map (const struct settings *s, const char *target)
+{
+  if (s->json && strcmp (target, "-") == 0)
+    wrong_usage ("--json: the picture must have a file, not -");
 }
 
 static int
@@ -215,6 +227,9 @@ run (const struct settings *s, enum command command, char **arguments)
     return command_restore (s, arguments[0], arguments[1]);
   case PRUNE:
     return command_prune (s, arguments[0]);
+  case MAP:
+    check_map (s, arguments[1]);
+    return command_map (s, arguments[0], arguments[1]);
   default:
     return command_backup (s, arguments[0], arguments[1]);
   }
