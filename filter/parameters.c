@@ -68,6 +68,9 @@ const char parameters_help[] =
   "dirty-bitmap-crash=keep|mark   Bitmaps stay complete in a crash, or are\n"
   "                               marked (default: keep).\n"
   "dirty-bitmap-delta=on|off      List the exports delta:BITMAP (default: off).\n"
+  "dirty-bitmap-detect-zeroes=off|on|unmap\n"
+  "                               Take writes of zeroes for requests to zero,\n"
+  "                               which keep or may give up space (default: off).\n"
   "dirty-bitmap-image=FILE        The plugin serves the disk itself. This qcow2\n"
   "                               image has its bitmaps (created if absent).\n"
   "dirty-bitmap-snapshot=NAME_OR_ID\n"
@@ -420,6 +423,26 @@ take_delta (struct parameters *p, const char *key, const char *value)
 }
 
 static int
+take_detect_zeroes (struct parameters *p, const char *key, const char *value)
+{
+  static const char *const words[] = {
+    [DISK_ZEROES_OFF] = "off", [DISK_ZEROES_ON] = "on",
+    [DISK_ZEROES_UNMAP] = "unmap",
+  };
+
+  if (p->detect_zeroes_given)
+    return repeated (key);
+  for (size_t i = 0; i < sizeof words / sizeof words[0]; ++i)
+    if (strcmp (value, words[i]) == 0) {
+      p->detect_zeroes = i;
+      p->detect_zeroes_given = true;
+      return 1;
+    }
+  report_error ("%s: must be off, on or unmap: %s", key, value);
+  return -1;
+}
+
+static int
 take_snapshot (struct parameters *p, const char *key, const char *value)
 {
   if (p->snapshot != NULL)
@@ -605,6 +628,7 @@ parameters_take (struct parameters *p, const char *key, const char *value)
     { "dirty-bitmap-crash", take_crash },
     { "dirty-bitmap-delta", take_delta },
     { "dirty-bitmap-description", take_description },
+    { "dirty-bitmap-detect-zeroes", take_detect_zeroes },
     { "dirty-bitmap-exportname", take_exportname },
     { "dirty-bitmap-expose", take_expose },
     { "dirty-bitmap-granularity", take_granularity },

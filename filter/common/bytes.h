@@ -108,4 +108,18 @@ max_u64 (uint64_t a, uint64_t b)
   return a > b ? a : b;
 }
 
+/* Are all bytes zero?  Most data are not, and are known by their first bytes;
+ * then each byte is compared with the one 16 before it.
+ */
+static inline bool
+bytes_are_zero (const void *buf, size_t count)
+{
+  static const uint8_t zeroes[16];
+  const size_t first = count < sizeof zeroes ? count : sizeof zeroes;
+  const uint8_t *p = buf;
+
+  return memcmp (p, zeroes, first) == 0 &&
+    memcmp (p, p + first, count - first) == 0;
+}
+
 #endif /* DIRTY_BITMAP_BYTES_H */

@@ -97,6 +97,19 @@ image (const struct control_options *o, const struct qcow2_description *d)
                     "dirty-flag", 0, "format-specific", format_specific (d));
 }
 
+static const char *
+detect_zeroes (const struct disk *disk)
+{
+  switch (disk_detect_zeroes (disk)) {
+  case DISK_ZEROES_ON:
+    return "on";
+  case DISK_ZEROES_UNMAP:
+    return "unmap";
+  default:
+    return "off";
+  }
+}
+
 /* QEMU's BlockDeviceInfo.  Nothing limits the speed of the disk. */
 static json_t *
 make_node (const struct control_options *o)
@@ -113,7 +126,7 @@ make_node (const struct control_options *o)
                "file", qmp_string (o->image),
                "ro", disk_is_readonly (o->disk), "encrypted", 0,
                "backing_file_depth", (int) d.nr_backing,
-               "detect_zeroes", "off", "image", image (o, &d),
+               "detect_zeroes", detect_zeroes (o->disk), "image", image (o, &d),
                "write_threshold", 0,
                "bps", 0, "bps_rd", 0, "bps_wr", 0,
                "iops", 0, "iops_rd", 0, "iops_wr", 0,

@@ -283,6 +283,7 @@ disk_open (struct container *c, const struct disk_options *options)
     return NULL;
   }
   d->container = c;
+  d->detect_zeroes = options->detect_zeroes;
   d->view_options.scratch = options->scratch;
   d->view_options.scratch_max = options->scratch_max;
   d->view_options.memory = options->view_memory;
@@ -371,6 +372,12 @@ bool
 disk_is_beside (const struct disk *d)
 {
   return d->beside != NULL;
+}
+
+enum disk_zeroes
+disk_detect_zeroes (const struct disk *d)
+{
+  return d->detect_zeroes;
 }
 
 struct disk_abilities
@@ -477,6 +484,22 @@ end_change (struct disk *d, int r, bool fua, unsigned long lost)
   return data_lost (d) == lost ? 0 : fail_lost ();
 }
 
+/* Zeroes are found here, and not by the server, so that it does not matter
+ * which server it is.  A write ends within few clusters, so it needs no parts
+ * as other zeroing does.
+ */
+static int
+write_data (struct disk *d, const void *buf, uint32_t count, uint64_t offset,
+            bool *durable)
+{
+  if (d->detect_zeroes == DISK_ZEROES_OFF || !d->abilities.zero ||
+      !bytes_are_zero (buf, count))
+    return data_write (d, buf, count, offset, durable);
+  *durable = false;
+  return data_zero (d, count, offset,
+                    d->detect_zeroes == DISK_ZEROES_ON ? QCOW2_ZERO_KEEP : 0);
+}
+
 int
 disk_write (struct disk *d, const void *buf, uint32_t count, uint64_t offset,
             bool fua)
@@ -492,7 +515,7 @@ disk_write (struct disk *d, const void *buf, uint32_t count, uint64_t offset,
   r = begin_change (d, count, offset);
   lost = data_lost (d);
   if (r == 0)
-    r = data_write (d, buf, count, offset, &is_durable);
+    r = write_data (d, buf, count, offset, &is_durable);
   disk_gate_leave (&d->gate, ticket);
   return end_change (d, r, fua && !is_durable, lost);
 }

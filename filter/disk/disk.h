@@ -37,6 +37,14 @@ struct disk_backing {
   const char *path;             /* for messages */
 };
 
+/* What becomes of a write of nothing but zeroes: QEMU's detect-zeroes. */
+enum disk_zeroes {
+  DISK_ZEROES_OFF,              /* it is a write */
+  DISK_ZEROES_ON,               /* zeroes, that leave (or make) the range
+                                   allocated */
+  DISK_ZEROES_UNMAP,            /* zeroes, that may give up its space */
+};
+
 /* Bytes of memory that a view may take, unless the options say so. */
 #define DISK_DEFAULT_VIEW_MEMORY ((uint64_t) 256 << 20)
 
@@ -56,6 +64,7 @@ struct disk_options {
   bool load_all;                /* all bitmaps of the image, to be listed */
 
   bool keep;                    /* a crash costs no bitmap (bitmap/keep.c) */
+  enum disk_zeroes detect_zeroes;
 
   /* Views (view.c): the folder of their scratch files, or NULL if there can
    * be none; how many bytes each may keep there, 0 for no limit; and how much
@@ -108,6 +117,8 @@ extern void disk_close (struct disk *);
 extern uint64_t disk_size (const struct disk *);
 extern bool disk_is_readonly (const struct disk *);
 
+extern enum disk_zeroes disk_detect_zeroes (const struct disk *);
+
 /* What is to be said of the image. */
 extern void disk_describe (const struct disk *, struct qcow2_description *);
 
@@ -133,6 +144,7 @@ extern int disk_read (struct disk *, void *buf, uint32_t count,
 extern int disk_read_chunk (struct disk *, uint64_t offset,
                             struct qcow2_chunk *);
 
+/* With detect_zeroes, one of nothing but zeroes is done as disk_zero. */
 extern int disk_write (struct disk *, const void *buf, uint32_t count,
                        uint64_t offset, bool fua);
 

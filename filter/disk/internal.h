@@ -58,6 +58,7 @@ struct disk {
   struct container *beside;     /* the guest's disk, if the image has only its
                                    bitmaps; else NULL.  The caller's */
   struct disk_abilities abilities;
+  enum disk_zeroes detect_zeroes;
   struct bitmap_set *bitmaps;   /* the image's, sets[0] */
   struct bitmap_set **sets;     /* and those of its backing files */
   uint64_t *sizes;              /* how much of the disk each set covers */
