@@ -63,6 +63,8 @@ const char parameters_help[] =
   "                               (may be repeated, default: all).\n"
   "dirty-bitmap-allow-path=DIR    Folder that backing and data files may be in,\n"
   "                               besides the image's own (may be repeated).\n"
+  "dirty-bitmap-backing=on|off    Serve the image with its backing files, or what\n"
+  "                               it has itself, read-only (default: on).\n"
   "dirty-bitmap-exportname=NAME   Name of the export (default: any name).\n"
   "dirty-bitmap-description=TEXT  Description of the export.\n"
   "dirty-bitmap-crash=keep|mark   Bitmaps stay complete in a crash, or are\n"
@@ -416,6 +418,13 @@ take_image (struct parameters *p, const char *key, const char *value)
 }
 
 static int
+take_backing (struct parameters *p, const char *key, const char *value)
+{
+  return take_either (key, value, "off", "on", &p->is_top_alone,
+                      &p->backing_given);
+}
+
+static int
 take_delta (struct parameters *p, const char *key, const char *value)
 {
   return take_either (key, value, "on", "off", &p->list_deltas,
@@ -623,6 +632,7 @@ parameters_take (struct parameters *p, const char *key, const char *value)
   } table[] = {
     { "dirty-bitmap", take_require },
     { "dirty-bitmap-allow-path", take_allow },
+    { "dirty-bitmap-backing", take_backing },
     { "dirty-bitmap-cache-size", take_cache_size },
     { "dirty-bitmap-control", take_control },
     { "dirty-bitmap-crash", take_crash },
@@ -696,6 +706,11 @@ parameters_complete (struct parameters *p)
     report_error ("dirty-bitmap-image: cannot be used with "
                   "dirty-bitmap-snapshot, which is of the image that the "
                   "plugin serves");
+    return -1;
+  }
+  if (p->is_top_alone && p->image != NULL) {
+    report_error ("dirty-bitmap-backing=off: cannot be used with "
+                  "dirty-bitmap-image, which has no backing file");
     return -1;
   }
   if (p->granularity != 0 && p->require.nr == 0) {

@@ -36,6 +36,7 @@ struct parameters {
   bool list_deltas;             /* dirty-bitmap-delta */
   bool keep;                    /* dirty-bitmap-crash=keep, the default */
   enum disk_zeroes detect_zeroes; /* dirty-bitmap-detect-zeroes */
+  bool is_top_alone;            /* dirty-bitmap-backing=off */
   char *image;                  /* dirty-bitmap-image, absolute, or NULL */
   char *stats;                  /* dirty-bitmap-stats, absolute, or NULL */
   unsigned stats_interval;      /* dirty-bitmap-stats-interval, or 0 */
@@ -52,7 +53,7 @@ struct parameters {
   struct nbd_limits limits;
 
   bool cache_size_given, crash_given, delta_given, server_given;
-  bool idle_timeout_given, detect_zeroes_given;
+  bool idle_timeout_given, detect_zeroes_given, backing_given;
 };
 
 #define PARAMETERS_DEFAULT_CACHE_SIZE ((uint64_t) 40 << 20)

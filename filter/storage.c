@@ -131,6 +131,7 @@ open_chain (struct storage *s, struct container *image, bool readonly)
     .nr_allowed = s->parameters->allow.nr,
     .cache_size = s->parameters->cache_size,
     .is_beside = beside,
+    .is_top_alone = s->parameters->is_top_alone,
     .disk = has_same_bytes (s) ? &disk : NULL,
   };
 

@@ -210,6 +210,7 @@ open_parts (struct disk *d, struct container *c,
     .cache_size = options->cache_size,
     .snapshot = options->snapshot,
     .backing = options->below,
+    .is_top_alone = options->is_top_alone,
     .data_file = options->beside_is_data_file ? options->beside
       : options->data_file,
   };

@@ -83,6 +83,8 @@ struct disk_options {
   struct container *data_file;
   const struct disk_backing *backing;
   size_t nr_backing;
+  bool is_top_alone;            /* the backing files are left out: as in
+                                   struct qcow2_options */
 
   /* The guest's disk is not in the image, which has only the bitmaps, but in
    * another container.  That is the caller's and outlives the disk.  It may

@@ -80,6 +80,7 @@ struct chain {
   struct disk_backing *backing; /* those images that are qcow2 */
   size_t nr_backing;
   bool has_disk;                /* see chain_has_disk */
+  bool is_top_alone;            /* as in the options */
 };
 
 /* The image's name in messages. */
@@ -399,6 +400,17 @@ open_backing_file (struct chain *chain)
   return 0;
 }
 
+static int
+leave_out_backing (const struct chain *chain, const struct chain_image *image)
+{
+  if (chain->options->readonly)
+    return 0;
+  report_error ("%s: dirty-bitmap-backing=off: the image has a backing file, "
+                "and what is written beside its data would be lost: serve it "
+                "read-only (-r)", name_of (image));
+  return invalid (EPERM);
+}
+
 /* Follow the references of the image that was added last, until there
  * are no more.
  */
@@ -425,6 +437,8 @@ follow (struct chain *chain, struct container *c)
                     "a disk cannot have", name_of (image));
       return invalid (EINVAL);
     }
+    if (chain->options->is_top_alone)
+      return leave_out_backing (chain, image);
     if (open_backing_file (chain) == -1)
       return -1;
     c = chain->image[chain->nr_images - 1].file.container;
@@ -502,6 +516,7 @@ init (struct chain *chain, const struct chain_options *options)
   if (top == NULL)
     return -1;
   chain->options = options;
+  chain->is_top_alone = options->is_top_alone;
   chain->nr_images = 1;
   if (options->fd != -1 && fstat (options->fd, &chain->top) == -1) {
     report_error ("fstat: %m");
@@ -572,4 +587,5 @@ chain_give (const struct chain *chain, struct disk_options *o)
   o->data_file = chain->image[0].data.container;
   o->backing = chain->backing;
   o->nr_backing = chain->nr_backing;
+  o->is_top_alone = chain->is_top_alone;
 }

@@ -33,6 +33,13 @@ struct chain_options {
   const char *const *allowed;
   size_t nr_allowed;
 
+  /* The image is served without its backing file, which is not looked for.
+   * For writing that is refused if it has one: a cluster that is written for
+   * the first time would be filled up with zeroes, in place of what the
+   * backing file has there.
+   */
+  bool is_top_alone;
+
   uint64_t cache_size;          /* of the image, bytes */
 
   /* The image is that of dirty-bitmap-image.  Its data file, if it has one,

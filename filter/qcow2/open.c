@@ -37,7 +37,7 @@ layer_open (struct qcow2 *q, const struct qcow2_options *options)
     options->backing.image != NULL || options->backing.raw != NULL;
 
   if (!opened) {
-    if (!references_backing (q))
+    if (options->is_top_alone || !references_backing (q))
       return 0;
     report_error ("the image has a backing file, which was not opened");
     errno = EINVAL;

@@ -60,6 +60,8 @@ struct qcow2_options {
    */
   struct qcow2_layer backing;
   struct container *data_file;
+  bool is_top_alone;            /* read what the image does not have as zeroes,
+                                   though it has a backing file */
 
   /* Serve this internal snapshot (an ID, or else a name), read-only; NULL
    * for the current disk.
