@@ -229,6 +229,16 @@ decide_who_answers (void)
   return objection != NULL ? cannot_stand_in (objection) : 0;
 }
 
+static int
+check_exit_last (void)
+{
+  if (!parameters.exit_last || stands_in)
+    return 0;
+  nbdkit_error ("dirty-bitmap-exit-last: requires the filter's own server in "
+                "place of nbdkit's");
+  return -1;
+}
+
 /* Does our server stand in for nbdkit -s? */
 static bool
 serves_single (void)
@@ -292,7 +302,7 @@ dirty_bitmap_get_ready (int model)
     return -1;
   if (command_line.debug_request != 0)
     dirty_bitmap_debug_request = command_line.debug_request;
-  if (decide_who_answers () == -1)
+  if (decide_who_answers () == -1 || check_exit_last () == -1)
     return -1;
   filter_stack_warn (&command_line);
 
@@ -369,6 +379,7 @@ start_server (void)
     .tls = tls,
     .limits = settings_limits (&parameters, &command_line),
     .stats = stats,
+    .last_left = parameters.exit_last ? stop_ask : NULL,
   };
 
   server = nbd_server_new (disk, &options);

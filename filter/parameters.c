@@ -90,6 +90,11 @@ const char parameters_help[] =
   "dirty-bitmap-scratch-size=SIZE How much a view may keep (default: no limit).\n"
   "dirty-bitmap-view-memory=SIZE  Memory for a view (default: 256M).\n"
   "dirty-bitmap-max-connections=N Clients at once (default: 256).\n"
+  "dirty-bitmap-when-full=close|wait\n"
+  "                               Close further clients, or let them wait\n"
+  "                               (default: close).\n"
+  "dirty-bitmap-exit-last=on|off  Exit when the last client has disconnected\n"
+  "                               (default: off).\n"
   "dirty-bitmap-max-requests=N    Requests of a client at once (default: 16).\n"
   "dirty-bitmap-max-memory=SIZE   Memory for all clients (default: 512M).\n"
   "dirty-bitmap-handshake-timeout=SECONDS\n"
@@ -418,6 +423,20 @@ take_image (struct parameters *p, const char *key, const char *value)
 }
 
 static int
+take_exit_last (struct parameters *p, const char *key, const char *value)
+{
+  return take_either (key, value, "on", "off", &p->exit_last,
+                      &p->exit_last_given);
+}
+
+static int
+take_when_full (struct parameters *p, const char *key, const char *value)
+{
+  return take_either (key, value, "wait", "close", &p->limits.others_wait,
+                      &p->when_full_given);
+}
+
+static int
 take_backing (struct parameters *p, const char *key, const char *value)
 {
   return take_either (key, value, "off", "on", &p->is_top_alone,
@@ -640,6 +659,7 @@ parameters_take (struct parameters *p, const char *key, const char *value)
     { "dirty-bitmap-description", take_description },
     { "dirty-bitmap-detect-zeroes", take_detect_zeroes },
     { "dirty-bitmap-exportname", take_exportname },
+    { "dirty-bitmap-exit-last", take_exit_last },
     { "dirty-bitmap-expose", take_expose },
     { "dirty-bitmap-granularity", take_granularity },
     { "dirty-bitmap-handshake-timeout", take_handshake_timeout },
@@ -657,6 +677,7 @@ parameters_take (struct parameters *p, const char *key, const char *value)
     { "dirty-bitmap-stats", take_stats },
     { "dirty-bitmap-stats-interval", take_stats_interval },
     { "dirty-bitmap-view-memory", take_view_memory },
+    { "dirty-bitmap-when-full", take_when_full },
   };
   size_t i;
 
@@ -679,6 +700,7 @@ given_limit (const struct parameters *p)
     : p->limits.memory != 0 ? "dirty-bitmap-max-memory"
     : p->limits.handshake_seconds != 0 ? "dirty-bitmap-handshake-timeout"
     : p->idle_timeout_given ? "dirty-bitmap-idle-timeout"
+    : p->when_full_given ? "dirty-bitmap-when-full"
     : NULL;
 }
 

@@ -49,11 +49,14 @@ struct parameters {
   uint64_t scratch_size;        /* dirty-bitmap-scratch-size, or 0 */
   uint64_t view_memory;         /* dirty-bitmap-view-memory */
 
+  bool exit_last;               /* dirty-bitmap-exit-last */
+
   /* dirty-bitmap-max-connections and others; 0: not given. */
   struct nbd_limits limits;
 
   bool cache_size_given, crash_given, delta_given, server_given;
   bool idle_timeout_given, detect_zeroes_given, backing_given;
+  bool exit_last_given, when_full_given;
 };
 
 #define PARAMETERS_DEFAULT_CACHE_SIZE ((uint64_t) 40 << 20)

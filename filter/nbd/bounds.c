@@ -155,7 +155,7 @@ bounds_admit (struct nbd_server *server, int *wait_ms)
   if (server->nr_live < limits->connections &&
       server->nr_handshaking < (limits->connections + 1) / 2)
     return ADMIT;
-  if (server->nr_handshaking == 0)
+  if (server->nr_handshaking == 0 && !limits->others_wait)
     return REFUSE;
 
   /* Each that ends, or is through the handshake, wakes us. */

@@ -57,6 +57,8 @@ struct nbd_limits {
                                    NBD_MAX_REQUESTS */
   uint64_t memory;              /* of all connections together, in bytes,
                                    at least NBD_MIN_MEMORY */
+  bool others_wait;             /* in the backlog, while there are as many
+                                   clients as may be; else they are closed */
 };
 
 #define NBD_MAX_CONNECTIONS 10000
@@ -74,6 +76,11 @@ struct nbd_options {
   struct nbd_tls *tls;          /* or NULL: none.  Stays the caller's */
   struct nbd_limits limits;
   struct stats *stats;          /* counts, or NULL.  Stays the caller's */
+
+  /* Called when the last client has disconnected, if that one had opened an
+   * export: by its thread, which holds no lock.  Or NULL.
+   */
+  void (*last_left) (void);
 };
 
 /* -D dirty-bitmap.request=1: show every option and request. */

@@ -45,8 +45,8 @@ roster_handshake_done (struct connection *c)
     server_wake (server);
 }
 
-void
-roster_finish (struct connection *c)
+static void
+finish (struct connection *c)
 {
   struct nbd_server *server = c->server;
 
@@ -71,6 +71,19 @@ roster_finish (struct connection *c)
   if (c->ended_fd != -1)
     eventfd_write (c->ended_fd, 1);
   server_wake (server);
+}
+
+/* The server outlives this call: it waits for the connection's thread. */
+void
+roster_finish (struct connection *c)
+{
+  struct nbd_server *server = c->server;
+  const bool had_opened = !atomic_load (&c->handshaking);
+
+  finish (c);
+  if (had_opened && server->last_left != NULL &&
+      atomic_load (&server->nr_live) == 0)
+    server->last_left ();
 }
 
 struct connection *

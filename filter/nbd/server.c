@@ -64,11 +64,14 @@ preferred_block_size (struct disk *disk)
   return p;
 }
 
+/* Where there can be one client alone, none is invited to connect twice. */
 static uint16_t
-transmission_flags (const struct disk *disk, bool readonly)
+transmission_flags (const struct disk *disk, bool readonly,
+                    unsigned max_connections)
 {
   const struct disk_abilities can = disk_can (disk);
-  uint16_t flags = NBD_FLAG_HAS_FLAGS | NBD_FLAG_CAN_MULTI_CONN |
+  uint16_t flags = NBD_FLAG_HAS_FLAGS |
+    (max_connections != 1 ? NBD_FLAG_CAN_MULTI_CONN : 0) |
     (can.flush ? NBD_FLAG_SEND_FLUSH | NBD_FLAG_SEND_FUA : 0) |
     (can.cache ? NBD_FLAG_SEND_CACHE : 0) |
     (can.is_rotational ? NBD_FLAG_ROTATIONAL : 0);
@@ -115,7 +118,8 @@ fill_service (struct service *s, struct disk *disk,
   s->size = disk_size (disk);
   s->preferred_block_size = preferred_block_size (disk);
   s->readonly = options->readonly || disk_is_readonly (disk);
-  s->eflags = transmission_flags (disk, s->readonly);
+  s->eflags = transmission_flags (disk, s->readonly,
+                                  options->limits.connections);
   s->tls = options->tls;
   s->limits = options->limits;
   complete_limits (&s->limits);
@@ -132,6 +136,7 @@ nbd_server_new (struct disk *disk, const struct nbd_options *options)
     return NULL;
   fill_service (&server->service, disk, options);
   server->service.errors = &server->errors;
+  server->last_left = options->last_left;
   server->client_fd = server->ended_fd = -1;
   server->wake_fd = eventfd (0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (server->wake_fd == -1 ||

@@ -34,6 +34,7 @@ struct nbd_server {
   struct budget budget;
   struct teams teams;
   struct limit errors;          /* of messages about clients */
+  void (*last_left) (void);     /* as in struct nbd_options */
 
   /* nbd_server_add_client's, or -1; -1 again when there is a connection
    * of this fd.  ended_fd is an eventfd.
