@@ -28,11 +28,12 @@ case $filterdir in
 esac
 grep -q '/man1/nbdkit-dirty-bitmap-filter\.1$' installed ||
   fail "no manual page"
-for program in nbdkit-dirty-bitmap-ctl dirty-bitmap-backup; do
+for program in nbdkit-dirty-bitmap-ctl dirty-bitmap-backup \
+    nbdkit-dirty-bitmap-qemu-nbd; do
   grep -q "/bin/$program$" installed || fail "no program $program"
   grep -q "/man1/$program\.1$" installed || fail "no manual page of $program"
 done
-[ "$(wc -l < installed)" -eq 6 ] || fail "something else is installed too"
+[ "$(wc -l < installed)" -eq 8 ] || fail "something else is installed too"
 
 # What is installed works.
 so=$(find "$d/root" -name nbdkit-dirty-bitmap-filter.so)
@@ -44,6 +45,9 @@ ctl=$(find "$d/root" -name nbdkit-dirty-bitmap-ctl)
 
 backup=$(find "$d/root" -name dirty-bitmap-backup)
 "$backup" --help | finds REPOSITORY || fail "the installed program does not run"
+drop_in=$(find "$d/root" -name nbdkit-dirty-bitmap-qemu-nbd)
+"$drop_in" --version | finds '^qemu-nbd [0-9]' ||
+  fail "the installed drop-in does not run"
 
 for folder in filter tools; do
   make -C "$build/$folder" uninstall DESTDIR="$d/root" > out 2>&1 ||

@@ -18,7 +18,8 @@ for section in NAME SYNOPSIS DESCRIPTION EXAMPLES PARAMETERS LIMITATIONS \
   grep -qx "=head1 $section" "$pod" || fail "no section $section"
 done
 
-for page in nbdkit-dirty-bitmap-ctl dirty-bitmap-backup; do
+for page in nbdkit-dirty-bitmap-ctl nbdkit-dirty-bitmap-qemu-nbd \
+    dirty-bitmap-backup; do
   page=$tests/../tools/$page.pod
   podchecker -warnings -warnings "$page" > out 2>&1 ||
     { cat out; fail "$page"; }
