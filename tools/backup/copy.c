@@ -30,7 +30,7 @@
 #include "common/report.h"
 
 #define DEPTH 16
-#define PART_BYTES ((uint64_t) 1 << 20)
+#define PART_BYTES ((uint64_t) 256 << 10)
 #define POLL_MS 200
 
 struct copy {
