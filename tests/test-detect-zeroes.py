@@ -5,9 +5,9 @@
 
 """dirty-bitmap-detect-zeroes: a write of nothing but zeroes is done as a
 request to zero: with "on" the range stays allocated, with "unmap" it is given
-up, and with "off" it is data.  The bitmap has it in any case.  A large write
-is judged part by part, and one byte that is not zero makes data of all.  The
-same holds for a disk beside its image."""
+up, and with "off" it is data.  The bitmap has it in any case.  A write is
+judged as a whole: one byte that is not zero makes data of all.  The same holds
+for a disk beside its image."""
 
 import json
 import os
@@ -82,12 +82,14 @@ def in_the_image(word):
     h.pwrite(bytes(5000), 10 * CLUSTER + 100)
     for n in 1, 15, 16, 17, 31:
         h.pwrite(bytes(n), 12 * CLUSTER + 100 * n)
-    # 4 MiB, with data in one part of it.
+    # 4 MiB, with one byte that is not zero; and 1 MiB without.
     large = bytearray(4 << 20)
     large[1 << 20] = 1
     h.pwrite(large, 4 << 20)
+    h.pwrite(bytes(1 << 20), 9 << 20)
     changed = {i * CLUSTER for i in (0, 2, 4, 6, 8, 10, 12)}
     changed.update(range(4 << 20, 8 << 20, CLUSTER))
+    changed.update(range(9 << 20, 10 << 20, CLUSTER))
     assert dirty(h) == changed, (word, dirty(h) ^ changed)
     expected = bytearray(b"\1" * SIZE)
     for i in 0, 2:
@@ -101,6 +103,7 @@ def in_the_image(word):
         start = 12 * CLUSTER + 100 * n
         expected[start:start + n] = bytes(n)
     expected[4 << 20:8 << 20] = large
+    expected[9 << 20:10 << 20] = bytes(1 << 20)
     assert h.pread(SIZE, 0) == expected, word
     # What was written with FUA is in the image already.
     if word != "off":
@@ -115,7 +118,8 @@ def in_the_image(word):
     for i in 1, 4, 6, 8, 10, 12:
         assert at("d.qcow2", i * CLUSTER) == DATA, (word, i)
     assert at("d.qcow2", 5 << 20) == DATA, word
-    assert at("d.qcow2", 7 << 20) == zeroed, word
+    assert at("d.qcow2", 7 << 20) == DATA, word
+    assert at("d.qcow2", 9 << 20) == zeroed, word
 
 
 def at_rest(path, offset):

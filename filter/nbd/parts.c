@@ -5,11 +5,10 @@
 
 /* Large data, part by part.
  *
- * Up to a limit, data are received whole before they are written, and read
- * whole before they are sent, so that the threads of a connection copy
- * the data of several requests at once.  Above it they are moved in parts
- * that stay in the CPU's cache between the two copies, and a small buffer
- * is enough.
+ * Up to a limit, data are read whole before they are sent, so that the
+ * threads of a connection copy the data of several requests at once.  Above it
+ * they are moved in parts that stay in the CPU's cache between the two copies,
+ * and a small buffer is enough.
  *
  * A READ with structured replies is answered by a chunk a part.  If one
  * cannot be read, an error with its offset ends the reply, and the chunks
@@ -29,21 +28,8 @@
  *   It is looked for before a buffer is taken.
  * All of a READ that is a hole is told as one, whatever its length.
  *
- * Of a WRITE each part is written when it has come, ending where clusters
- * end, so that no cluster is filled up with what is then overwritten.  If
- * one cannot be written, the rest is received and thrown away, and the
- * error is that of the request.  If the client vanishes, what has come is
- * written and was not acknowledged.  Received as a whole are still:
- *
- * - a WRITE with FUA: its barrier must know of any other that has failed
- *   since the first byte was written (disk.c);
- * - those of an eager connection (role.c).  The worker keeps the role
- *   until the payload has come, so a disk that sleeps would be asked for
- *   one part after the other, and not for many requests at once.
- *
- * No lock is held while a part is waited for, and the role is in a state
- * in which it cannot be stolen (OWNED): what comes next on the socket is
- * the rest of the payload, not a request.
+ * A WRITE is received whole, and then written, so what is on the disk of one
+ * that did not come whole is nothing.
  */
 
 #include <config.h>
@@ -188,31 +174,4 @@ part_read (struct worker *w)
     return -1;
   return contents_read (w->service->disk, &w->session->export, data,
                         p->length, p->offset);
-}
-
-static uint64_t
-write_size (const struct worker *w)
-{
-  return max_u64 (PART_SIZE, w->service->preferred_block_size);
-}
-
-bool
-part_is_to_be_cut (const struct worker *w)
-{
-  return w->request.length > parts_above &&
-    w->part.length > write_size (w) &&
-    (w->request.flags & NBD_CMD_FLAG_FUA) == 0 &&
-    !atomic_load_explicit (&w->team->eager, memory_order_relaxed);
-}
-
-void
-part_first_write (struct worker *w)
-{
-  part_from (w, w->part.offset, write_size (w));
-}
-
-void
-part_rest_of_write (struct worker *w)
-{
-  part_from (w, w->part.offset + w->part.length, WHOLE);
 }

@@ -15,7 +15,7 @@
 
 #include "nbd/worker.h"
 
-/* Data longer than this are moved part by part.  Variable for the unit
+/* Data longer than this are read part by part.  Variable for the unit
  * tests.
  */
 extern uint32_t parts_above;
@@ -33,12 +33,5 @@ extern void part_next_read (struct worker *);
  * shorter, or a hole.  -1 with errno.
  */
 extern int part_read (struct worker *);
-
-/* Of what is left of a WRITE, may a part be written before the rest? */
-extern bool part_is_to_be_cut (const struct worker *);
-
-/* Make the first of what is left the part, and then what follows it. */
-extern void part_first_write (struct worker *);
-extern void part_rest_of_write (struct worker *);
 
 #endif /* DIRTY_BITMAP_NBD_PARTS_H */

@@ -532,64 +532,20 @@ receive_block_status_payload (struct worker *w, int *err, const char **reason)
   return 0;
 }
 
-/* Receive the part of a WRITE.  Returns 0, with an errno in *err if it had
- * to be thrown away with all that follows it; or -1.
- */
-static int
-receive_part (struct worker *w, int *err)
-{
-  const uint64_t end = w->request.offset + w->request.length;
-
-  if (worker_payload (w, w->part.length) == NULL) {
-    *err = ENOMEM;
-    return skip_payload (w, end - w->part.offset);
-  }
-  return take_payload (w, w->part.length);
-}
-
-/* Write a part of which more follows.  Each one is measured, so that the
- * connection of a disk that sleeps is soon eager.  0 or an errno.
- */
-static int
-write_part (struct worker *w)
-{
-  struct connection *c = w->connection;
-  const uint64_t began = stats_now (c->server->service.stats);
-  int r, err;
-
-  c->team.until_sample = 0;
-  pace_begin (w, false);
-  r = disk_write (c->server->service.disk, w->payload, w->part.length,
-                  w->part.offset, false);
-  err = errno;
-  pace_end (w);
-  w->spent += stats_now (c->server->service.stats) - began;
-  return r == 0 ? 0 : err;
-}
-
-/* Receive the payload of a valid WRITE.  If it is a large one, all but its
- * last part are written on the way, and w->part is what is left to be
- * done.  Returns 0, with an errno in *err if that failed, after which the
- * payload is gone; or -1 if there are no more requests.
+/* Receive the payload of a valid WRITE.  Returns 0, with an errno in *err if
+ * it had to be thrown away, or -1 if there are no more requests.
  */
 static int
 receive_write (struct worker *w, int *err)
 {
-  const uint64_t end = w->request.offset + w->request.length;
-
   part_whole (w);
-  while (part_is_to_be_cut (w)) {
-    part_first_write (w);
-    if (receive_part (w, err) == -1)
-      return -1;
-    if (*err != 0)
-      return 0;
-    *err = write_part (w);
-    part_rest_of_write (w);
-    if (*err != 0)
-      return skip_payload (w, end - w->part.offset);
+  if (w->part.length == 0)
+    return 0;
+  if (worker_payload (w, w->part.length) == NULL) {
+    *err = ENOMEM;
+    return skip_payload (w, w->part.length);
   }
-  return w->part.length == 0 ? 0 : receive_part (w, err);
+  return take_payload (w, w->part.length);
 }
 
 /* Receive a request: its header, and a payload, but for that of a valid

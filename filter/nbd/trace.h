@@ -55,8 +55,7 @@ trace_begin (struct worker *w, int err)
   if (err == 0 && w->request.type <= NBD_CMD_WRITE)
     c->bytes[w->request.type] += w->request.length;
   w->error = 0;
-  w->began = stats_begin (w->service->stats) - w->spent;
-  w->spent = 0;
+  w->began = stats_begin (w->service->stats);
 }
 
 /* Count the request in the statistics. */

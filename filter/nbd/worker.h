@@ -89,7 +89,6 @@ struct worker {
   long sleeps;
   struct debug_context id;      /* of the request at hand */
   uint64_t began;               /* see stats.h */
-  uint64_t spent;               /* before that, on parts of it */
   int error;                    /* an errno: how the request failed, or 0 */
 
   /* Replies: output[0, gathered) is complete and not yet sent; the

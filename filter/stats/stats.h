@@ -43,21 +43,13 @@ extern void stats_free (struct stats *);
 extern void stats_count_request (struct stats *, uint64_t began,
                                  enum stats_command, uint64_t bytes, int err);
 
-/* The time in nanoseconds, to measure with; 0 if nothing is counted. */
-static inline uint64_t
-stats_now (const struct stats *s)
-{
-  return __builtin_expect (s != NULL, 0) ? meter_clock () : 0;
-}
-
 /* A request was received whole.  Returns the time for stats_end, in
- * nanoseconds (meter_clock).  If parts of the request were executed while it
- * was received, the caller subtracts the time that this took.
+ * nanoseconds (meter_clock); 0 if nothing is counted.
  */
 static inline uint64_t
 stats_begin (const struct stats *s)
 {
-  return stats_now (s);
+  return __builtin_expect (s != NULL, 0) ? meter_clock () : 0;
 }
 
 /* The request is done.  err is an errno, or 0 if it succeeded.  bytes is
