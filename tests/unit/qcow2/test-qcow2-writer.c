@@ -285,6 +285,51 @@ count_call (void *opaque, const char *operation, uint64_t offset,
     ? EIO : 0;
 }
 
+/* What a crash leaves is no image, or a whole one: when the header is written,
+ * nothing is not durable.
+ */
+struct order {
+  unsigned long unflushed;      /* writes since the last flush */
+  unsigned nr_headers;
+};
+
+static int
+see_order (void *opaque, const char *operation, uint64_t offset,
+           uint64_t count)
+{
+  struct order *o = opaque;
+
+  (void) count;
+  if (strcmp (operation, "flush") == 0)
+    o->unflushed = 0;
+  else if (strcmp (operation, "pwrite") == 0) {
+    if (offset == 0) {
+      o->nr_headers++;
+      assert_int_equal (o->unflushed, 0);
+    }
+    __atomic_add_fetch (&o->unflushed, 1, __ATOMIC_RELAXED);
+  }
+  return 0;
+}
+
+static void
+test_order (void **state)
+{
+  const struct qcow2_writer_options o = { .size = 1 << 20, .cluster_bits = 12 };
+  struct container *c = container_open_memory (LIMIT);
+  struct order order = { 0, 0 };
+  const struct container_memory_hook hook = { see_order, &order };
+  uint8_t *disk = calloc (1, o.size);
+
+  (void) state;
+  container_memory_set_hook (c, &hook);
+  assert_int_equal (write_all (c, &o, disk, 5), 0);
+  assert_int_equal (order.nr_headers, 1);
+  assert_int_equal (order.unflushed, 0);
+  container_close (c);
+  free (disk);
+}
+
 /* Each call in its turn. */
 static void
 test_failing_calls (void **state)
@@ -463,6 +508,7 @@ main (void)
   const struct CMUnitTest tests[] = {
     cmocka_unit_test (test_all_cluster_sizes),
     cmocka_unit_test (test_small_disks),
+    cmocka_unit_test (test_order),
     cmocka_unit_test (test_failing_calls),
     cmocka_unit_test (test_full),
     cmocka_unit_test (test_too_large),
