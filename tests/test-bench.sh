@@ -137,6 +137,13 @@ cmp measured again || fail "what was kept of the other build is lost"
   2> log || fail "a build may be called as a peer is"
 [ -z "$(find "$d" -name 'side-by-side.*')" ] || fail "images were left"
 
+# What backups take.  Whether the bars are reached says nothing here.
+"${PYTHON:-python3}" -B "$top/bench/backup" --dir . --rounds 1 \
+  --tool "$built/../tools/dirty-bitmap-backup" --filter "$FILTER" \
+  --size $((64 << 20)) > backup || [ $? -eq 1 ] || fail "bench/backup failed"
+grep -q '^| nbdcopy | full | ratio' backup && [ "$(wc -l < backup)" -eq 5 ] ||
+  { cat backup; fail "no figures: backup"; }
+
 # What views cost.
 "${PYTHON:-python3}" -B "$top/bench/views" --load "$built/load" \
   --filter "$FILTER" --dir . --rounds 1 --writes 500 --seconds 0.3 > views ||
