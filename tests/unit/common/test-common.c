@@ -3,7 +3,7 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* What all rooms share: threads, grace periods, and arrays. */
+/* What all rooms share: threads, locks, grace periods, and arrays. */
 
 #include <config.h>
 
@@ -21,6 +21,7 @@
 #include <cmocka.h>
 
 #include "common/grace.h"
+#include "common/lock.h"
 #include "common/shard.h"
 #include "common/threads.h"
 #include "common/vector.h"
@@ -204,6 +205,112 @@ test_many_waiters (void **state)
   grace_free (&grace);
 }
 
+/* Locks that two threads look at. */
+struct locks {
+  pthread_mutex_t mutex;
+  pthread_rwlock_t rwlock;
+  pthread_cond_t changed;
+  bool is_set;
+  bool other_has[2];            /* what the other thread sees */
+};
+
+static void *
+look_at_locks (void *opaque)
+{
+  struct locks *l = opaque;
+
+  l->other_has[0] = lock_is_mine (&l->mutex);
+  l->other_has[1] = write_lock_is_mine (&l->rwlock);
+  return NULL;
+}
+
+static void *
+set_under_lock (void *opaque)
+{
+  struct locks *l = opaque;
+
+  pthread_mutex_lock (&l->mutex);
+  l->other_has[0] = lock_is_mine (&l->mutex);
+  l->is_set = true;
+  pthread_cond_signal (&l->changed);
+  pthread_mutex_unlock (&l->mutex);
+  return NULL;
+}
+
+static void
+run_other (struct locks *l)
+{
+  pthread_t thread;
+
+  l->other_has[0] = l->other_has[1] = true;
+  assert_int_equal (thread_create (&thread, look_at_locks, l), 0);
+  assert_int_equal (pthread_join (thread, NULL), 0);
+}
+
+static void
+test_lock_is_mine (void **state)
+{
+  struct locks l = {
+    .mutex = PTHREAD_MUTEX_INITIALIZER, .rwlock = PTHREAD_RWLOCK_INITIALIZER,
+  };
+
+  (void) state;
+  if (!LOCKS_ARE_KNOWN)
+    skip ();
+  assert_false (lock_is_mine (&l.mutex));
+  assert_int_equal (pthread_mutex_lock (&l.mutex), 0);
+  assert_true (lock_is_mine (&l.mutex));
+  run_other (&l);
+  assert_false (l.other_has[0]);
+  pthread_mutex_unlock (&l.mutex);
+  assert_false (lock_is_mine (&l.mutex));
+  assert_int_equal (pthread_mutex_trylock (&l.mutex), 0);
+  assert_true (lock_is_mine (&l.mutex));
+  pthread_mutex_unlock (&l.mutex);
+  assert_false (lock_is_mine (&l.mutex));
+  pthread_mutex_destroy (&l.mutex);
+
+  assert_false (write_lock_is_mine (&l.rwlock));
+  pthread_rwlock_rdlock (&l.rwlock);
+  assert_false (write_lock_is_mine (&l.rwlock));
+  pthread_rwlock_unlock (&l.rwlock);
+  pthread_rwlock_wrlock (&l.rwlock);
+  assert_true (write_lock_is_mine (&l.rwlock));
+  run_other (&l);
+  assert_false (l.other_has[1]);
+  pthread_rwlock_unlock (&l.rwlock);
+  assert_false (write_lock_is_mine (&l.rwlock));
+  pthread_rwlock_destroy (&l.rwlock);
+}
+
+/* A wait lets the lock go, and takes it again, whether it times out or not. */
+static void
+test_lock_after_wait (void **state)
+{
+  const struct timespec past = { 0 };
+  struct locks l = { .mutex = PTHREAD_MUTEX_INITIALIZER };
+  pthread_t thread;
+
+  (void) state;
+  if (!LOCKS_ARE_KNOWN)
+    skip ();
+  assert_int_equal (monotonic_cond_init (&l.changed), 0);
+  pthread_mutex_lock (&l.mutex);
+  assert_int_equal (thread_create (&thread, set_under_lock, &l), 0);
+  while (!l.is_set)
+    pthread_cond_wait (&l.changed, &l.mutex);
+  assert_true (l.other_has[0]);
+  assert_true (lock_is_mine (&l.mutex));
+  assert_int_equal (pthread_cond_timedwait (&l.changed, &l.mutex, &past),
+                    ETIMEDOUT);
+  assert_true (lock_is_mine (&l.mutex));
+  pthread_mutex_unlock (&l.mutex);
+  assert_int_equal (pthread_join (thread, NULL), 0);
+  assert_false (lock_is_mine (&l.mutex));
+  pthread_cond_destroy (&l.changed);
+  pthread_mutex_destroy (&l.mutex);
+}
+
 static void *
 take_shard (void *opaque)
 {
@@ -271,6 +378,8 @@ main (void)
 {
   const struct CMUnitTest tests[] = {
     cmocka_unit_test (test_stack),
+    cmocka_unit_test (test_lock_is_mine),
+    cmocka_unit_test (test_lock_after_wait),
     cmocka_unit_test (test_shards),
     cmocka_unit_test (test_vector),
     cmocka_unit_test (test_periods),
