@@ -29,11 +29,13 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <sched.h>
 #include <time.h>
 
 #include "common/cleanup.h"
 #include "common/grace.h"
+#include "common/lock.h"
 
 void
 grace_init (struct grace *g)
@@ -94,6 +96,7 @@ old_phase_is_empty (struct grace *g)
 static void
 advance (struct grace *g)
 {
+  assert (lock_is_mine (&g->lock));
   if (g->ended != g->begun && old_phase_is_empty (g))
     g->ended = g->begun;
   if (g->ended == g->begun && g->wanted > g->begun)

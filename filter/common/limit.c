@@ -7,9 +7,12 @@
 
 #include <config.h>
 
+#include <assert.h>
+
 #include "common/cleanup.h"
 #include "common/clock.h"
 #include "common/limit.h"
+#include "common/lock.h"
 
 unsigned limit_period_ms = 60 * 1000;
 
@@ -31,6 +34,7 @@ end_period (struct limit *l)
 {
   const unsigned hidden = l->nr > LIMIT_AT_ONCE ? l->nr - LIMIT_AT_ONCE : 0;
 
+  assert (lock_is_mine (&l->lock));
   l->nr = 0;
   return hidden;
 }

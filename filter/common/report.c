@@ -9,6 +9,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <pthread.h>
 #include <stddef.h>
@@ -16,6 +17,7 @@
 
 #include "common/cleanup.h"
 #include "common/limit.h"
+#include "common/lock.h"
 #include "report.h"
 
 report_sink_fn report_sink;
@@ -54,6 +56,7 @@ find_kind (const char *fmt)
 {
   size_t i;
 
+  assert (lock_is_mine (&kinds_lock));
   for (i = 0; i < nr_kinds; ++i)
     if (kinds[i].fmt == fmt)
       return &kinds[i];
