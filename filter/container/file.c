@@ -28,6 +28,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
@@ -38,6 +39,7 @@
 
 #include "common/bytes.h"
 #include "common/cleanup.h"
+#include "common/lock.h"
 #include "container/container.h"
 #include "container/fd.h"
 
@@ -269,6 +271,7 @@ file_flush (struct container *c)
 {
   struct file *f = (struct file *) c;
 
+  assert (lock_is_mine (&c->flush_lock));
   return fdatasync (f->fd);
 }
 
@@ -313,6 +316,7 @@ file_grow (struct container *c, uint64_t size)
   struct file *f = (struct file *) c;
   struct stat statbuf;
 
+  assert (lock_is_mine (&c->grow_lock));
   if (f->is_block_device || f->is_disk) {
     errno = ENOSPC;
     return -1;

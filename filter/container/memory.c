@@ -22,12 +22,14 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "common/bytes.h"
 #include "common/cleanup.h"
+#include "common/lock.h"
 #include "container/container.h"
 
 #define PAGE_BYTES ((uint64_t) 65536)
@@ -160,6 +162,7 @@ erase (struct memory *m, uint64_t count, uint64_t offset, bool punch)
 {
   const uint64_t end = m->nr_leaves * LEAF_BYTES;
 
+  assert (lock_is_mine (&m->lock));
   if (offset >= end)
     return;
   count = min_u64 (count, end - offset);
@@ -196,6 +199,7 @@ memory_zero (struct container *c, uint64_t count, uint64_t offset, bool punch)
 static int
 memory_flush (struct container *c)
 {
+  assert (lock_is_mine (&c->flush_lock));
   return call_hook ((struct memory *) c, "flush", 0, 0);
 }
 
@@ -205,6 +209,7 @@ memory_grow (struct container *c, uint64_t size)
   struct memory *m = (struct memory *) c;
   const uint64_t old_size = container_size (c);
 
+  assert (lock_is_mine (&c->grow_lock));
   if (size > m->limit) {
     errno = ENOSPC;
     return -1;

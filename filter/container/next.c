@@ -38,6 +38,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
@@ -51,6 +52,7 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/grace.h"
+#include "common/lock.h"
 #include "common/report.h"
 #include "container/container.h"
 #include "container/context.h"
@@ -396,6 +398,7 @@ unlock_serial (struct next *n)
 static void
 close_unused_contexts (struct next *n)
 {
+  assert (lock_is_mine (&n->c.grow_lock));
   if (n->leaving != NULL && grace_ended (&n->users, n->period)) {
     lock_serial (n);
     context_close_all (n->leaving);
@@ -413,6 +416,8 @@ static int
 next_flush (struct container *c)
 {
   struct next *n = (struct next *) c;
+
+  assert (lock_is_mine (&c->flush_lock));
   const struct use u = begin_use (n);
   /* If the plugin cannot flush, the user was warned at the start. */
   const int r = u.context->can_flush ? context_flush (u.context) : 0;
@@ -485,6 +490,7 @@ next_grow (struct container *c, uint64_t size)
   struct stat statbuf;
   struct plugin_context *ctx;
 
+  assert (lock_is_mine (&c->grow_lock));
   if (n->cannot_grow != NULL)
     return cannot_grow (n->cannot_grow);
   if (!is_in_place (n))
