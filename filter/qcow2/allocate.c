@@ -22,11 +22,13 @@
  * header, barrier.  If that fails, the old table is unchanged, and the
  * header still points to it.
  *
- * All functions except the entry points are called with rc.lock held.
+ * The entry points and allocate_run take rc.lock.  All other functions are
+ * called with it held, and so are allocate_block_at and allocate_larger_table.
  */
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
@@ -45,6 +47,7 @@ block_of (const struct qcow2 *q, uint64_t cluster)
 static int
 check_free (struct qcow2 *q, uint64_t first, uint64_t nr)
 {
+  assert (lock_is_mine (&q->rc.lock));
   for (uint64_t c = first; c < first + nr; ++c) {
     const enum qcow2_class class = registry_class (q, c);
 
@@ -64,6 +67,7 @@ check_free (struct qcow2 *q, uint64_t first, uint64_t nr)
 static int
 reserve (struct qcow2 *q, uint64_t end_cluster)
 {
+  assert (lock_is_mine (&q->rc.lock));
   if (end_cluster > ENTRY_OFFSET_MASK >> q->cluster_bits) {
     report_error ("the image would exceed the maximum size of its format");
     errno = EFBIG;
@@ -83,6 +87,7 @@ make_block (struct qcow2 *q, uint64_t block_index, uint64_t at)
   struct refcounts *rc = &q->rc;
   const unsigned long lost = qcow2_lost (q);
 
+  assert (lock_is_mine (&q->rc.lock));
   if (check_free (q, at, 1) == -1 || reserve (q, at + 1) == -1)
     return -1;
   if (at < rc->fresh &&
@@ -118,6 +123,7 @@ free_run (struct qcow2 *q, uint64_t cluster, uint64_t max, uint64_t *length)
 {
   uint64_t c = cluster + 1;
 
+  assert (lock_is_mine (&q->rc.lock));
   while (c - cluster < max) {
     uint64_t count;
 
@@ -142,6 +148,7 @@ static int
 find_run (struct qcow2 *q, uint64_t min, uint64_t max, uint64_t *cluster,
           uint64_t *length)
 {
+  assert (lock_is_mine (&q->rc.lock));
   for (;;) {
     uint64_t block, last;
 
@@ -178,6 +185,7 @@ find_run (struct qcow2 *q, uint64_t min, uint64_t max, uint64_t *cluster,
 static int
 set_counts (struct qcow2 *q, uint64_t first, uint64_t nr)
 {
+  assert (lock_is_mine (&q->rc.lock));
   for (uint64_t c = first; c < first + nr; ++c)
     if (refcount_set (q, c, 1) == -1) {
       while (c-- > first)
@@ -191,6 +199,7 @@ set_counts (struct qcow2 *q, uint64_t first, uint64_t nr)
 static int
 take_run (struct qcow2 *q, enum qcow2_class class, uint64_t first, uint64_t nr)
 {
+  assert (lock_is_mine (&q->rc.lock));
   if (check_free (q, first, nr) == -1 || reserve (q, first + nr) == -1)
     return -1;
   if (class != QCOW2_DATA && registry_set (q, class, first, nr) == -1)
@@ -213,6 +222,7 @@ write_table (struct qcow2 *q, uint64_t first)
   const unsigned long lost = qcow2_lost (q);
   CLEANUP_FREE uint64_t *be = malloc (bytes);
 
+  assert (lock_is_mine (&q->rc.lock));
   if (be == NULL) {
     report_error ("malloc: %m");
     return -1;
@@ -242,6 +252,7 @@ shrink_table (struct qcow2 *q, uint64_t old_entries)
   struct refcounts *rc = &q->rc;
   size_t kept = 0;
 
+  assert (lock_is_mine (&q->rc.lock));
   refcount_forget (q, old_entries);
   for (uint64_t i = old_entries; i < rc->table_entries; ++i)
     if (rc->table[i] != 0) {
@@ -258,6 +269,7 @@ shrink_table (struct qcow2 *q, uint64_t old_entries)
 static void
 give_up_run (struct qcow2 *q, uint64_t first, uint64_t nr)
 {
+  assert (lock_is_mine (&q->rc.lock));
   tally_add (&q->rc.freed, nr);
   registry_set (q, QCOW2_DATA, first, nr);
   for (uint64_t c = first; c < first + nr; ++c)
@@ -271,6 +283,7 @@ forget_abandoned (struct qcow2 *q)
 {
   struct refcounts *rc = &q->rc;
 
+  assert (lock_is_mine (&q->rc.lock));
   if (rc->nr_abandoned == 0 || atomic_load (&q->gate.reftable_unknown))
     return;
   give_up_run (q, rc->abandoned, rc->nr_abandoned);
@@ -295,6 +308,7 @@ enlarge_in_ram (struct qcow2 *q, uint64_t block_index)
              MAX_REFTABLE_BYTES / 8);
   uint64_t *table;
 
+  assert (lock_is_mine (&q->rc.lock));
   if (entries <= block_index) {
     report_error ("the image would exceed the maximum size of its refcount "
                   "table");
@@ -326,6 +340,7 @@ grow_table (struct qcow2 *q, uint64_t block_index)
   uint64_t first = rc->cursor, nr, length;
   uint8_t *holes;
 
+  assert (lock_is_mine (&q->rc.lock));
   if (rc->growing) {
     report_error ("the refcount table cannot count its own clusters");
     errno = EFBIG;
@@ -452,6 +467,7 @@ end_of_data (struct qcow2 *q, uint64_t from, uint64_t to, uint64_t *end)
   uint64_t looked_at = 0, length;
   unsigned flags;
 
+  assert (lock_is_mine (&q->rc.lock));
   if (bytes == NULL) {
     report_error ("malloc: %m");
     return -1;
@@ -483,12 +499,14 @@ end_of_data (struct qcow2 *q, uint64_t from, uint64_t to, uint64_t *end)
 int
 allocate_block_at (struct qcow2 *q, uint64_t block_index, uint64_t cluster)
 {
+  assert (lock_is_mine (&q->rc.lock));
   return make_block (q, block_index, cluster);
 }
 
 int
 allocate_larger_table (struct qcow2 *q, uint64_t block_index, uint64_t cluster)
 {
+  assert (lock_is_mine (&q->rc.lock));
   q->rc.cursor = cluster;
   return grow_table (q, block_index);
 }

@@ -24,6 +24,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
 
@@ -71,6 +72,7 @@ has_room (const struct qcow2 *q)
 {
   const struct header_state *hs = &q->hs;
 
+  assert (lock_is_mine (&q->hs.lock));
   return hs->ext.end <= hs->ext.limit &&
     hs->ext.limit - hs->ext.end >= 32;
 }

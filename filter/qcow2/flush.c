@@ -55,6 +55,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
@@ -90,6 +91,7 @@ bool
 qcow2_flushed_since (const struct qcow2 *q, uint64_t number,
                      bool with_bitmaps)
 {
+  assert (lock_is_mine (&q->flush.lock));
   return q->flush.succeeded[1] > number ||
     (!with_bitmaps && q->flush.succeeded[0] > number);
 }
@@ -97,6 +99,7 @@ qcow2_flushed_since (const struct qcow2 *q, uint64_t number,
 void
 qcow2_flush_begin (struct qcow2 *q)
 {
+  assert (lock_is_mine (&q->flush.lock));
   q->flush.now = (struct flush) {
     .number = atomic_fetch_add (&q->flush.begun, 1) + 1,
     .began = meter_clock (),
@@ -114,6 +117,7 @@ qcow2_flush_redo (struct qcow2 *q)
 {
   const unsigned long lost = q->flush.now.lost;
 
+  assert (lock_is_mine (&q->flush.lock));
   if (lost == q->flush.lost_redone)
     return 0;
   refcounts_redo_lost (q);
@@ -158,8 +162,10 @@ int
 qcow2_flush_copy (struct qcow2 *q)
 {
   struct flush *f = &q->flush.now;
-  const ssize_t n = copy_slices (q, f);
+  ssize_t n;
 
+  assert (lock_is_mine (&q->flush.lock));
+  n = copy_slices (q, f);
   if (n == -1)
     return -1;
   f->nr_unwritten = n;
@@ -169,6 +175,7 @@ qcow2_flush_copy (struct qcow2 *q)
 int
 qcow2_flush_refcounts (struct qcow2 *q)
 {
+  assert (lock_is_mine (&q->flush.lock));
   return ORDER (REFCOUNTS_BEFORE_REFERENCES)
     ? refcounts_flush (q, q->flush.now.lost) : 0;
 }
@@ -189,6 +196,7 @@ qcow2_flush_targets_barrier (struct qcow2 *q)
 {
   uint64_t epoch;
 
+  assert (lock_is_mine (&q->flush.lock));
   if (ORDER (DATA_BEFORE_REFERENCES) && data_barrier (q) == -1)
     return -1;
   epoch = refcounts_barrier_begins (q);
@@ -236,6 +244,7 @@ qcow2_flush_references (struct qcow2 *q, bool *wrote)
 {
   struct flush *f = &q->flush.now;
 
+  assert (lock_is_mine (&q->flush.lock));
   if (write_all_slices (q, f, wrote) == -1 ||
       (!ORDER (REFCOUNTS_BEFORE_REFERENCES) &&
        refcounts_flush (q, f->lost) == -1) ||
@@ -248,6 +257,7 @@ qcow2_flush_references (struct qcow2 *q, bool *wrote)
 int
 qcow2_flush_barrier (struct qcow2 *q)
 {
+  assert (lock_is_mine (&q->flush.lock));
   return qcow2_barrier_since (q, q->flush.now.lost);
 }
 
@@ -257,6 +267,7 @@ qcow2_flush_end (struct qcow2 *q, bool success, bool with_bitmaps)
   const int err = errno;
   struct flush *f = &q->flush.now;
 
+  assert (lock_is_mine (&q->flush.lock));
   mapping_l1_done (q, &f->l1, success);
   l2_copies_done (q, f->copies, f->nr_copies, success);
   release_flush_ends (q, success);
@@ -277,6 +288,7 @@ flush_alone (struct qcow2 *q)
   bool wrote = false;
   int r = 0;
 
+  assert (lock_is_mine (&q->flush.lock));
   qcow2_flush_begin (q);
   if (qcow2_flush_redo (q) == -1 ||
       qcow2_flush_copy (q) == -1 ||

@@ -26,6 +26,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
@@ -145,6 +146,7 @@ gate_write_metadata (struct qcow2 *q, enum qcow2_class class,
 int
 gate_write_header (struct qcow2 *q, uint64_t offset, size_t count)
 {
+  assert (lock_is_mine (&q->hs.lock));
   if (container_pwrite (q->container, q->hs.cluster + offset, count,
                         offset) == -1) {
     report_error ("cannot write the header of the image: %m");
@@ -158,6 +160,7 @@ gate_write_header_durably (struct qcow2 *q, uint64_t offset, size_t count)
 {
   const unsigned long lost = qcow2_lost (q);
 
+  assert (lock_is_mine (&q->hs.lock));
   return gate_write_header (q, offset, count) == -1 ? -1
     : qcow2_barrier_since (q, lost);
 }
@@ -165,6 +168,7 @@ gate_write_header_durably (struct qcow2 *q, uint64_t offset, size_t count)
 int
 gate_set_autoclear (struct qcow2 *q, uint64_t bits)
 {
+  assert (lock_is_mine (&q->hs.lock));
   if (q->header.autoclear == bits)
     return 0;
   put_be64 (q->hs.cluster + HEADER_AUTOCLEAR, bits);
@@ -185,6 +189,7 @@ clear_unknown (struct qcow2 *q)
   uint64_t bits = q->header.autoclear &
     (AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_EXTERNAL);
 
+  assert (lock_is_mine (&q->hs.lock));
   if (q->hs.distrust_bitmaps)
     bits &= ~AUTOCLEAR_BITMAPS;
   return q->header.version < 3 ? 0 : gate_set_autoclear (q, bits);
@@ -196,6 +201,7 @@ clear_unknown (struct qcow2 *q)
 static int
 restore_reftable (struct qcow2 *q)
 {
+  assert (lock_is_mine (&q->hs.lock));
   if (!atomic_load (&q->gate.reftable_unknown))
     return 0;
   if (gate_write_header_durably (q, HEADER_REFTABLE_OFFSET, 12) == -1)

@@ -67,6 +67,7 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/grace.h"
+#include "common/lock.h"
 #include "common/report.h"
 #include "container/container.h"
 #include "qcow2/allocate.h"

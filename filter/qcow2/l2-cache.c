@@ -32,6 +32,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
@@ -192,6 +193,7 @@ peek (struct qcow2 *q, struct l2_set *set, uint64_t slice, unsigned first,
 static int
 find_way (struct l2_set *set, uint64_t slice)
 {
+  assert (lock_is_mine (&set->lock));
   for (unsigned way = 0; way < L2_WAYS; ++way)
     if (atomic_load_explicit (&set->way[way].tag, memory_order_relaxed)
         >> VERSION_BITS == slice + 1)
@@ -203,6 +205,7 @@ find_way (struct l2_set *set, uint64_t slice)
 static int
 find_victim (struct l2_set *set)
 {
+  assert (lock_is_mine (&set->lock));
   for (unsigned tries = 0; tries < 2 * L2_WAYS; ++tries) {
     const unsigned way = set->hand;
     struct l2_slot *slot = &set->way[way];
@@ -284,6 +287,7 @@ fill (struct qcow2 *q, struct l2_set *set, unsigned way, uint64_t slice,
   struct l2_slot *slot = &set->way[way];
   _Atomic uint64_t *words = slot_words (q, slot_index (q, set, way));
 
+  assert (lock_is_mine (&set->lock));
   count_fill (&q->l2, slot);
   begin_change (slot);
   for (unsigned i = 0; i < words_in_slice (q); ++i)
@@ -346,6 +350,7 @@ fill_holes (struct qcow2 *q, struct l2_slot *slot, uint64_t slice,
 {
   uint64_t location;
 
+  assert (lock_is_mine (&set_of (q, slice)->lock));
   if (slot->holes == 0)
     return 0;
   if (slice_location (q, slice, &location) == -1)
@@ -416,6 +421,7 @@ copy_slot (struct qcow2 *q, struct l2_set *set, unsigned way,
 {
   struct l2_slot *slot = &set->way[way];
 
+  assert (lock_is_mine (&set->lock));
   copy->slot = slot_index (q, set, way);
   copy->slice = (atomic_load_explicit (&slot->tag, memory_order_relaxed)
                  >> VERSION_BITS) - 1;
@@ -494,6 +500,7 @@ zero_slice (struct qcow2 *q, struct l2_set *set, uint64_t slice)
   const int way = find_way (set, slice);
   uint64_t location;
 
+  assert (lock_is_mine (&set->lock));
   if (way >= 0 && (set->way[way].dirty || set->way[way].pinned))
     return 0;
   if (slice_location (q, slice, &location) == -1)

@@ -31,6 +31,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
@@ -407,6 +408,7 @@ has_own_l2 (struct qcow2 *q, uint32_t index)
 static void
 set_own_l2 (struct qcow2 *q, uint32_t index, uint64_t table)
 {
+  assert (lock_is_mine (&q->l1.lock));
   atomic_store_explicit (&q->l1.entries[index], table | OFLAG_COPIED,
                          memory_order_release);
   if (q->l1.proven != NULL)

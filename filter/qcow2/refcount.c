@@ -27,6 +27,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
@@ -209,6 +210,7 @@ redo_lost (struct qcow2 *q)
   struct refcounts *rc = &q->rc;
   const unsigned long lost = qcow2_lost (q);
 
+  assert (lock_is_mine (&q->rc.lock));
   if (lost == rc->lost)
     return;
   rc->lost = lost;
@@ -235,6 +237,7 @@ settle (struct qcow2 *q, uint64_t epoch)
 {
   struct refcounts *rc = &q->rc;
 
+  assert (lock_is_mine (&q->rc.lock));
   for (size_t i = 0; rc->nr_written_slices != 0 && i < rc->nr_slices; ++i)
     if (rc->slices[i].written <= epoch)
       mark_written (rc, &rc->slices[i], 0);
@@ -268,6 +271,7 @@ refcounts_write_durably (struct qcow2 *q)
 {
   uint64_t epoch;
 
+  assert (lock_is_mine (&q->rc.lock));
   redo_lost (q);
   if (refcounts_write_all (q) == -1)
     return -1;
@@ -377,6 +381,7 @@ refcount_get (struct qcow2 *q, uint64_t cluster, uint64_t *count)
 {
   struct refcount_slice *s;
 
+  assert (lock_is_mine (&q->rc.lock));
   if (!refcount_block_exists (q, cluster >> q->rc.block_entries_bits)) {
     *count = 0;
     return 0;
@@ -394,8 +399,10 @@ refcount_set (struct qcow2 *q, uint64_t cluster, uint64_t count)
 {
   const uint64_t i = entry_in_slice (&q->rc, cluster);
   const unsigned order = q->header.refcount_order;
-  struct refcount_slice *s = get_slice (q, cluster);
+  struct refcount_slice *s;
 
+  assert (lock_is_mine (&q->rc.lock));
+  s = get_slice (q, cluster);
   if (s == NULL)
     return -1;
   if (count > refcount_format_max (order)) {
@@ -423,6 +430,7 @@ refcount_find_free (struct qcow2 *q, uint64_t *cluster)
   const unsigned order = q->header.refcount_order;
   uint64_t c = *cluster;
 
+  assert (lock_is_mine (&q->rc.lock));
   while (refcount_block_exists (q, c >> rc->block_entries_bits)) {
     struct refcount_slice *s = get_slice (q, c);
     uint64_t i;
@@ -446,6 +454,7 @@ refcount_forget (struct qcow2 *q, uint64_t block_index)
   const uint64_t first =
     block_index << (rc->block_entries_bits - rc->slice_entries_bits);
 
+  assert (lock_is_mine (&q->rc.lock));
   for (size_t i = 0; i < rc->nr_slices; ++i) {
     struct refcount_slice *s = &rc->slices[i];
 
@@ -464,6 +473,7 @@ refcount_set_table_entry (struct qcow2 *q, uint64_t block_index,
   struct refcounts *rc = &q->rc;
   const uint64_t on_disk = q->header.reftable_clusters * q->cluster_size;
 
+  assert (lock_is_mine (&q->rc.lock));
   /* The entries of a larger table are written with that table (allocate.c). */
   if (block_index * 8 < on_disk &&
       holes_fill_table (q, QCOW2_REFCOUNT_TABLE, rc->table_holes,
@@ -484,6 +494,7 @@ refcounts_write_all (struct qcow2 *q)
 {
   struct refcounts *rc = &q->rc;
 
+  assert (lock_is_mine (&q->rc.lock));
   for (size_t i = 0; rc->nr_dirty != 0 && i < rc->nr_slices; ++i) {
     struct refcount_slice *s = &rc->slices[i];
 
@@ -652,6 +663,7 @@ refcounts_flush (struct qcow2 *q, unsigned long lost)
   unsigned long tables;
   size_t nr, done;
 
+  assert (lock_is_mine (&q->flush.lock));
   /* Entries that become dirty from now on are left to the next flush. */
   pthread_mutex_lock (&q->rc.lock);
   nr = q->rc.nr_dirty_table;

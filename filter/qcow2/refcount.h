@@ -61,9 +61,14 @@ struct refcounts {
                                    and read as zeroes */
 };
 
-/* All with the lock held. */
+/* No other thread has the image. */
 extern int refcounts_open (struct qcow2 *, uint64_t cache_bytes);
 extern void refcounts_free (struct qcow2 *);
+
+/* With the lock held, or while the image is opened. */
+extern bool refcount_block_exists (struct qcow2 *, uint64_t block_index);
+
+/* All that follow, with the lock held. */
 extern int refcount_get (struct qcow2 *, uint64_t cluster, uint64_t *count);
 /* The refcount block must exist. */
 extern int refcount_set (struct qcow2 *, uint64_t cluster, uint64_t count);
@@ -71,7 +76,6 @@ extern int refcount_set (struct qcow2 *, uint64_t cluster, uint64_t count);
  * block does not exist are free.
  */
 extern int refcount_find_free (struct qcow2 *, uint64_t *cluster);
-extern bool refcount_block_exists (struct qcow2 *, uint64_t block_index);
 /* Forget cached slices of refcount block index and beyond. */
 extern void refcount_forget (struct qcow2 *, uint64_t block_index);
 /* Set an entry of the refcount table.  The next flush writes it. */

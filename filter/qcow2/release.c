@@ -23,6 +23,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
@@ -314,6 +315,7 @@ end_grace (struct qcow2 *q, bool wait)
 int
 release_retire (struct qcow2 *q, bool wait)
 {
+  assert (lock_is_mine (&q->flush.lock));
   /* Only the flush, of which there is one, uses these two lists. */
   if (end_grace (q, wait) == -1)
     return -1;

@@ -7,6 +7,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <time.h>
 
@@ -83,6 +84,7 @@ all_clean (struct qcow2 *q)
 void
 qcow2_retire_all (struct qcow2 *q)
 {
+  assert (lock_is_mine (&q->flush.lock));
   if (release_retire (q, true) == -1 && release_retire (q, true) == -1)
     release_forget (q);
 }
@@ -135,6 +137,7 @@ cut (struct qcow2 *q)
 int
 qcow2_stop_ends (struct qcow2 *q)
 {
+  assert (lock_is_mine (&q->flush.lock));
   for (;;) {
     qcow2_retire_all (q);
     if (all_clean (q))

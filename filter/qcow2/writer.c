@@ -27,6 +27,7 @@
 
 #include "common/bytes.h"
 #include "common/cleanup.h"
+#include "common/lock.h"
 #include "common/report.h"
 #include "container/container.h"
 #include "qcow2/entry.h"
@@ -46,7 +47,7 @@ struct qcow2_writer {
   uint64_t **l2;                /* tables in RAM, in host byte order; NULL:
                                    all of it is unallocated */
 
-  /* Protects the rest, and the array above. */
+  /* Protects the rest, and the array above, until the end. */
   pthread_mutex_t lock;
   uint64_t end;                 /* of the host clusters in use, bytes */
   uint64_t packed, packed_end;  /* the rest of the run for compressed data */
@@ -103,7 +104,9 @@ qcow2_writer_free (struct qcow2_writer *w)
   free (w);
 }
 
-/* With the lock held: count what refers to the host clusters of a range. */
+/* Count what refers to the host clusters of a range.  The lock is held, or
+ * this is the end, and no other thread uses the writer.
+ */
 static int
 count_references (struct qcow2_writer *w, uint64_t host, uint64_t bytes)
 {
@@ -128,7 +131,7 @@ count_references (struct qcow2_writer *w, uint64_t host, uint64_t bytes)
   return 0;
 }
 
-/* With the lock held: new host clusters. */
+/* New host clusters.  The lock is held, or this is the end. */
 static int
 allocate (struct qcow2_writer *w, uint64_t bytes, uint64_t *host)
 {
@@ -146,6 +149,7 @@ find_entry (struct qcow2_writer *w, uint64_t cluster)
 {
   uint64_t **table = &w->l2[cluster / w->l2_entries];
 
+  assert (lock_is_mine (&w->lock));
   if (*table == NULL)
     *table = calloc (w->l2_entries, sizeof **table);
   if (*table == NULL) {
@@ -163,6 +167,7 @@ set_entries (struct qcow2_writer *w, uint64_t offset, uint64_t bytes,
   const uint64_t first = offset >> w->o.cluster_bits;
   const uint64_t end = div_round_up (offset + bytes, w->cluster_size);
 
+  assert (lock_is_mine (&w->lock));
   for (uint64_t i = first; i < end; ++i) {
     uint64_t *e = find_entry (w, i);
 
@@ -212,6 +217,7 @@ place_packed (struct qcow2_writer *w, uint64_t bytes, uint64_t *host,
   const unsigned x = 62 - (w->o.cluster_bits - 8);
   uint64_t first, sectors;
 
+  assert (lock_is_mine (&w->lock));
   if (w->packed_end - w->packed < bytes) {
     /* What is left is lost, unless the next run follows it. */
     if (w->packed_end != w->end)
