@@ -213,8 +213,9 @@ struct bitmap_set {
   size_t nr_expose;
 
   /* A change has failed such that the header may refer to another directory
-   * than this one (apply.c), and what it said before.  Under state_lock, but
-   * that any thread may read the flag.
+   * than this one (apply.c), and what it said before.  The change sets both,
+   * while no mark is under way.  The flag is cleared, and the rest read, under
+   * state_lock.  Any thread may read the flag.
    */
   atomic_bool in_doubt;
   struct qcow2_bitmaps_extension undoubted;
@@ -360,7 +361,7 @@ extern int bitmap_create_missing (struct bitmap_set *,
 
 /* mark.c */
 
-/* Change a state.  state_lock is held, or no other thread has the set. */
+/* Change a state.  state_lock is held. */
 extern void bitmap_set_state (struct bitmap_set *, struct bitmap *,
                               enum bitmap_state);
 
@@ -412,7 +413,8 @@ extern bool bitmap_cluster_is_full (const struct bitmap_set *,
 /* Write the bytes [offset, offset + count) of the array of bits, and zeroes
  * beyond its end, to a data cluster.  buffer has SYNC_BUFFER_BYTES.  If durable
  * is not NULL, this tries to make them durable by themselves, and sets
- * *durable to false if that needs a barrier.  reserve_lock is held.
+ * *durable to false if that needs a barrier.  reserve_lock is held, unless the
+ * bitmap is a new one that no other thread has.
  */
 extern int bitmap_write_bits (struct bitmap_set *, struct bitmap *,
                               uint8_t *buffer, uint64_t offset,

@@ -64,6 +64,7 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/clock.h"
+#include "common/lock.h"
 #include "common/report.h"
 #include "common/vector.h"
 #include "qcow2/order.h"
@@ -152,6 +153,7 @@ keep_free (struct bitmap_set *set)
 static bool
 is_wanted (const struct bitmap_set *set, const struct keep_want *w)
 {
+  assert (lock_is_mine (&set->keep_lock));
   for (size_t i = 0; i < set->nr_wants; ++i)
     if (set->wants[i].bitmap == w->bitmap &&
         set->wants[i].first <= w->first && set->wants[i].last >= w->last)
@@ -171,6 +173,7 @@ want_region (struct bitmap_set *set, uint64_t offset, uint64_t count)
                                set->geometry.disk_size_bytes);
   bool any = false;
 
+  assert (lock_is_mine (&set->keep_lock));
   if (vector_reserve (set->wants, set->nr_wants, set->max_wants,
                       set->nr_recording) == -1)
     return -1;
@@ -215,6 +218,7 @@ write_in_cluster (struct bitmap_set *set, struct keep_want *w, uint64_t first,
   struct bitmap *b = w->bitmap;
   const uint64_t entry = b->table[first / in_cluster];
 
+  assert (lock_is_mine (&set->reserve_lock));
   if (!is_durable (b, first / in_cluster)) {
     for (uint64_t p = first; p < end; ++p)
       changes_flag (&b->changes, p);
@@ -342,6 +346,7 @@ pace (struct bitmap_set *set, int64_t ns)
 {
   const int64_t now = now_ns ();
 
+  assert (lock_is_mine (&set->keep_lock));
   set->pace_ns += ns;
   if (set->pace_ns * 20 <= now - set->pace_began)
     return;
@@ -361,6 +366,7 @@ lead (struct bitmap_set *set)
   const int64_t began = now_ns ();
   struct report_hold hold;
 
+  assert (lock_is_mine (&set->keep_lock));
   set->wants = NULL;
   set->nr_wants = set->max_wants = 0;
   set->keep_busy = true;

@@ -47,6 +47,7 @@
 #include "bitmap/internal.h"
 #include "common/bytes.h"
 #include "common/cleanup.h"
+#include "common/lock.h"
 #include "common/report.h"
 #include "qcow2/order.h"
 
@@ -64,6 +65,7 @@ bitmap_set_state (struct bitmap_set *set, struct bitmap *b,
 {
   enum bitmap_state old = atomic_load (&b->state);
 
+  assert (lock_is_mine (&set->state_lock));
   assert ((next_states[old] & 1 << state) != 0);
   /* Raise the count first, and lower it last: a thread that finds it 0 may
    * rely on that.
@@ -80,6 +82,7 @@ bitmap_write_flags (struct bitmap_set *set, struct bitmap *b, bool in_use)
 {
   uint8_t word[4];
 
+  assert (lock_is_mine (&set->state_lock));
   put_be32 (word, b->flags | (in_use ? BITMAP_FLAG_IN_USE : 0));
   b->cleared = false;
   bitmap_set_state (set, b, DOUBTFUL);
@@ -175,6 +178,7 @@ make_in_use (struct bitmap_set *set, uint64_t offset, uint64_t count)
 {
   const unsigned long lost = qcow2_lost (set->image);
 
+  assert (lock_is_mine (&set->state_lock));
   for (size_t i = 0; i < set->nr_recording; ++i) {
     struct bitmap *b = set->recording[i];
 

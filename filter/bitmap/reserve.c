@@ -34,6 +34,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -41,6 +42,7 @@
 #include "bitmap/internal.h"
 #include "common/bytes.h"
 #include "common/cleanup.h"
+#include "common/lock.h"
 #include "common/report.h"
 
 static const uint8_t zeroes[65536];
@@ -166,6 +168,7 @@ int
 bitmap_reserve_entry (struct bitmap_set *set, struct bitmap *b,
                       uint32_t index)
 {
+  assert (lock_is_mine (&set->reserve_lock));
   return holes_fill_table (set->image, QCOW2_BITMAP_TABLE, b->table_holes,
                            b->table_offset, 8 * (size_t) b->table_entries,
                            8 * (size_t) index);
@@ -244,6 +247,7 @@ bitmap_release_reserved (struct bitmap_set *set, struct bitmap *b)
 {
   const bool any = b->nr_reserved != 0;
 
+  assert (lock_is_mine (&set->reserve_lock));
   for (uint32_t i = 0; b->nr_reserved != 0; ++i) {
     const uint64_t reserved = bitmap_take_reserved (b, i);
 

@@ -65,6 +65,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -73,6 +74,7 @@
 #include "bitmap/internal.h"
 #include "common/bytes.h"
 #include "common/cleanup.h"
+#include "common/lock.h"
 #include "common/report.h"
 #include "common/vector.h"
 #include "qcow2/order.h"
@@ -105,6 +107,7 @@ bitmap_write_bits (struct bitmap_set *set, struct bitmap *b, uint8_t *buffer,
 {
   uint64_t array_bytes = b->bits.nr_pieces * PIECE_BYTES;
 
+  assert (b->ahead.ahead == NULL || lock_is_mine (&set->reserve_lock));
   while (count > 0) {
     size_t n = min_u64 (count, SYNC_BUFFER_BYTES);
     size_t have = min_u64 (n, array_bytes - min_u64 (offset, array_bytes));
@@ -132,6 +135,7 @@ static int
 write_bits (struct bitmap_set *set, struct bitmap *b,
             uint64_t offset, uint64_t count, uint64_t host_offset)
 {
+  assert (lock_is_mine (&set->reserve_lock));
   set->sync_bytes += count;
   return bitmap_write_bits (set, b, set->buffer, offset, count, host_offset,
                             NULL);
