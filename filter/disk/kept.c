@@ -16,6 +16,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -26,6 +27,7 @@
 
 #include "common/bytes.h"
 #include "common/cleanup.h"
+#include "common/lock.h"
 #include "common/report.h"
 #include "container/fd.h"
 #include "disk/kept.h"
@@ -180,6 +182,7 @@ copy_unit (struct kept *k, uint64_t unit, uint8_t *buf, chunk_read_fn read_fn,
   uint64_t offset = unit * UNIT_BYTES;
   enum kept_state state = KEPT_ZERO;
 
+  assert (lock_is_mine (&k->locks[unit % KEPT_LOCKS]));
   while (offset < end) {
     struct qcow2_chunk chunk = {
       .buf = buf, .count = end - offset, .limit = end - offset,

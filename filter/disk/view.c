@@ -27,6 +27,7 @@
 
 #include "common/bytes.h"
 #include "common/cleanup.h"
+#include "common/lock.h"
 #include "common/report.h"
 #include "common/vector.h"
 #include "disk/chunk.h"
@@ -121,6 +122,7 @@ views_reserve (struct disk *d, size_t more)
 {
   struct views *views = &d->views;
 
+  assert (write_lock_is_mine (&d->lists_lock));
   if (vector_reserve (views->view, views->nr, views->max, more) == 0)
     return 0;
   report_error ("malloc: %m");
@@ -132,6 +134,7 @@ view_add (struct disk_view *v)
 {
   struct views *views = &v->disk->views;
 
+  assert (write_lock_is_mine (&v->disk->lists_lock));
   assert (views->nr < views->max);
   views->view[views->nr++] = v;
 }
@@ -161,6 +164,7 @@ view_end (struct disk *d, const char *name)
 {
   struct disk_view **place = find (d, name, strlen (name)), *v;
 
+  assert (write_lock_is_mine (&d->lists_lock));
   if (place == NULL)
     return;
   v = *place;
