@@ -29,12 +29,14 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <sys/resource.h>
 
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/clock.h"
+#include "common/lock.h"
 #include "disk/disk.h"
 #include "nbd/bounds.h"
 #include "nbd/client-errors.h"
@@ -137,6 +139,7 @@ oldest_handshake (struct nbd_server *server)
 {
   struct connection *oldest = NULL;
 
+  assert (lock_is_mine (&server->lock));
   for (struct connection *c = server->live; c != NULL; c = c->next)
     if (atomic_load (&c->handshaking) && !atomic_load (&c->stream.socket.dead))
       oldest = c;
@@ -200,6 +203,7 @@ look_at_handshakes (struct nbd_server *server, int64_t now, int *wait_ms)
   const int64_t limit =
     server->service.limits.handshake_seconds * INT64_C (1000);
 
+  assert (lock_is_mine (&server->lock));
   if (server->nr_handshaking == 0)
     return;
   for (struct connection *c = server->live; c != NULL; c = c->next) {
@@ -241,6 +245,7 @@ look_for_stalls (struct nbd_server *server, int64_t now)
 {
   bool one_waits = false;
 
+  assert (lock_is_mine (&server->lock));
   for (struct connection *c = server->live; c != NULL; c = c->next) {
     ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&server->budget.lock);
 

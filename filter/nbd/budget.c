@@ -39,6 +39,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
@@ -47,6 +48,7 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/clock.h"
+#include "common/lock.h"
 #include "common/threads.h"
 #include "nbd/budget.h"
 #include "nbd/debug.h"
@@ -133,6 +135,7 @@ wait_to_be_woken (struct budget *b, int64_t deadline)
     .tv_nsec = deadline % 1000 * 1000000,
   };
 
+  assert (lock_is_mine (&b->lock));
   if (deadline == 0) {
     pthread_cond_wait (&b->freed, &b->lock);
     return true;
@@ -151,6 +154,7 @@ wait_for_room (struct account *a, size_t count, int64_t deadline)
   struct budget_waiter **p = &b->line;
   bool in_time = true, is_room = false;
 
+  assert (lock_is_mine (&b->lock));
   debug_request ("nbd: waiting for %zu bytes of memory", count);
   while (*p != NULL)
     p = &(*p)->next;
@@ -182,6 +186,7 @@ acquire (struct account *a, size_t count, int64_t deadline)
 {
   struct budget *b = a->budget;
 
+  assert (lock_is_mine (&b->lock));
   if (!fits (b, a, count, NULL) && !wait_for_room (a, count, deadline))
     return false;
   b->used += count;
@@ -195,6 +200,7 @@ release (struct account *a, size_t count)
 {
   struct budget *b = a->budget;
 
+  assert (lock_is_mine (&b->lock));
   b->used -= count;
   a->held -= count;
   if (atomic_load_explicit (&b->waiting, memory_order_relaxed) > 0)
@@ -217,8 +223,8 @@ pop (struct budget *b, unsigned class)
   return buffer;
 }
 
-/* Give up to nr free buffers of a class to the system.  Called with
- * b->lock.
+/* Give up to nr free buffers of a class to the system.  Called with b->lock,
+ * or when no other thread uses the budget any more.
  */
 static void
 unmap (struct budget *b, unsigned class, unsigned nr)
@@ -231,6 +237,7 @@ unmap (struct budget *b, unsigned class, unsigned nr)
 static void
 make_room (struct budget *b)
 {
+  assert (lock_is_mine (&b->lock));
   for (int class = BUDGET_CLASSES - 1; class >= 0; --class)
     while (b->used + b->cached > b->size && b->class[class].free != NULL)
       unmap (b, class, 1);

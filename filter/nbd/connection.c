@@ -14,10 +14,12 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "common/clock.h"
+#include "common/lock.h"
 #include "common/threads.h"
 #include "nbd/connection.h"
 #include "nbd/contexts.h"
@@ -136,9 +138,11 @@ first_worker (struct connection *c)
 struct connection *
 connection_start (struct nbd_server *server, int fd)
 {
-  struct connection *c = connection_new (server, fd);
+  struct connection *c;
   struct worker *w;
 
+  assert (lock_is_mine (&server->lock));
+  c = connection_new (server, fd);
   if (c == NULL)
     return NULL;
   w = first_worker (c);

@@ -28,9 +28,11 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <string.h>
 
 #include "common/cleanup.h"
+#include "common/lock.h"
 #include "nbd/output.h"
 
 /* Send everything.  A connection that cannot is cut, and those of its
@@ -39,6 +41,7 @@
 static void
 send_all (struct worker *w, struct iovec *iov, size_t nr)
 {
+  assert (lock_is_mine (&w->stream->send_lock));
   if (stream_send (w->stream, iov, nr) == 0)
     return;
   socket_cut (&w->stream->socket);
@@ -80,6 +83,7 @@ send_gathered (struct worker *w)
 {
   struct iovec iov = { .iov_base = w->output, .iov_len = w->gathered };
 
+  assert (lock_is_mine (&w->stream->send_lock));
   send_all (w, &iov, 1);
   w->gathered = 0;
 }

@@ -43,11 +43,13 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <sys/resource.h>
 #include <time.h>
 
 #include "common/cleanup.h"
+#include "common/lock.h"
 #include "common/threads.h"
 #include "nbd/debug.h"
 #include "nbd/team.h"
@@ -101,6 +103,7 @@ wait_for_role (struct worker *w)
   struct team *team = w->team;
   struct timespec ts;
 
+  assert (lock_is_mine (&team->lock));
   clock_gettime (CLOCK_MONOTONIC, &ts);
   ts.tv_sec += IDLE_SECONDS;
   team->waiting++;
@@ -138,6 +141,7 @@ add_worker (struct team *team)
   atomic_uint *count = &team->teams->nr_extra_threads;
   struct worker *w = NULL;
 
+  assert (lock_is_mine (&team->lock));
   /* As with memory: no more of one connection than are left for others. */
   if (atomic_fetch_add (count, 1) + team->nr_workers <=
       team->teams->max_extra_threads)
@@ -154,6 +158,7 @@ add_worker (struct team *team)
 static void
 offer_role (struct team *team)
 {
+  assert (lock_is_mine (&team->lock));
   if (team->waiting > 0)
     pthread_cond_signal (&team->role_freed);
   else if (team->nr_workers < team->teams->max_workers)

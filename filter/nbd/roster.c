@@ -12,9 +12,11 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <unistd.h>
 
 #include "common/cleanup.h"
+#include "common/lock.h"
 #include "nbd/roster.h"
 #include "nbd/server.h"
 #include "stats/stats.h"
@@ -24,6 +26,7 @@ roster_add (struct connection *c)
 {
   struct nbd_server *server = c->server;
 
+  assert (lock_is_mine (&server->lock));
   server->nr_served++;
   c->next = server->live;
   if (c->next != NULL)

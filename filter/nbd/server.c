@@ -25,6 +25,7 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -37,6 +38,7 @@
 
 #include "common/cleanup.h"
 #include "common/clock.h"
+#include "common/lock.h"
 #include "common/report.h"
 #include "common/threads.h"
 #include "disk/disk.h"
@@ -327,6 +329,7 @@ wait_for_connections (struct nbd_server *server, int64_t until_ms)
   };
   int r = 0;
 
+  assert (lock_is_mine (&server->lock));
   while (server->nr_live > 0 && r == 0)
     r = pthread_cond_timedwait (&server->changed, &server->lock, &ts);
 }

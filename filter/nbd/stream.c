@@ -28,12 +28,14 @@
 
 #include <config.h>
 
+#include <assert.h>
 #include <errno.h>
 #include <sched.h>
 #include <string.h>
 
 #include "common/buffer.h"
 #include "common/bytes.h"
+#include "common/lock.h"
 #include "nbd/protocol.h"
 #include "nbd/stream.h"
 #include "nbd/tls.h"
@@ -365,6 +367,7 @@ stream_send (struct stream *s, struct iovec *iov, size_t nr)
 {
   int r;
 
+  assert (lock_is_mine (&s->send_lock));
   atomic_store_explicit (&s->socket.is_sending, true, memory_order_relaxed);
   r = is_encrypted_by_us (s) ? tls_send (s->tls, iov, nr)
                              : send_plain (s, iov, nr);
