@@ -32,7 +32,7 @@ static struct {
   unsigned nr_open, nr_opened, nr_finalized;
   atomic_uint largest_data, largest_zero;
   atomic_uint largest_trim, largest_extents;
-  uint32_t zero_flags, pwrite_flags;
+  atomic_uint zero_flags, pwrite_flags;
   atomic_uint nr_refused_zeroes;
   atomic_uint nr_pwrites, nr_zeroes, nr_flushes, nr_caches, nr_trims;
   atomic_uint nr_extents;

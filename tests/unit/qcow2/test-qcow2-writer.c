@@ -20,6 +20,7 @@
 #include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -30,6 +31,7 @@
 #include <cmocka.h>
 
 #include "common/bytes.h"
+#include "common/cleanup.h"
 #include "common/report.h"
 #include "container/container.h"
 #include "image.h"
@@ -39,6 +41,7 @@
 #define NR_THREADS 4
 #define LIMIT (UINT64_C (256) << 20)
 
+static pthread_mutex_t reports_lock = PTHREAD_MUTEX_INITIALIZER;
 static char last_error[1024];
 static unsigned nr_errors;
 
@@ -47,6 +50,7 @@ keep_report (enum report_level level, const char *fmt, va_list args)
 {
   if (level != REPORT_ERROR)
     return;
+  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&reports_lock);
   vsnprintf (last_error, sizeof last_error, fmt, args);
   nr_errors++;
 }
@@ -64,7 +68,7 @@ struct job {
   uint64_t seed;
   pthread_mutex_t lock;         /* protects the next cluster */
   uint64_t next;
-  bool failed;
+  atomic_bool failed;
 };
 
 static void
