@@ -94,6 +94,15 @@ clip (struct container *c, uint64_t count, uint64_t offset)
   return min_u64 (count, size - offset);
 }
 
+static int
+check_writable (const struct container *c)
+{
+  if (!c->readonly)
+    return 0;
+  errno = EROFS;
+  return -1;
+}
+
 int
 container_pread (struct container *c, void *buf, size_t count, uint64_t offset)
 {
@@ -112,10 +121,8 @@ int
 container_pwrite (struct container *c, const void *buf, size_t count,
                   uint64_t offset)
 {
-  if (c->readonly) {
-    errno = EROFS;
+  if (check_writable (c) == -1)
     return -1;
-  }
   if (count == 0)
     return 0;
   if (range_exceeds (offset, count, MAX_SIZE)) {
@@ -154,10 +161,8 @@ int
 container_zero (struct container *c, uint64_t count, uint64_t offset,
                 bool punch)
 {
-  if (c->readonly) {
-    errno = EROFS;
+  if (check_writable (c) == -1)
     return -1;
-  }
   count = clip (c, count, offset);
   if (count == 0)
     return 0;
@@ -183,10 +188,8 @@ container_zero_fast (struct container *c, uint64_t count, uint64_t offset,
 {
   uint64_t first = offset;
 
-  if (c->readonly) {
-    errno = EROFS;
+  if (check_writable (c) == -1)
     return -1;
-  }
   count = clip (c, count, offset);
   if (count == 0)
     return 0;
@@ -198,10 +201,8 @@ container_zero_fast (struct container *c, uint64_t count, uint64_t offset,
 int
 container_trim (struct container *c, uint64_t count, uint64_t offset)
 {
-  if (c->readonly) {
-    errno = EROFS;
+  if (check_writable (c) == -1)
     return -1;
-  }
   count = clip (c, count, offset);
   if (count > 0)                /* or rounding offset up may wrap */
     count = whole_blocks (c, count, &offset);
@@ -275,10 +276,8 @@ container_reserve (struct container *c, uint64_t end)
 {
   if (end <= container_size (c))
     return 0;
-  if (c->readonly) {
-    errno = EROFS;
+  if (check_writable (c) == -1)
     return -1;
-  }
   if (end > MAX_SIZE) {
     errno = EFBIG;
     return -1;
@@ -298,10 +297,8 @@ container_reserve (struct container *c, uint64_t end)
 int
 container_truncate (struct container *c, uint64_t size)
 {
-  if (c->readonly) {
-    errno = EROFS;
+  if (check_writable (c) == -1)
     return -1;
-  }
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&c->grow_lock);
   if (size >= container_size (c))
     return 0;

@@ -273,21 +273,30 @@ context_zero_fast (struct plugin_context *ctx, uint32_t count,
   return r == -1 && (errno == ENOTSUP || errno == EOPNOTSUPP) ? 1 : r;
 }
 
-int
-context_trim (struct plugin_context *ctx, uint64_t count, uint64_t offset)
+/* Trim, or cache, in parts of at most max_bytes. */
+static int
+in_parts (struct plugin_context *ctx,
+          int (*call) (nbdkit_next *, uint32_t, uint64_t, uint32_t, int *),
+          uint32_t max_bytes, uint64_t count, uint64_t offset)
 {
   while (count > 0) {
-    const uint32_t len = min_u64 (count, ctx->max_zero_bytes);
+    const uint32_t len = min_u64 (count, max_bytes);
     int r, err = 0;
 
     begin_call (ctx);
-    r = ctx->next->trim (ctx->next, len, offset, 0, &err);
+    r = call (ctx->next, len, offset, 0, &err);
     if (end_call (ctx, r, err) == -1)
       return -1;
     offset += len;
     count -= len;
   }
   return 0;
+}
+
+int
+context_trim (struct plugin_context *ctx, uint64_t count, uint64_t offset)
+{
+  return in_parts (ctx, ctx->next->trim, ctx->max_zero_bytes, count, offset);
 }
 
 /* nbdkit has the extents of a plugin in a list, and merges neighbours. */
@@ -322,18 +331,7 @@ context_extent (struct plugin_context *ctx, uint64_t offset, uint64_t count,
 int
 context_cache (struct plugin_context *ctx, uint64_t count, uint64_t offset)
 {
-  while (count > 0) {
-    const uint32_t len = min_u64 (count, ctx->max_data_bytes);
-    int r, err = 0;
-
-    begin_call (ctx);
-    r = ctx->next->cache (ctx->next, len, offset, 0, &err);
-    if (end_call (ctx, r, err) == -1)
-      return -1;
-    offset += len;
-    count -= len;
-  }
-  return 0;
+  return in_parts (ctx, ctx->next->cache, ctx->max_data_bytes, count, offset);
 }
 
 int
