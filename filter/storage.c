@@ -20,6 +20,7 @@
 
 #include <nbdkit-filter.h>
 
+#include "common/folder.h"
 #include "container/container.h"
 #include "container/next.h"
 #include "disk/disk.h"
@@ -67,19 +68,6 @@ get_disk_options (const struct storage *s, bool readonly,
   };
   chain_give (s->chain, o);
   o->beside_is_data_file = chain_has_disk (s->chain);
-}
-
-/* The folder of a file, to be freed.  NULL with errno. */
-static char *
-folder_of (const char *path)
-{
-  char *folder = strdup (path), *slash;
-
-  if (folder != NULL) {
-    slash = strrchr (folder, '/');
-    slash[slash == folder] = '\0';
-  }
-  return folder;
 }
 
 /* Where views keep what the disk does not have any more: beside the disk's

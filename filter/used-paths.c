@@ -28,6 +28,7 @@
 #include <unistd.h>
 
 #include "common/cleanup.h"
+#include "common/folder.h"
 #include "common/report.h"
 #include "used-paths.h"
 
@@ -40,8 +41,7 @@ used_paths_absolute (const char *path)
 
   if (absolute != NULL || errno != ENOENT)
     return absolute;
-  folder = slash == NULL ? strdup (".")
-    : strndup (path, slash == path ? 1 : slash - path);
+  folder = folder_of (path);
   if (folder == NULL)
     return NULL;
   absolute_folder = realpath (folder, NULL);

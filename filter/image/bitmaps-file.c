@@ -34,6 +34,7 @@
 #include <unistd.h>
 
 #include "common/cleanup.h"
+#include "common/folder.h"
 #include "common/report.h"
 #include "container/container.h"
 #include "image/bitmaps-file.h"
@@ -74,15 +75,6 @@ bitmaps_file_open (struct bitmaps_file *f, bool readonly)
     return -1;
   }
   return check_type (f) == -1 ? -1 : image_lock (f->fd, f->path, readonly);
-}
-
-/* The folder of the file, to be freed.  NULL with errno. */
-static char *
-folder_of (const char *path)
-{
-  const char *slash = strrchr (path, '/');
-
-  return strndup (path, slash == path ? 1 : slash - path);
 }
 
 /* A new file, without a name where that is possible: then *named is false. */
