@@ -51,7 +51,7 @@ remove_points (struct repository *r, size_t nr)
   for (unsigned number = first; number < end; ++number) {
     char file[POINT_FILE_CHARS];
 
-    snprintf (file, sizeof file, "%04u.qcow2", number % 1000000);
+    repository_name_point (file, number);
     if (unlinkat (r->fd, file, 0) == -1 && errno != ENOENT)
       report_warning ("%s/%s: %m", r->path, file);
   }
@@ -119,9 +119,8 @@ merge (const struct settings *settings, struct repository *r, size_t i)
   const struct point *p = &r->points[i];
   CLEANUP_CLOSE int fd = -1;
 
-  for (size_t n = stack_base (r, i); n <= i; ++n)
-    if (stack_verify_file (r, &r->points[n]) == -1)
-      return -1;
+  if (stack_verify (r, i) == -1)
+    return -1;
   fd = repository_new_file (r, p);
   if (fd == -1)
     return -1;

@@ -43,8 +43,8 @@
 #define MAX_NUMBER 999999
 #define BITMAP_CHARS 1024       /* QEMU's limit */
 
-static void
-name_of_point (char file[POINT_FILE_CHARS], unsigned number)
+void
+repository_name_point (char file[POINT_FILE_CHARS], unsigned number)
 {
   snprintf (file, POINT_FILE_CHARS, "%04u.qcow2", number % (MAX_NUMBER + 1));
 }
@@ -58,7 +58,7 @@ number_of_name (const char *name)
 
   if (number == 0 || number > MAX_NUMBER)
     return 0;
-  name_of_point (expected, number);
+  repository_name_point (expected, number);
   return strcmp (name, expected) == 0 ? number : 0;
 }
 
@@ -562,7 +562,7 @@ repository_add (struct repository *r)
   p = &larger[r->nr_points++];
   memset (p, 0, sizeof *p);
   p->number = number;
-  name_of_point (p->file, number);
+  repository_name_point (p->file, number);
   return p;
 }
 

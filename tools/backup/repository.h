@@ -76,6 +76,10 @@ extern int repository_set_bitmap (struct repository *, const char *name);
 /* Add a point at the end, with its number and file name and all else zero. */
 extern struct point *repository_add (struct repository *);
 
+/* The name of the file of a point. */
+extern void repository_name_point (char file[POINT_FILE_CHARS],
+                                   unsigned number);
+
 /* Remove the first nr points from the list, and not their files. */
 extern void repository_drop (struct repository *, size_t nr);
 

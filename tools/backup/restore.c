@@ -497,15 +497,6 @@ check_target (const struct settings *settings, const char *target)
 }
 
 static int
-verify_files (const struct repository *r, size_t i)
-{
-  for (size_t n = stack_base (r, i); n <= i; ++n)
-    if (stack_verify_file (r, &r->points[n]) == -1)
-      return -1;
-  return 0;
-}
-
-static int
 restore_point (const struct settings *settings, const struct repository *r,
                size_t i, const char *target)
 {
@@ -514,7 +505,7 @@ restore_point (const struct settings *settings, const struct repository *r,
   struct stack s;
   int result;
 
-  if (verify_files (r, i) == -1 || stack_open (&s, r, i) == -1)
+  if (stack_verify (r, i) == -1 || stack_open (&s, r, i) == -1)
     return -1;
   progress_begin (&progress, "restored", size, settings->quiet);
   result = is_uri (target) ? restore_to_nbd (&s, size, target, &progress)

@@ -38,8 +38,9 @@ struct stack_image {
   struct qcow2 *qcow2;
 };
 
-size_t
-stack_base (const struct repository *r, size_t i)
+/* The index of the full point below points[i]. */
+static size_t
+base_of (const struct repository *r, size_t i)
 {
   while (!r->points[i].is_full)
     i--;
@@ -76,6 +77,15 @@ stack_verify_file (const struct repository *r, const struct point *p)
     return 0;
   report_error ("%s/%s: is damaged: its checksum differs", r->path, p->file);
   return -1;
+}
+
+int
+stack_verify (const struct repository *r, size_t i)
+{
+  for (size_t n = base_of (r, i); n <= i; ++n)
+    if (stack_verify_file (r, &r->points[n]) == -1)
+      return -1;
+  return 0;
 }
 
 static bool
@@ -153,7 +163,7 @@ open_image (struct stack_image *image, const struct repository *r,
 int
 stack_open (struct stack *s, const struct repository *r, size_t i)
 {
-  const size_t base = stack_base (r, i);
+  const size_t base = base_of (r, i);
 
   memset (s, 0, sizeof *s);
   s->images = calloc (i - base + 1, sizeof *s->images);

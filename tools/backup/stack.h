@@ -33,7 +33,7 @@ extern void stack_close (struct stack *);
 extern int stack_verify_file (const struct repository *,
                               const struct point *);
 
-/* The index of the full point below points[i]. */
-extern size_t stack_base (const struct repository *, size_t i);
+/* The same for all files that points[i] needs. */
+extern int stack_verify (const struct repository *, size_t i);
 
 #endif /* DIRTY_BITMAP_BACKUP_STACK_H */
