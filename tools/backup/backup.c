@@ -31,6 +31,7 @@
 
 #include "backup/commands.h"
 #include "backup/copy.h"
+#include "backup/image.h"
 #include "backup/progress.h"
 #include "backup/prune.h"
 #include "backup/repository.h"
@@ -38,8 +39,6 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/report.h"
-#include "container/container.h"
-#include "qcow2/writer.h"
 #include "qmp-client.h"
 
 /* If we die, the server ends the backup after so many seconds. */
@@ -438,34 +437,19 @@ make_plan (struct backup *b, struct plan *plan, unsigned *cluster_bits)
   return r;
 }
 
-static int
-sink_data (void *opaque, const void *buf, uint64_t count, uint64_t offset)
-{
-  return qcow2_writer_data (opaque, buf, count, offset);
-}
-
-static int
-sink_zero (void *opaque, uint64_t count, uint64_t offset)
-{
-  return qcow2_writer_zero (opaque, count, offset);
-}
-
-static int
-copy_by_plan (struct backup *b, const struct plan *plan, uint32_t unit,
-              struct qcow2_writer *w)
-{
-  const struct copy_sink sink = {
-    .opaque = w, .unit = unit, .data = sink_data, .zero = sink_zero,
-  };
+/* What the new point's image is filled from. */
+struct content {
+  struct source *source;
+  const struct plan *plan;
   struct progress progress;
-  int r;
+};
 
-  progress_begin (&progress, "copied", plan->data_bytes, b->settings->quiet);
-  r = copy_plan (&b->source, plan, &sink, &progress);
-  if (r == 0)
-    r = qcow2_writer_finish (w);
-  progress_end (&progress, r == 0);
-  return r;
+static int
+fill_image (void *opaque, const struct copy_sink *sink)
+{
+  struct content *content = opaque;
+
+  return copy_plan (content->source, content->plan, sink, &content->progress);
 }
 
 static int
@@ -478,18 +462,13 @@ write_image (struct backup *b, const struct plan *plan, unsigned cluster_bits,
     .backing_format = b->is_full ? NULL : "qcow2",
     .compress = b->settings->compress,
   };
-  struct container *c = container_open_file_writable (fd);
-  struct qcow2_writer *w;
+  struct content content = { .source = &b->source, .plan = plan };
   int r;
 
-  if (c == NULL) {
-    report_error ("fstat: %m");
-    return -1;
-  }
-  w = qcow2_writer_new (c, &o);
-  r = w == NULL ? -1 : copy_by_plan (b, plan, 1U << cluster_bits, w);
-  qcow2_writer_free (w);
-  container_close (c);
+  progress_begin (&content.progress, "copied", plan->data_bytes,
+                  b->settings->quiet);
+  r = image_write (fd, &o, fill_image, &content);
+  progress_end (&content.progress, r == 0);
   return r;
 }
 

@@ -24,6 +24,7 @@
 
 #include "backup/commands.h"
 #include "backup/copy.h"
+#include "backup/image.h"
 #include "backup/new-file.h"
 #include "backup/progress.h"
 #include "backup/prune.h"
@@ -36,12 +37,12 @@
 #include "container/container.h"
 #include "container/fd.h"
 #include "qcow2/qcow2.h"
-#include "qcow2/writer.h"
 
 #define PIECE_BYTES ((uint64_t) 2 << 20)
 #define UNIT_BYTES (UINT32_C (1) << 16)
 
-int
+/* Give all of the disk to a sink, from its beginning to its end. */
+static int
 restore_disk (const struct stack *s, uint64_t size,
               const struct copy_sink *sink, struct progress *progress)
 {
@@ -112,16 +113,20 @@ restore_to_raw (const struct stack *s, uint64_t size, int fd,
   return -1;
 }
 
-static int
-qcow2_data (void *opaque, const void *buf, uint64_t count, uint64_t offset)
-{
-  return qcow2_writer_data (opaque, buf, count, offset);
-}
+/* A disk, as an image is filled from it. */
+struct content {
+  const struct stack *stack;
+  uint64_t size;
+  struct progress *progress;
+};
 
 static int
-qcow2_nothing (void *opaque, uint64_t count, uint64_t offset)
+fill_image (void *opaque, const struct copy_sink *sink)
 {
-  return qcow2_writer_zero (opaque, count, offset);
+  const struct content *content = opaque;
+
+  return restore_disk (content->stack, content->size, sink,
+                       content->progress);
 }
 
 int
@@ -131,25 +136,9 @@ restore_to_qcow2 (const struct stack *s, uint64_t size, int fd, bool compress,
   const struct qcow2_writer_options o = {
     .size = size, .cluster_bits = 16, .compress = compress,
   };
-  struct container *c = container_open_file_writable (fd);
-  struct qcow2_writer *w;
-  int r;
+  struct content content = { s, size, progress };
 
-  if (c == NULL) {
-    report_error ("fstat: %m");
-    return -1;
-  }
-  w = qcow2_writer_new (c, &o);
-  const struct copy_sink sink = {
-    .opaque = w, .unit = UNIT_BYTES, .data = qcow2_data,
-    .zero = qcow2_nothing,
-  };
-
-  r = w == NULL || restore_disk (s, size, &sink, progress) == -1 ||
-    qcow2_writer_finish (w) == -1 ? -1 : 0;
-  qcow2_writer_free (w);
-  container_close (c);
-  return r;
+  return image_write (fd, &o, fill_image, &content);
 }
 
 /* An NBD export. */

@@ -13,14 +13,11 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "backup/copy.h"
 #include "backup/stack.h"
 
-/* Give all of the disk to a sink, from its beginning to its end. */
-extern int restore_disk (const struct stack *, uint64_t size,
-                         const struct copy_sink *, struct progress *);
+struct progress;
 
-/* Make an image of it, durably, in an empty file. */
+/* Make an image of the disk, durably, in an empty file. */
 extern int restore_to_qcow2 (const struct stack *, uint64_t size, int fd,
                              bool compress, struct progress *);
 
