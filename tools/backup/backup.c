@@ -124,27 +124,33 @@ decide (struct backup *b)
     copy_all_since (b, "the last point was made with the bitmap %s", bitmap);
 }
 
+/* The metadata context of the bitmap, for free().  NULL, reported, on error. */
+static char *
+context_of (const struct backup *b)
+{
+  char *context;
+
+  if (asprintf (&context, SOURCE_BITMAP_PREFIX "%s", b->bitmap) != -1)
+    return context;
+  report_error ("asprintf: %m");
+  return NULL;
+}
+
 static int
 open_source (struct backup *b)
 {
-  char *context = NULL;
-  struct source_options o = {
+  CLEANUP_FREE char *context = b->bitmap != NULL ? context_of (b) : NULL;
+  const struct source_options o = {
     .uri = b->uri, .export = b->export,
     .contexts = (const char *const *) &context,
     .nr_contexts = b->bitmap != NULL,
     .max_connections = SOURCE_MAX_CONNECTIONS,
   };
-  int r;
 
-  if (b->bitmap != NULL &&
-      asprintf (&context, SOURCE_BITMAP_PREFIX "%s", b->bitmap) == -1) {
-    report_error ("asprintf: %m");
+  if (b->bitmap != NULL && context == NULL)
     return -1;
-  }
-  r = source_open (&b->source, &o);
-  b->is_open = r == 0;
-  free (context);
-  return r;
+  b->is_open = source_open (&b->source, &o) == 0;
+  return b->is_open ? 0 : -1;
 }
 
 /* With a control socket. */
@@ -408,25 +414,38 @@ choose_cluster_bits (const struct backup *b, const struct runs *dirty)
   return bits;
 }
 
-/* Ask the server what there is to copy. */
+/* Ask the server what there is in the disk and, for an increment, what of that
+ * is dirty.  Each of its answers has both.
+ */
+static int
+ask_contexts (struct backup *b, struct runs *allocation, struct runs *dirty)
+{
+  CLEANUP_FREE char *bitmap = b->is_full ? NULL : context_of (b);
+  const char *contexts[2];
+  struct runs *runs[2];
+  size_t nr = 0;
+
+  if (b->source.has_allocation) {
+    contexts[nr] = SOURCE_ALLOCATION;
+    runs[nr++] = allocation;
+  }
+  else if (runs_of_all (allocation, b->source.size, 0) == -1)
+    return -1;
+  if (!b->is_full) {
+    if (bitmap == NULL)
+      return -1;
+    contexts[nr] = bitmap;
+    runs[nr++] = dirty;
+  }
+  return source_runs (&b->source, contexts, nr, runs);
+}
+
 static int
 make_plan (struct backup *b, struct plan *plan, unsigned *cluster_bits)
 {
   struct runs allocation = { 0 }, dirty = { 0 };
-  CLEANUP_FREE char *context = NULL;
-  int r = b->source.has_allocation
-    ? source_runs (&b->source, SOURCE_ALLOCATION, &allocation)
-    : runs_of_all (&allocation, b->source.size, 0);
+  int r = ask_contexts (b, &allocation, &dirty);
 
-  if (r == 0 && !b->is_full) {
-    if (asprintf (&context, SOURCE_BITMAP_PREFIX "%s", b->bitmap) == -1) {
-      context = NULL;
-      report_error ("asprintf: %m");
-      r = -1;
-    }
-    else
-      r = source_runs (&b->source, context, &dirty);
-  }
   if (r == 0) {
     *cluster_bits = choose_cluster_bits (b, b->is_full ? NULL : &dirty);
     r = plan_make (plan, b->source.size, 1U << *cluster_bits, &allocation,

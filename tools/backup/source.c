@@ -330,19 +330,17 @@ static int
 keep_run (void *opaque, size_t context, uint64_t begin, uint64_t end,
           uint32_t flags)
 {
-  (void) context;
+  struct runs *const *runs = opaque;
+
   (void) begin;
-  return add_run (opaque, end, flags);
+  return add_run (runs[context], end, flags);
 }
 
 int
-source_runs (struct source *s, const char *context, struct runs *runs)
+source_runs (struct source *s, const char *const *contexts, size_t nr,
+             struct runs *const *runs)
 {
-  memset (runs, 0, sizeof *runs);
-  if (source_walk (s, &context, 1, keep_run, runs) == 0)
-    return 0;
-  runs_free (runs);
-  return -1;
+  return nr == 0 ? 0 : source_walk (s, contexts, nr, keep_run, (void *) runs);
 }
 
 int

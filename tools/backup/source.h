@@ -73,7 +73,11 @@ struct runs {
   size_t nr, max;
 };
 
-extern int source_runs (struct source *, const char *context, struct runs *);
+/* The same as runs, one for each context, which are empty before, and on
+ * error have to be freed, too.
+ */
+extern int source_runs (struct source *, const char *const *contexts,
+                        size_t nr, struct runs *const *runs);
 
 /* One run over all of the disk. */
 extern int runs_of_all (struct runs *, uint64_t size, uint32_t flags);
