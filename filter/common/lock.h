@@ -34,7 +34,9 @@ lock_is_mine (const pthread_mutex_t *mutex)
     gettid ();
 }
 
-/* Is it held for writing?  Who holds it for reading is not known. */
+/* Is it held for writing?  An rwlock does not note which threads hold it for
+ * reading.
+ */
 static inline bool
 write_lock_is_mine (const pthread_rwlock_t *rwlock)
 {

@@ -16,9 +16,9 @@
  * systems have no files without names: there the file is made under its name,
  * and removed if it cannot be filled.
  *
- * Nobody can know what other programs write to the disk while it is not
- * served.  But where the disk is a file, its time of change tells of most of
- * that.  While it is served, the disk may well be changed after the bitmaps
+ * The filter does not see what other programs write to the disk while it is
+ * not served.  But where the disk is a file, its time of change tells of most
+ * of that.  While it is served, the disk may well be changed after the bitmaps
  * were: so the time of the bitmaps' file is set once all is stored.
  */
 
