@@ -23,20 +23,9 @@
 #include "container/context.c"
 #include "container/next.c"
 #include "fake-nbdkit.h"
+#include "kept-reports.h"
 
 #define MiB ((uint64_t) 1 << 20)
-
-static unsigned nr_reports;
-static char last_report[512];
-
-static void
-keep_report (enum report_level level, const char *fmt, va_list args)
-{
-  if (level == REPORT_DEBUG)
-    return;
-  nr_reports++;
-  vsnprintf (last_report, sizeof last_report, fmt, args);
-}
 
 static char path[] = "/tmp/container-next.XXXXXX";
 static int fd;
@@ -59,9 +48,7 @@ setup (void **state)
   fake.trim = fake.fast_zero = fake.extents = 1;
   fake.fua = NBDKIT_FUA_NATIVE;
   fake.first_size = -1;
-  nr_reports = 0;
-  last_report[0] = '\0';
-  report_sink = keep_report;
+  keep_reports ();
   return ftruncate (fake.fd, MiB);
 }
 

@@ -20,8 +20,8 @@
 
 #include <cmocka.h>
 
+#include "kept-reports.h"
 #include "nbdkit/command-line.h"
-#include "common/report.h"
 #include "nbdkit/filter-stack.h"
 #include "parameters.h"
 #include "nbdkit/plugin-parameters.h"
@@ -29,25 +29,11 @@
 
 #define MAX_ARGS 32
 
-static unsigned nr_reports;
-static char last_report[512];
-
-static void
-keep_report (enum report_level level, const char *fmt, va_list args)
-{
-  if (level == REPORT_DEBUG)
-    return;
-  nr_reports++;
-  vsnprintf (last_report, sizeof last_report, fmt, args);
-}
-
 static int
 setup (void **state)
 {
   (void) state;
-  nr_reports = 0;
-  last_report[0] = '\0';
-  report_sink = keep_report;
+  keep_reports ();
   unsetenv ("POSIXLY_CORRECT");
   return 0;
 }

@@ -25,6 +25,7 @@
 #include "common/bytes.h"
 #include "disk/disk.h"
 #include "image.h"
+#include "kept-reports.h"
 
 #define KiB (UINT64_C (1) << 10)
 #define MiB (UINT64_C (1) << 20)
@@ -38,26 +39,11 @@ static const uint64_t sizes[] = {
 };
 #define NR_SIZES (sizeof sizes / sizeof sizes[0])
 
-static unsigned nr_reports;
-static char last_report[512];
-
-static void
-keep_report (enum report_level level, const char *fmt, va_list args)
-{
-  if (level == REPORT_DEBUG)
-    return;
-  nr_reports++;
-  vsnprintf (last_report, sizeof last_report, fmt, args);
-  print_message ("%s\n", last_report);
-}
-
 static int
 setup (void **state)
 {
   (void) state;
-  nr_reports = 0;
-  last_report[0] = '\0';
-  report_sink = keep_report;
+  keep_reports ();
   return 0;
 }
 
