@@ -28,16 +28,8 @@ list_as_json (const struct repository *r)
 {
   json_t *points = json_array ();
 
-  for (size_t i = 0; i < r->nr_points; ++i) {
-    const struct point *p = &r->points[i];
-
-    json_array_append_new (points, json_pack (
-      "{s:i,s:s,s:s,s:s,s:I,s:I,s:I,s:s}", "number", (int) p->number,
-      "file", p->file, "type", p->is_full ? "full" : "increment",
-      "time", p->time, "disk-bytes", (json_int_t) p->disk_bytes,
-      "copied-bytes", (json_int_t) p->copied_bytes,
-      "bytes", (json_int_t) p->sum.bytes, "sha256", p->sum.text));
-  }
+  for (size_t i = 0; i < r->nr_points; ++i)
+    json_array_append_new (points, repository_point_to_json (&r->points[i]));
   json_dumpf (points, stdout, JSON_INDENT (2) | JSON_ENSURE_ASCII);
   putchar ('\n');
   json_decref (points);

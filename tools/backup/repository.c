@@ -427,8 +427,8 @@ checksum_to_json (const struct checksum *sum, json_t *object)
   return object;
 }
 
-static json_t *
-point_to_json (const struct point *p)
+json_t *
+repository_point_to_json (const struct point *p)
 {
   return checksum_to_json (&p->sum, json_pack (
     "{s:i,s:s,s:s,s:s,s:I,s:I}", "number", (int) p->number, "file", p->file,
@@ -446,7 +446,8 @@ list_to_json (const struct repository *r)
                             "points", points);
 
   for (size_t i = 0; list != NULL && i < r->nr_points; ++i)
-    if (json_array_append_new (points, point_to_json (&r->points[i])) == -1) {
+    if (json_array_append_new (
+          points, repository_point_to_json (&r->points[i])) == -1) {
       json_decref (list);
       list = NULL;
     }

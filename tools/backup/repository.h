@@ -16,6 +16,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include <jansson.h>
+
 #include "backup/checksum.h"
 
 #define POINT_FILE_CHARS 16
@@ -79,6 +81,9 @@ extern struct point *repository_add (struct repository *);
 /* The name of the file of a point. */
 extern void repository_name_point (char file[POINT_FILE_CHARS],
                                    unsigned number);
+
+/* What the list has of a point.  NULL if there is no memory. */
+extern json_t *repository_point_to_json (const struct point *);
 
 /* Remove the first nr points from the list, and not their files. */
 extern void repository_drop (struct repository *, size_t nr);
