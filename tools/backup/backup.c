@@ -124,22 +124,11 @@ decide (struct backup *b)
     copy_all_since (b, "the last point was made with the bitmap %s", bitmap);
 }
 
-/* The metadata context of the bitmap, for free().  NULL, reported, on error. */
-static char *
-context_of (const struct backup *b)
-{
-  char *context;
-
-  if (asprintf (&context, SOURCE_BITMAP_PREFIX "%s", b->bitmap) != -1)
-    return context;
-  report_error ("asprintf: %m");
-  return NULL;
-}
-
 static int
 open_source (struct backup *b)
 {
-  CLEANUP_FREE char *context = b->bitmap != NULL ? context_of (b) : NULL;
+  CLEANUP_FREE char *context =
+    b->bitmap != NULL ? source_context (b->bitmap) : NULL;
   const struct source_options o = {
     .uri = b->uri, .export = b->export,
     .contexts = (const char *const *) &context,
@@ -420,7 +409,7 @@ choose_cluster_bits (const struct backup *b, const struct runs *dirty)
 static int
 ask_contexts (struct backup *b, struct runs *allocation, struct runs *dirty)
 {
-  CLEANUP_FREE char *bitmap = b->is_full ? NULL : context_of (b);
+  CLEANUP_FREE char *bitmap = b->is_full ? NULL : source_context (b->bitmap);
   const char *contexts[2];
   struct runs *runs[2];
   size_t nr = 0;

@@ -133,12 +133,9 @@ survey (struct map *m, const char *uri, const struct source_names *names,
 
   for (size_t i = 0; i < m->nr_bitmaps && r == 0; ++i) {
     m->bitmap[i].name = names->name[i];
-    if (asprintf (&contexts[i], SOURCE_BITMAP_PREFIX "%s",
-                  names->name[i]) == -1) {
-      contexts[i] = NULL;
-      report_error ("asprintf: %m");
+    contexts[i] = source_context (names->name[i]);
+    if (contexts[i] == NULL)
       r = -1;
-    }
   }
   if (r == 0)
     r = source_open (&source, &options);

@@ -9,6 +9,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -25,6 +26,8 @@
 
 /* What a server must take if it says nothing. */
 #define MAX_READ_BYTES ((uint64_t) 32 << 20)
+
+#define BITMAP_PREFIX "qemu:dirty-bitmap:"
 
 static int
 nbd_failed (void)
@@ -155,14 +158,25 @@ source_close (struct source *s)
   memset (s, 0, sizeof *s);
 }
 
+char *
+source_context (const char *bitmap)
+{
+  char *context;
+
+  if (asprintf (&context, BITMAP_PREFIX "%s", bitmap) != -1)
+    return context;
+  report_error ("asprintf: %m");
+  return NULL;
+}
+
 static int
 keep_name (void *opaque, const char *name)
 {
   struct source_names *names = opaque;
-  const size_t prefix = strlen (SOURCE_BITMAP_PREFIX);
+  const size_t prefix = strlen (BITMAP_PREFIX);
   char **larger;
 
-  if (strncmp (name, SOURCE_BITMAP_PREFIX, prefix) != 0)
+  if (strncmp (name, BITMAP_PREFIX, prefix) != 0)
     return 0;
   larger = reallocarray (names->name, names->nr + 1, sizeof *larger);
   if (larger == NULL)
@@ -184,7 +198,7 @@ source_list_bitmaps (const char *uri, struct source_names *names)
   memset (names, 0, sizeof *names);
   if (nbd == NULL)
     return -1;
-  r = nbd_add_meta_context (nbd, SOURCE_BITMAP_PREFIX) == -1 ? -1
+  r = nbd_add_meta_context (nbd, BITMAP_PREFIX) == -1 ? -1
     : nbd_opt_list_meta_context (nbd, (nbd_context_callback) {
         .callback = keep_name, .user_data = names });
   /* It has no structured replies, so no contexts either. */

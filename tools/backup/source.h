@@ -30,7 +30,11 @@ struct source {
 };
 
 #define SOURCE_ALLOCATION LIBNBD_CONTEXT_BASE_ALLOCATION
-#define SOURCE_BITMAP_PREFIX "qemu:dirty-bitmap:"
+
+/* The full name of a bitmap's context, for free().  NULL, reported, if there
+ * is no memory.
+ */
+extern char *source_context (const char *bitmap);
 
 /* Connect, as often as is of use but max_connections at most.  export
  * replaces the URI's if it is not NULL.  contexts are full names, besides
