@@ -10,9 +10,13 @@
  * refcount table.  All of that is durable before the header is written, so
  * what a crash leaves is either no image or a whole one.
  *
- * Compressed clusters follow each other byte by byte, in a run of space of
- * their own.  Several of them, and at the ends other data, may share a host
- * cluster, which is why refcounts are counted, and not all 1.
+ * Compressed clusters follow each other byte by byte.  They are kept in RAM
+ * until there is a run of them, which then gets its place.  Several of them
+ * may share a host cluster, which is why refcounts are counted, and not all 1.
+ *
+ * So what comes is put at the end of the file, always, and can be told in the
+ * order of the file (a checksum needs that) though threads write it in any
+ * order.
  */
 
 #include <config.h>
@@ -29,6 +33,7 @@
 #include "common/cleanup.h"
 #include "common/lock.h"
 #include "common/report.h"
+#include "common/vector.h"
 #include "container/container.h"
 #include "qcow2/entry.h"
 #include "qcow2/header-format.h"
@@ -37,6 +42,20 @@
 
 #define REFCOUNT_ORDER 4
 #define SECTOR 512
+
+/* How much of compressed clusters is written at once. */
+#define RUN_CLUSTERS 16
+
+/* Compressed clusters that have no place in the file yet. */
+struct run {
+  uint8_t *buf;                 /* RUN_CLUSTERS, or NULL */
+  uint64_t used;                /* bytes of it */
+  struct packed {
+    uint64_t cluster;           /* of the guest */
+    uint32_t begin, count;      /* bytes in the buffer */
+  } *packed;
+  size_t nr_packed, max_packed;
+};
 
 struct qcow2_writer {
   struct container *container;
@@ -50,7 +69,8 @@ struct qcow2_writer {
   /* Protects the rest, and the array above, until the end. */
   pthread_mutex_t lock;
   uint64_t end;                 /* of the host clusters in use, bytes */
-  uint64_t packed, packed_end;  /* the rest of the run for compressed data */
+  uint64_t told;                /* up to which byte the file was told */
+  struct run run;
   uint16_t *refcounts;          /* of host clusters */
   uint64_t nr_refcounts;        /* that there is room for */
 };
@@ -61,6 +81,7 @@ qcow2_writer_new (struct container *c, const struct qcow2_writer_options *o)
   struct qcow2_writer *w = calloc (1, sizeof *w);
 
   assert (o->cluster_bits >= 9 && o->cluster_bits <= 21);
+  assert (o->tell == NULL || 1 << o->cluster_bits >= WRITER_HEAD_BYTES);
   if (w == NULL) {
     report_error ("calloc: %m");
     return NULL;
@@ -70,6 +91,7 @@ qcow2_writer_new (struct container *c, const struct qcow2_writer_options *o)
   w->cluster_size = UINT64_C (1) << o->cluster_bits;
   w->l2_entries = w->cluster_size / 8;
   w->end = w->cluster_size;
+  w->told = WRITER_HEAD_BYTES;
   pthread_mutex_init (&w->lock, NULL);
   if (o->size <= INT64_MAX - SECTOR) {
     w->size = round_up (o->size, SECTOR);
@@ -91,6 +113,13 @@ qcow2_writer_new (struct container *c, const struct qcow2_writer_options *o)
   return w;
 }
 
+static void
+free_run (struct run *r)
+{
+  free (r->buf);
+  free (r->packed);
+}
+
 void
 qcow2_writer_free (struct qcow2_writer *w)
 {
@@ -100,6 +129,7 @@ qcow2_writer_free (struct qcow2_writer *w)
     free (w->l2[i]);
   free (w->l2);
   free (w->refcounts);
+  free_run (&w->run);
   pthread_mutex_destroy (&w->lock);
   free (w);
 }
@@ -141,6 +171,27 @@ allocate (struct qcow2_writer *w, uint64_t bytes, uint64_t *host)
     return -1;
   w->end += bytes;
   return 0;
+}
+
+/* Tell the next bytes of the file, and the zeroes before them: what was
+ * allocated and is not written.  The lock is held, or this is the end.
+ */
+static void
+tell (struct qcow2_writer *w, const void *buf, uint64_t count, uint64_t host)
+{
+  static const uint8_t zeroes[4096];
+
+  if (w->o.tell == NULL)
+    return;
+  assert (host >= w->told);
+  while (w->told < host) {
+    const uint64_t n = min_u64 (host - w->told, sizeof zeroes);
+
+    w->o.tell (w->o.opaque, zeroes, n);
+    w->told += n;
+  }
+  w->o.tell (w->o.opaque, buf, count);
+  w->told += count;
 }
 
 /* With the lock held: the L2 entry of a guest cluster. */
@@ -190,6 +241,15 @@ write_host (struct qcow2_writer *w, const void *buf, uint64_t bytes,
   return -1;
 }
 
+/* At the end: what is allocated already. */
+static int
+tell_and_write (struct qcow2_writer *w, const void *buf, uint64_t bytes,
+                uint64_t host)
+{
+  tell (w, buf, bytes, host);
+  return write_host (w, buf, bytes, host);
+}
+
 /* Data as they are: the end of the last cluster reads as zeroes. */
 static int
 write_plain (struct qcow2_writer *w, const void *buf, uint64_t count,
@@ -202,50 +262,98 @@ write_plain (struct qcow2_writer *w, const void *buf, uint64_t count,
 
   if (r == 0)
     r = set_entries (w, offset, count, host | OFLAG_COPIED, w->cluster_size);
+  if (r == 0)
+    tell (w, buf, count, host);
   pthread_mutex_unlock (&w->lock);
   return r == -1 ? -1 : write_host (w, buf, count, host);
 }
 
-/* How much is allocated at once for compressed clusters. */
-#define PACKED_CLUSTERS 16
-
-/* With the lock held: a place for compressed bytes, and its entry. */
+/* With the lock held: give a run its place. */
 static int
-place_packed (struct qcow2_writer *w, uint64_t bytes, uint64_t *host,
-              uint64_t *entry)
+place_run (struct qcow2_writer *w, const struct run *r, uint64_t *host)
 {
   const unsigned x = 62 - (w->o.cluster_bits - 8);
-  uint64_t first, sectors;
 
   assert (lock_is_mine (&w->lock));
-  if (w->packed_end - w->packed < bytes) {
-    /* What is left is lost, unless the next run follows it. */
-    if (w->packed_end != w->end)
-      w->packed = w->end;
-    w->end += PACKED_CLUSTERS * w->cluster_size;
-    w->packed_end = w->end;
+  *host = w->end;
+  for (size_t i = 0; i < r->nr_packed; ++i) {
+    const struct packed *p = &r->packed[i];
+    const uint64_t begin = *host + p->begin;
+    const uint64_t first = round_down (begin, SECTOR);
+    const uint64_t sectors = div_round_up (begin + p->count - first, SECTOR);
+    uint64_t *entry = find_entry (w, p->cluster);
+
+    if (entry == NULL ||
+        count_references (w, first, sectors * SECTOR) == -1)
+      return -1;
+    assert (*entry == 0);
+    *entry = begin | (sectors - 1) << x | OFLAG_COMPRESSED;
   }
-  *host = w->packed;
-  first = round_down (*host, SECTOR);
-  sectors = div_round_up (*host + bytes - first, SECTOR);
-  w->packed += bytes;
-  *entry = *host | (sectors - 1) << x | OFLAG_COMPRESSED;
-  return count_references (w, first, sectors * SECTOR);
+  w->end += round_up (r->used, w->cluster_size);
+  tell (w, r->buf, r->used, *host);
+  return 0;
 }
 
+/* With the lock held: put a compressed cluster into the run. */
+static int
+add_to_run (struct qcow2_writer *w, const void *bytes, uint64_t count,
+            uint64_t offset)
+{
+  struct run *r = &w->run;
+
+  assert (lock_is_mine (&w->lock));
+  if (r->buf == NULL)
+    r->buf = malloc (RUN_CLUSTERS * w->cluster_size);
+  if (r->buf == NULL ||
+      vector_reserve (r->packed, r->nr_packed, r->max_packed, 1) == -1) {
+    report_error ("malloc: %m");
+    return -1;
+  }
+  r->packed[r->nr_packed++] = (struct packed) {
+    .cluster = offset >> w->o.cluster_bits, .begin = r->used, .count = count,
+  };
+  memcpy (r->buf + r->used, bytes, count);
+  r->used += count;
+  return 0;
+}
+
+/* A run that is full is written without the lock. */
 static int
 write_packed (struct qcow2_writer *w, const void *bytes, uint64_t count,
               uint64_t offset)
 {
-  uint64_t host, entry;
+  struct run full = { 0 };
+  uint64_t host;
+  int r = 0;
 
   pthread_mutex_lock (&w->lock);
-  int r = place_packed (w, count, &host, &entry);
-
+  if (w->run.used + count > RUN_CLUSTERS * w->cluster_size) {
+    full = w->run;
+    w->run = (struct run) { 0 };
+    r = place_run (w, &full, &host);
+  }
   if (r == 0)
-    r = set_entries (w, offset, 1, entry, 0);
+    r = add_to_run (w, bytes, count, offset);
   pthread_mutex_unlock (&w->lock);
-  return r == -1 ? -1 : write_host (w, bytes, count, host);
+  if (r == 0 && full.used > 0)
+    r = write_host (w, full.buf, full.used, host);
+  free_run (&full);
+  return r;
+}
+
+/* At the end. */
+static int
+write_last_run (struct qcow2_writer *w)
+{
+  uint64_t host;
+  int r;
+
+  if (w->run.used == 0)
+    return 0;
+  pthread_mutex_lock (&w->lock);
+  r = place_run (w, &w->run, &host);
+  pthread_mutex_unlock (&w->lock);
+  return r == -1 ? -1 : write_host (w, w->run.buf, w->run.used, host);
 }
 
 /* One cluster; the last one of the disk may be short. */
@@ -336,7 +444,7 @@ write_table (struct qcow2_writer *w, const uint64_t *entries, uint64_t nr,
   for (uint64_t i = 0; i < nr; ++i)
     put_be64 (table + 8 * i, entries[i]);
   return allocate (w, bytes, host) == -1 ? -1
-    : write_host (w, table, bytes, *host);
+    : tell_and_write (w, table, bytes, *host);
 }
 
 static int
@@ -400,8 +508,8 @@ write_blocks (struct qcow2_writer *w, const struct refcounts *r)
       put_be16 (block + 2 * i, cluster < w->nr_refcounts
                 ? w->refcounts[cluster] : 0);
     }
-    if (write_host (w, block, w->cluster_size,
-                    r->blocks_host + b * w->cluster_size) == -1)
+    if (tell_and_write (w, block, w->cluster_size,
+                        r->blocks_host + b * w->cluster_size) == -1)
       return -1;
   }
   return 0;
@@ -425,8 +533,8 @@ write_refcounts (struct qcow2_writer *w, struct refcounts *r)
   for (uint64_t b = 0; b < r->nr_blocks; ++b)
     put_be64 (table + 8 * b, r->blocks_host + b * w->cluster_size);
   return write_blocks (w, r) == -1 ? -1
-    : write_host (w, table, r->table_clusters * w->cluster_size,
-                  r->table_host);
+    : tell_and_write (w, table, r->table_clusters * w->cluster_size,
+                      r->table_host);
 }
 
 /* The backing file: an extension with its format, the end, and its name. */
@@ -483,7 +591,19 @@ write_header (struct qcow2_writer *w, uint64_t l1_host,
   }
   if (w->o.backing_name != NULL && fill_backing (w, cluster) == -1)
     return -1;
+  if (w->o.tell != NULL)
+    w->o.tell (w->o.opaque, cluster, WRITER_HEAD_BYTES);
   return write_host (w, cluster, w->cluster_size, 0);
+}
+
+/* The file may have grown by more than was needed. */
+static int
+cut (struct qcow2_writer *w)
+{
+  if (container_truncate (w->container, w->end) == 0)
+    return 0;
+  report_error ("cannot cut the new image: %m");
+  return -1;
 }
 
 static int
@@ -501,12 +621,10 @@ qcow2_writer_finish (struct qcow2_writer *w)
   struct refcounts r;
   uint64_t l1_host = 0;
 
-  /* The rest of the last run for compressed data is not needed. */
-  if (w->packed_end == w->end)
-    w->end = round_up (w->packed, w->cluster_size);
-
-  return write_mapping (w, &l1_host) == -1 ||
+  return write_last_run (w) == -1 ||
+    write_mapping (w, &l1_host) == -1 ||
     write_refcounts (w, &r) == -1 ||
+    cut (w) == -1 ||
     flush (w) == -1 ||
     write_header (w, l1_host, &r) == -1 ||
     flush (w) == -1 ? -1 : 0;

@@ -31,7 +31,20 @@ struct qcow2_writer_options {
   const char *backing_name, *backing_format;
 
   bool compress;                /* clusters, by zstd, where that saves any */
+
+  /* If not NULL: told each byte of the file once, in the order of the file
+   * from WRITER_HEAD_BYTES on, and then those before, which are known last.
+   * One call at a time, of any thread, and all within qcow2_writer_finish at
+   * the latest.  Clusters must not be smaller than that.
+   */
+  void (*tell) (void *opaque, const void *buf, uint64_t count);
+  void *opaque;
 };
+
+/* The header, with its extensions and the name of the backing file, is in
+ * these, where clusters are large enough.
+ */
+#define WRITER_HEAD_BYTES 4096
 
 /* The container is empty, can grow, and stays the caller's.  NULL on error:
  * EFBIG if the disk is too large for the size of the clusters.

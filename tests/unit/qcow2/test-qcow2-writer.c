@@ -270,6 +270,72 @@ test_small_disks (void **state)
 }
 
 /* ------------------------------------------------------------------ */
+/* What is told of the file. */
+
+struct told {
+  uint8_t *bytes;
+  uint64_t nr, max;
+  atomic_int nr_callers;
+};
+
+static void
+keep_told (void *opaque, const void *buf, uint64_t count)
+{
+  struct told *t = opaque;
+
+  assert_int_equal (atomic_fetch_add (&t->nr_callers, 1), 0);
+  assert_true (count <= t->max - t->nr);
+  memcpy (t->bytes + t->nr, buf, count);
+  t->nr += count;
+  assert_int_equal (atomic_fetch_sub (&t->nr_callers, 1), 1);
+}
+
+/* It is the file, the head of which comes last. */
+static void
+tell_one (unsigned bits, uint64_t size, bool compress, uint64_t seed)
+{
+  struct told t = { .bytes = malloc (LIMIT), .max = LIMIT };
+  const struct qcow2_writer_options o = {
+    .size = size, .cluster_bits = bits, .compress = compress,
+    .backing_name = "below", .backing_format = "qcow2",
+    .tell = keep_told, .opaque = &t,
+  };
+  struct container *c = container_open_memory (LIMIT);
+  uint8_t *disk = calloc (1, size + 1), *file;
+  uint64_t bytes;
+
+  if (write_all (c, &o, disk, seed) == -1)
+    fail_msg ("%s", last_error);
+  bytes = container_size (c);
+  assert_true (bytes >= WRITER_HEAD_BYTES && bytes % (1 << bits) == 0);
+  assert_true (t.nr == bytes);
+  file = malloc (bytes);
+  assert_int_equal (container_pread (c, file, bytes, 0), 0);
+  assert_memory_equal (t.bytes, file + WRITER_HEAD_BYTES,
+                       bytes - WRITER_HEAD_BYTES);
+  assert_memory_equal (t.bytes + bytes - WRITER_HEAD_BYTES, file,
+                       WRITER_HEAD_BYTES);
+  container_close (c);
+  free (t.bytes);
+  free (disk);
+  free (file);
+}
+
+static void
+test_told (void **state)
+{
+  uint64_t seed = 2;
+
+  (void) state;
+  get_number ("SEED", &seed);
+  for (unsigned bits = 12; bits <= 21; ++bits)
+    for (unsigned compress = 0; compress < 2; ++compress)
+      for (unsigned nr = 0; nr < 3; ++nr)
+        tell_one (bits, (nr * (bits < 17 ? 60 : 5) << bits) + nr * 77,
+                  compress, random_next (&seed));
+}
+
+/* ------------------------------------------------------------------ */
 /* A container of which a call fails. */
 
 struct failing {
@@ -512,6 +578,7 @@ main (void)
   const struct CMUnitTest tests[] = {
     cmocka_unit_test (test_all_cluster_sizes),
     cmocka_unit_test (test_small_disks),
+    cmocka_unit_test (test_told),
     cmocka_unit_test (test_order),
     cmocka_unit_test (test_failing_calls),
     cmocka_unit_test (test_full),
