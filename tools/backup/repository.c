@@ -236,18 +236,23 @@ load_list (struct repository *r)
 {
   const int fd = openat (r->fd, LIST, O_RDONLY | O_CLOEXEC | O_NOCTTY |
                          O_NONBLOCK);
+  FILE *file;
   json_error_t error;
   json_t *list;
   int result;
 
   if (fd == -1 && errno == ENOENT)
     return 1;
-  if (fd == -1) {
+  file = fd != -1 ? fdopen (fd, "r") : NULL;
+  if (file == NULL) {
     report_error ("%s/" LIST ": %m", r->path);
+    if (fd != -1)
+      close (fd);
     return -1;
   }
-  list = json_loadfd (fd, JSON_REJECT_DUPLICATES, &error);
-  close (fd);
+  /* json_loadfd would read byte by byte. */
+  list = json_loadf (file, JSON_REJECT_DUPLICATES, &error);
+  fclose (file);
   if (list == NULL) {
     report_error ("%s/" LIST ": line %d: %s", r->path, error.line, error.text);
     return -1;
