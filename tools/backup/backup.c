@@ -124,6 +124,16 @@ decide (struct backup *b)
     copy_all_since (b, "the last point was made with the bitmap %s", bitmap);
 }
 
+/* Each has a thread of its own, so more than there are CPUs are of no use. */
+static unsigned
+nr_connections (void)
+{
+  const long cpus = sysconf (_SC_NPROCESSORS_ONLN);
+
+  return cpus >= SOURCE_MAX_CONNECTIONS ? SOURCE_MAX_CONNECTIONS
+    : cpus > 2 ? cpus : 2;
+}
+
 static int
 open_source (struct backup *b)
 {
@@ -133,7 +143,7 @@ open_source (struct backup *b)
     .uri = b->uri, .export = b->export,
     .contexts = (const char *const *) &context,
     .nr_contexts = b->bitmap != NULL,
-    .max_connections = SOURCE_MAX_CONNECTIONS,
+    .max_connections = nr_connections (),
   };
 
   if (b->bitmap != NULL && context == NULL)
