@@ -101,6 +101,7 @@ configure_in ()
     (
         cd "$folder"
         LIBNBD_CFLAGS=-DNONE LIBNBD_LIBS=-lnone \
+        LIBXXHASH_CFLAGS=-DNONE LIBXXHASH_LIBS=-lnone \
             ../configure -q --with-filterdir=/nowhere --enable-werror "$@" \
             >configure.log 2>&1
     ) || {

@@ -27,6 +27,7 @@ build  p:nbdkit             nbdkit-plugin-dev
 build  p:libnbd             libnbd-dev
 build  p:zlib               zlib1g-dev
 build  p:libzstd            libzstd-dev
+build  p:libxxhash          libxxhash-dev
 build  p:gnutls             libgnutls28-dev
 build  p:jansson            libjansson-dev
 demo   c:nbdkit             nbdkit
@@ -44,6 +45,7 @@ test   c:qemu-nbd           qemu-utils
 test   c:qemu-storage-daemon qemu-system-common
 test   c:python3            python3
 test   y:nbd                python3-libnbd
+test   c:xxh128sum          xxhash
 test   c:certtool           gnutls-bin
 test   c:psktool            gnutls-bin
 test   p:cmocka             libcmocka-dev

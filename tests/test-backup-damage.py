@@ -148,7 +148,7 @@ def adopt(name):
         if p["file"] == name:
             path = os.path.join("repo", name)
             p["bytes"] = os.path.getsize(path)
-            p["sha256"] = harness.sha256(path)
+            p["xxh128"] = harness.xxh128(path)
     store(value)
 
 
@@ -221,13 +221,13 @@ def hostile_lists():
         bad = copy.deepcopy(good)
         change(bad["points"])
         refused(bad)
-    sha = "0" * 64
+    digits = "0" * 32
     for merging in (None, [], "x", {}, {"number": 1},
-                    {"number": 0, "bytes": 1, "sha256": sha},
-                    {"number": 9, "bytes": 1, "sha256": sha},
-                    {"number": 2, "bytes": -1, "sha256": sha},
-                    {"number": 2, "bytes": 1, "sha256": sha[1:]},
-                    {"number": 2, "bytes": 1, "sha256": sha[1:] + "Z"}):
+                    {"number": 0, "bytes": 1, "xxh128": digits},
+                    {"number": 9, "bytes": 1, "xxh128": digits},
+                    {"number": 2, "bytes": -1, "xxh128": digits},
+                    {"number": 2, "bytes": 1, "xxh128": digits[1:]},
+                    {"number": 2, "bytes": 1, "xxh128": digits[1:] + "Z"}):
         bad = copy.deepcopy(good)
         bad["merging"] = merging
         refused(bad, COMMANDS[1:])

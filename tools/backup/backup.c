@@ -472,11 +472,11 @@ fill_image (void *opaque, const struct copy_sink *sink)
 
 static int
 write_image (struct backup *b, const struct plan *plan, unsigned cluster_bits,
-             int fd, const struct point *below)
+             int fd, struct point *p)
 {
   const struct qcow2_writer_options o = {
     .size = b->source.size, .cluster_bits = cluster_bits,
-    .backing_name = b->is_full ? NULL : below->file,
+    .backing_name = b->is_full ? NULL : p[-1].file,
     .backing_format = b->is_full ? NULL : "qcow2",
     .compress = b->settings->compress,
   };
@@ -485,7 +485,7 @@ write_image (struct backup *b, const struct plan *plan, unsigned cluster_bits,
 
   progress_begin (&content.progress, "copied", plan->data_bytes,
                   b->settings->quiet);
-  r = image_write (fd, &o, fill_image, &content);
+  r = image_write (fd, &o, fill_image, &content, &p->sum);
   progress_end (&content.progress, r == 0);
   return r;
 }
@@ -501,9 +501,9 @@ fill_point (struct backup *b, struct point *p, int fd)
   if (make_plan (b, &plan, &cluster_bits) == -1)
     return -1;
   p->copied_bytes = plan.data_bytes;
-  r = write_image (b, &plan, cluster_bits, fd, p - 1);
+  r = write_image (b, &plan, cluster_bits, fd, p);
   plan_free (&plan);
-  return r == -1 ? -1 : checksum_of (fd, p->file, &p->sum);
+  return r;
 }
 
 /* Make the file of the new point, and put it into the list. */

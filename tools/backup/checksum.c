@@ -11,19 +11,54 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include <gnutls/crypto.h>
-#include <gnutls/gnutls.h>
+#include <xxhash.h>
 
 #include "backup/backup.h"
 #include "backup/checksum.h"
+#include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/report.h"
 #include "container/fd.h"
 
-#define PIECE_BYTES (1 << 20)
+#define PIECE_BYTES (256 << 10)
 
+int
+checksum_begin (struct checksum_state *s)
+{
+  s->bytes = 0;
+  s->xxh = XXH3_createState ();
+  if (s->xxh == NULL) {
+    errno = ENOMEM;
+    report_error ("malloc: %m");
+    return -1;
+  }
+  XXH3_128bits_reset (s->xxh);
+  return 0;
+}
+
+void
+checksum_add (struct checksum_state *s, const void *buf, uint64_t count)
+{
+  XXH3_128bits_update (s->xxh, buf, count);
+  s->bytes += count;
+}
+
+void
+checksum_end (struct checksum_state *s, struct checksum *sum)
+{
+  XXH128_canonical_t digest;
+
+  XXH128_canonicalFromHash (&digest, XXH3_128bits_digest (s->xxh));
+  XXH3_freeState (s->xxh);
+  for (unsigned i = 0; i < sizeof digest.digest; ++i)
+    sprintf (sum->text + 2 * i, "%02x", digest.digest[i]);
+  sum->bytes = s->bytes;
+}
+
+/* A part of a file, or what there is of it. */
 static int
-hash_file (gnutls_hash_hd_t hash, int fd, const char *path, uint64_t *bytes)
+add_file (struct checksum_state *s, int fd, const char *path, uint64_t begin,
+          uint64_t end)
 {
   CLEANUP_FREE char *buf = malloc (PIECE_BYTES);
   ssize_t n;
@@ -32,36 +67,32 @@ hash_file (gnutls_hash_hd_t hash, int fd, const char *path, uint64_t *bytes)
     report_error ("malloc: %m");
     return -1;
   }
-  *bytes = 0;
-  while ((n = fd_pread (fd, buf, PIECE_BYTES, *bytes)) > 0) {
+  for (uint64_t at = begin; at < end; at += n) {
     if (is_interrupted)
       return -1;
-    if (gnutls_hash (hash, buf, n) < 0) {
-      report_error ("%s: cannot compute the checksum", path);
+    n = fd_pread (fd, buf, min_u64 (PIECE_BYTES, end - at), at);
+    if (n == -1) {
+      report_error ("%s: %m", path);
       return -1;
     }
-    *bytes += n;
+    if (n == 0)
+      return 0;
+    checksum_add (s, buf, n);
   }
-  if (n == 0)
-    return 0;
-  report_error ("%s: %m", path);
-  return -1;
+  return 0;
 }
 
 int
 checksum_of (int fd, const char *path, struct checksum *sum)
 {
-  uint8_t digest[CHECKSUM_CHARS / 2];
-  gnutls_hash_hd_t hash;
+  struct checksum_state s;
   int r;
 
-  if (gnutls_hash_init (&hash, GNUTLS_DIG_SHA256) < 0) {
-    report_error ("%s: cannot compute the checksum", path);
+  if (checksum_begin (&s) == -1)
     return -1;
-  }
-  r = hash_file (hash, fd, path, &sum->bytes);
-  gnutls_hash_deinit (hash, digest);
-  for (unsigned i = 0; i < sizeof digest; ++i)
-    sprintf (sum->text + 2 * i, "%02x", digest[i]);
+  r = add_file (&s, fd, path, CHECKSUM_HEAD_BYTES, UINT64_MAX);
+  if (r == 0)
+    r = add_file (&s, fd, path, 0, CHECKSUM_HEAD_BYTES);
+  checksum_end (&s, sum);
   return r;
 }

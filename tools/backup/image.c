@@ -43,18 +43,35 @@ fill_image (struct container *c, const struct qcow2_writer_options *o,
   return r;
 }
 
-int
-image_write (int fd, const struct qcow2_writer_options *o, image_fill *fill,
-             void *opaque)
+static void
+add_to_checksum (void *opaque, const void *buf, uint64_t count)
 {
-  struct container *c = container_open_file_writable (fd);
+  checksum_add (opaque, buf, count);
+}
+
+_Static_assert (CHECKSUM_HEAD_BYTES == WRITER_HEAD_BYTES,
+                "the checksum is of what the writer tells");
+
+int
+image_write (int fd, const struct qcow2_writer_options *options,
+             image_fill *fill, void *opaque, struct checksum *sum)
+{
+  struct container *c = container_open_file_image (fd);
+  struct qcow2_writer_options o = *options;
+  struct checksum_state state;
   int r;
 
   if (c == NULL) {
     report_error ("fstat: %m");
     return -1;
   }
-  r = fill_image (c, o, fill, opaque);
+  r = checksum_begin (&state);
+  if (r == 0) {
+    o.tell = add_to_checksum;
+    o.opaque = &state;
+    r = fill_image (c, &o, fill, opaque);
+    checksum_end (&state, sum);
+  }
   container_close (c);
   return r;
 }

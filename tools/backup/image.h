@@ -8,6 +8,7 @@
 
 /* Writing an image into a new file (image.c). */
 
+#include "backup/checksum.h"
 #include "backup/copy.h"
 #include "qcow2/writer.h"
 
@@ -16,10 +17,10 @@
  */
 typedef int image_fill (void *opaque, const struct copy_sink *);
 
-/* The file is empty.  0 if all of the image is in it, durably; else -1, as
- * fill.
+/* The file is empty.  0 if all of the image is in it, durably, with the
+ * file's checksum; else -1, as fill.
  */
 extern int image_write (int fd, const struct qcow2_writer_options *,
-                        image_fill *, void *opaque);
+                        image_fill *, void *opaque, struct checksum *);
 
 #endif /* DIRTY_BITMAP_BACKUP_IMAGE_H */

@@ -106,10 +106,10 @@ fill_merged (const struct settings *settings, struct repository *r, size_t i,
     return -1;
   progress_begin (&progress, "merged", p->disk_bytes, settings->quiet);
   result = restore_to_qcow2 (&s, p->disk_bytes, fd, settings->compress,
-                             &progress);
+                             &progress, &r->merged);
   progress_end (&progress, result == 0);
   stack_close (&s);
-  return result == -1 ? -1 : checksum_of (fd, p->file, &r->merged);
+  return result;
 }
 
 /* Make a full point of points[i], and remove those before. */

@@ -110,7 +110,7 @@ static bool
 get_checksum (const json_t *object, struct checksum *sum)
 {
   return get_number (object, "bytes", INT64_MAX, &sum->bytes) &&
-    get_text (object, "sha256", sum->text, sizeof sum->text) &&
+    get_text (object, "xxh128", sum->text, sizeof sum->text) &&
     strspn (sum->text, "0123456789abcdef") == CHECKSUM_CHARS;
 }
 
@@ -425,7 +425,7 @@ checksum_to_json (const struct checksum *sum, json_t *object)
   if (object != NULL &&
       (json_object_set_new (object, "bytes",
                             json_integer (sum->bytes)) == -1 ||
-       json_object_set_new (object, "sha256", json_string (sum->text)) == -1)) {
+       json_object_set_new (object, "xxh128", json_string (sum->text)) == -1)) {
     json_decref (object);
     object = NULL;
   }

@@ -131,14 +131,14 @@ fill_image (void *opaque, const struct copy_sink *sink)
 
 int
 restore_to_qcow2 (const struct stack *s, uint64_t size, int fd, bool compress,
-                  struct progress *progress)
+                  struct progress *progress, struct checksum *sum)
 {
   const struct qcow2_writer_options o = {
     .size = size, .cluster_bits = 16, .compress = compress,
   };
   struct content content = { s, size, progress };
 
-  return image_write (fd, &o, fill_image, &content);
+  return image_write (fd, &o, fill_image, &content, sum);
 }
 
 /* An NBD export. */
@@ -449,6 +449,7 @@ static int
 restore_to_file (const struct settings *settings, const struct stack *s,
                  uint64_t size, const char *target, struct progress *progress)
 {
+  struct checksum sum;
   struct new_file f;
   bool is_qcow2;
   int r;
@@ -457,7 +458,7 @@ restore_to_file (const struct settings *settings, const struct stack *s,
       new_file_create (&f, target) == -1)
     return -1;
   r = is_qcow2
-    ? restore_to_qcow2 (s, size, f.fd, settings->compress, progress)
+    ? restore_to_qcow2 (s, size, f.fd, settings->compress, progress, &sum)
     : restore_to_raw (s, size, f.fd, progress);
   return new_file_end (&f, r == 0, settings->force);
 }

@@ -13,12 +13,14 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "backup/checksum.h"
 #include "backup/stack.h"
 
 struct progress;
 
-/* Make an image of the disk, durably, in an empty file. */
+/* Make an image of the disk, durably, in an empty file, and its checksum. */
 extern int restore_to_qcow2 (const struct stack *, uint64_t size, int fd,
-                             bool compress, struct progress *);
+                             bool compress, struct progress *,
+                             struct checksum *);
 
 #endif /* DIRTY_BITMAP_BACKUP_RESTORE_H */
