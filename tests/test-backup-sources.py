@@ -10,6 +10,9 @@ granularities."""
 
 import os
 import shutil
+import socket
+import struct
+import threading
 
 import backups
 import harness
@@ -259,7 +262,76 @@ def fails_below():
     shutil.rmtree("repo")
 
 
+class Omitter:
+    """A server of 1 MiB of data that does not send all that a reply has to
+    have: the second half of each read is missing."""
+
+    SIZE = MIB
+
+    def __init__(self):
+        self.path = os.path.join(harness.tmp, "omitter.sock")
+        self.uri = "nbd+unix:///?socket=" + self.path
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(self.path)
+        self.listener.listen()
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            s = self.listener.accept()[0]
+            threading.Thread(target=self.serve, args=(s,), daemon=True).start()
+
+    def serve(self, s):
+        with s:
+            read = s.makefile("rb").read
+            s.sendall(b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3))
+            read(4)
+            while self.negotiate(s, read):
+                pass
+
+    def negotiate(self, s, read):
+        header = read(16)
+        if len(header) < 16:
+            return False
+        option, length = struct.unpack(">8xII", header)
+        read(length)
+
+        def reply(kind, data=b""):
+            s.sendall(struct.pack(">QIII", 0x3e889045565a9, option, kind,
+                                  len(data)) + data)
+        if option == 8:         # structured replies
+            reply(1)
+        elif option == 7:       # go
+            reply(3, struct.pack(">HQH", 0, self.SIZE, 1))
+            reply(1)
+            self.transmit(s, read)
+            return False
+        elif option == 2:       # abort
+            reply(1)
+            return False
+        else:
+            reply(1 if option in (9, 10) else 0x80000001)
+        return True
+
+    @staticmethod
+    def transmit(s, read):
+        while len(header := read(28)) == 28:
+            kind, cookie, offset, count = struct.unpack(">4x2xHQQI", header)
+            if kind != 0:
+                return
+            half = b"x" * (count // 2)
+            s.sendall(struct.pack(">IHHQIQ", 0x668e33ef, 1, 1, cookie,
+                                  8 + len(half), offset) + half)
+
+
+def omits():
+    """What the server has not sent is not in a point."""
+    server = Omitter()
+    fails("the server's reply does not have them all", server.uri, "repo")
+    assert not os.path.exists("repo")
+
+
 for test in (full_points, large_blocks, odd_sizes, granularities, qemu_nbd,
-             vanishes, fails_below):
+             vanishes, fails_below, omits):
     print(test.__name__, flush=True)
     test()

@@ -56,6 +56,7 @@ struct slot {
   uint8_t *buf;
   uint64_t offset;
   uint32_t count;
+  uint32_t nr_missing;          /* bytes that were not sent yet */
   bool is_used;
   unsigned nr_requests;         /* in flight */
   int err;                      /* of one that failed, or 0 */
@@ -119,6 +120,21 @@ take_part (struct copy *c, struct piece *part)
   return true;
 }
 
+/* libnbd does not see whether a reply has all that was asked for. */
+static int
+count_chunk (void *opaque, const void *buf, size_t count, uint64_t offset,
+             unsigned status, int *error)
+{
+  struct slot *s = opaque;
+
+  (void) buf;
+  (void) offset;
+  (void) error;
+  if (status != LIBNBD_READ_ERROR)
+    s->nr_missing -= count;
+  return 0;
+}
+
 static int
 keep_result (void *opaque, int *error)
 {
@@ -142,6 +158,9 @@ free_slot (struct thread *t)
 static int
 begin_read (struct thread *t, struct slot *s, const struct piece *part)
 {
+  const nbd_chunk_callback chunk = {
+    .callback = count_chunk, .user_data = s
+  };
   const nbd_completion_callback callback = {
     .callback = keep_result, .user_data = s
   };
@@ -155,14 +174,14 @@ begin_read (struct thread *t, struct slot *s, const struct piece *part)
     return -1;
   }
   s->offset = part->offset;
-  s->count = part->length;
+  s->count = s->nr_missing = part->length;
   s->is_used = true;
   s->err = 0;
   for (uint64_t at = 0; at < s->count; at += count) {
     count = min_u64 (max, s->count - at);
     s->nr_requests++;
-    if (nbd_aio_pread (t->nbd, s->buf + at, count, s->offset + at, callback,
-                       0) == -1) {
+    if (nbd_aio_pread_structured (t->nbd, s->buf + at, count, s->offset + at,
+                                  chunk, callback, 0) == -1) {
       report_error ("%s", nbd_get_error ());
       return -1;
     }
@@ -193,6 +212,12 @@ end_read (struct thread *t, struct slot *s)
   if (s->err != 0) {
     report_error ("cannot read %" PRIu32 " bytes of the disk at offset %"
                   PRIu64 ": %s", s->count, s->offset, strerror (s->err));
+    return -1;
+  }
+  if (s->nr_missing != 0) {
+    report_error ("cannot read %" PRIu32 " bytes of the disk at offset %"
+                  PRIu64 ": the server's reply does not have them all",
+                  s->count, s->offset);
     return -1;
   }
   t->copy->progress->done += s->count;
