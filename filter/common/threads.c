@@ -3,7 +3,7 @@
  * Copyright the nbdkit-dirty-bitmap-filter authors
  */
 
-/* Starting threads, and conditions that wait by the monotonic clock. */
+/* Starting threads, and waiting by the monotonic clock. */
 
 #include <config.h>
 
@@ -64,4 +64,27 @@ monotonic_cond_init (pthread_cond_t *cond)
   pthread_cond_init (cond, &attr);
   pthread_condattr_destroy (&attr);
   return 0;
+}
+
+bool
+semaphore_wait (sem_t *semaphore, unsigned seconds)
+{
+  struct timespec until;
+  int r;
+
+#if HAVE_SEM_CLOCKWAIT
+  const clockid_t clock = CLOCK_MONOTONIC;
+#else
+  const clockid_t clock = CLOCK_REALTIME;
+#endif
+  clock_gettime (clock, &until);
+  until.tv_sec += seconds;
+  do
+#if HAVE_SEM_CLOCKWAIT
+    r = sem_clockwait (semaphore, clock, &until);
+#else
+    r = sem_timedwait (semaphore, &until);
+#endif
+  while (r == -1 && errno == EINTR);
+  return r == 0;
 }

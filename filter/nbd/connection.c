@@ -146,13 +146,12 @@ connection_start (struct nbd_server *server, int fd)
   if (c == NULL)
     return NULL;
   w = first_worker (c);
-  if (w == NULL ||
-      team_init (&c->team, &server->teams, w, worker_main) == -1) {
-    worker_free (w);
+  if (w == NULL) {
     stream_free (&c->stream);
     free (c);
     return NULL;
   }
+  team_init (&c->team, &server->teams, w, worker_main);
   if (thread_create (&w->thread, connection_main, w) != 0) {
     connection_free (c);
     return NULL;

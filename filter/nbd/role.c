@@ -44,9 +44,7 @@
 #include <config.h>
 
 #include <assert.h>
-#include <errno.h>
 #include <sys/resource.h>
-#include <time.h>
 
 #include "common/cleanup.h"
 #include "common/lock.h"
@@ -58,17 +56,14 @@
 #define SAMPLES_TO_EAGER 4
 #define QUICK_RUN 256
 
-int
+void
 team_init (struct team *team, struct teams *teams, struct worker *first,
            void *(*worker_main) (void *))
 {
-  if (monotonic_cond_init (&team->role_freed) == -1)
-    return -1;
   pthread_mutex_init (&team->lock, NULL);
   team->teams = teams;
   team->worker_main = worker_main;
   team->workers[team->nr_workers++] = first;
-  return 0;
 }
 
 void
@@ -77,7 +72,6 @@ team_free (struct team *team)
   for (unsigned i = 0; i < team->nr_workers; ++i)
     worker_free (team->workers[i]);
   pthread_mutex_destroy (&team->lock);
-  pthread_cond_destroy (&team->role_freed);
 }
 
 void
@@ -91,26 +85,70 @@ bool
 team_is_busy (struct team *team)
 {
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&team->lock);
-  return team->waiting + 1 < team->nr_workers;
+  return team->nr_idle + 1 < team->nr_workers;
 }
 
-/* Sleep until the role may be free or input has ended, and not so long
- * that large buffers are kept for nothing.  Called with team->lock.
+/* The link that leads to an idle worker, or the last one. */
+static struct worker **
+find_idle (struct team *team, const struct worker *w)
+{
+  struct worker **link = &team->idle;
+
+  assert (lock_is_mine (&team->lock));
+  while (*link != NULL && *link != w)
+    link = &(*link)->next_idle;
+  return link;
+}
+
+static void
+become_idle (struct worker *w)
+{
+  w->next_idle = NULL;
+  *find_idle (w->team, NULL) = w;
+  w->team->nr_idle++;
+}
+
+/* False if it was taken. */
+static bool
+leave_idle (struct worker *w)
+{
+  struct worker **link = find_idle (w->team, w);
+
+  if (*link == NULL)
+    return false;
+  *link = w->next_idle;
+  w->team->nr_idle--;
+  return true;
+}
+
+/* The one that was idle for the longest time, or NULL. */
+static struct worker *
+take_idle (struct team *team)
+{
+  struct worker *w = team->idle;
+
+  return w != NULL && leave_idle (w) ? w : NULL;
+}
+
+/* Sleep until the worker is called, and not so long that large buffers are
+ * kept for nothing.  Called with team->lock, which is not held meanwhile.
  */
 static void
 wait_for_role (struct worker *w)
 {
   struct team *team = w->team;
-  struct timespec ts;
+  bool called;
 
-  assert (lock_is_mine (&team->lock));
-  clock_gettime (CLOCK_MONOTONIC, &ts);
-  ts.tv_sec += IDLE_SECONDS;
-  team->waiting++;
-  if (pthread_cond_timedwait (&team->role_freed, &team->lock, &ts) ==
-      ETIMEDOUT)
+  become_idle (w);
+  pthread_mutex_unlock (&team->lock);
+  called = semaphore_wait (&w->called, IDLE_SECONDS);
+  if (!called)
     worker_trim (w);
-  team->waiting--;
+  pthread_mutex_lock (&team->lock);
+  /* One that was taken just now is about to be called. */
+  if (!called && !leave_idle (w))
+    while (sem_wait (&w->called) == -1)
+      ;
 }
 
 bool
@@ -154,37 +192,51 @@ add_worker (struct team *team)
   team->workers[team->nr_workers++] = w;
 }
 
-/* Another worker may receive.  Called with team->lock. */
-static void
+/* Another worker may receive: the one to call, once the lock is not held any
+ * more, or NULL.  Called with team->lock.
+ */
+static struct worker *
 offer_role (struct team *team)
 {
-  assert (lock_is_mine (&team->lock));
-  if (team->waiting > 0)
-    pthread_cond_signal (&team->role_freed);
-  else if (team->nr_workers < team->teams->max_workers)
+  struct worker *w = take_idle (team);
+
+  if (w == NULL && team->nr_workers < team->teams->max_workers)
     add_worker (team);
+  return w;
+}
+
+static void
+call (struct worker *w)
+{
+  if (w != NULL)
+    sem_post (&w->called);
 }
 
 void
 role_release (struct worker *w)
 {
   struct team *team = w->team;
+  struct worker *next;
 
-  ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&team->lock);
+  pthread_mutex_lock (&team->lock);
   w->has_role = false;
   atomic_store (&team->role, team->seq << ROLE_STATE_BITS | ROLE_FREE);
-  offer_role (team);
+  next = offer_role (team);
+  pthread_mutex_unlock (&team->lock);
+  call (next);
 }
 
 void
 role_end_input (struct worker *w)
 {
   struct team *team = w->team;
+  struct worker *idle;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&team->lock);
   w->has_role = false;          /* and none has: it stays OWNED for ever */
   team->input_ended = true;
-  pthread_cond_broadcast (&team->role_freed);
+  while ((idle = take_idle (team)) != NULL)
+    call (idle);
 }
 
 void
@@ -234,15 +286,16 @@ role_end_executing (struct worker *w)
                                     word - ROLE_EXECUTING + ROLE_OWNED);
 }
 
-void
-role_steal (struct team *team, uint_fast64_t word)
+/* The worker to call, or NULL. */
+static struct worker *
+steal (struct team *team, uint_fast64_t word)
 {
   uint_fast64_t ticket = word;
 
   ACQUIRE_LOCK_FOR_CURRENT_SCOPE (&team->lock);
   if (!atomic_compare_exchange_strong (&team->role, &word,
                                        word - ROLE_EXECUTING + ROLE_FREE))
-    return;
+    return NULL;
   debug_request ("nbd: request takes long, another thread receives");
   if (!team->sending) {
     team->robbed = (struct robbed) {
@@ -251,7 +304,13 @@ role_steal (struct team *team, uint_fast64_t word)
     if (!team->slow_by_nature)
       team->until_sample = 0;
   }
-  offer_role (team);
+  return offer_role (team);
+}
+
+void
+role_steal (struct team *team, uint_fast64_t word)
+{
+  call (steal (team, word));
 }
 
 static long

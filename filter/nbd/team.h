@@ -71,8 +71,9 @@ struct team {
    * ROLE_FREE.
    */
   pthread_mutex_t lock;
-  pthread_cond_t role_freed;
-  unsigned waiting;             /* workers that wait for the role */
+  struct worker *idle;          /* those that wait for the role: the first
+                                   is called first */
+  unsigned nr_idle;
   unsigned nr_workers;
   struct worker *workers[MAX_WORKERS];
   struct worker *holder;        /* of the role, now or last: it may read
@@ -84,9 +85,9 @@ struct team {
   atomic_uint quick_run, sampled_waits;
 };
 
-/* -1 with errno.  first is the worker that exists from the beginning. */
-extern int team_init (struct team *, struct teams *, struct worker *first,
-                      void *(*worker_main) (void *));
+/* first is the worker that exists from the beginning. */
+extern void team_init (struct team *, struct teams *, struct worker *first,
+                       void *(*worker_main) (void *));
 
 /* Free the team and its workers, whose threads have ended. */
 extern void team_free (struct team *);

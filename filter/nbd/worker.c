@@ -130,6 +130,7 @@ worker_free (struct worker *w)
   if (w == NULL)
     return;
   worker_trim (w);
+  sem_destroy (&w->called);
   buffer_free (w->output, OUTPUT_SIZE);
   free (w);
 }
@@ -152,5 +153,6 @@ worker_new (const struct worker *like)
     free (w);
     return NULL;
   }
+  sem_init (&w->called, 0, 0);
   return w;
 }

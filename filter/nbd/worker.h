@@ -11,6 +11,7 @@
  */
 
 #include <pthread.h>
+#include <semaphore.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -70,6 +71,10 @@ struct worker {
   struct team *team;
   struct account *account;
   pthread_t thread;
+
+  /* The next one that is idle: protected by the team's lock. */
+  struct worker *next_idle;
+  sem_t called;
 
   /* The worker's own. */
   bool has_role;

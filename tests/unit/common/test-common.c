@@ -283,6 +283,31 @@ test_lock_is_mine (void **state)
   pthread_rwlock_destroy (&l.rwlock);
 }
 
+static void *
+post_later (void *semaphore)
+{
+  usleep (20000);
+  sem_post (semaphore);
+  return NULL;
+}
+
+static void
+test_semaphore (void **state)
+{
+  pthread_t thread;
+  sem_t s;
+
+  (void) state;
+  assert_int_equal (sem_init (&s, 0, 1), 0);
+  assert_true (semaphore_wait (&s, 0));
+  assert_false (semaphore_wait (&s, 0));
+  assert_int_equal (thread_create (&thread, post_later, &s), 0);
+  assert_true (semaphore_wait (&s, 60));
+  pthread_join (thread, NULL);
+  assert_false (semaphore_wait (&s, 1));
+  sem_destroy (&s);
+}
+
 /* A wait lets the lock go, and takes it again, whether it times out or not. */
 static void
 test_lock_after_wait (void **state)
@@ -384,6 +409,7 @@ main (void)
     cmocka_unit_test (test_vector),
     cmocka_unit_test (test_periods),
     cmocka_unit_test (test_many_waiters),
+    cmocka_unit_test (test_semaphore),
   };
 
   return cmocka_run_group_tests (tests, NULL, NULL);
