@@ -34,11 +34,11 @@
  * The pace.  One request in SAMPLE_EVERY is measured, and the next one
  * after a theft: did its thread sleep while it executed?  After
  * SAMPLES_TO_EAGER that did and none that did not, the connection
- * becomes eager.  While it is eager every request is measured, and after
- * QUICK_RUN without a sleep it is eager no more.  What counts is sleep
- * and not time: parallel threads shorten what waits for a disk.  They
- * only lengthen what copies from the page cache, or what is late because
- * the machine is busy.
+ * becomes eager.  While it is eager one in EAGER_EVERY of each worker is
+ * measured, and every one after a request that did not sleep; after QUICK_RUN
+ * of these in a row it is eager no more.  What counts is sleep and not time:
+ * parallel threads shorten what waits for a disk.  They only lengthen what
+ * copies from the page cache, or what is late because the machine is busy.
  */
 
 #include <config.h>
@@ -54,6 +54,7 @@
 
 #define SAMPLE_EVERY 32
 #define SAMPLES_TO_EAGER 4
+#define EAGER_EVERY 8
 #define QUICK_RUN 256
 
 void
@@ -322,23 +323,35 @@ sleeps_of_this_thread (void)
   return usage.ru_nvcsw;
 }
 
+/* Is the next request of this worker one that is measured? */
+static bool
+is_sample (struct worker *w)
+{
+  struct team *team = w->team;
+  unsigned *left = w->measured_eager ? &w->until_measured
+    : &team->until_sample;
+
+  if (*left > 0 && !(w->measured_eager && team->quick_run > 0)) {
+    --*left;
+    return false;
+  }
+  if (w->measured_eager)
+    *left = EAGER_EVERY - 1;
+  return true;
+}
+
 /* Requests that are slow by nature say nothing of the disk. */
 void
 pace_begin (struct worker *w, bool slow_by_nature)
 {
-  struct team *team = w->team;
-
   w->measured = false;
   if (slow_by_nature)
     return;
-  w->measured_eager = atomic_load_explicit (&team->eager,
+  w->measured_eager = atomic_load_explicit (&w->team->eager,
                                             memory_order_relaxed);
-  if (w->measured_eager || team->until_sample == 0) {
-    w->measured = true;
+  w->measured = is_sample (w);
+  if (w->measured)
     w->sleeps = sleeps_of_this_thread ();
-  }
-  else
-    team->until_sample--;
 }
 
 /* A request that was measured slept. */

@@ -91,6 +91,7 @@ struct worker {
   size_t nr_contexts;           /* ascending */
   bool measured;                /* see role.c, "pace" */
   bool measured_eager;
+  unsigned until_measured;      /* how many requests, if eager */
   long sleeps;
   struct debug_context id;      /* of the request at hand */
   uint64_t began;               /* see stats.h */
