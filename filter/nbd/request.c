@@ -358,11 +358,14 @@ serve_valid (struct worker *w)
   }
 }
 
-static bool
-has_neighbours (const struct connection *c)
+static enum stream_wait
+how_to_wait (const struct connection *c)
 {
+  if (atomic_load_explicit (&c->team.eager, memory_order_relaxed))
+    return STREAM_SLEEP;
   return atomic_load_explicit (&c->server->nr_live,
-                               memory_order_relaxed) > 1;
+                               memory_order_relaxed) > 1
+    ? STREAM_YIELD : STREAM_LOOK;
 }
 
 /* Nothing came for a while: give all buffers back.  -1 if the client is
@@ -387,14 +390,14 @@ static int
 take_header (struct worker *w, void *header)
 {
   struct connection *c = w->connection;
-  const bool neighbours = has_neighbours (c);
+  const enum stream_wait wait = how_to_wait (c);
   enum stream_found found;
   int64_t since = 0;
   size_t done = 0;
 
   if (!stream_has (&c->stream, wire_request_size (c->session.extended)))
     worker_share (w);
-  while ((found = stream_header (&c->stream, header, &done, neighbours)) !=
+  while ((found = stream_header (&c->stream, header, &done, wait)) !=
          STREAM_DONE) {
     if (found == STREAM_END ||
         (found == STREAM_IDLE && be_idle (w, &since) == -1))

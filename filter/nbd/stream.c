@@ -24,6 +24,10 @@
  * for a short while, and let others run in between, before we sleep: to
  * be woken takes longer, and the client that wakes us, too.  When nothing
  * comes the client is brisk no more, until requests come together again.
+ *
+ * Neither is done for the next request while requests sleep in the disk: then
+ * threads execute several of them, here or in the server below, and the CPU is
+ * for those.  The rest of a payload is on its way, and is worth it.
  */
 
 #include <config.h>
@@ -117,12 +121,12 @@ is_late (struct stream *s, struct msghdr *msg, ssize_t *r)
 }
 
 static ssize_t
-receive_plain (struct stream *s, struct iovec iov[2])
+receive_plain (struct stream *s, struct iovec iov[2], bool look)
 {
   struct msghdr msg = { .msg_iov = iov, .msg_iovlen = 2 };
   ssize_t r;
 
-  if (!s->in.is_brisk)
+  if (!look || !s->in.is_brisk)
     return socket_receive (&s->socket, &msg, 0);
   if (!is_late (s, &msg, &r))
     return r;
@@ -131,13 +135,13 @@ receive_plain (struct stream *s, struct iovec iov[2])
 }
 
 /* Receive up to count bytes into buf and more into the empty input
- * buffer.  Returns how many went into buf.  -1 at the end, or with
- * EAGAIN if nothing came for IDLE_SECONDS, or with EINTR if there is
- * nothing yet, and the next call sleeps: a client is brisk no more, or
- * has sent a part of a TLS record.
+ * buffer.  look: again and again, if the client is brisk.  Returns how many
+ * went into buf.  -1 at the end, or with EAGAIN if nothing came for
+ * IDLE_SECONDS, or with EINTR if there is nothing yet, and the next call
+ * sleeps: a client is brisk no more, or has sent a part of a TLS record.
  */
 static ssize_t
-receive (struct stream *s, void *buf, size_t count, size_t ahead)
+receive (struct stream *s, void *buf, size_t count, size_t ahead, bool look)
 {
   struct input *in = &s->in;
   struct iovec iov[2] = {
@@ -145,7 +149,7 @@ receive (struct stream *s, void *buf, size_t count, size_t ahead)
     { .iov_base = in->data, .iov_len = ahead },
   };
   ssize_t r = is_encrypted_by_us (s) ? tls_receive (s->tls, iov)
-                                     : receive_plain (s, iov);
+                                     : receive_plain (s, iov, look);
 
   if (r == 0) {
     socket_ending (&s->socket, "the client closed it", 0);
@@ -197,7 +201,8 @@ read_rest (struct stream *s, uint8_t *p, size_t done, size_t count)
 
   while (done < count) {
     ssize_t r = receive (s, p + done, count - done,
-                         in->header_only ? in->header_size : INPUT_SIZE);
+                         in->header_only ? in->header_size : INPUT_SIZE,
+                         true);
 
     if (r == -1) {
       if (ends (s, &since))
@@ -236,7 +241,7 @@ skip_rest (struct stream *s, uint64_t count)
   while (count > 0) {
     uint64_t n;
 
-    if (receive (s, NULL, 0, min_u64 (count, INPUT_SIZE)) == -1) {
+    if (receive (s, NULL, 0, min_u64 (count, INPUT_SIZE), true) == -1) {
       if (ends (s, &since))
         return -1;
       continue;
@@ -267,9 +272,9 @@ stream_skip (struct stream *s, uint64_t count)
 
 /* The client's next requests may be on their way: see above. */
 static void
-before_receiving (struct input *in, bool neighbours)
+before_receiving (struct input *in, enum stream_wait wait)
 {
-  if (in->pipelined && neighbours)
+  if (in->pipelined && wait == STREAM_YIELD)
     sched_yield ();
   in->is_brisk = in->is_brisk || in->pipelined;
   in->pipelined = false;
@@ -281,7 +286,7 @@ before_receiving (struct input *in, bool neighbours)
  */
 enum stream_found
 stream_header (struct stream *s, void *header, size_t *done,
-               bool neighbours)
+               enum stream_wait wait)
 {
   struct input *in = &s->in;
   const size_t size = in->header_size;
@@ -295,10 +300,10 @@ stream_header (struct stream *s, void *header, size_t *done,
       in->header_only = false;
       return STREAM_DONE;
     }
-    before_receiving (in, neighbours);
+    before_receiving (in, wait);
   }
   r = receive (s, p + *done, size - *done,
-               in->header_only ? 0 : INPUT_SIZE);
+               in->header_only ? 0 : INPUT_SIZE, wait != STREAM_SLEEP);
   if (r == -1)
     return errno == EINTR ? STREAM_MORE
       : errno == EAGAIN ? STREAM_IDLE : STREAM_END;

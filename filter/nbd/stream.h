@@ -78,8 +78,14 @@ extern int stream_skip (struct stream *, uint64_t count);
 
 /* Take the next request's header, as far as one receive call goes; *done
  * bytes are there already, 0 at first.  The caller calls again until it is
- * DONE.  With neighbours other connections want to run, too.
+ * DONE.
  */
+enum stream_wait {
+  STREAM_SLEEP,                 /* the CPU is for others */
+  STREAM_LOOK,                  /* look again and again at first */
+  STREAM_YIELD,                 /* the same, after other connections have had
+                                   their turn */
+};
 enum stream_found {
   STREAM_END = -1,              /* there is no more */
   STREAM_DONE,
@@ -88,7 +94,7 @@ enum stream_found {
   STREAM_IDLE,                  /* nothing came for IDLE_SECONDS */
 };
 extern enum stream_found stream_header (struct stream *, void *header,
-                                        size_t *done, bool neighbours);
+                                        size_t *done, enum stream_wait);
 
 /* What is buffered (as far as it is decrypted). */
 static inline size_t
