@@ -36,6 +36,7 @@ demo   c:nbdsh              python3-libnbd
 demo   c:qemu-img           qemu-utils
 demo   c:qemu-nbd           qemu-utils
 test   c:nbdkit             nbdkit
+test   d:nbdkit-plugin-python nbdkit-plugin-python
 test   c:nbdinfo            libnbd-bin
 test   c:nbdcopy            libnbd-bin
 test   c:nbdsh              python3-libnbd
