@@ -21,7 +21,7 @@
 
 #include "common/bytes.h"
 #include "common/report.h"
-#include "nbd-client.h"
+#include "nbd-fixture.h"
 
 #define SIZE (UINT64_C (256) * 1024 * 1024)
 #define MiB (UINT32_C (1) << 20)
@@ -38,8 +38,6 @@
 extern unsigned place_ms, stall_ms, trim_ms;
 extern size_t extents_max;
 
-static struct fixture f;
-
 static int
 setup (void **state)
 {
@@ -50,14 +48,6 @@ setup (void **state)
   stall_ms = 5000;
   trim_ms = 5000;
   extents_max = (1 << 20) - 1;
-  return 0;
-}
-
-static int
-teardown (void **state)
-{
-  (void) state;
-  fixture_stop (&f);
   return 0;
 }
 
@@ -883,7 +873,6 @@ test_messages (void **state)
 int
 main (int argc, char *argv[])
 {
-#define TEST(name) cmocka_unit_test_setup_teardown (name, setup, teardown)
   const struct CMUnitTest tests[] = {
     TEST (test_too_many_clients),
     TEST (test_silent_clients_make_room),

@@ -18,11 +18,9 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "nbd-client.h"
+#include "nbd-fixture.h"
 
 #define SIZE (UINT64_C (128) * 1024 * 1024)
-
-static struct fixture f;
 
 static int
 setup (void **state)
@@ -30,14 +28,6 @@ setup (void **state)
   (void) state;
   fixture_init (&f, SIZE);
   fixture_start (&f, false);
-  return 0;
-}
-
-static int
-teardown (void **state)
-{
-  (void) state;
-  fixture_stop (&f);
   return 0;
 }
 
@@ -195,7 +185,6 @@ test_ipv6 (void **state)
 int
 main (void)
 {
-#define TEST(name) cmocka_unit_test_setup_teardown (name, setup, teardown)
   const struct CMUnitTest tests[] = {
     TEST (test_vanishing_clients),
     TEST (test_no_descriptors),

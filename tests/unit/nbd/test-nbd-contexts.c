@@ -14,12 +14,10 @@
 #include <unistd.h>
 
 #include "common/bytes.h"
-#include "nbd-client.h"
+#include "nbd-fixture.h"
 
 #define SIZE (1024 * 1024)
 #define FIXED_NO_ZEROES (NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES)
-
-static struct fixture f;
 
 static int
 setup (void **state)
@@ -30,14 +28,6 @@ setup (void **state)
   fake_disk_add_bitmap (f.disk, "monday", 65536);
   fake_disk_add_bitmap (f.disk, "mon", 65536);
   fixture_start (&f, false);
-  return 0;
-}
-
-static int
-teardown (void **state)
-{
-  (void) state;
-  fixture_stop (&f);
   return 0;
 }
 
@@ -354,7 +344,6 @@ test_set_changes (void **state)
 int
 main (void)
 {
-#define TEST(name) cmocka_unit_test_setup_teardown (name, setup, teardown)
   const struct CMUnitTest tests[] = {
     TEST (test_queries),
     TEST (test_list_without_structured),

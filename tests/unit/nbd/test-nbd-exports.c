@@ -18,7 +18,7 @@
 
 #include "common/bytes.h"
 #include "nbd/exports.h"
-#include "nbd-client.h"
+#include "nbd-fixture.h"
 
 #define SIZE (1024 * 1024)
 #define GRANULE 4096
@@ -30,7 +30,6 @@
 
 extern size_t extents_max;
 
-static struct fixture f;
 static uint8_t *dirty;          /* monday's granules */
 
 static int
@@ -110,14 +109,6 @@ setup_unlisted (void **state)
 {
   (void) state;
   return setup_named (NULL, false);
-}
-
-static int
-teardown (void **state)
-{
-  (void) state;
-  fixture_stop (&f);
-  return 0;
 }
 
 static int

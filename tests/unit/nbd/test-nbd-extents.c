@@ -15,7 +15,7 @@
 #include <unistd.h>
 
 #include "common/bytes.h"
-#include "nbd-client.h"
+#include "nbd-fixture.h"
 
 /* nbd/extents.h */
 extern size_t extents_max;
@@ -24,7 +24,6 @@ extern size_t extents_max;
 #define NR_BLOCKS 4096
 #define SIZE ((uint64_t) BLOCK * NR_BLOCKS)
 
-static struct fixture f;
 static uint8_t *fine, *coarse;  /* the bitmaps' granules */
 
 static int
@@ -39,16 +38,8 @@ setup (void **state)
   fake_disk_add_bitmap (f.disk, "coarse", 65536);
   fine = f.disk->bitmaps[0].dirty;
   coarse = f.disk->bitmaps[1].dirty;
-  fixture_start (&f, false);
-  return 0;
-}
-
-static int
-teardown (void **state)
-{
-  (void) state;
-  fixture_stop (&f);
   extents_max = (1 << 20) - 1;
+  fixture_start (&f, false);
   return 0;
 }
 
@@ -431,6 +422,7 @@ setup_large (void **state)
   fixture_init (&f, UINT64_C (6) << 30);
   f.disk->block_size = 1 << 24;
   fake_disk_add_bitmap (f.disk, "coarse", 1 << 24);
+  extents_max = (1 << 20) - 1;
   fixture_start (&f, false);
   return 0;
 }
@@ -454,7 +446,6 @@ test_4g (void **state)
 int
 main (void)
 {
-#define TEST(name) cmocka_unit_test_setup_teardown (name, setup, teardown)
   const struct CMUnitTest tests[] = {
     TEST (test_exact),
     TEST (test_bitmap_alone),

@@ -32,13 +32,11 @@
 #include <unistd.h>
 
 #include "common/bytes.h"
-#include "nbd-client.h"
+#include "nbd-fixture.h"
 
 #define SIZE (UINT64_C (1) << 20)
 #define MAX (32 * 1024 * 1024)
 #define COOKIE UINT64_C (0xfedcba9876543210)
-
-static struct fixture f;
 
 static const char *const contexts[] = {
   "base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:first",
@@ -60,14 +58,6 @@ setup (void **state)
   (void) state;
   init_size (SIZE);
   fixture_start (&f, false);
-  return 0;
-}
-
-static int
-teardown (void **state)
-{
-  (void) state;
-  fixture_stop (&f);
   return 0;
 }
 
@@ -1116,7 +1106,6 @@ test_stop_in_huge_requests (void **state)
 int
 main (void)
 {
-#define TEST(name) cmocka_unit_test_setup_teardown (name, setup, teardown)
   const struct CMUnitTest tests[] = {
     TEST (test_matrix),
     cmocka_unit_test_setup_teardown (test_matrix_readonly, setup_readonly,

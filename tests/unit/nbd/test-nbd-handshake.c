@@ -14,12 +14,10 @@
 #include <unistd.h>
 
 #include "common/bytes.h"
-#include "nbd-client.h"
+#include "nbd-fixture.h"
 
 #define SIZE (1024 * 1024)
 #define FIXED_NO_ZEROES (NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES)
-
-static struct fixture f;
 
 static int
 setup (void **state)
@@ -50,14 +48,6 @@ setup_image_readonly (void **state)
   f.disk->readonly = true;
   f.disk->block_size = 512;
   fixture_start (&f, false);
-  return 0;
-}
-
-static int
-teardown (void **state)
-{
-  (void) state;
-  fixture_stop (&f);
   return 0;
 }
 
@@ -391,7 +381,6 @@ test_split_handshake (void **state)
 int
 main (void)
 {
-#define TEST(name) cmocka_unit_test_setup_teardown (name, setup, teardown)
   const struct CMUnitTest tests[] = {
     TEST (test_export_name),
     TEST (test_client_flags),

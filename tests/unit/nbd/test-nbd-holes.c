@@ -21,15 +21,14 @@
 #include "nbd/server.h"
 #include "nbd/stream.h"
 #include "image.h"
-#include "nbd-client.h"
+#include "nbd-fixture.h"
 
 #define BLOCK 512
 #define SIZE (UINT64_C (40) << 20)
 #define MAX (32 << 20)
 #define KIB 1024
 
-static struct fixture f;
-static uint8_t *buf;
+static uint8_t buf[MAX];
 
 static void
 set_hole (uint64_t offset, uint64_t length, bool hole)
@@ -45,8 +44,6 @@ static int
 setup (void **state)
 {
   (void) state;
-  buf = malloc (MAX);
-  assert_non_null (buf);
   fixture_init (&f, SIZE);
   f.disk->block_size = BLOCK;
   f.disk->flags = calloc (SIZE / BLOCK, 1);
@@ -54,15 +51,6 @@ setup (void **state)
   fake_disk_add_bitmap (f.disk, "b", 64 * KIB);
   set_hole (0, SIZE, false);
   fixture_start (&f, false);
-  return 0;
-}
-
-static int
-teardown (void **state)
-{
-  (void) state;
-  fixture_stop (&f);
-  free (buf);
   return 0;
 }
 
@@ -405,7 +393,6 @@ test_delta (void **state)
 int
 main (void)
 {
-#define TEST(name) cmocka_unit_test_setup_teardown (name, setup, teardown)
   const struct CMUnitTest tests[] = {
     TEST (test_shapes),
     TEST (test_bounds),

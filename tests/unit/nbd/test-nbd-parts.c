@@ -18,14 +18,13 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "nbd/parts.h"
-#include "nbd-client.h"
+#include "nbd-fixture.h"
 
 #define SIZE (UINT64_C (64) * 1024 * 1024)
 #define PART (128 * 1024)
 #define MAX (32 * 1024 * 1024)
 
-static struct fixture f;
-static uint8_t *data, *buf;
+static uint8_t data[MAX], buf[MAX];
 
 /* What the disk was asked for. */
 static struct {
@@ -53,8 +52,6 @@ setup (void **state)
 {
   (void) state;
   parts_above = PART;
-  data = malloc (MAX);
-  buf = malloc (MAX);
   for (size_t i = 0; i < MAX; ++i)
     data[i] = i * 7 + i / 251 + i / 65536;
   fixture_init (&f, SIZE);
@@ -62,16 +59,6 @@ setup (void **state)
   nr_asked = 0;
   bad_byte = UINT64_MAX;
   f.disk->hook = record;
-  return 0;
-}
-
-static int
-teardown (void **state)
-{
-  (void) state;
-  fixture_stop (&f);
-  free (data);
-  free (buf);
   return 0;
 }
 
@@ -381,7 +368,6 @@ test_sleeping_disk (void **state)
 int
 main (void)
 {
-#define TEST(name) cmocka_unit_test_setup_teardown (name, setup, teardown)
   const struct CMUnitTest tests[] = {
     TEST (test_read),
     TEST (test_failed_read),

@@ -16,12 +16,10 @@
 
 #include "common/bytes.h"
 #include "image.h"
-#include "nbd-client.h"
+#include "nbd-fixture.h"
 
 #define SIZE (UINT64_C (64) * 1024 * 1024)
 #define MAX (32 * 1024 * 1024)
-
-static struct fixture f;
 
 static int
 setup (void **state)
@@ -40,14 +38,6 @@ setup_readonly (void **state)
   (void) state;
   fixture_init (&f, SIZE);
   fixture_start (&f, true);
-  return 0;
-}
-
-static int
-teardown (void **state)
-{
-  (void) state;
-  fixture_stop (&f);
   return 0;
 }
 
@@ -597,7 +587,6 @@ test_mixed_sizes (void **state)
 int
 main (void)
 {
-#define TEST(name) cmocka_unit_test_setup_teardown (name, setup, teardown)
   const struct CMUnitTest tests[] = {
     TEST (test_read),
     TEST (test_read_of_nothing),

@@ -14,11 +14,9 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "nbd-client.h"
+#include "nbd-fixture.h"
 
 #define SIZE (UINT64_C (128) * 1024 * 1024)
-
-static struct fixture f;
 
 static int
 setup (void **state)
@@ -26,14 +24,6 @@ setup (void **state)
   (void) state;
   fixture_init (&f, SIZE);
   fixture_start (&f, false);
-  return 0;
-}
-
-static int
-teardown (void **state)
-{
-  (void) state;
-  fixture_stop (&f);
   return 0;
 }
 
@@ -333,7 +323,6 @@ test_never_started (void **state)
 int
 main (void)
 {
-#define TEST(name) cmocka_unit_test_setup_teardown (name, setup, teardown)
   const struct CMUnitTest tests[] = {
     TEST (test_stop_with_silent_clients),
     TEST (test_stop_with_greedy_clients),

@@ -18,11 +18,9 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "image.h"
-#include "nbd-client.h"
+#include "nbd-fixture.h"
 
 #define SIZE (UINT64_C (128) * 1024 * 1024)
-
-static struct fixture f;
 
 static int
 setup (void **state)
@@ -30,14 +28,6 @@ setup (void **state)
   (void) state;
   fixture_init (&f, SIZE);
   fixture_start (&f, false);
-  return 0;
-}
-
-static int
-teardown (void **state)
-{
-  (void) state;
-  fixture_stop (&f);
   return 0;
 }
 
@@ -429,7 +419,6 @@ test_greedy_client_delays_nobody (void **state)
 int
 main (void)
 {
-#define TEST(name) cmocka_unit_test_setup_teardown (name, setup, teardown)
   const struct CMUnitTest tests[] = {
     TEST (test_slow_read_is_passed),
     TEST (test_slow_flush_is_passed),

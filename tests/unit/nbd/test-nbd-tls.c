@@ -21,7 +21,7 @@
 
 #include "common/bytes.h"
 #include "nbd/tls.h"
-#include "nbd-client.h"
+#include "nbd-fixture.h"
 #include "tls-relay.h"
 
 #define SIZE (UINT64_C (8) * 1024 * 1024)
@@ -29,8 +29,6 @@
 #define FIXED_NO_ZEROES (NBD_FLAG_FIXED_NEWSTYLE | NBD_FLAG_NO_ZEROES)
 
 extern size_t extents_max;
-
-static struct fixture f;
 
 static int
 start (bool required, unsigned handshake_seconds)
@@ -40,6 +38,7 @@ start (bool required, unsigned handshake_seconds)
   f.tls = fixture_load_tls (&f, required);
   f.limits.handshake_seconds = handshake_seconds;
   fixture_start (&f, false);
+  fixture_over_tls = false;
   tls_relay_priority = NULL;
   return 0;
 }
@@ -78,16 +77,8 @@ setup_short_of_memory (void **state)
   f.limits.memory = NBD_MIN_MEMORY;
   extents_max = 66000;
   fixture_start (&f, false);
-  tls_relay_priority = NULL;
-  return 0;
-}
-
-static int
-teardown (void **state)
-{
-  (void) state;
   fixture_over_tls = false;
-  fixture_stop (&f);
+  tls_relay_priority = NULL;
   return 0;
 }
 

@@ -16,7 +16,7 @@
 #include <unistd.h>
 
 #include "common/bytes.h"
-#include "nbd-client.h"
+#include "nbd-fixture.h"
 
 #define SIZE (3 * 1024 * 1024)
 #define BLOCK 4096              /* of zeroes and holes */
@@ -35,7 +35,6 @@
 
 extern size_t extents_max;
 
-static struct fixture f;
 static struct disk_view *view;
 static uint8_t buf[SIZE];
 
@@ -69,14 +68,6 @@ setup (void **state)
   change_disk ();
   extents_max = (1 << 20) - 1;
   fixture_start (&f, false);
-  return 0;
-}
-
-static int
-teardown (void **state)
-{
-  (void) state;
-  fixture_stop (&f);
   return 0;
 }
 
@@ -621,7 +612,6 @@ test_broken_while_reading (void **state)
 int
 main (void)
 {
-#define TEST(name) cmocka_unit_test_setup_teardown (name, setup, teardown)
   const struct CMUnitTest tests[] = {
     TEST (test_contexts),
     TEST (test_selected_for_another),
