@@ -248,9 +248,9 @@ def fails_below():
                           "file", "disk.qcow2", "error-pread=EIO",
                           "error-pread-rate=100%", "error-file=broken",
                           "dirty-bitmap-control=" + ctl_sock])
+    q = Qmp(ctl_sock)           # it answers once the image is open
     with open("broken", "w"):
         pass
-    q = Qmp(ctl_sock)
     err = fails("Input/output error", "--control=" + ctl_sock, server.uri,
                 "repo")
     assert q.ask("backup-list") == []
