@@ -140,7 +140,7 @@ def server_behind_goes():
         ["qemu-nbd", "-t", "-f", "qcow2", "-k",
          harness.tmp + "/behind.sock", "behind.qcow2"])
     try:
-        until(lambda: os.path.exists("behind.sock"), "qemu-nbd")
+        until(lambda: harness.answers("behind.sock"), "qemu-nbd")
         with contextlib.suppress(FileNotFoundError):
             os.unlink("tracks.qcow2")
         s = Server(args=["--filter=" + FILTER, "nbd", "socket=behind.sock",

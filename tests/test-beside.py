@@ -175,7 +175,7 @@ def round_trips():
     create("behind.qcow2", SIZE)
     behind = subprocess.Popen(server)
     try:
-        harness.until(lambda: os.path.exists("behind.sock"), "qemu-nbd")
+        harness.until(lambda: harness.answers("behind.sock"), "qemu-nbd")
         round_trip(["nbd", "socket=behind.sock"],
                    read_back=lambda: read_nbd("behind.sock"))
     finally:
@@ -425,7 +425,7 @@ def refusals():
         ["qemu-nbd", "-t", "-f", "qcow2", "-k", harness.tmp + "/hold.sock",
          "bad.qcow2"])
     try:
-        harness.until(lambda: os.path.exists("hold.sock"), "qemu-nbd")
+        harness.until(lambda: harness.answers("hold.sock"), "qemu-nbd")
         refused(disk, image, pattern="lock")
     finally:
         holder.terminate()

@@ -293,6 +293,18 @@ def refused(disk, *params, options=(), pattern=""):
     return out
 
 
+def answers(sock):
+    """Does an NBD server serve clients there?  QEMU's binds its socket before
+    it opens the image, and a signal that ends it is lost until it serves."""
+    try:
+        h = nbd.NBD()
+        h.connect_unix(sock)
+        h.shutdown()
+        return True
+    except nbd.Error:
+        return False
+
+
 def until(condition, what):
     deadline = time.monotonic() + PATIENCE
     while not condition():
