@@ -128,7 +128,9 @@ take_idle (struct team *team)
 {
   struct worker *w = team->idle;
 
-  return w != NULL && leave_idle (w) ? w : NULL;
+  if (w != NULL)
+    leave_idle (w);
+  return w;
 }
 
 /* Sleep until the worker is called, and not so long that large buffers are
