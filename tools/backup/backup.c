@@ -126,12 +126,11 @@ decide (struct backup *b)
 
 /* Each has a thread of its own, so more than there are CPUs are of no use. */
 static unsigned
-nr_connections (void)
+max_connections (void)
 {
   const long cpus = sysconf (_SC_NPROCESSORS_ONLN);
 
-  return cpus >= SOURCE_MAX_CONNECTIONS ? SOURCE_MAX_CONNECTIONS
-    : cpus > 2 ? cpus : 2;
+  return cpus > 2 ? cpus : 2;
 }
 
 static int
@@ -143,7 +142,7 @@ open_source (struct backup *b)
     .uri = b->uri, .export = b->export,
     .contexts = (const char *const *) &context,
     .nr_contexts = b->bitmap != NULL,
-    .max_connections = nr_connections (),
+    .max_connections = max_connections (),
   };
 
   if (b->bitmap != NULL && context == NULL)

@@ -8,10 +8,10 @@
 
 /* Checksums of files.
  *
- * XXH128 finds damage.  It does not find forgery, and need not: who can change
- * a file can change the list with its checksum.  It is computed of what is
- * written while it is written, and is so fast that this takes no time that
- * could be noticed.
+ * XXH128 finds damage.  It does not find forgery, and need not: an attacker
+ * who can change a file can change the list with its checksum.  It is computed
+ * of what is written while it is written, and is so fast that this takes no
+ * time that could be noticed.
  *
  * The header of an image is written last.  So the first 4096 bytes of a file
  * come last in its checksum:

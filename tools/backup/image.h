@@ -17,8 +17,8 @@
  */
 typedef int image_fill (void *opaque, const struct copy_sink *);
 
-/* The file is empty.  0 if all of the image is in it, durably, with the
- * file's checksum; else -1, as fill.
+/* The file is empty.  0 if all of the image is in it, durably; else -1, as
+ * fill.  The file's checksum, too, unless that is NULL.
  */
 extern int image_write (int fd, const struct qcow2_writer_options *,
                         image_fill *, void *opaque, struct checksum *);

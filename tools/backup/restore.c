@@ -449,7 +449,6 @@ static int
 restore_to_file (const struct settings *settings, const struct stack *s,
                  uint64_t size, const char *target, struct progress *progress)
 {
-  struct checksum sum;
   struct new_file f;
   bool is_qcow2;
   int r;
@@ -458,7 +457,7 @@ restore_to_file (const struct settings *settings, const struct stack *s,
       new_file_create (&f, target) == -1)
     return -1;
   r = is_qcow2
-    ? restore_to_qcow2 (s, size, f.fd, settings->compress, progress, &sum)
+    ? restore_to_qcow2 (s, size, f.fd, settings->compress, progress, NULL)
     : restore_to_raw (s, size, f.fd, progress);
   return new_file_end (&f, r == 0, settings->force);
 }

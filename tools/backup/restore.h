@@ -18,7 +18,9 @@
 
 struct progress;
 
-/* Make an image of the disk, durably, in an empty file, and its checksum. */
+/* Make an image of the disk, durably, in an empty file, and its checksum
+ * unless that is NULL.
+ */
 extern int restore_to_qcow2 (const struct stack *, uint64_t size, int fd,
                              bool compress, struct progress *,
                              struct checksum *);

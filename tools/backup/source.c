@@ -47,7 +47,7 @@ begin_connection (const char *uri, const char *export)
     nbd_failed ();
     return NULL;
   }
-  /* Nobody looks at what a read that fails has left in the buffer. */
+  /* The buffer of a read that has failed is never used. */
   nbd_set_pread_initialize (nbd, false);
   nbd_set_uri_allow_local_file (nbd, true);
   if (nbd_set_opt_mode (nbd, true) == -1 || nbd_connect_uri (nbd, uri) == -1 ||
