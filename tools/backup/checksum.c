@@ -12,6 +12,9 @@
 #include <stdlib.h>
 
 #include <xxhash.h>
+#ifdef HAVE_XXH3_128BITS_UPDATE_DISPATCH
+#include <xxh_x86dispatch.h>
+#endif
 
 #include "backup/backup.h"
 #include "backup/checksum.h"
