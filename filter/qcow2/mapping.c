@@ -301,6 +301,35 @@ add_entry (const struct qcow2 *q, struct run *run,
   }
 }
 
+/* How many entries from i on repeat the one before. */
+static unsigned
+repeated (const struct l2_entry *entries, unsigned i, unsigned nr)
+{
+  const unsigned first = i;
+
+  while (i < nr && entries[i].descriptor == entries[i - 1].descriptor)
+    i++;
+  return i - first;
+}
+
+/* Add entries, the first of them from a unit on.  In a thin disk most entries
+ * are empty, and so repeat each other: these need not be decoded.
+ */
+static void
+add_entries (const struct qcow2 *q, struct run *run,
+             const struct l2_entry *entries, unsigned nr, unsigned first)
+{
+  for (unsigned i = 0; i < nr && !run->ended; ++i) {
+    add_entry (q, run, &entries[i], i == 0 ? first : 0);
+    if (!run->with_host && !q->extended_l2 && !run->ended) {
+      const unsigned nr_alike = repeated (entries, i + 1, nr);
+
+      run->units += nr_alike;
+      i += nr_alike;
+    }
+  }
+}
+
 static int
 check_run (const struct qcow2 *q, const struct mapping *m, uint64_t offset)
 {
@@ -350,10 +379,8 @@ lookup (struct qcow2 *q, uint64_t offset, uint64_t count, bool with_host,
     if (done > 0 && request_goes_on (q) == -1)
       return -1;
     batch = min_u64 (batch * 4, BATCH);
-    for (uint64_t i = 0; i < (uniform ? 1 : got) && !run.ended; ++i) {
-      add_entry (q, &run, &entries[i], skip);
-      skip = 0;
-    }
+    add_entries (q, &run, entries, uniform ? 1 : got, skip);
+    skip = 0;
     if (uniform && !run.ended)
       run.units += (got - 1) << sub_bits;
     done += got;
