@@ -503,8 +503,8 @@ disk_view_read (struct disk_view *v, void *buf, uint32_t count,
 
 /* The extent of a unit that was kept says data or a hole. */
 static int
-get_extent (struct disk_view *v, uint64_t offset, uint64_t limit,
-            uint64_t *length, uint32_t *flags)
+look_for_extent (struct disk_view *v, uint64_t offset, uint64_t limit,
+                 uint64_t *length, uint32_t *flags)
 {
   for (;;) {
     enum kept_state state = kept_run (&v->kept, offset, limit, length);
@@ -522,6 +522,25 @@ get_extent (struct disk_view *v, uint64_t offset, uint64_t limit,
       *length = valid;
       return 0;
     }
+  }
+}
+
+/* How far this looks at first.  What was kept and what the disk has end in
+ * different places, and neither is walked much further than the other goes.
+ */
+#define FIRST_REACH ((uint64_t) 1 << 20)
+
+static int
+get_extent (struct disk_view *v, uint64_t offset, uint64_t limit,
+            uint64_t *length, uint32_t *flags)
+{
+  for (uint64_t reach = FIRST_REACH;; reach *= 4) {
+    const uint64_t n = min_u64 (limit - offset, reach);
+
+    if (look_for_extent (v, offset, offset + n, length, flags) == -1)
+      return -1;
+    if (*length < n || n == limit - offset)
+      return 0;
   }
 }
 

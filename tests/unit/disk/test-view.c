@@ -719,6 +719,42 @@ test_unreadable (void **state)
     assert_int_equal (messages_errors (), 1);   \
   } while (0)
 
+static void
+check_hole (struct moment *m, uint64_t offset, uint64_t limit, uint64_t end)
+{
+  uint64_t length;
+  uint32_t flags;
+
+  assert_int_equal (disk_view_extent (m->view, offset, limit, &length, &flags),
+                    0);
+  assert_int_equal (flags, DISK_EXTENT_HOLE | DISK_EXTENT_ZERO);
+  assert_int_equal (length, end - offset);
+}
+
+/* An extent goes as far as it can, until something was kept. */
+static void
+test_long_extents (void **state)
+{
+  static const uint8_t byte = 1;
+  struct world w = { .seed = 1 };
+  struct moment m = { 0 };
+
+  (void) state;
+  open_world (&w, "");
+  begin_here (&w, 0, &m, w.dirty);
+  check_hole (&m, 0, SIZE, SIZE);
+  check_hole (&m, 7, SIZE, SIZE);
+  check_hole (&m, 0, MIB, MIB);
+  check_hole (&m, 512, MIB + 513, MIB + 513);
+  assert_int_equal (disk_write (w.d, &byte, 1, 3 * MIB + 7, false), 0);
+  check_hole (&m, 0, SIZE, 3 * MIB);
+  check_hole (&m, 3 * MIB, SIZE, 3 * MIB + 65536);
+  check_hole (&m, 3 * MIB + 65536, SIZE, SIZE);
+  assert_int_equal (end (&w, "a", false), 0);
+  drop_moment (&m);
+  close_world (&w);
+}
+
 /* What is not a range of the disk is refused, with the reason, by the disk, a
  * view of it, and its delta.
  */
@@ -926,6 +962,7 @@ main (void)
     cmocka_unit_test (test_memory),
     cmocka_unit_test (test_no_scratch),
     cmocka_unit_test (test_unreadable),
+    cmocka_unit_test (test_long_extents),
     cmocka_unit_test (test_range),
     cmocka_unit_test (test_list),
     cmocka_unit_test (test_created),
