@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import threading
 import time
 
@@ -186,7 +187,9 @@ def decisions():
     """All is copied, and why."""
     harness.create("disk.qcow2", SIZE)
     server, q = start()
-    data = change(server)
+    h = server.connect()
+    h.pwrite(dice.randbytes(MIB), SIZE - MIB)
+    h.shutdown()
     name = backup(server)["bitmap"]
     assert re.fullmatch("backup-[0-9a-f]{8}", name), name
     q.ask("block-dirty-bitmap-remove", node="disk", name=name)
@@ -218,7 +221,11 @@ def decisions():
     # The size.
     harness.run("qemu-img", "resize", "-q", "disk.qcow2", str(SIZE + 65536))
     server, q = start()
-    data = change(server)
+    h = server.connect()
+    # More is dirty, and zeroes, than is clean.
+    h.zero(12 * MIB, 0)
+    data = whole(h)
+    h.shutdown()
     told = backup(server)
     full(told, "%d bytes at the last point, and has %d" % (
         SIZE, SIZE + 65536))
@@ -400,6 +407,81 @@ def view_breaks():
     server.stop()
 
 
+class Held:
+    """A control socket before the server's, which holds a command back."""
+
+    def __init__(self, path, command):
+        self.command = command.encode()
+        self.is_held, self.goes_on = threading.Event(), threading.Event()
+        self.path = path
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(path)
+        self.listener.listen()
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        client, _ = self.listener.accept()
+        server = socket.socket(socket.AF_UNIX)
+        server.connect(ctl_sock)
+        threading.Thread(target=self.forward, args=(server, client),
+                         daemon=True).start()
+        self.forward(client, server)
+        server.shutdown(socket.SHUT_WR)
+
+    def forward(self, source, target):
+        while data := source.recv(1 << 16):
+            if self.command in data:
+                self.is_held.set()
+                self.goes_on.wait()
+            target.sendall(data)
+
+    def popen(self, *args):
+        """The program, when it has sent the command."""
+        p = popen("--control=" + self.path, *args)
+        harness.until(lambda: p.poll() is not None or self.is_held.is_set(),
+                      "the command")
+        return p
+
+
+def keeps_what_is_dirty():
+    """Of what is written during an increment the server keeps no more than
+    the increment needs; during a full point it keeps all."""
+    harness.create("disk.qcow2", SIZE)
+    server, q = start()
+    h = server.connect()
+    h.pwrite(dice.randbytes(8 * MIB), 0)
+    for n in range(3):
+        data = whole(h)
+        held = Held("held%d.sock" % n, "backup-end")
+        p = held.popen(server.uri, "repo")
+        kept = []
+        # One that nobody has written since, and that of the round before.
+        for unit in 64 + n, 63 + n:
+            h.pwrite(dice.randbytes(65536), unit * 65536)
+            kept += [b["view"]["kept"] for b in q.ask("backup-list")]
+        assert kept == [[65536, 131072], [0, 65536], [0, 65536]][n], (n, kept)
+        held.goes_on.set()
+        assert ended(p)[0] == 0
+        restores("repo", n + 1, data)
+
+    # Another bitmap, just before it begins: its view does not show enough.
+    files = backups.contents("repo")
+    name = json.loads(read("repo/repository.json"))["bitmap"]
+    held = Held("held.sock", "backup-begin")
+    p = held.popen(server.uri, "repo")
+    q.ask("block-dirty-bitmap-remove", node="disk", name=name)
+    q.ask("block-dirty-bitmap-add", node="disk", name=name, granularity=512)
+    h.pwrite(dice.randbytes(512), 0)
+    held.goes_on.set()
+    status, out, err = ended(p)
+    assert status == 1, err
+    one_error("has changed while the backup began", err)
+    assert backups.contents("repo") == files and q.ask("backup-list") == []
+    h.shutdown()
+    server.stop()
+    shutil.rmtree("repo")
+
+
 def usage():
     for args in ((), ("a",), ("a", "b", "c"), ("--list",), ("--what", "a"),
                  ("--prune", "a"), ("--prune", "a", "--keep=0"),
@@ -434,7 +516,7 @@ def usage():
 
 
 for test in (usage, cycle, while_written, decisions, without_control,
-             interrupted, one_at_a_time, view_breaks):
+             interrupted, one_at_a_time, keeps_what_is_dirty, view_breaks):
     print(test.__name__, flush=True)
     test()
 print("compressed", flush=True)

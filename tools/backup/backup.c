@@ -16,6 +16,10 @@
  * An increment is made only if there is a point that it can lie over: of the
  * same disk as far as can be known, and of the same bitmap.  Otherwise all is
  * copied, and the reason is told.
+ *
+ * The view of an increment shows only what is dirty, so the server has to keep
+ * the old bytes of no other writes.  Whether that will be enough is known
+ * before the backup begins.
  */
 
 #include <config.h>
@@ -30,6 +34,7 @@
 #include <jansson.h>
 
 #include "backup/commands.h"
+#include "backup/control.h"
 #include "backup/copy.h"
 #include "backup/image.h"
 #include "backup/progress.h"
@@ -39,10 +44,6 @@
 #include "common/bytes.h"
 #include "common/cleanup.h"
 #include "common/report.h"
-#include "qmp-client.h"
-
-/* If we die, the server ends the backup after so many seconds. */
-#define FAIL_AFTER 60
 
 #define MIN_CLUSTER_BITS 12
 #define MAX_CLUSTER_BITS 16
@@ -52,13 +53,12 @@ struct backup {
   const char *uri;
   struct repository repository;
 
-  struct qmp_client control;
-  bool has_begun;               /* backup-begin, and no backup-end yet */
+  struct control control;
+  bool sees_dirty_only;         /* in the view */
 
   struct source source;
   bool is_open;
   char *bitmap;                 /* its name, or NULL: there is none */
-  char *export;                 /* of the view, or NULL */
   char reason[1280];            /* why all is copied; "" if that is no news */
   bool is_full;
 };
@@ -100,6 +100,15 @@ copy_all_since (struct backup *b, const char *fmt, ...)
   va_end (args);
 }
 
+/* Was the last point made with the same bitmap? */
+static bool
+continues_bitmap (const struct backup *b)
+{
+  const char *bitmap = b->repository.bitmap;
+
+  return bitmap != NULL && strcmp (bitmap, b->bitmap) == 0;
+}
+
 /* Can an increment by this bitmap lie over the last point?  The size of the
  * disk is known.
  */
@@ -120,7 +129,7 @@ decide (struct backup *b)
                     "has %" PRIu64 " now", last->disk_bytes, b->source.size);
   else if (bitmap == NULL)
     copy_all_since (b, "the last point was made with no bitmap");
-  else if (strcmp (bitmap, b->bitmap) != 0)
+  else if (!continues_bitmap (b))
     copy_all_since (b, "the last point was made with the bitmap %s", bitmap);
 }
 
@@ -139,7 +148,7 @@ open_source (struct backup *b)
   CLEANUP_FREE char *context =
     b->bitmap != NULL ? source_context (b->bitmap) : NULL;
   const struct source_options o = {
-    .uri = b->uri, .export = b->export,
+    .uri = b->uri, .export = b->control.export,
     .contexts = (const char *const *) &context,
     .nr_contexts = b->bitmap != NULL,
     .max_connections = max_connections (),
@@ -152,82 +161,6 @@ open_source (struct backup *b)
 }
 
 /* With a control socket. */
-
-static json_t *
-call (struct backup *b, const char *command, json_t *arguments)
-{
-  json_t *result = arguments == NULL ? NULL
-    : qmp_client_call (&b->control, command, arguments);
-
-  json_decref (arguments);
-  if (result == NULL)
-    report_error ("%s: %s", command, b->control.error != NULL
-                  ? b->control.error : "out of memory");
-  return result;
-}
-
-static int
-end_backup (struct backup *b, bool success)
-{
-  json_t *result = call (b, "backup-end", json_pack ("{s:s,s:b}", "bitmap",
-                                                     b->bitmap, "success",
-                                                     success));
-
-  b->has_begun = false;
-  json_decref (result);
-  return result == NULL ? -1 : 0;
-}
-
-static int
-end_as_success (struct backup *b)
-{
-  struct report_hold hold;
-  int r;
-
-  report_hold_begin (&hold);
-  r = end_backup (b, true);
-  report_hold_end (&hold);
-  if (r == -1)
-    report_error ("the point is stored, but the bitmap has not lost what it "
-                  "has, and the next point has that again: %s", hold.text);
-  return r;
-}
-
-/* The reason why is told already.  If the server is gone, so is the backup. */
-static void
-end_as_failure (struct backup *b)
-{
-  struct report_hold hold;
-
-  report_hold_begin (&hold);
-  end_backup (b, false);
-  report_hold_end (&hold);
-}
-
-/* End a backup of our bitmap that an earlier run has begun.  The repository is
- * locked, so no other run of ours is making it.
- */
-static int
-end_earlier_backup (struct backup *b)
-{
-  json_t *list = call (b, "backup-list", json_object ()), *item;
-  size_t i;
-  int r = 0;
-
-  if (list == NULL)
-    return -1;
-  json_array_foreach (list, i, item) {
-    const char *name = json_string_value (json_object_get (item, "bitmap"));
-
-    if (name == NULL || strcmp (name, b->bitmap) != 0)
-      continue;
-    tell (b, "an earlier backup was not ended: it is ended as failed");
-    r = end_backup (b, false);
-    break;
-  }
-  json_decref (list);
-  return r;
-}
 
 /* Use this bitmap, or that of the repository if it is NULL. */
 static int
@@ -246,52 +179,57 @@ use_bitmap (struct backup *b, const char *name)
   return -1;
 }
 
-static int
-take_begun (struct backup *b, const json_t *begun)
+/* The clusters of the image have to be so large that its L1 table is of at most
+ * 32 MiB.
+ */
+static unsigned
+min_cluster_bits (uint64_t disk_bytes)
 {
-  const char *action = json_string_value (json_object_get (begun, "action"));
-  const char *export = json_string_value (json_object_get (begun, "export"));
+  unsigned bits = MIN_CLUSTER_BITS;
 
-  if (action == NULL || export == NULL) {
-    report_error ("backup-begin: the answer is not understood");
+  while (bits < MAX_CLUSTER_BITS &&
+         disk_bytes >> (2 * bits - 3) >= UINT64_C (1) << 22)
+    bits++;
+  return bits;
+}
+
+/* Will an increment need no more of the disk than what is dirty? */
+static int
+needs_dirty_only (struct backup *b, bool *only)
+{
+  const struct point *last = last_point (b);
+  uint64_t granularity, disk_bytes;
+
+  *only = false;
+  if (last == NULL || !continues_bitmap (b))
+    return 0;
+  if (control_granularity (&b->control, &granularity, &disk_bytes) == -1)
     return -1;
-  }
-  b->export = strdup (export);
-  if (b->export == NULL) {
-    report_error ("strdup: %m");
-    return -1;
-  }
-  if (strcmp (action, "created") == 0)
-    copy_all_since (b, "the disk did not have the bitmap %s", b->bitmap);
-  else if (strcmp (action, "recreated") == 0)
-    copy_all_since (b, "the bitmap %s was inconsistent", b->bitmap);
+  *only = disk_bytes == last->disk_bytes &&
+    granularity >= UINT64_C (1) << min_cluster_bits (disk_bytes);
   return 0;
 }
 
 static int
 begin_with_control (struct backup *b)
 {
-  json_t *begun;
-  int r;
+  bool ended;
 
   if (use_bitmap (b, b->settings->bitmap != NULL ? b->settings->bitmap
-                  : b->repository.bitmap) == -1)
+                  : b->repository.bitmap) == -1 ||
+      control_open (&b->control, b->settings->control, b->bitmap) == -1 ||
+      control_end_earlier (&b->control, &ended) == -1)
     return -1;
-  if (qmp_client_open (&b->control, b->settings->control) == -1) {
-    report_error ("%s: %s", b->settings->control, b->control.error != NULL
-                  ? b->control.error : "out of memory");
+  if (ended)
+    tell (b, "an earlier backup was not ended: it is ended as failed");
+  if (needs_dirty_only (b, &b->sees_dirty_only) == -1 ||
+      control_begin (&b->control, b->sees_dirty_only) == -1)
     return -1;
-  }
-  if (end_earlier_backup (b) == -1)
-    return -1;
-  begun = call (b, "backup-begin", json_pack ("{s:s,s:i}", "bitmap", b->bitmap,
-                                              "fail-after", FAIL_AFTER));
-  if (begun == NULL)
-    return -1;
-  b->has_begun = true;
-  r = take_begun (b, begun);
-  json_decref (begun);
-  return r;
+  if (b->control.is_created)
+    copy_all_since (b, "the disk did not have the bitmap %s", b->bitmap);
+  else if (b->control.is_recreated)
+    copy_all_since (b, "the bitmap %s was inconsistent", b->bitmap);
+  return 0;
 }
 
 /* Without one. */
@@ -397,18 +335,15 @@ static unsigned
 choose_cluster_bits (const struct backup *b, const struct runs *dirty)
 {
   uint64_t edges = UINT64_C (1) << MAX_CLUSTER_BITS;
+  const unsigned min_bits = min_cluster_bits (b->source.size);
   unsigned bits = MAX_CLUSTER_BITS;
 
   for (size_t i = 0; dirty != NULL && i < dirty->nr; ++i)
     if (dirty->run[i].end != b->source.size)
       edges |= dirty->run[i].end;
-  while (bits > MIN_CLUSTER_BITS && edges % (UINT64_C (1) << bits) != 0 &&
+  while (bits > min_bits && edges % (UINT64_C (1) << bits) != 0 &&
          UINT64_C (1) << (bits - 1) >= b->source.min_request)
     bits--;
-  /* The L1 table has to be of at most 32 MiB. */
-  while (bits < MAX_CLUSTER_BITS &&
-         b->source.size >> (2 * bits - 3) >= UINT64_C (1) << 22)
-    bits++;
   return bits;
 }
 
@@ -439,7 +374,7 @@ ask_contexts (struct backup *b, struct runs *allocation, struct runs *dirty)
 }
 
 static int
-make_plan (struct backup *b, struct plan *plan, unsigned *cluster_bits)
+ask_and_plan (struct backup *b, struct plan *plan, unsigned *cluster_bits)
 {
   struct runs allocation = { 0 }, dirty = { 0 };
   int r = ask_contexts (b, &allocation, &dirty);
@@ -452,6 +387,31 @@ make_plan (struct backup *b, struct plan *plan, unsigned *cluster_bits)
   runs_free (&allocation);
   runs_free (&dirty);
   return r;
+}
+
+/* Does the view show all that the plan has?  It knows dirty bytes by whole
+ * granules.  So an increment has more of them if, and only if, it has a granule
+ * that is clean.
+ */
+static bool
+is_shown (const struct backup *b, const struct plan *plan)
+{
+  return !b->sees_dirty_only ||
+    b->control.dirty_bytes >= b->source.size ||
+    (!b->is_full && plan->all_bytes <= b->control.dirty_bytes);
+}
+
+static int
+make_plan (struct backup *b, struct plan *plan, unsigned *cluster_bits)
+{
+  if (ask_and_plan (b, plan, cluster_bits) == -1)
+    return -1;
+  if (is_shown (b, plan))
+    return 0;
+  plan_free (plan);
+  report_error ("the disk or its bitmap has changed while the backup began: "
+                "make it again");
+  return -1;
 }
 
 /* What the new point's image is filled from. */
@@ -582,7 +542,7 @@ make_backup (struct backup *b)
        : begin_without_control (b)) == -1 ||
       open_source (b) == -1 || add_point (b) == -1)
     return -1;
-  return b->has_begun ? end_as_success (b) : 0;
+  return b->control.has_begun ? control_end_as_success (&b->control) : 0;
 }
 
 int
@@ -597,15 +557,13 @@ command_backup (const struct settings *settings, const char *uri,
   r = make_backup (&b);
   if (b.is_open)
     source_close (&b.source);
-  if (b.has_begun)
-    end_as_failure (&b);
+  control_end_as_failure (&b.control);
   if (r == 0) {
     print_result (&b);
     tell_next (&b);
   }
-  qmp_client_close (&b.control);
+  control_close (&b.control);
   repository_close (&b.repository);
   free (b.bitmap);
-  free (b.export);
   return r;
 }

@@ -73,6 +73,7 @@ add_piece (struct plan *p, uint64_t offset, uint64_t length, bool is_zero)
 {
   struct piece *last = p->nr > 0 ? &p->piece[p->nr - 1] : NULL;
 
+  p->all_bytes += length;
   if (!is_zero)
     p->data_bytes += length;
   if (last != NULL && last->offset + last->length == offset &&

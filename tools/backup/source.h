@@ -96,6 +96,7 @@ struct piece {
 struct plan {
   struct piece *piece;
   size_t nr, max;
+  uint64_t all_bytes;           /* in pieces */
   uint64_t data_bytes;          /* in pieces that are not known to be zero */
 };
 
