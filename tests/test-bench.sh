@@ -140,8 +140,11 @@ cmp measured again || fail "what was kept of the other build is lost"
 # What backups take.  Whether the bars are reached says nothing here.
 "${PYTHON:-python3}" -B "$top/bench/backup" --dir . --rounds 1 \
   --tool "$built/../tools/dirty-bitmap-backup" --filter "$FILTER" \
-  --size $((64 << 20)) > backup || [ $? -eq 1 ] || fail "bench/backup failed"
-grep -q '^| increment | [1-9]' backup && [ "$(wc -l < backup)" -eq 8 ] ||
+  --size $((64 << 20)) --thin $((1 << 30)) > backup || [ $? -eq 1 ] ||
+  fail "bench/backup failed"
+grep -q '^| increment | [1-9]' backup &&
+  grep -q '^| increment, thin disk | nbdcopy, thin disk | [0-9.]* | ≥ 0.9 |' \
+    backup && [ "$(wc -l < backup)" -eq 18 ] ||
   { cat backup; fail "no figures: backup"; }
 
 # What views cost.
