@@ -154,6 +154,10 @@ compare(["--export-name=", "--persistent", "--shared=8", "--socket=" + SOCK,
          "--detect-zeroes=unmap", "--bitmap=b", "--read-only",
          "--allocation-depth", vdsm("qcow2", disk)], contexts=(B, DEPTH))
 
+# KubeVirt, which waits for the socket.
+compare(["-r", "-t", "-f", "raw", "-k", SOCK, "disk.raw"])
+compare(["-t", "-f", "raw", "-k", SOCK, "disk.raw"], write=True)
+
 # Scripts: bundles, abbreviations, image options, several bitmaps.
 compare(["-rtk" + SOCK, "-fqcow2", "-Bb", "--bitm", "two", "-D", "a text",
          disk], contexts=(B, "qemu:dirty-bitmap:two"))
