@@ -154,13 +154,21 @@ get_number (const char *name, uint64_t *value)
     *value = strtoull (s, NULL, 0);
 }
 
+bool
+is_thorough (void)
+{
+  return getenv ("THOROUGH") != NULL;
+}
+
 unsigned
-how_often (unsigned plain, unsigned with_sanitizers,
+how_often (unsigned thorough, unsigned with_sanitizers,
            unsigned under_valgrind)
 {
   if (getenv ("UNDER_VALGRIND") != NULL)
     return under_valgrind;
-  return getenv ("UNDER_SANITIZERS") != NULL ? with_sanitizers : plain;
+  if (getenv ("UNDER_SANITIZERS") != NULL)
+    return with_sanitizers;
+  return is_thorough () ? thorough : (thorough + 1) / 2;
 }
 
 uint64_t

@@ -48,12 +48,16 @@ extern void report_if_verbose (enum report_level, const char *fmt, va_list);
 /* A number from the environment; the value stays if there is none. */
 extern void get_number (const char *name, uint64_t *value);
 
-/* How often to do what is done again and again: as often as that in a
- * plain run; in one with sanitizers (UNDER_SANITIZERS in the environment),
- * or under valgrind (UNDER_VALGRIND), which look for what shows whenever
- * the code is run at all, and not for wrong results.
+/* THOROUGH is in the environment, as it is in CI. */
+extern bool is_thorough (void);
+
+/* How often to do what is done again and again: as often as that in a thorough
+ * run, and half as often in a plain one; in one with sanitizers
+ * (UNDER_SANITIZERS in the environment), or under valgrind (UNDER_VALGRIND),
+ * which look for what shows whenever the code is run at all, and not for wrong
+ * results.
  */
-extern unsigned how_often (unsigned plain, unsigned with_sanitizers,
+extern unsigned how_often (unsigned thorough, unsigned with_sanitizers,
                            unsigned under_valgrind);
 
 /* A small random number generator: same seed, same numbers. */

@@ -45,7 +45,7 @@
 
 #define STATES_PER_UNIVERSE 120
 
-static uint64_t first_seed = 1, nr_states = 24000, only_universe;
+static uint64_t first_seed = 1, nr_states, only_universe;
 static uint64_t only_kind = UINT64_MAX;
 static uint64_t nr_checked_states, nr_beside, nr_opened, nr_reclaimed,
   nr_by_qemu;
@@ -291,6 +291,7 @@ main (void)
     return 77;
   report_sink = report_if_verbose;
   get_number ("CRASH_SEED", &first_seed);
+  nr_states = is_thorough () ? 24000 : 12000;
   get_number ("CRASH_STATES", &nr_states);
   get_number ("CRASH_UNIVERSE", &only_universe);
   get_number ("CRASH_KIND", &only_kind);

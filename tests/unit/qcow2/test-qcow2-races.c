@@ -66,11 +66,12 @@ static const char *const state_names[] = {
 static const unsigned sizes[] = { 512, 65536 };
 #define NR_SIZES 2
 
-/* Of large images, and of small ones: RACES_STRIDE in the environment, 1
- * for really all ways.  THREADS_ONLY leaves out large ones, and crashes,
- * which only one thread sees; with sanitizers most large ones are, too.
+/* Of large images, and of small ones, and half of that in a thorough run:
+ * RACES_STRIDE in the environment, 1 for really all ways.  THREADS_ONLY leaves
+ * out large ones, and crashes, which only one thread sees; with sanitizers most
+ * large ones are, too.
  */
-static unsigned stride = 5, small_stride = 2;
+static unsigned stride = 10, small_stride = 4;
 static bool threads_only;
 
 /* Seconds in which two that do not wait for each other have met. */
@@ -843,6 +844,10 @@ main (int argc, char *argv[])
   if (run_command ("qemu-img --version >/dev/null 2>&1 && "
                    "qemu-io --version >/dev/null 2>&1") != 0)
     return 77;
+  if (is_thorough ()) {
+    stride /= 2;
+    small_stride /= 2;
+  }
   if (getenv ("RACES_STRIDE") != NULL)
     stride = small_stride = max_u64 (atoi (getenv ("RACES_STRIDE")), 1);
   threads_only = getenv ("THREADS_ONLY") != NULL;
