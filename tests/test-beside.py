@@ -262,7 +262,7 @@ def filters_below():
                   "blocksize-policy": ["blocksize-minimum=512",
                                        "blocksize-maximum=65536",
                                        "blocksize-error-policy=error"],
-                  "xor": ["xor-key=7"],
+                  "xor": ["xor=7", "xorlen=1"],
                   "truncate": ["truncate=%d" % (20 << 20)]}[name]
         if subprocess.run(["nbdkit", *below, "--dump-plugin", "null"],
                           stdout=subprocess.DEVNULL,
