@@ -75,7 +75,7 @@ def start(program, args, forks):
         out = p.communicate(timeout=harness.PATIENCE)[0]
         assert p.returncode == 0, (program, args, out)
     else:
-        until(lambda: os.path.exists(SOCK), "the socket of %s %s: %s" % (
+        until(lambda: harness.listens(SOCK), "the socket of %s %s: %s" % (
             program, args, p.poll() is not None and p.stdout.read()))
     return p
 

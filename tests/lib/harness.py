@@ -312,6 +312,14 @@ def until(condition, what):
         time.sleep(0.01)
 
 
+def listens(path):
+    """Does a server listen on the socket?  It binds it a moment before.  To
+    connect would tell, too, but some servers end after the first client."""
+    with open("/proc/net/unix") as f:
+        return any(line.rstrip("\n").endswith(" " + path) and
+                   int(line.split()[3], 16) & 0x10000 for line in f)
+
+
 def lives(pid):
     """Has the process not ended?  It may end at any moment."""
     try:
